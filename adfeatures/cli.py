@@ -1,0 +1,237 @@
+"""The ``adfeatures`` command. What needs torch is imported by the commands that need it, so that help and listing answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import __version__, catalog
+from .errors import AdfeaturesError, InputError
+
+if TYPE_CHECKING:
+    from .extractor import FeatureExtractor
+
+DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0 if all was done, 1 if some images failed, 2 if nothing could be done."""
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"adfeatures: warning: {message}", file=sys.stderr)
+        try:
+            return options.run(options)
+        except AdfeaturesError as error:
+            print(f"adfeatures: error: {error}", file=sys.stderr)
+            return NOTHING_DONE
+        except KeyboardInterrupt:
+            print("adfeatures: interrupted. What was written before is kept.", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adfeatures", description="Pretrained features for industrial anomaly detection.")
+    parser.add_argument("--version", action="version", version=f"adfeatures {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    listing = _command(commands, "list", _list, "list the models")
+    listing.add_argument("filter", nargs="?", default="*", help='pattern such as "*dinov2*"')
+    listing.add_argument("--pretrained", action="store_true", help="list every set of weights, as name.tag")
+
+    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licences of a model")
+    info.add_argument("model")
+
+    download = _command(commands, "download", _download, "fetch and verify the weights of a model, for use without a network")
+    download.add_argument("model")
+    download.add_argument("--cache-dir", help="folder of downloaded weights")
+
+    convert = _command(commands, "convert", _convert, "turn a published checkpoint into safetensors")
+    convert.add_argument("source", help="checkpoints_pro_norm.pth, say")
+    convert.add_argument("destination", help="file ending in .safetensors")
+    convert.add_argument("--model", required=True, help="what the checkpoint belongs to, as name or name.tag")
+
+    fit = _command(commands, "fit", _fit, "make a reference bank with a threshold from normal images")
+    fit.add_argument("--references", required=True, metavar="DIR", help="folder of normal images")
+    fit.add_argument("--bank", required=True, metavar="FILE", help="bank to write, ending in .safetensors")
+    fit.add_argument("--normals", metavar="DIR", help="further normal images to take the threshold from")
+    fit.add_argument("--coreset", type=float, metavar="PART", help="part of the patches to keep, in (0, 1]")
+    _add_model_options(fit)
+    _add_image_options(fit)
+
+    score = _command(commands, "score", _score, "score images against references, with heat maps")
+    source = score.add_mutually_exclusive_group(required=True)
+    source.add_argument("--references", metavar="DIR", help="folder of normal images")
+    source.add_argument("--bank", metavar="FILE", help="bank made by fit")
+    score.add_argument("--output", required=True, metavar="DIR", help="folder for scores, overlays and summary")
+    score.add_argument("--product", help="whose references to use, where there are several")
+    score.add_argument("--threshold", type=float, help="score above which an image counts as anomalous")
+    score.add_argument("--batch-size", type=_positive, default=8)
+    score.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
+    _add_model_options(score)
+    _add_image_options(score)
+
+    demo = _command(commands, "demo", _demo, "score the sample images of the package")
+    demo.add_argument("--output", default="adfeatures-demo", metavar="DIR", help="folder for the results (%(default)s)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print facts as JSON")
+    return command
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help=f"model to use (default: that of the bank, else {catalog.DEFAULT_MODEL})")
+    command.add_argument("--weights", help="trained weights: a tag, a path, hf-hub:owner/repo or local-dir:/path")
+    command.add_argument("--backbone-weights", help="weights of the backbone, likewise")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--products", action="store_true", help="take each sub-folder of the references as a product of its own")
+    command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
+    command.add_argument("--quantile", type=float, help="part of normal images that shall stay below the threshold (0.99)")
+    command.add_argument("--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _list(options: argparse.Namespace) -> int:
+    names = catalog.list_models(options.filter, options.pretrained)
+    print(json.dumps(names) if options.json else "\n".join(names))
+    return DONE
+
+
+def _info(options: argparse.Namespace) -> int:
+    _print(catalog.describe(options.model), options.json)
+    return DONE
+
+
+def _download(options: argparse.Namespace) -> int:
+    from .checkpoints import sha256
+    from .factory import catalog_files
+
+    files, missing = catalog_files(options.model, options.cache_dir)
+    if missing:
+        print(f"adfeatures: {missing}", file=sys.stderr)
+    _print({str(path): sha256(path) for path in files}, options.json)
+    return DONE
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .factory import convert_checkpoint
+
+    checkpoint = convert_checkpoint(options.source, options.destination, options.model)
+    _print({"file": options.destination, "tensors": len(checkpoint.state_dict), **checkpoint.metadata, **checkpoint.metrics}, options.json)
+    return DONE
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from .images import list_images
+    from .inspection import set_references
+
+    model = _create_model(options, options.model)
+    set_references(model, options.references, products=options.products, recursive=options.recursive, coreset=options.coreset)
+    normals = list_images(options.normals, recursive=options.recursive) if options.normals else None
+    if normals and len(model.references) > 1:
+        raise InputError("--normals can be used with one product only. Fit a bank for each product instead.")
+    for product, bank in model.references.items():
+        if normals or bank.num_images > 1:
+            model.fit_threshold(_quantile(options), normals=normals, product=product)
+    model.save_references(options.bank)
+    facts = {
+        product: {
+            "references": bank.num_images,
+            "threshold": bank.threshold,
+            "quantile": bank.quantile,
+            "normal_scores": len(bank.normal_scores),
+        }
+        for product, bank in model.references.items()
+    }
+    _print({"bank": options.bank, "model": model.name, "products": facts}, options.json)
+    return DONE
+
+
+def _score(options: argparse.Namespace) -> int:
+    from .inspection import find_images, inspect, set_references
+    from .references import load_banks
+
+    if options.bank:
+        bank = next(iter(load_banks(options.bank).values()))
+        model = _create_model(options, options.model or bank.model, bank.img_size)
+        model.load_references(options.bank)
+    else:
+        model = _create_model(options, options.model)
+        set_references(model, options.references, products=options.products, recursive=options.recursive)
+    if options.threshold is None and options.quantile is not None:
+        model.fit_threshold(options.quantile, product=options.product)
+    files = find_images(options.images, options.recursive)
+    result = inspect(model, files, options.output, product=options.product, threshold=options.threshold, batch_size=options.batch_size)
+    return _report(result.summary, options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    return _report(run_demo(options.output), options)
+
+
+def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
+    if summary["scored_references"]:
+        print(f"adfeatures: warning: scored images that are references: {', '.join(summary['scored_references'])}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(summary))
+    else:
+        decided = "no threshold (one reference)" if summary["threshold"] is None else f"threshold {summary['threshold']:.4g}"
+        print(f"{summary['scored']} of {summary['images']} images scored with {summary['model']}, {decided}")
+        if summary["threshold"] is not None:
+            print(f"{summary['anomalous']} anomalous, {summary['normal']} normal")
+        for name in ("image_auroc", "pixel_auroc"):
+            if name in summary:
+                print(f"{name.replace('_', ' ').replace('auroc', 'AUROC')}: {summary[name]:.3f}")
+        print(f"results: {options.output} (scores.csv, overlays/, worst.png, summary.json)")
+    return NOTHING_DONE if not summary["scored"] else SOME_FAILED if summary["failed"] else DONE
+
+
+def _create_model(options: argparse.Namespace, name: str | None, img_size: tuple[int, int] | None = None) -> FeatureExtractor:
+    import torch
+
+    from .factory import create_model
+
+    model = create_model(
+        name or catalog.DEFAULT_MODEL, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size
+    )
+    if options.bit_depth is not None:
+        model.bit_depth = options.bit_depth
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _quantile(options: argparse.Namespace) -> float:
+    from .extractor import QUANTILE
+
+    return QUANTILE if options.quantile is None else options.quantile
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max((len(key) for key in facts), default=0)
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")

@@ -1,0 +1,61 @@
+"""The demo: the embedded default on the sample photographs of the package."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .checkpoints import atomic_path
+from .factory import ASSETS, create_model
+from .images import contact_sheet, list_images
+from .inspection import inspect
+from .scoring import auroc
+
+SAMPLES = ASSETS / "samples"
+
+
+def run_demo(output: str | os.PathLike[str]) -> dict[str, Any]:
+    """Score the samples into a folder, as ``adfeatures score`` does, and compare the scores with the known defects.
+
+    Returns:
+        The summary of the run with ``image_auroc`` and ``pixel_auroc``, fractions.
+
+    Raises:
+        AdfeaturesError: If the output cannot be written.
+    """
+    folder = Path(output)
+    model = create_model(references=SAMPLES / "references")
+    files = [str(path) for path in list_images(SAMPLES / "test", recursive=True)]
+    inspection = inspect(model, files, folder)
+    predictions = model.score(files)
+    masks = [_mask(Path(file), prediction.map.shape) for file, prediction in zip(files, predictions, strict=True)]
+    summary = inspection.summary | {
+        "image_auroc": auroc([prediction.score for prediction in predictions], [bool(mask.any()) for mask in masks]),
+        "pixel_auroc": auroc(np.concatenate([p.map.ravel() for p in predictions]), np.concatenate([mask.ravel() for mask in masks])),
+    }
+    with atomic_path(folder / "summary.json") as temporary:
+        Path(temporary).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _write_picture(folder, files)
+    return summary
+
+
+def _mask(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The defect of a sample, boolean (H, W); samples in the folder good have none."""
+    if file.parent.name == "good":
+        return np.zeros(shape, dtype=bool)
+    with Image.open(SAMPLES / "masks" / file.parent.name / f"{file.stem}.png") as mask:
+        return np.asarray(mask.convert("L")) > 0
+
+
+def _write_picture(folder: Path, files: list[str]) -> None:
+    """The samples above their overlays, one of each kind: what the README shows."""
+    first = list({Path(file).parent: Path(file) for file in reversed(files)}.values())
+    overlays = [folder / "overlays" / path.parent.name / f"{path.stem}.png" for path in first]
+    tiles = [Image.open(path) for path in (*first, *overlays)]
+    with atomic_path(folder / "demo.png") as temporary:
+        contact_sheet(tiles, columns=len(first), tile_width=320).save(temporary)

@@ -1,0 +1,424 @@
+"""Reading images safely, turning them into tensors, and drawing anomaly maps over them.
+
+Whatever comes in as an image passes `read_image`, so that files, PIL images and arrays give the same pixels and bad input
+is refused in one place and in one way.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+
+from .catalog import unknown
+from .errors import ImageError, InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+
+# Pillow's names of what is decoded. A closed list, because some other formats of Pillow start external programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Just below where Pillow begins to warn of decompression bombs, so that one rule holds and its settings stay untouched.
+MAX_PIXELS = 89_000_000
+# Laid behind transparent pixels.
+BACKGROUND = (255, 255, 255)
+
+_SHORTER_SIDE = {"resize224_crop224": 224, "resize256_crop224": 256}
+PRESETS = ("squash", *_SHORTER_SIDE)
+
+_ACCEPTED = "Accepted are images of 8 bits in any colour mode or of 16 bits, and arrays of uint8 or uint16."
+# Pillow documents the first two; the rest is what its decoders raise on damaged files, or on any warning under -W error.
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError, struct.error, Warning)
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+
+
+def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit_depth: int = 16) -> Image.Image:
+    """Read an image, upright and in RGB.
+
+    The EXIF orientation is applied, transparent pixels are laid over `BACKGROUND`, and of several frames the first is taken.
+    16-bit samples are scaled by 255 / (2**bit_depth - 1) and rounded, whatever the image holds.
+
+    Args:
+        source: A file, a PIL image, or a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4 = RGBA).
+        bit_depth: Bits in use, 9 to 16, of samples stored in 16: 12 for a camera that gives 0 to 4095. Files of 8 bits, and
+            files that state their own maximum, are not concerned.
+
+    Returns:
+        A new image of mode RGB that keeps no file open and carries no metadata.
+
+    Raises:
+        ImageError: If the source is missing, empty, truncated, no image, of an unsupported kind, or above `MAX_PIXELS`.
+        InputError: If bit_depth is not 9 to 16.
+    """
+    if bit_depth not in range(9, 17):
+        raise InputError(f"bit_depth is {bit_depth!r}; it must be a whole number from 9 to 16.")
+    if isinstance(source, np.ndarray):
+        with _refusing(f"array of shape {source.shape} and type {source.dtype}"):
+            return _from_array(source, bit_depth)
+    if isinstance(source, Image.Image):
+        with _refusing(getattr(source, "filename", "") or f"PIL image of mode {source.mode}"):
+            return _from_pillow(source, bit_depth)
+    if isinstance(source, (str, os.PathLike)):
+        with _refusing(os.fspath(source)):
+            return _from_file(source, bit_depth)
+    raise ImageError(f"Cannot read an image from {type(source).__name__}; give a path, a PIL image or a numpy array.")
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn whatever decoding raises into an ImageError that names the source."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"Cannot read {name}: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"Cannot read {name}: it is not, or no longer, one of {', '.join(FORMATS)}.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"Cannot read {name}: more than {MAX_PIXELS:,} pixels (or Pillow's own limit). {error}") from None
+    except _DAMAGED as error:
+        raise ImageError(f"Cannot read {name}: truncated or damaged ({error}).") from error
+
+
+def _from_file(path: str | os.PathLike[str], bit_depth: int) -> Image.Image:
+    if not os.path.isfile(path):
+        raise ImageError("it is a folder; give image files." if os.path.isdir(path) else "there is no such file.")
+    # Given a path, Pillow may map the file into memory, which would keep it locked on Windows.
+    with open(path, "rb") as stream:
+        if not stream.read(1):
+            raise ImageError("the file is empty.")
+        with Image.open(stream, formats=FORMATS) as image:
+            return _from_pillow(image, bit_depth)
+
+
+def _from_array(array: np.ndarray, bit_depth: int) -> Image.Image:
+    if array.dtype not in (np.uint8, np.uint16):
+        raise ImageError(_ACCEPTED)
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ImageError("the shape must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
+    _check_size(array.shape[1], array.shape[0])
+    samples = _to_8_bits(array, 2**bit_depth - 1) if array.dtype == np.uint16 else array
+    return _from_pillow(Image.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[2:] == (1,) else samples)), bit_depth)
+
+
+def _from_pillow(image: Image.Image, bit_depth: int) -> Image.Image:
+    _check_size(*image.size)
+    if image.mode == "F":
+        raise ImageError(f"floating-point pixels have no fixed scale. {_ACCEPTED}")
+    white = _white(image, bit_depth)
+    image.load()
+    if image.mode.startswith("I"):
+        rgb = _from_grey16(image, white)
+    elif image.has_transparency_data:
+        # Pillow has no direct way from premultiplied grey to RGBA.
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgb = Image.new("RGB", image.size, BACKGROUND)
+        rgb.paste(rgba, mask=rgba)
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}  # Else the orientation would be applied once more when the result is read again.
+    rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
+    return ImageOps.exif_transpose(rgb)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{width} x {height} pixels are no image.")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}; make it smaller or cut it into parts.")
+
+
+def _white(image: Image.Image, bit_depth: int) -> int:
+    """The 16-bit sample that means white. To be asked before loading, when Pillow drops what it knows of the samples."""
+    codec, _, _, args = (getattr(image, "tile", None) or [("", None, 0, "")])[0]
+    layout = args if args and isinstance(args, tuple) else (args,)
+    if codec.startswith("ppm") and layout[-1] != 65535:
+        return 65535  # The file states its maximum, and Pillow has scaled by it.
+    if layout[0] == "I;12":
+        return 4095
+    if not image.mode.startswith("I"):
+        deep = codec.startswith("ppm") or re.search(r";16[BLN]$", str(layout[0]))
+        if not deep and max(getattr(image, "tag_v2", {}).get(_TIFF_BITS, (8,))) > 8:
+            # Pillow would decode these into noise.
+            raise ImageError("colour planes of 16 bits stored one after the other are not supported; save it interleaved.")
+        if deep and (bit_depth != 16 or "transparency" in image.info):
+            # Pillow keeps the upper 8 bits: nothing is left of 9-bit samples, and a transparent colour cannot be told.
+            raise ImageError("16-bit colour is read at bit_depth=16 only, and without a transparent colour; convert it to 8 bits.")
+    return 2**bit_depth - 1
+
+
+def _from_grey16(image: Image.Image, white: int) -> Image.Image:
+    samples = np.asarray(image)
+    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+        samples = white - samples.astype(np.int32)  # Pillow inverts 8 bits only.
+    rgb = Image.fromarray(_to_8_bits(samples, white)).convert("RGB")
+    if "transparency" in image.info:
+        rgb.paste(BACKGROUND, mask=Image.fromarray(samples == image.info["transparency"]))
+    return rgb
+
+
+def _to_8_bits(samples: np.ndarray, white: int) -> np.ndarray:
+    low, high = int(samples.min()), int(samples.max())
+    if low < 0 or high > white:
+        hint = "raise bit_depth" if low >= 0 and high <= 65535 else "save it with 8 or 16 bits"
+        raise ImageError(f"it holds values from {low} to {high}, outside 0 to {white}; {hint}.")
+    scaled = samples.astype(np.uint32)
+    scaled *= 255
+    scaled += white // 2
+    scaled //= white
+    return scaled.astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGED:
+        return 1  # Damaged metadata around sound pixels: upright, as viewers take it.
+
+
+def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
+    """The image files in a folder, known by `IMAGE_SUFFIXES` in upper or lower case, sorted by path.
+
+    Files and folders whose names begin with a dot are passed over; links to folders are not followed.
+
+    Args:
+        folder: Where to look.
+        recursive: Whether to look in sub-folders as well.
+
+    Raises:
+        ImageError: If the folder is missing, no folder, unreadable, or holds no images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ImageError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder of images.")
+    found = _walk(root)
+    images = found if recursive else [path for path in found if path.parent == root]
+    if not images:
+        hint = f" Its sub-folders hold {len(found)}: take them with recursive=True (--recursive)." if found else ""
+        raise ImageError(f"No images in {root} (looked for {' '.join(IMAGE_SUFFIXES)}).{hint}")
+    return images
+
+
+def _walk(root: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"Cannot list {error.filename}: {error.strerror}.") from error
+
+    found: list[Path] = []
+    for parent, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """The way from an image to a model's input, made by `build_transform`. Can be pickled and compared."""
+
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preset: str = "squash"
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Transform an image of any mode into a float32 tensor (3, H, W).
+
+        Raises:
+            ImageError: As `read_image`, and if the image is too long and narrow to be resized within `MAX_PIXELS`.
+        """
+        from torchvision.transforms import functional as F
+
+        rgb = read_image(image)
+        side = _SHORTER_SIDE.get(self.preset)
+        if side is None:
+            rgb = F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
+        elif side**2 * max(rgb.size) > MAX_PIXELS * min(rgb.size):
+            raise ImageError(f"{rgb.width} x {rgb.height} pixels are too long and narrow for {self.preset}; take the preset squash.")
+        else:
+            rgb = F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
+        tensor: torch.Tensor = F.normalize(F.to_tensor(rgb), list(self.mean), list(self.std))
+        return tensor
+
+
+def build_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, preset: str = "squash") -> ImageTransform:
+    """Build the way from a PIL image to a model's input.
+
+    "squash" resizes the whole image to img_size. "resize224_crop224" and "resize256_crop224" resize the shorter side to 224
+    or 256 pixels, keeping the aspect ratio, and cut out the central 224 x 224, whatever img_size is. Resizing is Pillow's
+    bicubic on uint8; the result is scaled to [0, 1] and normalised.
+
+    Args:
+        img_size: Height and width in pixels.
+        mean: Of each channel, for values in [0, 1].
+        std: Of each channel, for values in [0, 1].
+        preset: One of `PRESETS`.
+
+    Raises:
+        UnknownNameError: For an unknown preset.
+        InputError: If img_size is not two positive numbers.
+    """
+    if preset not in PRESETS:
+        raise UnknownNameError(unknown("preset", preset, PRESETS))
+    if len(img_size) != 2 or min(img_size) < 1:
+        raise InputError(f"img_size is {img_size!r}; it must be a height and a width in pixels.")
+    return ImageTransform((int(img_size[0]), int(img_size[1])), tuple(map(float, mean)), tuple(map(float, std)), preset)
+
+
+# Dark blue, violet, crimson, red. The lightness rises evenly, so that the order is also seen in grey and by the colour-blind.
+_ANCHORS = ((10, 20, 80), (96, 20, 140), (176, 14, 116), (255, 24, 24))
+_STEPS = np.linspace(0, 1, 256)
+_COLOURS = np.stack([np.interp(_STEPS, (0, 0.35, 0.65, 1), channel) for channel in zip(*_ANCHORS, strict=True)], 1).round().astype(np.uint8)
+# Grows slowly at first, so that normal regions look as they are.
+_OPACITY = (0.75 * 255 * _STEPS**1.5).round().astype(np.uint8)
+_INK = (40, 40, 40)
+
+
+def colorize(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Colour an anomaly map: dark blue (low) over violet to red (high).
+
+    Args:
+        map: Shape (H, W). Values outside the scale are clipped.
+        scale: Values of the lowest and the highest colour: one pair for all images that are to be compared.
+
+    Returns:
+        uint8 array (H, W, 3).
+
+    Raises:
+        InputError: If the map is not two-dimensional, is empty or holds NaN, or the scale is not finite and increasing.
+    """
+    return _COLOURS[_levels(map, scale)]
+
+
+def _levels(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Steps 0 to 255 of the scale, uint8 (H, W)."""
+    low, high = scale
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"The scale {scale} must be two finite numbers, the lower one first.")
+    values = np.asarray(map, dtype=np.float32)
+    if values.ndim != 2 or not values.size:
+        raise InputError(f"An anomaly map has the shape (H, W), not {values.shape}.")
+    if np.isnan(values).any():
+        raise InputError("The anomaly map holds NaN.")
+    return ((values.clip(low, high) - low) * (255 / (high - low))).round().astype(np.uint8)
+
+
+def overlay(
+    image: str | os.PathLike[str] | Image.Image | np.ndarray,
+    anomaly_map: np.ndarray,
+    *,
+    scale: tuple[float, float],
+    threshold: float | None = None,
+    caption: str | None = None,
+) -> Image.Image:
+    """Lay an anomaly map over its image, with a legend.
+
+    The image keeps its size, at the top left; the legend stands to its right and the caption below, covering nothing.
+
+    Args:
+        image: Whatever `read_image` takes, H x W pixels once upright.
+        anomaly_map: Shape (H, W).
+        scale: Values of the lowest and the highest colour, see `colorize`.
+        threshold: A line is drawn around the pixels above it, and a tick in the legend.
+        caption: Text, wrapped where it is longer than the picture is wide.
+
+    Returns:
+        RGB image.
+
+    Raises:
+        InputError: If map and image differ in size, the threshold is not finite, or `colorize` refuses the map or the scale.
+        ImageError: As `read_image`.
+    """
+    picture, levels = read_image(image), _levels(anomaly_map, scale)
+    if levels.shape != picture.size[::-1]:
+        raise InputError(f"The anomaly map is {levels.shape}, the image {picture.size[::-1]} (height, width); resize the map.")
+    picture = Image.composite(Image.fromarray(_COLOURS[levels]), picture, Image.fromarray(_OPACITY[levels]))
+    if threshold is not None:
+        if not math.isfinite(threshold):
+            raise InputError(f"The threshold is {threshold}; it must be finite.")
+        _draw_contour(picture, np.asarray(anomaly_map) > threshold)
+    return _with_legend(picture, scale, threshold, caption)
+
+
+def _draw_contour(picture: Image.Image, inside: np.ndarray) -> None:
+    """White line with a dark rim, seen on any ground. It lies where a blurred mask passes its middle."""
+    radius = max(0.3, math.sqrt(inside.size) / 600)
+    mask = Image.fromarray(inside).convert("L")
+    for colour, width, strength in (((0, 0, 0), radius + max(0.5, radius), 0.5), ((255, 255, 255), radius, 1.0)):
+        ridge = [round(strength * min(255, 2 * (255 - abs(2 * value - 255)))) for value in range(256)]
+        picture.paste(colour, mask=mask.filter(ImageFilter.BoxBlur(width)).point(ridge))
+
+
+def _with_legend(picture: Image.Image, scale: tuple[float, float], threshold: float | None, caption: str | None) -> Image.Image:
+    (width, height), (low, high) = picture.size, scale
+    size = max(10, round(math.sqrt(width * height) / 26))
+    font, line, gap = ImageFont.load_default(size), round(1.3 * size), round(0.6 * size)
+    left, text_left, top = width + gap, width + 3 * gap + size, line // 2
+    bottom = top + max(4 * line, min(height, 40 * size) - line)
+    labels = [(f"{high:.3g}", top), (f"{low:.3g}", bottom)]
+    tick = bottom
+    if threshold is not None:
+        tick -= round((bottom - top) * (min(max(threshold, low), high) - low) / (high - low))
+        # The label gives way to those at the ends, the tick does not. Small pictures have no room for the word.
+        word = "  threshold" if width > 12 * size else ""
+        labels.append((f"{threshold:.3g}{word}", min(max(tick, top + line), bottom - line)))
+    total = math.ceil(text_left + max(font.getlength(text) for text, _ in labels)) + gap
+    rows = _wrap(caption or "", font, total - 2 * gap)
+    body = max(height, bottom + line // 2)
+    canvas = Image.new("RGB", (total, body + (len(rows) * line + gap if rows else 0)), BACKGROUND)
+    canvas.paste(picture)
+    canvas.paste(Image.fromarray(colorize(np.linspace(high, low, bottom - top)[:, None].repeat(size, 1), scale)), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    if threshold is not None:
+        draw.line([(left, tick), (left + size - 1, tick)], "white", max(1, size // 8))
+        draw.line([(left + size, tick), (text_left - gap // 2, labels[-1][1])], _INK, max(1, size // 12))
+    for text, y in labels:
+        draw.text((text_left, y), text, _INK, font, anchor="lm")
+    for number, row in enumerate(rows):
+        draw.text((gap, body + gap + number * line), row, _INK, font, anchor="lt")
+    return canvas
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    columns = max(1, len(text))
+    rows = textwrap.wrap(text, columns)
+    while columns > 1 and any(font.getlength(row) > width for row in rows):
+        columns -= 1
+        rows = textwrap.wrap(text, columns)
+    return rows
+
+
+def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int) -> Image.Image:
+    """Arrange pictures in rows on white, with equal margins.
+
+    Args:
+        tiles: Pictures, read from left to right and from top to bottom.
+        columns: Pictures in a row.
+        tile_width: Width in pixels to which each picture is brought at its aspect ratio; tall ones end at twice that height.
+
+    Returns:
+        RGB image.
+
+    Raises:
+        InputError: If there are no tiles, or columns or tile_width is below 1.
+    """
+    if not tiles or columns < 1 or tile_width < 1:
+        raise InputError(f"A contact sheet needs pictures, columns and a width; got {len(tiles)}, {columns} and {tile_width}.")
+    fitted = [ImageOps.contain(read_image(tile), (tile_width, 2 * tile_width), Image.Resampling.LANCZOS) for tile in tiles]
+    rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
+    margin = max(4, tile_width // 24)
+    heights = [margin + max(tile.height for tile in row) for row in rows]
+    sheet = Image.new("RGB", (margin + len(rows[0]) * (tile_width + margin), margin + sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, tile in enumerate(row):
+            x = margin + column * (tile_width + margin) + (tile_width - tile.width) // 2
+            sheet.paste(tile, (x, margin + sum(heights[:number])))
+    return sheet

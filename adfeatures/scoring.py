@@ -1,0 +1,145 @@
+"""From features to anomaly maps, image scores and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+SIGMA = 4.0
+# Tops of the fixed colour scale of maps where no threshold gives one. Of projected residuals, since training pushes anomalous patches above
+# 0.4 + 0.75; of direct residuals, as a multiple of what normal patches show.
+FEATURE_NORM_TOP = 1.15
+RESIDUAL_TOP = 4.0
+# Zero padding reaches about this far into the maps of a convolutional backbone.
+RINGS = 3
+
+
+class AnomalyMap(NamedTuple):
+    """Scores of a batch: ``maps`` (B, H, W) at the input size and ``scores`` (B,), the maximum of each map; both >= 0, no upper bound."""
+
+    maps: Tensor
+    scores: Tensor
+
+
+def feature_norm_map(features: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
+    """Anomaly maps from the norms of projected residual features (FeatureNorm, paper section 3.5).
+
+    Args:
+        features: One (B, C_l, h_l, w_l) map per level.
+        size: Height and width of the result in pixels.
+        sigma: Standard deviation of the Gaussian smoothing in pixels of the result; 0 for none.
+
+    Returns:
+        (B, H, W), the mean over the levels.
+    """
+    return fuse([patch_norms(level) for level in features], size, sigma)
+
+
+def patch_norms(features: Tensor) -> Tensor:
+    """Scores (B, h, w) of patches (B, C, h, w): sqrt(norm + 1) - 1.
+
+    The paper writes the pseudo-Huber form with the squared norm under the root; the published code, and so the published weights, do not.
+    """
+    return (torch.linalg.vector_norm(features.float(), dim=1) + 1).sqrt() - 1
+
+
+def cosine_distances(residuals: Tensor) -> Tensor:
+    """Cosine distances (B, h, w) in [0, 2], from residuals (B, C, h, w) between features of unit length."""
+    return residuals.float().square().sum(dim=1) / 2
+
+
+def ring_scales(distances: Sequence[Tensor]) -> Tensor:
+    """Typical leave-one-out distances of normal patches, from maps (K, h_l, w_l): (levels, RINGS + 1), the interior last.
+
+    Zero padding makes the border of a map stand out: outer rings count by the square of their level over the interior's, never below 1.
+    """
+    scales = []
+    for level in distances:
+        ring = _rings(level.shape[-2], level.shape[-1], level.device)
+        means = torch.stack([level[:, ring == r].mean() if (ring == r).any() else level.mean() for r in range(RINGS + 1)])
+        interior = means[-1].clamp_min(torch.finfo(means.dtype).eps)
+        scales.append(interior * (means / interior).square().clamp_min(1))
+    return torch.stack(scales)
+
+
+def divide_by_ring(distances: Tensor, scales: Tensor) -> Tensor:
+    """Bring distances (B, h, w) of one level to the scale of normal ones, given that level's ``ring_scales``, (RINGS + 1,)."""
+    return distances / scales.to(distances.device)[_rings(distances.shape[-2], distances.shape[-1], distances.device)]
+
+
+def _rings(height: int, width: int, device: torch.device) -> Tensor:
+    """Distance (h, w) of every cell from the border, at most RINGS."""
+    rows = torch.minimum(torch.arange(height), torch.arange(height).flip(0))
+    columns = torch.minimum(torch.arange(width), torch.arange(width).flip(0))
+    return torch.minimum(rows[:, None], columns[None]).clamp_max(RINGS).to(device)
+
+
+def fuse(patch_scores: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
+    """Upsample the scores (B, h_l, w_l) of each level to ``size``, average the levels and smooth: (B, H, W)."""
+    levels = [F.interpolate(level[:, None], size=size, mode="bilinear", align_corners=True)[:, 0] for level in patch_scores]
+    return smooth(torch.stack(levels).mean(dim=0), sigma)
+
+
+def smooth(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian smoothing of (B, H, W) as scipy.ndimage.gaussian_filter does it: reflected borders, cut at 4 sigma."""
+    if sigma == 0:
+        return maps
+    rows, columns = (torch.from_numpy(_blur_matrix(side, sigma)).to(maps) for side in maps.shape[-2:])
+    return rows @ maps @ columns.T
+
+
+@lru_cache(maxsize=8)
+def _blur_matrix(side: int, sigma: float) -> np.ndarray:
+    """The smoothing of one axis as a (side, side) matrix."""
+    radius = int(4 * sigma + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    sources = (np.arange(side)[:, None] + offsets) % (2 * side)
+    matrix = np.zeros((side, side))
+    np.add.at(matrix, (np.arange(side)[:, None], np.minimum(sources, 2 * side - 1 - sources)), weights / weights.sum())
+    return matrix.astype(np.float32)
+
+
+def normal_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> float:
+    """The threshold that the given part of normal scores stays below, interpolated linearly as by numpy.quantile.
+
+    Raises:
+        InputError: For a quantile outside (0, 1], no scores, or scores that are not finite.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if not 0 < quantile <= 1:
+        raise InputError(f"The quantile must lie in (0, 1], got {quantile}.")
+    if not values.size or not np.isfinite(values).all():
+        raise InputError("A threshold needs at least one normal image, and finite scores.")
+    return float(np.quantile(values, quantile))
+
+
+def outliers(scores: Sequence[float] | np.ndarray) -> list[int]:
+    """Indices of scores that lie far above the others: over 1.5 times the median and 3.5 robust standard deviations from it."""
+    values = np.asarray(scores, dtype=np.float64)
+    median = np.median(values)
+    spread = 1.4826 * np.median(np.abs(values - median))
+    return [int(i) for i in np.flatnonzero((values > 1.5 * median) & (values > median + 3.5 * spread))]
+
+
+def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | Sequence[bool] | np.ndarray) -> float:
+    """Area under the ROC curve: how often an anomalous sample (label 1) scores above a normal one (0), ties counted half.
+
+    Raises:
+        InputError: If a score is not finite, or only one of the labels is there.
+    """
+    values, positive = np.asarray(scores, dtype=np.float64).ravel(), np.asarray(labels).ravel() > 0
+    if values.shape != positive.shape or not np.isfinite(values).all() or positive.all() or not positive.any():
+        raise InputError("AUROC needs finite scores and labels of both kinds, one label for each score.")
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    n_positive = int(positive.sum())
+    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * (positive.size - n_positive)))
