@@ -184,7 +184,9 @@ def create_backbone(
     else:
         embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
         levels = _check_levels(levels or tuple(depth * i // 4 for i in (1, 2, 3, 4)), depth)
-        num_heads = num_heads or embed_dim // _FAMILIES[entry.family].heads_width
+        num_heads = num_heads or max(embed_dim // _FAMILIES[entry.family].heads_width, 1)
+        if embed_dim % num_heads:
+            raise InputError(f"{num_heads} attention heads do not divide a width of {embed_dim}.")
         backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
     if weights is not None:
         _load(backbone, entry, weights, depth)
@@ -276,7 +278,7 @@ def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:
             value = value.reshape(1, -1, value.shape[-1])
         elif name == "patch_embed.proj.weight" and value.ndim == 5:
             # A still image is a clip of one frame repeated: its frames see the sum of the kernel over time.
-            value = value.sum(dim=2)
+            value = value.sum(dim=2, dtype=torch.float32)
         if name is not None:
             renamed[name] = value
     return renamed
@@ -305,7 +307,8 @@ def check_fit(module: nn.Module, state: StateDict, source: str) -> None:
         CheckpointError: Otherwise, naming the source and the first differences.
     """
     own = module.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
+    # Batch counters serve training alone, and torch itself makes up for missing ones.
+    problems = [f"missing {key}" for key in own if key not in state and not key.endswith("num_batches_tracked")]
     problems += [f"unexpected {key}" for key in state if key not in own]
     problems += [
         f"{key} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"

@@ -18,9 +18,10 @@ from torch import Tensor
 from . import catalog
 from .backbones import EfficientNet, VisionTransformer, check_fit, check_size, create_backbone, load_strictly
 from .catalog import DEFAULT_MODEL, find_model
-from .checkpoints import Checkpoint, convert, load_checkpoint, resolve
+from .checkpoints import Checkpoint, convert, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 from .extractor import FeatureExtractor, Images
+from .hub import resolve
 from .images import build_transform
 from .projector import ResidualProjector
 
@@ -61,6 +62,7 @@ def create_model(
         DownloadError: If weights cannot be found or fetched.
         CheckpointError: If weights are damaged or those of another model.
     """
+    register_with_timm()
     arch, tag = find_model(name)
     model = catalog.MODELS[arch]
     tag, weights = _choose_tag(arch, tag, weights, pretrained)

@@ -102,13 +102,13 @@ def _from_file(path: str | os.PathLike[str], bit_depth: int) -> Image.Image:
 
 
 def _from_array(array: np.ndarray, bit_depth: int) -> Image.Image:
-    if array.dtype not in (np.uint8, np.uint16):
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
         raise ImageError(_ACCEPTED)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ImageError("the shape must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
     _check_size(array.shape[1], array.shape[0])
-    samples = _to_8_bits(array, 2**bit_depth - 1) if array.dtype == np.uint16 else array
-    return _from_pillow(Image.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[2:] == (1,) else samples)), bit_depth)
+    samples = _to_8_bits(array, 2**bit_depth - 1) if array.dtype.itemsize == 2 else array
+    return _from_pillow(Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples), bit_depth)
 
 
 def _from_pillow(image: Image.Image, bit_depth: int) -> Image.Image:
@@ -217,7 +217,7 @@ def _walk(root: Path) -> list[Path]:
     for parent, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def _draw_contour(picture: Image.Image, inside: np.ndarray) -> None:
     """White line with a dark rim, seen on any ground. It lies where a blurred mask passes its middle."""
     radius = max(0.3, math.sqrt(inside.size) / 600)
     mask = Image.fromarray(inside).convert("L")
-    for colour, width, strength in (((0, 0, 0), radius + max(0.5, radius), 0.5), ((255, 255, 255), radius, 1.0)):
+    for colour, width, strength in (((0, 0, 0), radius + max(1, radius), 0.8), ((255, 255, 255), radius, 1.0)):
         ridge = [round(strength * min(255, 2 * (255 - abs(2 * value - 255)))) for value in range(256)]
         picture.paste(colour, mask=mask.filter(ImageFilter.BoxBlur(width)).point(ridge))
 
@@ -383,7 +383,7 @@ def _with_legend(picture: Image.Image, scale: tuple[float, float], threshold: fl
     for text, y in labels:
         draw.text((text_left, y), text, _INK, font, anchor="lm")
     for number, row in enumerate(rows):
-        draw.text((gap, body + gap + number * line), row, _INK, font, anchor="lt")
+        draw.text((gap, body + gap // 2 + number * line), row, _INK, font)
     return canvas
 
 

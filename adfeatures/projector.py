@@ -7,7 +7,6 @@ computed once per forward pass, whatever the batch. Both forms share one code pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -116,12 +115,18 @@ class _LevelProjector(nn.Module):
         attention = self._attention
         sources = (self.x_ref, *self.ref_proj.parameters(), attention.in_proj_weight, attention.in_proj_bias)
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            return self._compute_keys_values()
+            keys, values = self._compute_keys_values()
+            # An optimiser's step may follow this pass's gradients, and a fused one leaves no trace in the parameters.
+            keys.register_hook(self._thaw)
+            return keys, values
         if self._frozen is None or not self._frozen.follows(sources):
             # Kept values serve later calls in any mode, so they are neither inference tensors nor in autocast's lower precision.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.x_ref.device.type, enabled=False):
-                self._frozen = _Frozen(sources, [_state(source) for source in sources], self._compute_keys_values())
+                self._frozen = _Frozen(sources, self._compute_keys_values())
         return self._frozen.keys_values
+
+    def _thaw(self, gradient: Tensor) -> None:
+        self._frozen = None
 
     def _compute_keys_values(self) -> tuple[Tensor, Tensor]:
         return self._attention.keys_values(self.ref_proj(self.x_ref))
@@ -135,23 +140,32 @@ class _LevelProjector(nn.Module):
         self._frozen = None
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Copies and pickles hold the parameters alone: what follows from them is soon computed again.
+        return {**self.__dict__, "_frozen": None}
 
-@dataclass(frozen=True)
+
 class _Frozen:
     """Keys and values, with the state of the parameters that they were computed from."""
 
-    sources: tuple[Tensor, ...]
-    states: list[object]
-    keys_values: tuple[Tensor, Tensor]
+    def __init__(self, sources: tuple[Tensor, ...], keys_values: tuple[Tensor, Tensor]) -> None:
+        self.keys_values = keys_values
+        self._sources, self._states = sources, [_state(source) for source in sources]
+        # Held, so that new values put in their place (``parameter.data = ...``) cannot come to lie at their address.
+        self._memory = [source.detach() for source in sources]
 
     def follows(self, sources: tuple[Tensor, ...]) -> bool:
-        same = all(old is new for old, new in zip(self.sources, sources, strict=True))
-        return same and self.states == [_state(source) for source in sources]
+        same = all(old is new for old, new in zip(self._sources, sources, strict=True))
+        return same and self._states == [_state(source) for source in sources]
 
 
 def _state(tensor: Tensor) -> object:
-    """What changes whenever the tensor's values do; inference tensors keep no count of changes, so they never compare equal."""
-    return object() if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
+    """What changes whenever the tensor's values do.
+
+    Never equal for inference tensors, which keep no count of changes, nor while a gradient waits for a step, which a fused optimiser does not count.
+    """
+    waiting = tensor.is_leaf and tensor.requires_grad and tensor.grad is not None
+    return object() if waiting or tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
 
 
 class ResidualProjector(nn.Module):

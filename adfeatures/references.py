@@ -82,7 +82,8 @@ class ReferenceBank:
             raise InputError("The reference features hold NaN or infinite values.")
         (count,) = counts
         return cls(
-            rows=[_tokens(level).contiguous() for level in features],
+            # A copy in every case: the caller's tensors may change later.
+            rows=[level.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).flatten(0, 2) for level in features],
             images=[_image_of_each_patch(level, range(count)) for level in features],
             grids=[(level.shape[2], level.shape[3]) for level in features],
             num_images=count,
@@ -233,14 +234,9 @@ class ReferenceBank:
         rows, images, queries = self.rows[index], self.images[index], _tokens(level)
         if excluded is not None and any((images == image).all() for image in set(excluded)):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
-        barred = None if excluded is None else _image_of_each_patch(level, excluded)
-        nearest = torch.cat(
-            [
-                _nearest(queries[start:stop], rows, images, None if barred is None else barred[start:stop])
-                for start in range(0, len(queries), QUERIES_PER_CHUNK)
-                for stop in [start + QUERIES_PER_CHUNK]
-            ]
-        )
+        chunks = queries.split(QUERIES_PER_CHUNK)
+        barred = [None] * len(chunks) if excluded is None else _image_of_each_patch(level, excluded).split(QUERIES_PER_CHUNK)
+        nearest = torch.cat([_nearest(chunk, rows, images, own) for chunk, own in zip(chunks, barred, strict=True)])
         return rows[nearest].to(level.dtype).unflatten(0, (level.shape[0], *level.shape[2:])).permute(0, 3, 1, 2)
 
 
@@ -264,7 +260,8 @@ def _nearest(queries: Tensor, rows: Tensor, images: Tensor, barred: Tensor | Non
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         chunk = rows[start : start + ROWS_PER_CHUNK].float()
         # The length of the query does not change which row is nearest, so only the rows are normalised.
-        similarity = queries @ F.normalize(chunk, dim=1).T
+        with torch.autocast(queries.device.type, enabled=False):
+            similarity = queries @ F.normalize(chunk, dim=1).T
         if barred is not None:
             similarity.masked_fill_(images[start : start + ROWS_PER_CHUNK] == barred[:, None], -torch.inf)
         value, index = similarity.max(dim=1)
@@ -329,7 +326,7 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         facts = json.loads(metadata["banks"])
         banks = {entry.pop("product"): _bank(number, entry, tensors) for number, entry in enumerate(facts)}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit") from error
     if not all(torch.isfinite(rows).all() for bank in banks.values() for rows in bank.rows):
         raise CheckpointError(f"The reference bank {path} holds NaN or infinite values. Make it again with: adfeatures fit")

@@ -89,11 +89,18 @@ def fuse(patch_scores: Sequence[Tensor], size: tuple[int, int], sigma: float = S
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian smoothing of (B, H, W) as scipy.ndimage.gaussian_filter does it: reflected borders, cut at 4 sigma."""
+    """Gaussian smoothing of (B, H, W) as scipy.ndimage.gaussian_filter does it: reflected borders, cut at 4 sigma.
+
+    Raises:
+        InputError: For a sigma that is negative or not finite.
+    """
+    if not 0 <= sigma < float("inf"):
+        raise InputError(f"sigma must be a number of pixels, 0 or more, got {sigma}.")
     if sigma == 0:
         return maps
     rows, columns = (torch.from_numpy(_blur_matrix(side, sigma)).to(maps) for side in maps.shape[-2:])
-    return rows @ maps @ columns.T
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows @ maps @ columns.T
 
 
 @lru_cache(maxsize=8)

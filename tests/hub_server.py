@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -87,6 +88,22 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(("127.0.0.1", 0), handler)
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        """Hang up as well: a connection that is kept alive would go on being served."""
+        super().server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Report mistakes of this file, but not clients that hang up."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -107,7 +124,7 @@ class HubServer:
         self.stopped = threading.Event()
         self._lock = threading.Lock()
         handlers = (type("Handler", (_Handler,), {"hub": self, "origin": origin}) for origin in ("hub", "storage"))
-        self._servers = [_Server(("127.0.0.1", 0), handler) for handler in handlers]
+        self._servers = [_Server(handler) for handler in handlers]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
     def __enter__(self) -> HubServer:

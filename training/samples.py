@@ -1,8 +1,9 @@
 """Render the sample images of ``adfeatures demo``: ``python -m training.samples --output DIR``.
 
-The images show one product, a turned steel flange with a brass bushing and six socket screws, seen from above on a rubber mat. Everything is computed
-here, so the images need no licence but the project's own, and the masks of the defects are exact. The part is a height field; its normals are lit by soft
-boxes with the stretched highlight of turned metal, and the result goes through the faults of a camera: uneven light, blur, noise.
+The images show one product, a turned steel flange with a brass bushing and six socket screws, seen from above on a rubber mat. Everything
+is computed here, so the images need no licence but the project's own, and the masks of the defects are exact. The part is a height field.
+Its normals are lit by soft boxes, with the stretched highlights of turned metal, and the result goes through the faults of a camera: uneven
+light, blur, noise.
 
 All lengths are pixels of the finished image; rendering is done at SUPERSAMPLING times that resolution. Colours are linear until the camera.
 """
@@ -20,9 +21,15 @@ from PIL import Image
 from scipy import ndimage
 
 WIDTH, HEIGHT, SUPERSAMPLING = 400, 300, 2
-OUTER_RADIUS, SCREW_CIRCLE, SCREW_RADIUS, SCREWS = 122.0, 88.0, 13.0, 6
+BORE, BUSHING, RIM = 21.5, 34.0, 122.5
+SCREWS, SCREW_CIRCLE, SCREW_RADIUS = 6, 88.0, 13.0
 REFERENCES, GOOD = 8, 6
 JPEG_QUALITY = 90
+NOTE = """\
+The images and masks in this folder were rendered by training/samples.py of this project:
+    python -m training.samples --output DIR
+No photograph or other work went into them. They are under the licence of the project, MIT.
+"""
 
 # Height of the turned part over its radius: bore, bushing, hub, flange with a groove, chamfered rim, mat.
 PROFILE_RADIUS = (0, 21, 22, 24, 33, 34, 35, 37, 50, 53, 57, 60, 66, 67, 69, 70, 115, 122, 123, 400)
@@ -31,7 +38,10 @@ PROFILE_HEIGHT = (-30, -30, 12, 14, 14, 13, 15, 17, 17, 14, 2, 0, 0, -1.5, -1.5,
 BRIGHT_STEEL = (0.80, 0.82, 0.85)
 BRASS = (0.88, 0.66, 0.32)
 BLACKENED_STEEL = (0.075, 0.075, 0.085)
+YELLOW_ZINC = (0.72, 0.58, 0.26)
 RUBBER = (0.035, 0.055, 0.075)
+# Gloss of metal without turning marks.
+PLAIN_METAL = 0.35
 # Direction towards the light, its colour and its angular size.
 LIGHTS = (
     ((-0.55, -0.65, 0.80), (1.00, 0.97, 0.92), 0.16),
@@ -81,8 +91,8 @@ def _flange(rng: np.random.Generator) -> Part:
     radius = np.hypot(x - centre_x, y - centre_y)
     angle = np.arctan2(y - centre_y, x - centre_x) - rng.uniform(-0.12, 0.12)
     height = ndimage.gaussian_filter(np.interp(radius, PROFILE_RADIUS, PROFILE_HEIGHT), 0.6 * SUPERSAMPLING)
-    metal = (radius > 21.5) & (radius < 122.5)
-    brass = metal & (radius < 34)
+    metal = (radius > BORE) & (radius < RIM)
+    brass = metal & (radius < BUSHING)
     colour = np.where(brass[..., None], BRASS, np.where(metal[..., None], BRIGHT_STEEL, RUBBER))
     return Part(radius, angle, height + _mat(x, y, rng) * ~metal, colour, metal.astype(float), np.zeros(radius.shape, bool))
 
@@ -94,17 +104,33 @@ def _mat(x: Map, y: Map, rng: np.random.Generator) -> Map:
     return 3 * np.clip(rib, -0.1, 0.3) + 0.12 * _noise(rng, x.shape, 0.8 * SUPERSAMPLING)
 
 
-def _screw(part: Part, index: int, rng: np.random.Generator) -> None:
+def _socket_screw(part: Part, index: int, rng: np.random.Generator) -> None:
     """A black socket head with its hexagon turned at random, in its counterbore."""
+    distance, hexagon = _around_screw(part, index, rng)
+    head = np.interp(distance, (0, 8.6, 10.2, 10.8), (5, 5, 3.5, -6)) - 7 * np.clip(5.3 - hexagon, 0, 1)
+    _put(part, distance < 10.8, head, BLACKENED_STEEL)
+
+
+def _hexagon_screw(part: Part, index: int, rng: np.random.Generator) -> None:
+    """A zinc-plated hexagon head, which does not belong here."""
+    distance, hexagon = _around_screw(part, index, rng)
+    head = np.interp(hexagon, (0, 5, 5.6, 9, 10), (7, 7, 9, 9, 7)) - 0.8 * np.clip(distance - 9.2, 0, None)
+    _put(part, hexagon < 9.8, head, YELLOW_ZINC)
+
+
+def _around_screw(part: Part, index: int, rng: np.random.Generator) -> tuple[Map, Map]:
+    """Distance from the axis of a screw, round and hexagonal, the hexagon turned at random."""
     x, y = part.at(SCREW_CIRCLE, index * 2 * np.pi / SCREWS)
     distance = np.hypot(x, y)
     turn = np.arctan2(y, x) + rng.uniform(0, 2 * np.pi)
-    hexagon = distance * np.cos((turn + np.pi / 6) % (np.pi / 3) - np.pi / 6)
-    head = np.interp(distance, (0, 8.6, 10.2, 10.8), (5, 5, 3.5, -6)) - 7 * np.clip(5.3 - hexagon, 0, 1)
-    inside = distance < 10.8
-    part.height[inside] = head[inside]
-    part.colour[inside] = BLACKENED_STEEL
-    part.gloss[inside] = 0.35
+    return distance, distance * np.cos((turn + np.pi / 6) % (np.pi / 3) - np.pi / 6)
+
+
+def _put(part: Part, inside: NDArray[np.bool_], height: Map, colour: tuple[float, float, float]) -> None:
+    """Cover some pixels of the part with plain metal."""
+    part.height[inside] = height[inside]
+    part.colour[inside] = colour
+    part.gloss[inside] = PLAIN_METAL
 
 
 def _counterbore(part: Part, index: int) -> None:
@@ -117,15 +143,14 @@ def _counterbore(part: Part, index: int) -> None:
     part.gloss[distance < 6.5] = 0
 
 
-def _make(rng: np.random.Generator, missing: int | None = None) -> Part:
-    """A whole part; ``missing`` is the index of a screw that was forgotten."""
+def _make(rng: np.random.Generator, wrong: int | None = None) -> Part:
+    """A whole part; ``wrong`` is the index of a place that got the wrong screw."""
     part = _flange(rng)
     for index in range(SCREWS):
         _counterbore(part, index)
-        if index != missing:
-            _screw(part, index, rng)
-    if missing is not None:
-        part.defect = np.hypot(*part.at(SCREW_CIRCLE, missing * 2 * np.pi / SCREWS)) < SCREW_RADIUS
+        (_hexagon_screw if index == wrong else _socket_screw)(part, index, rng)
+    if wrong is not None:
+        part.defect = np.hypot(*part.at(SCREW_CIRCLE, wrong * 2 * np.pi / SCREWS)) < SCREW_RADIUS
     return part
 
 
@@ -169,26 +194,28 @@ def _rust(rng: np.random.Generator) -> Part:
     part = _make(rng)
     x, y = part.at(*_free_spot(rng))
     size = rng.uniform(9, 16)
-    edge = np.hypot(x, y) / size + 0.28 * _noise(rng, x.shape, 4 * SUPERSAMPLING) + 0.12 * _noise(rng, x.shape, SUPERSAMPLING)
+    edge = np.hypot(x, y) / size + 0.22 * _noise(rng, x.shape, 4 * SUPERSAMPLING) + 0.12 * _noise(rng, x.shape, SUPERSAMPLING)
     cover = np.clip((1 - edge) * 2.5, 0, 0.95) * (part.gloss > 0.5)
     brown = np.array((0.22, 0.075, 0.025)) * np.exp(0.4 * _noise(rng, x.shape, 1.5 * SUPERSAMPLING))[..., None]
-    part.colour = part.colour * (1 - cover[..., None]) + brown * cover[..., None]
-    part.gloss *= 1 - cover
+    # A thin film takes the colour before it takes the shine.
+    film = np.sqrt(cover)[..., None]
+    part.colour = part.colour * (1 - film) + brown * film
+    part.gloss *= 1 - cover**2
     part.height += 0.3 * cover * _noise(rng, x.shape, 0.8 * SUPERSAMPLING)
-    part.defect = cover > 0.15
+    part.defect = cover > 0.05
     return part
 
 
-def _missing_screw(rng: np.random.Generator) -> Part:
-    """One screw was forgotten."""
-    return _make(rng, missing=int(rng.integers(SCREWS)))
+def _wrong_screw(rng: np.random.Generator) -> Part:
+    """One screw is of another kind."""
+    return _make(rng, wrong=int(rng.integers(SCREWS)))
 
 
 DEFECTS: dict[str, tuple[Callable[[np.random.Generator], Part], int]] = {
     "scratch": (_scratch, 3),
     "dent": (_dent, 2),
-    "rust": (_rust, 3),
-    "missing_screw": (_missing_screw, 2),
+    "rust": (_rust, 2),
+    "wrong_screw": (_wrong_screw, 2),
 }
 
 
@@ -222,8 +249,8 @@ def _shade(part: Part, rng: np.random.Generator) -> Map:
         diffuse += (0.6 * np.clip(normal @ towards, 0, 1))[..., None] * light
     gloss = part.gloss[..., None]
     sky = (0.10 + 0.12 * normal[..., 1:2]) * metal
-    light = diffuse * (1 - 0.75 * gloss) + highlight * (0.25 + 0.75 * gloss) * metal + sky
-    return part.colour * light * _shadow(part)
+    lit = diffuse * (1 - 0.75 * gloss) + highlight * (0.25 + 0.75 * gloss) * metal + sky
+    return part.colour * lit * _shadow(part)
 
 
 def _shadow(part: Part) -> Map:
@@ -260,7 +287,9 @@ def _mask(part: Part) -> Image.Image:
 
 
 def render(output: Path) -> None:
-    """Write references/, test/<kind>/ and masks/<defect>/ below ``output``. The same call gives the same pixels."""
+    """Write LICENSE.txt, references/, test/<kind>/ and masks/<defect>/ below ``output``. With the same libraries the files are the same."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "LICENSE.txt").write_text(NOTE, encoding="utf-8")
     for folder, count, seed in ((output / "references", REFERENCES, 1), (output / "test" / "good", GOOD, 2)):
         _write(folder, None, _make, count, seed)
     for seed, (name, (make, count)) in enumerate(DEFECTS.items(), start=3):

@@ -1,0 +1,377 @@
+"""Speed and memory against the published form of the method: ``python -m adfeatures.bench [--json] [--quick]``.
+
+The published form is written here anew from the paper's equations, plainly: it projects the references to keys and values again for every
+image of every batch, materialises the attention weights, and matches by the whole matrix of similarities. Both forms share their weights
+and run alternately in one process, so that whatever else the machine does slows both: judge by the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from . import catalog, scoring
+from .backbones import create_backbone
+from .extractor import FeatureExtractor
+from .factory import ASSETS, create_model, create_transform
+from .images import read_image
+from .projector import ResidualProjector
+from .references import ReferenceBank
+
+BACKBONE, MODEL = "dinov2_base", "adpretrain_dinov2_base"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; the defaults are those of the full run."""
+
+    repeats: int = 11  # pairs of runs that a median is taken of
+    seconds: float = 60  # after which a comparison does not start another pair
+    width: int = 768  # channels of the projector's four levels and of the backbone
+    depth: int = 12  # blocks of the backbone
+    keys: int = 2048  # learnable references per level of the projector
+    grid: int = 16  # height and width of the patch grids
+    batches: tuple[int, ...] = (1, 8)  # of the projector; the largest also for memory
+    references: int = 8  # images
+    matching: tuple[int, int] = (1600, 12_800)  # queries and rows whose matching is timed
+    bank: tuple[int, int] = (256, 2_048_000)  # queries and rows whose memory is measured
+    photo: tuple[int, int] = (1600, 1200)  # width and height in pixels
+
+
+FULL, QUICK = Sizes(), Sizes(repeats=3, seconds=8, bank=(256, 204_800))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Ratios are naive over ours, so above 1 where ours is better; None is what was not measured."""
+
+    what: str
+    unit: str
+    ours: float | None
+    naive: float | None = None
+    ratio: float | None = None
+    cpu_ratio: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        numbers = (_number(self.ours, 1), _number(self.naive, 1), _number(self.ratio, 2), _number(self.cpu_ratio, 2))
+        return _line(f"{self.what}, {self.unit}", *numbers, self.note)
+
+
+def _line(what: str, ours: str, naive: str, ratio: str, cpu_ratio: str, note: str) -> str:
+    return f"{what:<58}{ours:>9}{naive:>10}{ratio:>7}{cpu_ratio:>11}  {note}".rstrip()
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+# The published form
+
+
+class NaiveProjector:
+    """The projector in its published form, on the weights of ours."""
+
+    def __init__(self, ours: ResidualProjector) -> None:
+        self.num_heads, state = ours.num_heads, ours.state_dict()
+        prefixes = [f"l{number}_proj." for number in range(1, len(ours.channels) + 1)]
+        self.levels = [{key.removeprefix(p): value for key, value in state.items() if key.startswith(p)} for p in prefixes]
+
+    def __call__(self, residuals: Sequence[Tensor]) -> list[Tensor]:
+        return [naive_level(*level) for level in zip(residuals, self.levels, self.num_heads, strict=True)]
+
+
+def naive_level(x: Tensor, state: Mapping[str, Tensor], num_heads: int) -> Tensor:
+    """Project the residual maps (B, C, h, w) of one level, with its entries of the state dict."""
+
+    def parameters(name: str) -> tuple[Tensor, Tensor]:
+        return state[f"{name}.weight"], state[f"{name}.bias"]
+
+    def heads(sequence: Tensor) -> Tensor:
+        return sequence.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    tokens, expanded = x.flatten(2).transpose(1, 2), state["x_ref"].expand(len(x), -1, -1)
+    references = F.conv1d(expanded.transpose(1, 2), *parameters("ref_proj.project")).transpose(1, 2)
+    packed = zip(*(state[f"layers.0.cross_attn.in_proj_{kind}"].chunk(3) for kind in ("weight", "bias")), strict=True)
+    queries, keys, values = (heads(F.linear(t, *p)) for t, p in zip((tokens, references, references), packed, strict=True))
+    weights = (queries * queries.shape[-1] ** -0.5 @ keys.transpose(-2, -1)).softmax(dim=-1)
+    attended = F.linear((weights @ values).transpose(1, 2).flatten(2), *parameters("layers.0.cross_attn.out_proj"))
+    tokens = tokens - attended
+    hidden = F.linear(tokens, *parameters("layers.0.mlp.fc1"))
+    squeezed = F.relu(F.linear(hidden.mean(1, keepdim=True), *parameters("layers.0.mlp.se.fc1")))
+    hidden = F.gelu(hidden * torch.sigmoid(F.linear(squeezed, *parameters("layers.0.mlp.se.fc2"))))
+    return (tokens + F.linear(hidden, *parameters("layers.0.mlp.fc2"))).transpose(1, 2).reshape(x.shape)
+
+
+def naive_residuals(features: Sequence[Tensor], banks: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (B, C, h, w) minus the most similar rows of banks (N, C), by the whole matrix of cosine similarities."""
+    residuals = []
+    for level, bank in zip(features, banks, strict=True):
+        queries = level.permute(0, 2, 3, 1).flatten(0, 2)
+        nearest = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).argmax(dim=1)
+        residuals.append((queries - bank[nearest]).unflatten(0, (len(level), *level.shape[2:])).permute(0, 3, 1, 2))
+    return residuals
+
+
+class NaiveExtractor:
+    """The whole path in its published form, with the backbone, the weights and the references of ours."""
+
+    def __init__(self, ours: FeatureExtractor) -> None:
+        if ours.projector is None:
+            raise TypeError(f"{ours.name} has no projector, and so no published form.")
+        self.backbone, self.projector = ours.backbone, NaiveProjector(ours.projector)
+        self.banks = next(iter(ours.references.values())).rows
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        return self.projector(naive_residuals(self.backbone(x), self.banks))
+
+
+# What is measured
+
+
+def build_projector(sizes: Sizes) -> ResidualProjector:
+    """A random projector of four levels."""
+    torch.manual_seed(0)
+    return ResidualProjector([sizes.width] * 4, num_keys=sizes.keys).requires_grad_(False).eval()
+
+
+def build_extractor(sizes: Sizes) -> FeatureExtractor:
+    """A random extractor with references: with the default sizes, that of the catalog."""
+    torch.manual_seed(0)
+    entry = catalog.BACKBONES[BACKBONE]
+    side = sizes.grid * entry.patch_size
+    backbone = create_backbone(BACKBONE, img_size=side, embed_dim=sizes.width, depth=sizes.depth)
+    config = {"mean": entry.normalization[0], "std": entry.normalization[1]}
+    projector = ResidualProjector(backbone.channels, num_keys=sizes.keys)
+    extractor = FeatureExtractor(backbone, projector, name=MODEL, img_size=(side, side), pretrained_cfg=config)
+    extractor.set_references(torch.randn(sizes.references, 3, side, side))
+    return extractor
+
+
+def projector_rows(sizes: Sizes) -> Iterator[Row]:
+    """The projector at every batch size."""
+    ours = build_projector(sizes)
+    naive = NaiveProjector(ours)
+    for batch in sizes.batches:
+        residuals = torch.randn(4, batch, sizes.width, sizes.grid, sizes.grid).unbind()
+        yield _compare(f"projector, 4 levels of {sizes.width}, batch {batch}", ours, naive, residuals, sizes, "target 2.8")
+
+
+def extractor_rows(sizes: Sizes) -> Iterator[Row]:
+    """The whole extractor at batch 1, and its stages."""
+    ours = build_extractor(sizes)
+    x = torch.randn(1, 3, *ours.img_size)
+    yield _compare(f"{MODEL}, batch 1", ours, NaiveExtractor(ours), x, sizes, f"target 1.4; {sizes.references} references")
+    yield from stage_rows(ours, sizes)
+
+
+def default_rows(sizes: Sizes) -> Iterator[Row]:
+    """The stages of the embedded default model, where its file is there."""
+    asset = catalog.BACKBONES[catalog.MODELS[catalog.DEFAULT_MODEL.partition(".")[0]].backbone].asset
+    if asset is not None and (ASSETS / asset).is_file():
+        extractor = create_model()
+        extractor.set_references(torch.randn(sizes.references, 3, *extractor.img_size))
+        yield from stage_rows(extractor, sizes)
+
+
+def stage_rows(extractor: FeatureExtractor, sizes: Sizes) -> Iterator[Row]:
+    """Milliseconds of each stage of ours from a photograph on disk to its anomaly map, batch 1."""
+    transform, size, name = create_transform(extractor), extractor.img_size, extractor.name.partition(".")[0]
+    bank = next(iter(extractor.references.values()))
+
+    def to_map(features: Sequence[Tensor]) -> Tensor:
+        if bank.scales is None:
+            return scoring.feature_norm_map(features, size)
+        distances = [scoring.cosine_distances(level) for level in features]
+        return scoring.fuse([scoring.divide_by_ring(d, s) for d, s in zip(distances, bank.scales, strict=True)], size)
+
+    stages: dict[str, Callable[[Any], Any]] = {
+        "decode and transform": lambda path: transform(read_image(path))[None],
+        "backbone": extractor.backbone_features,
+        "matching": bank.residuals,
+        **({"projector": extractor.projector} if extractor.projector is not None else {}),
+        "map": to_map,
+    }
+    seconds: dict[str, list[float]] = {stage: [] for stage in stages}
+    with tempfile.TemporaryDirectory() as folder:
+        photo = _photo(Path(folder) / "photo.jpg", sizes.photo)
+        for _ in range(sizes.repeats + 1):
+            value: Any = photo
+            for stage, function in stages.items():
+                start = time.perf_counter()
+                value = function(value)
+                seconds[stage].append(time.perf_counter() - start)
+    # The first round warms up.
+    milliseconds = {stage: 1000 * median(taken[1:]) for stage, taken in seconds.items()}
+    for stage, taken in milliseconds.items():
+        yield Row(f"{name}: {stage}", "ms", taken)
+    note = f"cpu; photo of {sizes.photo[0]} x {sizes.photo[1]}, input {size[1]} x {size[0]}, {bank.num_images} references"
+    yield Row(f"{name}: all stages", "ms", sum(milliseconds.values()), note=note)
+
+
+def matching_rows(sizes: Sizes) -> Iterator[Row]:
+    """Matching in chunks against the whole matrix."""
+    queries, rows = sizes.matching
+    bank, features = _bank(torch.randn(rows, sizes.width)), [torch.randn(1, sizes.width, 1, queries)]
+    what = f"matching {queries:,} x {rows:,} rows of {sizes.width}"
+    yield _compare(what, bank.residuals, lambda maps: naive_residuals(maps, bank.rows), features, sizes, "chunks against whole matrix")
+
+
+def memory_rows(sizes: Sizes) -> Iterator[Row]:
+    """Peak memory, each in a fresh process."""
+    batch = max(sizes.batches)
+    for what, peak in (("projector", projector_peak), ("extractor", extractor_peak)):
+        ours, naive = (_in_child(peak, sizes, form) for form in (False, True))
+        ratio = naive / ours if ours and naive else None
+        yield Row(f"peak of a process: {what}, batch {batch}", "MB", ours, naive, ratio, note=_note(ours, "target: below naive"))
+    (queries, rows), beyond = sizes.bank, _in_child(matching_peak, sizes)
+    note = f"target: below 2,000; bank of {2e-6 * rows * sizes.width:,.0f} MB in float16"
+    note += f"; naive, not run, needs {4e-6 * rows * (sizes.width + queries):,.0f}"
+    yield Row(f"beyond the bank: {queries} x {rows:,} rows of {sizes.width}", "MB", beyond, note=_note(beyond, note))
+
+
+def projector_peak(sizes: Sizes, naive: bool) -> float | None:
+    """Megabytes that this process took to project one batch."""
+    ours = build_projector(sizes)
+    projector = NaiveProjector(ours) if naive else ours
+    with torch.no_grad():
+        projector(torch.randn(4, max(sizes.batches), sizes.width, sizes.grid, sizes.grid).unbind())
+    return _peak_megabytes()
+
+
+def extractor_peak(sizes: Sizes, naive: bool) -> float | None:
+    """Megabytes that this process took to extract the features of one batch."""
+    ours = build_extractor(sizes)
+    extractor = NaiveExtractor(ours) if naive else ours
+    with torch.no_grad():
+        extractor(torch.randn(max(sizes.batches), 3, *ours.img_size))
+    return _peak_megabytes()
+
+
+def matching_peak(sizes: Sizes) -> float | None:
+    """Megabytes beyond the bank that matching takes. Its rows are in half precision, which takes more, since they are converted on the way."""
+    queries, count = sizes.bank
+    rows = torch.empty(count, sizes.width, dtype=torch.float16)
+    for part in rows.split(1024):
+        part.normal_()
+    bank, features = _bank(rows), torch.randn(1, sizes.width, 1, queries)
+    before = _peak_megabytes()
+    bank.match([features])
+    after = _peak_megabytes()
+    return None if before is None or after is None else after - before
+
+
+# How it is measured
+
+
+def _compare(
+    what: str, ours: Callable[[Any], list[Tensor]], naive: Callable[[Any], list[Tensor]], value: Any, sizes: Sizes, note: str
+) -> Row:
+    """Time two functions of the same value alternately, after comparing their results, which also warms up."""
+    pairs = list(zip(ours(value), naive(value), strict=True))
+    difference, largest = (max(t.abs().max().item() for t in tensors) for tensors in ([a - b for a, b in pairs], [b for _, b in pairs]))
+    taken: dict[str, list[tuple[float, float]]] = {"ours": [], "naive": []}
+    end = time.perf_counter() + sizes.seconds
+    for turn in range(sizes.repeats):
+        if turn and time.perf_counter() > end:
+            break
+        functions = {"ours": ours, "naive": naive}
+        # Who comes first changes, since a processor slows down as it warms up.
+        for name in sorted(functions, reverse=bool(turn % 2)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            functions[name](value)
+            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    ratio, cpu_ratio = (median(n[i] / max(o[i], 1e-9) for o, n in zip(taken["ours"], taken["naive"], strict=True)) for i in (0, 1))
+    milliseconds = [1000 * median(wall for wall, _ in taken[name]) for name in ("ours", "naive")]
+    note += f"; {len(taken['ours'])} pairs; largest difference {difference:.1e} in outputs up to {largest:.3g}"
+    return Row(what, "ms", *milliseconds, ratio, cpu_ratio, note)
+
+
+def _in_child(function: Callable[..., float | None], *arguments: object) -> float | None:
+    """What a function returns in a fresh process, None where that process died, as of too little memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return None
+
+
+def _peak_megabytes() -> float | None:
+    """The most memory that this process ever held, None on Windows."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: on Linux that of a spawned process begins with its parent's.
+        (kibibytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(kibibytes) * 1024 / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # macOS counts bytes, others kibibytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _note(measured: float | None, note: str) -> str:
+    return note if measured is not None else "not measured: " + ("no such count on Windows" if sys.platform == "win32" else "process died")
+
+
+def _bank(rows: Tensor) -> ReferenceBank:
+    """A bank of one level and one image."""
+    return ReferenceBank([rows], [torch.zeros(len(rows), dtype=torch.int32)], [(1, len(rows))], num_images=1)
+
+
+def _photo(path: Path, size: tuple[int, int]) -> Path:
+    """Soft shapes with some noise, which take a decoder about the time of a photograph."""
+    random = np.random.default_rng(0)
+    soft = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.asarray(soft, dtype=np.int16) + random.integers(-6, 7, (size[1], size[0], 1), dtype=np.int16)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return path
+
+
+@torch.no_grad()
+def run(sizes: Sizes) -> Iterator[Row]:
+    """Measure everything, row by row."""
+    for section in (projector_rows, extractor_rows, default_rows, matching_rows, memory_rows):
+        yield from section(sizes)
+
+
+def main(arguments: Sequence[str] | None = None, *, full: Sizes = FULL, quick: Sizes = QUICK) -> int:
+    """Run the measurements of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m adfeatures.bench", description="Speed and memory against the published form.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quick", action="store_true", help=f"fewer repeats and a bank of {quick.bank[1]:,} rows")
+    options = parser.parse_args(arguments)
+    sizes, kind = (quick, "quick") if options.quick else (full, "full")
+    machine = {"torch": torch.__version__, "device": "cpu", "threads": torch.get_num_threads(), "processors": os.cpu_count()}
+    if options.json:
+        print(json.dumps({**machine, "run": kind, "sizes": asdict(sizes), "rows": [asdict(row) for row in run(sizes)]}, indent=1))
+        return 0
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{kind} run: medians of {sizes.repeats} alternating pairs, fewer after {sizes.seconds:g} s; bank of {sizes.bank[1]:,} rows")
+    print(_line("what", "ours", "naive", "ratio", "cpu ratio", "(MB: 10^6 bytes; cpu: all threads' processor time)"))
+    for row in run(sizes):
+        print(row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,261 @@
+"""The adfeatures command, as its users call it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import photo, write_photos
+from PIL import Image
+
+import adfeatures
+from adfeatures.cli import main
+from adfeatures.inspection import _picture_names
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """References good/, and images to score in new/."""
+    write_photos(tmp_path / "good", range(4))
+    write_photos(tmp_path / "new", range(10, 13))
+    return tmp_path
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def score(photos: Path, *arguments: object) -> int:
+    return run("score", "--references", photos / "good", "--output", photos / "out", *arguments)
+
+
+def rows(photos: Path) -> list[dict[str, str]]:
+    with open(photos / "out" / "scores.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["info", "residual_lite"], ["score", "--help"]])
+def test_help_and_facts_need_no_torch_and_answer_at_once(arguments: list[str]) -> None:
+    code = f"import sys; sys.argv = ['adfeatures', *{arguments}]\nfrom adfeatures.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'timm', 'PIL', 'numpy', 'huggingface_hub'} & set(sys.modules), 'imported too much'"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    # One second is promised; a loaded machine gets ten before this says that something heavy is imported.
+    assert time.perf_counter() - started < 10
+
+
+def test_importing_the_package_has_no_side_effects() -> None:
+    code = "import os, sys, threading; before = dict(os.environ), threading.active_count(); import adfeatures\n"
+    code += "assert (dict(os.environ), threading.active_count()) == before and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list") == 0
+    assert capsys.readouterr().out.split() == adfeatures.list_models()
+    assert run("list", "*clip*", "--pretrained", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [
+        "adpretrain_clip_base.realiad_angle",
+        "adpretrain_clip_base.realiad_norm",
+        "adpretrain_clip_large.realiad_angle",
+        "adpretrain_clip_large.realiad_norm",
+    ]
+
+
+def test_info_shows_licences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "adpretrain_imagebind_huge", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backbone_license"] == "CC-BY-NC-4.0" and facts["training_data_license"] == "CC-BY-NC-SA-4.0"
+    assert facts["levels"] == [8, 16, 24, 32] and facts["channels"] == [1280] * 4
+    assert run("info", "adpretrain_imagebind_huge") == 0
+    assert "CC-BY-NC-4.0" in capsys.readouterr().out
+
+
+def test_a_typo_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "adpretrain_dino_base") == 2
+    assert "Did you mean 'adpretrain_dinov2_base'" in capsys.readouterr().err
+
+
+def test_score_writes_everything(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(photos, photos / "new", photos / "good" / "000.png") == 0
+    assert "4 of 4 images scored" in capsys.readouterr().out
+    table = rows(photos)
+    assert list(table[0]) == ["file", "score", "threshold", "decision", "error"]
+    assert [row["file"] for row in table] == [str(photos / "new" / f"{i:03d}.png") for i in range(10, 13)] + [str(photos / "good/000.png")]
+    lines = [json.loads(line) for line in (photos / "out" / "scores.jsonl").read_text().splitlines()]
+    for row, line in zip(table, lines, strict=True):
+        assert list(line) == list(row)
+        assert float(row["score"]) == line["score"] and float(row["threshold"]) == line["threshold"]
+        assert row["decision"] == line["decision"] == ("anomalous" if line["score"] > line["threshold"] else "normal")
+    for name in ("overlays/new/010.png", "overlays/good/000.png", "worst.png"):
+        with Image.open(photos / "out" / name) as picture:
+            assert picture.width > 80 and picture.height >= 60
+    summary = json.loads((photos / "out" / "summary.json").read_text())
+    assert (summary["images"], summary["scored"], summary["failed"]) == (4, 4, 0)
+    assert summary["scored_references"] == [str(photos / "good/000.png")]
+    assert summary["references"]["default"]["images"] == 4
+
+
+def test_scores_are_those_of_the_library(photos: Path) -> None:
+    score(photos, photos / "new")
+    model = adfeatures.create_model(references=photos / "good")
+    expected = [prediction.score for prediction in model.score(photos / "new")]
+    assert [float(row["score"]) for row in rows(photos)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_images_get_a_row_and_the_rest_go_on(photos: Path) -> None:
+    (photos / "new" / "0105.png").write_bytes(b"")
+    (photos / "new" / "011b.jpg").write_bytes(b"no image")
+    content = (photos / "new" / "012.png").read_bytes()
+    (photos / "new" / "0125.png").write_bytes(content[: len(content) // 2])
+    assert score(photos, photos / "new", photos / "gone.png", "--batch-size", 4) == 1
+    table = {Path(row["file"]).name: row for row in rows(photos)}
+    assert len(table) == 7
+    for name in ("0105.png", "011b.jpg", "0125.png", "gone.png"):
+        assert name in table[name]["error"] and not table[name]["score"] and not table[name]["decision"]
+    for name in ("010.png", "011.png", "012.png"):
+        assert table[name]["score"] and not table[name]["error"]
+    assert json.loads((photos / "out" / "summary.json").read_text())["failed"] == 4
+
+
+def test_exit_code_2_where_nothing_could_be_done(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(photos, photos / "gone.png") == 2
+    assert rows(photos)[0]["error"]
+    assert run("score", "--references", photos / "nowhere", "--output", photos / "out", photos / "new") == 2
+    assert "nowhere" in capsys.readouterr().err
+    (photos / "empty").mkdir()
+    assert score(photos, photos / "empty") == 2
+    assert run("score", "--bank", photos / "no.bank", "--output", photos / "out", photos / "new") == 2
+    assert "adfeatures fit" in capsys.readouterr().err
+    (photos / "file").write_text("in the way")
+    assert run("score", "--references", photos / "good", "--output", photos / "file", photos / "new") == 2
+    assert "Cannot write" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        run("score", photos / "new")
+    assert exit.value.code == 2
+    assert score(photos, photos / "new", "--device", "cuda:99") == 2
+    assert "cuda:99" in capsys.readouterr().err
+
+
+def test_fit_then_score_with_the_bank_alone(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = photos / "part.safetensors"
+    assert run("fit", "--references", photos / "good", "--bank", bank, "--quantile", "0.9", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)["products"]["default"]
+    assert facts["references"] == 4 and facts["quantile"] == 0.9 and facts["normal_scores"] == 4
+    assert run("score", "--bank", bank, "--output", photos / "out", photos / "new") == 0
+    assert float(rows(photos)[0]["threshold"]) == facts["threshold"]
+    by_bank = [row["score"] for row in rows(photos)]
+    assert score(photos, photos / "new") == 0
+    assert [float(row["score"]) for row in rows(photos)] == pytest.approx([float(s) for s in by_bank], rel=1e-5)
+
+
+def test_fit_with_held_out_normals_and_coreset(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--references", photos / "good", "--bank", photos / "b.safetensors", "--json"]
+    assert run("fit", *arguments, "--normals", photos / "new", "--quantile", 1, "--coreset", 0.5) == 0
+    facts = json.loads(capsys.readouterr().out)["products"]["default"]
+    model = adfeatures.create_model()
+    model.set_references(photos / "good", coreset=0.5)
+    assert facts["threshold"] == pytest.approx(max(p.score for p in model.score(photos / "new")), rel=1e-5)
+    assert facts["normal_scores"] == 3
+
+
+def test_threshold_and_quantile_options(photos: Path) -> None:
+    assert score(photos, photos / "new", "--threshold", "0") == 0
+    assert {row["decision"] for row in rows(photos)} == {"anomalous"} and float(rows(photos)[0]["threshold"]) == 0
+    model = adfeatures.create_model(references=photos / "good")
+    assert score(photos, photos / "new", "--quantile", "0.5") == 0
+    assert float(rows(photos)[0]["threshold"]) == pytest.approx(model.fit_threshold(0.5), rel=1e-5)
+
+
+def test_one_reference_gives_scores_without_decisions(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((photos / "good").iterdir())[1:]:
+        path.unlink()
+    assert score(photos, photos / "new") == 0
+    assert {(row["threshold"], row["decision"]) for row in rows(photos)} == {("", "")}
+    assert "no threshold" in capsys.readouterr().out
+
+
+def test_sub_folders_are_products_only_when_asked(photos: Path) -> None:
+    write_photos(photos / "good" / "nut", range(20, 23))
+    write_photos(photos / "good" / "bolt", range(30, 33))
+    bank = photos / "b.safetensors"
+    assert run("fit", "--references", photos / "good", "--bank", bank) == 0
+    assert adfeatures.ReferenceBank.load(bank).num_images == 4
+    assert run("fit", "--references", photos / "good", "--bank", bank, "--recursive") == 0
+    assert adfeatures.ReferenceBank.load(bank).num_images == 10
+    assert run("fit", "--references", photos / "good", "--bank", bank, "--products") == 0
+    assert run("score", "--bank", bank, "--output", photos / "out", photos / "new") == 2
+    assert run("score", "--bank", bank, "--product", "nut", "--output", photos / "out", photos / "new") == 0
+    model = adfeatures.create_model(references=photos / "good" / "nut")
+    assert [float(row["score"]) for row in rows(photos)] == pytest.approx([p.score for p in model.score(photos / "new")], rel=1e-5)
+    assert run("fit", "--references", photos / "new", "--bank", bank, "--products") == 2
+
+
+def test_images_in_sub_folders_only_when_asked(photos: Path) -> None:
+    write_photos(photos / "new" / "late", range(14, 16))
+    assert score(photos, photos / "new") == 0 and len(rows(photos)) == 3
+    assert score(photos, photos / "new", "--recursive") == 0 and len(rows(photos)) == 5
+    assert (photos / "out" / "overlays" / "late" / "014.png").is_file()
+
+
+def test_bit_depth_is_kept_with_the_bank(photos: Path) -> None:
+    for folder in ("good16", "new16"):
+        (photos / folder).mkdir()
+    for seed in range(6):
+        grey = np.asarray(photo(seed).convert("L")).astype(np.uint16) * 16
+        Image.fromarray(grey).save(photos / ("good16" if seed < 4 else "new16") / f"{seed}.png")
+    bank = photos / "b.safetensors"
+    assert run("fit", "--references", photos / "good16", "--bank", bank, "--bit-depth", 12) == 0
+    assert run("score", "--bank", bank, "--output", photos / "out", photos / "new16") == 0
+    model = adfeatures.create_model()
+    model.bit_depth = 12
+    model.set_references(photos / "good16")
+    assert [float(row["score"]) for row in rows(photos)] == pytest.approx([p.score for p in model.score(photos / "new16")], rel=1e-5)
+
+
+def test_an_interrupted_run_keeps_its_rows(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    original = adfeatures.FeatureExtractor.score
+
+    def interrupted(self: adfeatures.FeatureExtractor, files: list[str], *args: object, **kwargs: object) -> object:
+        if files[0].endswith("012.png"):
+            raise KeyboardInterrupt
+        return original(self, files, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adfeatures.FeatureExtractor, "score", interrupted)
+    assert score(photos, photos / "new", "--batch-size", 1) == 130
+    assert [row["file"][-7:] for row in rows(photos)] == ["010.png", "011.png"]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_overlay_names_are_unique_and_stay_below_the_output(tmp_path: Path) -> None:
+    names = _picture_names(["a/1.png", "a/1.jpg", "b/1.png", "b/c/1.png", str(tmp_path / "x.png")])
+    assert len(set(names.values())) == 5
+    assert all(name.parts[0] == "overlays" and ".." not in name.parts for name in names.values())
+    assert list(_picture_names(["cam1/1.png", "cam2/1.png"]).values()) == [Path("overlays/cam1/1.png"), Path("overlays/cam2/1.png")]
+    assert list(_picture_names(["x/1.png", "x/1.jpg"]).values()) == [Path("overlays/1.png"), Path("overlays/1.jpg-2.png")]
+
+
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(__file__).parents[1] / "golden" / "upstream_checkpoint.pth"
+    assert run("convert", source, tmp_path / "c.safetensors", "--model", "adpretrain_dinov2_base") == 2
+    message = capsys.readouterr().err
+    assert "does not fit" in message and "another model" in message
+    assert not (tmp_path / "c.safetensors").exists()
+    assert run("convert", source, tmp_path / "c.safetensors", "--model", "residual_lite") == 2
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--output", tmp_path / "demo", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["failed"] == 0 and summary["image_auroc"] > 0.9 and summary["pixel_auroc"] > 0.9
+    assert summary == json.loads((tmp_path / "demo" / "summary.json").read_text())
+    for name in ("demo.png", "worst.png", "scores.csv"):
+        assert (tmp_path / "demo" / name).stat().st_size > 0

@@ -1,0 +1,278 @@
+"""Names, weights and the three ways to a model: create_model, timm and torch.hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer
+from models import photo, write_photos
+from published import as_published
+from safetensors.torch import load, save
+
+import adfeatures
+from adfeatures import catalog
+from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
+from adfeatures.factory import convert_checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+REPO = "xcyao00/ADPretrain"
+CLIP = "adpretrain_clip_base"
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
+
+
+class Published:
+    """A random CLIP-base model, its files as they lie on the Hub, and its features of one picture."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = adfeatures.create_model(CLIP, pretrained=False)
+        model.projector.load_state_dict({key: value.bfloat16() for key, value in model.projector.state_dict().items()})
+        self.backbone = save({**model.backbone.state_dict(), "norm.weight": torch.ones(768), "head.weight": torch.ones(512, 768)})
+        self.projector = as_published(model.projector.state_dict())
+        self.safetensors = save({f"projector.{key}": value for key, value in model.projector.state_dict().items()}, {"model": CLIP})
+        self.references, self.x = torch.randn(2, 3, 224, 224), torch.randn(1, 3, 224, 224)
+        self.features = self.of(model)
+
+    def of(self, model: torch.nn.Module) -> list[torch.Tensor]:
+        model.set_references(self.references)
+        return model(self.x)
+
+    def is_served_by(self, model: torch.nn.Module) -> None:
+        for found, expected in zip(self.of(model), self.features, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def published() -> Published:
+    return Published()
+
+
+@pytest.fixture
+def full_hub(hub: HubServer, published: Published) -> Iterator[HubServer]:
+    hub.add(REPO, "clip-base/checkpoints_pro_norm.pth", published.projector)
+    hub.add("timm/vit_base_patch16_clip_224.openai", "model.safetensors", published.backbone)
+    config = {"architecture": CLIP, "num_classes": 0, "pretrained_cfg": {"tag": "mine", "num_classes": 0}}
+    hub.add("owner/repo", "config.json", json.dumps(config).encode(), lfs=False)
+    hub.add("owner/repo", "model.safetensors", published.safetensors)
+    yield hub
+
+
+class TestFromTheHub:
+    def test_create_model_downloads_once(self, full_hub: HubServer, published: Published, tmp_path: Path) -> None:
+        published.is_served_by(adfeatures.create_model(CLIP, cache_dir=tmp_path))
+        with full_hub.counting() as requests:
+            model = adfeatures.create_model(f"{CLIP}.realiad_norm", cache_dir=tmp_path)
+        assert not requests
+        published.is_served_by(model)
+        assert model.name == f"{CLIP}.realiad_norm" and not model.training
+
+    def test_timm_and_torch_hub_return_the_same(self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+        adfeatures.register_with_timm()
+        published.is_served_by(timm.create_model(CLIP, pretrained=True, features_only=True))
+        published.is_served_by(timm.create_model(f"{CLIP}.realiad_norm", pretrained=True))
+        published.is_served_by(timm.create_model("hf-hub:owner/repo", pretrained=True))
+        monkeypatch.chdir("/")
+        published.is_served_by(torch.hub.load(str(REPOSITORY), CLIP, source="local", weights="realiad_norm"))
+
+    def test_own_repository_and_any_file_in_one(self, full_hub: HubServer, published: Published) -> None:
+        for weights in ("hf-hub:owner/repo", "hf-hub:owner/repo@main", f"hf-hub:{REPO}:clip-base/checkpoints_pro_norm.pth"):
+            published.is_served_by(adfeatures.create_model(CLIP, weights=weights))
+
+    def test_a_missing_tag_lists_what_is_there(self, full_hub: HubServer) -> None:
+        with pytest.raises(DownloadError, match=r"checkpoints_pro_angle\.pth(.|\n)*checkpoints_pro_norm\.pth"):
+            adfeatures.create_model(f"{CLIP}.realiad_angle")
+
+    def test_no_random_model_where_weights_were_asked_for(self, hub: HubServer) -> None:
+        hub.add(REPO, "clip-base/checkpoints_pro_norm.pth", as_published({"l1_proj.x_ref": torch.zeros(1, 4, 8)}))
+        with pytest.raises(DownloadError):
+            adfeatures.create_model("adpretrain_dinov2_base")
+        with pytest.raises(DownloadError):
+            adfeatures.create_model(CLIP, backbone_weights="openai")
+
+    def test_download_command_makes_it_work_offline(
+        self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from adfeatures.cli import main
+
+        assert main(["download", CLIP, "--json"]) == 0
+        files = json.loads(capsys.readouterr().out)
+        assert len(files) == 2 and all(Path(path).is_file() and len(digest) == 64 for path, digest in files.items())
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with full_hub.counting() as requests:
+            published.is_served_by(adfeatures.create_model(CLIP))
+        assert not requests
+
+
+class TestFromDisk:
+    @pytest.fixture
+    def disk(self, published: Published, tmp_path: Path) -> Path:
+        (tmp_path / "clip-base").mkdir()
+        (tmp_path / "clip-base" / "checkpoints_pro_norm.pth").write_bytes(published.projector)
+        (tmp_path / "backbone.safetensors").write_bytes(published.backbone)
+        return tmp_path
+
+    def test_paths_and_folders(self, disk: Path, published: Published) -> None:
+        projector, backbone = disk / "clip-base" / "checkpoints_pro_norm.pth", disk / "backbone.safetensors"
+        for weights in (projector, str(projector), f"local-dir:{disk}", f"local-dir:{disk / 'clip-base'}"):
+            published.is_served_by(adfeatures.create_model(CLIP, weights=weights, backbone_weights=backbone))
+        (disk / "model.safetensors").write_bytes(published.backbone)
+        published.is_served_by(adfeatures.create_model(CLIP, weights=projector, backbone_weights=f"local-dir:{disk}"))
+
+    def test_converted_file_gives_the_same_model(self, disk: Path, published: Published, tmp_path: Path) -> None:
+        source = disk / "clip-base" / "checkpoints_pro_norm.pth"
+        checkpoint = convert_checkpoint(source, tmp_path / "c.safetensors", f"{CLIP}.realiad_norm")
+        assert checkpoint.metrics == {"img_auc": 0.9, "pix_auc": 0.8, "pix_pro": 0.7}
+        model = adfeatures.create_model(CLIP, weights=tmp_path / "c.safetensors", backbone_weights=disk / "backbone.safetensors")
+        published.is_served_by(model)
+        with pytest.raises(CheckpointError, match="checkpoint of adpretrain_clip_base.realiad_norm, not of adpretrain_dinov2_base"):
+            adfeatures.create_model("adpretrain_dinov2_base", weights=tmp_path / "c.safetensors", backbone_weights="random")
+
+    def test_whole_model_in_one_file(self, published: Published, tmp_path: Path) -> None:
+        unused = ("norm.", "head.")
+        whole = {f"backbone.{key}": value for key, value in load(published.backbone).items() if not key.startswith(unused)}
+        (tmp_path / "model.safetensors").write_bytes(save({**whole, **load(published.safetensors)}))
+        published.is_served_by(adfeatures.create_model(CLIP, pretrained=False, weights=f"local-dir:{tmp_path}"))
+
+    def test_a_checkpoint_of_another_backbone_is_refused(self, disk: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"checkpoints_pro_norm\.pth does not fit.*instead of.*another model"):
+            adfeatures.create_model(
+                "adpretrain_dinov2_large", weights=disk / "clip-base" / "checkpoints_pro_norm.pth", backbone_weights="random"
+            )
+        with pytest.raises(CheckpointError, match=r"backbone\.safetensors does not fit"):
+            adfeatures.create_model("adpretrain_dinov2_base", pretrained=False, backbone_weights=disk / "backbone.safetensors")
+
+    def test_a_trained_projector_on_a_random_backbone_must_be_meant(self, disk: Path) -> None:
+        projector = disk / "clip-base" / "checkpoints_pro_norm.pth"
+        with pytest.raises(InputError, match='backbone_weights="random"'):
+            adfeatures.create_model(CLIP, pretrained=False, weights=projector)
+        assert adfeatures.create_model(CLIP, weights=projector, backbone_weights="random").projector is not None
+
+    def test_paths_that_do_not_exist_name_both_spellings(self) -> None:
+        with pytest.raises(DownloadError, match=r"hf-hub:(.|\n)*local-dir:|local-dir:(.|\n)*hf-hub:"):
+            adfeatures.create_model(CLIP, weights="no/such.pth", backbone_weights="random")
+
+
+class TestNames:
+    def test_lists(self) -> None:
+        assert adfeatures.list_models() == sorted(catalog.MODELS)
+        assert adfeatures.list_models("*dinov2*") == ["adpretrain_dinov2_base", "adpretrain_dinov2_large"]
+        assert adfeatures.DEFAULT_MODEL in adfeatures.list_models(pretrained=True)
+        assert adfeatures.list_models("nothing*") == []
+
+    @pytest.mark.parametrize(
+        ("name", "says"),
+        [
+            ("adpretrain_dino_base", "Did you mean 'adpretrain_dinov2_base'"),
+            (f"{CLIP}.realiad_nrm", "Did you mean 'realiad_norm'"),
+            ("zzz", "Known: adpretrain_clip_base"),
+            ("owner/repo", "weights='hf-hub:owner/repo'"),
+            ("", "Unknown model"),
+        ],
+    )
+    def test_unknown_ones_get_suggestions(self, name: str, says: str) -> None:
+        with pytest.raises(UnknownNameError, match=says):
+            adfeatures.create_model(name)
+        with pytest.raises(UnknownNameError):
+            adfeatures.create_transform(name)
+
+    def test_unknown_weights_tag(self) -> None:
+        with pytest.raises(UnknownNameError, match="Did you mean 'realiad_angle'"):
+            adfeatures.create_model(CLIP, weights="realiad_angel")
+        with pytest.raises(InputError, match="leave out one"):
+            adfeatures.create_model(f"{CLIP}.realiad_norm", weights="realiad_angle")
+
+    def test_catalog_agrees_with_timm(self) -> None:
+        for entry in catalog.BACKBONES.values():
+            if entry.hub_file is not None:
+                cfg = timm.get_pretrained_cfg(f"{entry.timm_name}.{entry.tag}")
+                assert (cfg.hf_hub_id, (cfg.mean, cfg.std)) == (entry.hub_file[0], entry.normalization)
+
+    def test_imagebind_is_never_fetched_and_shows_its_licence(self, hub: HubServer, caplog: pytest.LogCaptureFixture) -> None:
+        with pytest.raises(InputError, match=r"CC-BY-NC-4\.0.*imagebind_huge\.pth"):
+            adfeatures.create_model("adpretrain_imagebind_huge")
+        assert not hub.requests
+
+
+class TestSizesAndReferences:
+    @pytest.mark.parametrize(("size", "grid"), [(None, (14, 14)), (160, (10, 10)), ((96, 320), (6, 20))])
+    def test_img_size(self, size: object, grid: tuple[int, int]) -> None:
+        model = adfeatures.create_model(CLIP, pretrained=False, img_size=size)  # type: ignore[arg-type]
+        transform = adfeatures.create_transform(model)
+        x = transform(photo(1, (300, 100)))[None]
+        assert tuple(x.shape[2:]) == (16 * grid[0], 16 * grid[1]) == model.img_size == model.pretrained_cfg["input_size"][1:]
+        assert tuple(model.backbone_features(x)[0].shape[2:]) == grid
+
+    def test_impossible_size_names_the_nearest(self) -> None:
+        with pytest.raises(InputError, match="nearest to 225 are 224 and 238"):
+            adfeatures.create_model("adpretrain_dinov2_base", pretrained=False, img_size=225)
+
+    def test_references_argument(self, tmp_path: Path) -> None:
+        paths = write_photos(tmp_path / "good", range(3))
+        by_folder = adfeatures.create_model(references=tmp_path / "good")
+        by_folder.save_references(tmp_path / "bank.safetensors")
+        x = torch.randn(1, 3, *by_folder.img_size)
+        for references in (paths, str(tmp_path / "bank.safetensors")):
+            torch.testing.assert_close(adfeatures.create_model(references=references)(x), by_folder(x))
+
+
+class TestTimm:
+    @pytest.fixture(autouse=True)
+    def registered(self) -> None:
+        adfeatures.register_with_timm()
+        adfeatures.register_with_timm()
+
+    def test_lists_and_preprocessing(self) -> None:
+        assert timm.list_models("adpretrain*") == adfeatures.list_models("adpretrain*")
+        assert set(timm.list_models("residual_lite*", pretrained=True)) == {"residual_lite.in1k_v1"}
+        model = timm.create_model("residual_lite", pretrained=True)
+        picture = photo(1, (300, 200))
+        theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        torch.testing.assert_close(theirs(picture), adfeatures.create_transform(model)(picture))
+
+    def test_arguments_pass_through(self, tmp_path: Path) -> None:
+        write_photos(tmp_path, range(2))
+        model = timm.create_model(
+            "residual_lite", pretrained=True, features_only=True, out_indices=(0, 2), references=tmp_path, num_classes=0
+        )
+        assert model.feature_info.out_indices == (0, 2)
+        assert [level.shape[1] for level in model(torch.zeros(1, 3, *model.img_size))] == model.feature_info.channels()
+
+    def test_pretrained_file_as_overlay(self, tmp_path: Path) -> None:
+        with pytest.raises(DownloadError, match=r"There is no file .*gone\.pth"):
+            timm.create_model(CLIP, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "gone.pth")})
+
+    @pytest.mark.parametrize("argument", [{"num_classes": 5}, {"in_chans": 1}])
+    def test_classifiers_and_other_channels_are_refused(self, argument: dict[str, int]) -> None:
+        with pytest.raises(InputError, match=next(iter(argument))):
+            timm.create_model("residual_lite", **argument)
+
+    def test_unknown_tags_and_arguments_are_refused(self) -> None:
+        with pytest.raises(UnknownNameError, match="in1k_v1"):
+            timm.create_model("residual_lite.in1k_v2", pretrained=True)
+        with pytest.raises(TypeError, match="drop_rate"):
+            timm.create_model("residual_lite", drop_rate=0.1)
+
+
+def test_hubconf_has_one_entry_per_model() -> None:
+    text = (REPOSITORY / "hubconf.py").read_text()
+    assert len(text) < 1024
+    namespace: dict[str, object] = {}
+    exec(compile(text, "hubconf.py", "exec"), namespace)
+    entries = {name for name, value in namespace.items() if callable(value) and not name.startswith("_")}
+    assert entries == set(catalog.MODELS)
+
+
+def test_noncommercial_weights_are_announced(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from adfeatures import factory
+
+    monkeypatch.setattr(factory, "create_backbone", lambda *args, **kwargs: None)
+    (tmp_path / "imagebind_huge.pth").write_bytes(b"stands for the real file")
+    with caplog.at_level(logging.WARNING):
+        factory._create_backbone("adpretrain_imagebind_huge", (224, 224), None, tmp_path / "imagebind_huge.pth", False, None)
+    assert "CC-BY-NC-4.0" in caplog.text

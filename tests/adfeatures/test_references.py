@@ -1,0 +1,700 @@
+"""Reference banks against brute force, the original's numbers (goldens), and themselves after saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_values import assert_near, golden, value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adfeatures import references
+from adfeatures.errors import CheckpointError, InputError, ReferencesError
+from adfeatures.references import ReferenceBank, load_banks, save_banks, weights_fingerprint
+
+
+def maps(
+    name: str, count: int = 4, channels: tuple[int, ...] = (6, 5), grids: tuple[tuple[int, int], ...] = ((3, 4), (2, 3))
+) -> list[Tensor]:
+    return [value(f"{name}.{level}", (count, c, *grid)) for level, (c, grid) in enumerate(zip(channels, grids, strict=True))]
+
+
+def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:
+    """Check every patch of ``found`` against all cosine similarities, in float64: queries (B, C, h, w), references (K, C, h, w)."""
+    units = [F.normalize(level.double(), dim=1).permute(0, 2, 3, 1) for level in (queries, references)]
+    similarity = torch.einsum("bhwc,kyxc->bhwkyx", *units)
+    for image, other in enumerate(barred):
+        if other is not None:
+            similarity[image, :, :, other] = -torch.inf
+    best = similarity.flatten(3).amax(dim=3)
+    rows = references.permute(0, 2, 3, 1).flatten(0, 2)
+    for image, y, x in np.ndindex(*best.shape):
+        same = (rows == found[image, :, y, x]).all(dim=1)
+        assert same.any(), "not a row of the bank"
+        assert similarity[image, y, x].flatten()[same].max() >= best[image, y, x] - 1e-6
+
+
+# Matching
+
+
+def test_golden() -> None:
+    expected = golden("residual")
+    # 512 rows are two maps of 16 x 16.
+    rows = [value(f"residual.bank.{level}", (512, 32)) for level in range(2)]
+    bank = ReferenceBank.from_features([level.reshape(2, 16, 16, 32).permute(0, 3, 1, 2) for level in rows])
+    features = [value(f"residual.features.{level}", (2, 32, 16, 16)) for level in range(2)]
+    assert_near(bank.match(features), [expected["matched.0"], expected["matched.1"]], 0)
+    assert_near(bank.residuals(features), [expected["residual.0"], expected["residual.1"]], 0)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]:
+    """Queries, references, ``exclude`` in some form and per image, and chunk sizes; with zero vectors, duplicates and other scales."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    generator = torch.Generator().manual_seed(seed)
+    count, batch, levels = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    side = st.integers(1, 4)
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    queries, references = [], []
+    for _ in range(levels):
+        channels = draw(st.integers(1, 7))
+        pair = [torch.randn(n, channels, draw(side), draw(side), generator=generator) for n in (batch, count)]
+        for level in pair:
+            tokens = level.permute(0, 2, 3, 1).reshape(-1, channels)
+            kind = torch.rand(len(tokens), generator=generator)
+            tokens[kind < draw(st.sampled_from([0.0, 0.3]))] = 0
+            twins = kind > draw(st.sampled_from([1.0, 0.6]))
+            tokens[twins] = pair[1].permute(0, 2, 3, 1).reshape(-1, channels)[0].clone()
+            tokens *= 10.0 ** torch.randint(-3, 4, (len(tokens), 1), generator=generator)
+            level.copy_(tokens.reshape(level.shape[0], *level.shape[2:], channels).permute(0, 3, 1, 2))
+        queries.append(pair[0].to(dtype))
+        references.append(pair[1].to(dtype))
+    chunks = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    indices = st.integers(0, count - 1)
+    if count == 1:
+        return queries, references, None, [None] * batch, chunks
+    excluded = draw(st.one_of(st.none(), indices, st.lists(indices, min_size=batch, max_size=batch)))
+    per_image: list[int | None] = list(excluded) if isinstance(excluded, list) else [excluded] * batch
+    form = draw(st.sampled_from([list, tuple, torch.tensor, np.array])) if isinstance(excluded, list) else lambda unchanged: unchanged
+    return queries, references, form(excluded), per_image, chunks
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases())
+def test_matching_is_brute_force(case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]) -> None:
+    queries, kept, exclude, barred, chunks = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "QUERIES_PER_CHUNK", chunks[0])
+        patch.setattr(references, "ROWS_PER_CHUNK", chunks[1])
+        bank = ReferenceBank.from_features(kept)
+        found = bank.match(queries, exclude)  # type: ignore[arg-type]
+        residuals = bank.residuals(queries, exclude)  # type: ignore[arg-type]
+    for query, level, match, residual in zip(queries, kept, found, residuals, strict=True):
+        assert match.shape == query.shape and match.dtype == query.dtype
+        brute_force(query, level, barred, match)
+        assert torch.equal(residual, query - match)
+
+
+@pytest.mark.parametrize("best", [0, 1, 3, 4, 5, 7, 8, 10, 11])
+@pytest.mark.parametrize("query", [0, 2, 3, 5, 6])
+def test_chunk_boundaries(best: int, query: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "QUERIES_PER_CHUNK", 3)
+    monkeypatch.setattr(references, "ROWS_PER_CHUNK", 4)
+    rows, queries = value("boundaries.rows", (12, 8)), value("boundaries.queries", (7, 8))
+    rows[best] = queries[query] * 0.1
+    bank = ReferenceBank.from_features([rows.T.reshape(1, 8, 3, 4)])
+    found = bank.match([queries.T.reshape(1, 8, 7, 1)])[0]
+    assert torch.equal(found[0, :, query, 0], rows[best])
+    brute_force(queries.T.reshape(1, 8, 7, 1), rows.T.reshape(1, 8, 3, 4), [None], found)
+
+
+def test_length_does_not_count_but_the_row_is_returned_as_it_is() -> None:
+    rows = torch.tensor([[100.0, 0.0], [0.0, 0.001], [-50.0, -50.0]])
+    bank = ReferenceBank.from_features([rows.reshape(1, 1, 3, 2).permute(0, 3, 1, 2)])
+    queries = torch.tensor([[0.1, 0.05], [5.0, 500.0], [-1e-4, -1e-4]])
+    matched = bank.match([queries.reshape(3, 2, 1, 1)])[0]
+    assert torch.equal(matched.flatten(1), rows)
+
+
+def test_zero_vectors() -> None:
+    bank = ReferenceBank.from_features([torch.zeros(2, 3, 2, 2)])
+    assert torch.equal(bank.residuals([torch.ones(1, 3, 2, 2)])[0], torch.ones(1, 3, 2, 2))
+    bank = ReferenceBank.from_features(maps("references"))
+    residuals = bank.residuals([torch.zeros_like(level) for level in maps("references")], exclude=[0, 1, 2, 3])
+    assert all(torch.isfinite(level).all() for level in residuals)
+
+
+def test_reference_against_itself_leaves_nothing() -> None:
+    features = maps("references")
+    assert all(not level.any() for level in ReferenceBank.from_features(features).residuals(features))
+
+
+def test_queries_of_another_grid_and_no_queries() -> None:
+    bank = ReferenceBank.from_features(maps("references"))
+    queries = maps("queries", count=2, grids=((5, 2), (1, 7)))
+    for query, level, match in zip(queries, maps("references"), bank.match(queries), strict=True):
+        brute_force(query, level, [None, None], match)
+    assert [tuple(level.shape) for level in bank.match([level[:0] for level in queries])] == [(0, 6, 5, 2), (0, 5, 1, 7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_precision_of_the_bank_and_of_the_queries_may_differ(dtype: torch.dtype) -> None:
+    kept, queries = maps("references"), maps("queries", count=2)
+    bank = ReferenceBank.from_features(kept)
+    bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    assert all(rows.dtype == dtype for rows in bank.rows) and all(images.dtype == torch.int32 for images in bank.images)
+    for query, level, match in zip(queries, kept, bank.match(queries), strict=True):
+        assert match.dtype == torch.float32
+        brute_force(query, level.to(dtype).float(), [None, None], match)
+
+
+def test_autocast_does_not_coarsen_the_matching() -> None:
+    rows = value("autocast.rows", (2, 64, 8, 8)) + 5 * value("autocast.mean", (1, 64, 1, 1))
+    queries = value("autocast.queries", (1, 64, 8, 8), 0.3) + rows.mean(dim=(0, 2, 3), keepdim=True)
+    bank = ReferenceBank.from_features([rows])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bank.match([queries])
+    assert_near(found, bank.match([queries]), 0)
+
+
+def test_matching_refuses_other_levels() -> None:
+    bank = ReferenceBank.from_features(maps("references"))
+    for features in (maps("queries")[:1], maps("queries")[::-1], [*maps("queries"), maps("queries")[0]]):
+        with pytest.raises(InputError, match=r"\[6, 5\].*got"):
+            bank.match(features)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that anything makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func._schema.returns[0].alias_info:  # type: ignore[attr-defined]
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("exclude", [None, 1])
+def test_nothing_as_large_as_the_bank_is_made(exclude: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "QUERIES_PER_CHUNK", 16)
+    monkeypatch.setattr(references, "ROWS_PER_CHUNK", 32)
+    bank = ReferenceBank.from_features([value("memory", (4, 8, 32, 32)).half()])
+    query = value("memory.query", (1, 8, 8, 8)).half()
+    with _Largest() as largest:
+        bank.match([query], exclude)
+    # The largest pieces are one block of similarities, one of the bank, and whatever has the size of the queries or of the bank's index.
+    assert largest.bytes <= max(16 * 32 * 4, 32 * 8 * 4, query.nbytes * 4, bank.images[0].numel())
+
+
+_CHILD = """
+import resource, sys, torch
+from adfeatures.references import ReferenceBank
+torch.set_num_threads(1)
+rows = torch.empty({rows}, 768, dtype=torch.float16).normal_()
+bank = ReferenceBank([rows], [torch.arange(8, dtype=torch.int32).repeat_interleave({rows} // 8)], [(1, {rows} // 8)], 8)
+query = torch.randn(1, 768, 16, 16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bank.match([query], exclude={exclude})
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exclude", [None, 3])
+def test_memory_of_matching_with_a_large_bank(exclude: int | None) -> None:
+    """256 queries against 512,000 rows of 768: a distance matrix would take 0.5 GB, the bank in float32 1.6 GB."""
+    code = _CHILD.format(rows=512_000, exclude=exclude)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < 150e6
+
+
+# Leaving out
+
+
+def test_exclude_forms() -> None:
+    features = maps("references")
+    bank = ReferenceBank.from_features(features)
+    one = [level[:1] for level in features]
+    expected = ReferenceBank.from_features([level[1:] for level in features]).match(one)
+    for exclude in (0, [0], (0,), torch.tensor([0]), np.array([0]), range(1)):
+        assert_near(bank.match(one, exclude), expected, 0)
+    # One index serves all images, several serve one each.
+    both = [level[[2, 2]] for level in features]
+    matched = bank.match(both, [2, 0])
+    assert_near([level[:1] for level in matched], bank.match([level[2:3] for level in features], 2), 0)
+    assert_near([level[1:] for level in matched], [level[2:3] for level in features], 0)
+    assert_near(bank.match(both, 2), [level[[2, 2]] for level in bank.match(features, [0, 1, 2, 3])], 0)
+
+
+@pytest.mark.parametrize("exclude", [4, -1, [0], [0, 1, 2], [0, 4], [-1, 0]])
+def test_exclude_must_name_references(exclude: int | list[int]) -> None:
+    with pytest.raises(InputError, match="exclude must name one of 4 references for each of 2 images"):
+        ReferenceBank.from_features(maps("references")).match(maps("queries", count=2), exclude)
+
+
+def test_a_single_reference_cannot_be_left_out() -> None:
+    bank = ReferenceBank.from_features(maps("references", count=1))
+    with pytest.raises(ReferencesError, match="second"):
+        bank.residuals(maps("references", count=1), exclude=0)
+
+
+def test_leave_one_out() -> None:
+    features = maps("references", count=11)
+    bank = ReferenceBank.from_features(features)
+    found = [torch.cat(level) for level in zip(*bank.leave_one_out(), strict=True)]
+    for image in range(11):
+        others = ReferenceBank.from_features([torch.cat([level[:image], level[image + 1 :]]) for level in features])
+        expected = others.residuals([level[image : image + 1] for level in features])
+        assert_near([level[image : image + 1] for level in found], expected, 0)
+        assert all(level.any() for level in expected)
+    some = [torch.cat(level) for level in zip(*bank.leave_one_out([7, 2]), strict=True)]
+    assert_near(some, [level[[7, 2]] for level in found], 0)
+
+
+def test_leave_one_out_finds_twins() -> None:
+    features = [torch.cat([level, level[1:2]]) for level in maps("references")]
+    found = [torch.cat(level) for level in zip(*ReferenceBank.from_features(features).leave_one_out(), strict=True)]
+    assert [[bool(image.any()) for image in level] for level in found] == [[True, False, True, True, False]] * 2
+
+
+@pytest.mark.parametrize(("count", "taken"), [(4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 4, 5]), (21, [0, 5, 10, 15, 20])])
+def test_leave_one_out_of_many_takes_some_of_them(count: int, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "LEAVE_ONE_OUT_IMAGES", 5)
+    bank = ReferenceBank.from_features(maps("references", count=count))
+    found, expected = ([torch.cat(level) for level in zip(*bank.leave_one_out(images), strict=True)] for images in (None, taken))
+    assert_near(found, expected, 0)
+
+
+def test_leave_one_out_of_a_coreset_takes_the_images_from_the_whole() -> None:
+    features = maps("references")
+    full = ReferenceBank.from_features(features)
+    small = full.coreset(0.5)
+    (found,) = small.leave_one_out(full=full)
+    assert_near(found, small.residuals(features, exclude=[0, 1, 2, 3]), 0)
+    with pytest.raises(ReferencesError, match="coreset"):
+        next(small.leave_one_out())
+
+
+# Making a bank
+
+
+def test_from_features() -> None:
+    features = maps("references")
+    bank = ReferenceBank.from_features(features)
+    assert (bank.num_images, bank.grids, bank.complete) == (4, [(3, 4), (2, 3)], True)
+    assert [tuple(rows.shape) for rows in bank.rows] == [(48, 6), (24, 5)]
+    assert torch.equal(bank.rows[0][12 + 4 + 2], features[0][1, :, 1, 2])
+    assert bank.images[1].tolist() == [image for image in range(4) for _ in range(6)]
+    assert_near(bank.features(), features, 0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_bank_is_a_copy(layout: torch.memory_format, tmp_path: Path) -> None:
+    features = [level.contiguous(memory_format=layout) for level in maps("references")]
+    bank = ReferenceBank.from_features([features[0], features[0], features[1]])
+    features[0].zero_()
+    assert_near(bank.features(), [maps("references")[level] for level in (0, 0, 1)], 0)
+    bank.save(tmp_path / "bank.safetensors")
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        [],
+        [torch.zeros(0, 3, 2, 2)],
+        [torch.zeros(2, 3, 2, 2), torch.zeros(3, 3, 2, 2)],
+        [torch.zeros(3, 2, 2)],
+        [torch.full((1, 3, 2, 2), torch.nan)],
+        [torch.zeros(1, 3, 2, 2), torch.tensor([[[[0.0]], [[torch.inf]]]])],
+    ],
+    ids=["no levels", "no images", "different counts", "no batch", "NaN", "infinite"],
+)
+def test_from_features_refuses(features: list[Tensor]) -> None:
+    with pytest.raises(InputError):
+        ReferenceBank.from_features(features)
+
+
+FACTS = {
+    "files": ["a.png", "b/ä.png", "", "d.png"],
+    "sha256s": ["1" * 64, "2" * 64, "3" * 64, ""],
+    "model": "adpretrain_dinov2_base.realiad_norm",
+    "fingerprint": ["f" * 64, "e" * 64],
+    "img_size": (224, 280),
+    "preset": "squash",
+    "bit_depth": 12,
+    "threshold": 0.1 + 0.2,
+    "quantile": 0.99,
+    "normal_scores": [1 / 3, 2 / 7, 1e-30],
+}
+
+
+def full_bank(count: int = 4, **facts: object) -> ReferenceBank:
+    bank = ReferenceBank.from_features(maps("references", count))
+    bank.scales = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    return dataclasses.replace(bank, **{**FACTS, **facts})  # type: ignore[arg-type]
+
+
+def test_extended() -> None:
+    features, more = maps("references"), maps("more", count=3)
+    first, second = full_bank(), ReferenceBank.from_features(more)
+    second.model, second.files, second.sha256s = first.model, ["x", "y", "z"], ["7", "8", "9"]
+    both = first.extended(second)
+    whole = ReferenceBank.from_features([torch.cat(pair) for pair in zip(features, more, strict=True)])
+    assert_near(both.rows, whole.rows, 0)
+    assert_near(both.images, whole.images, 0)
+    assert (both.num_images, both.files, both.sha256s) == (7, FACTS["files"] + ["x", "y", "z"], FACTS["sha256s"] + ["7", "8", "9"])
+    assert (both.model, both.img_size, both.preset, both.bit_depth) == (first.model, first.img_size, "squash", 12)
+    assert (both.threshold, both.quantile, both.normal_scores, both.scales) == (None, None, [], None)
+    queries = [level[:4] for level in more]
+    assert_near(both.match(queries, exclude=4), whole.match(queries, exclude=4), 0)
+    assert (first.num_images, first.threshold) == (4, FACTS["threshold"])
+
+
+def test_extended_refuses_what_does_not_belong_together() -> None:
+    bank = full_bank()
+    for other in (
+        dataclasses.replace(bank, model="another"),
+        bank.coreset(0.5),
+        ReferenceBank.from_features(maps("references", grids=((4, 3), (2, 3)))),
+    ):
+        for pair in ((bank, other), (other, bank)):
+            with pytest.raises(ReferencesError, match="joined"):
+                pair[0].extended(pair[1])
+
+
+# Coreset
+
+
+def greedy(units: Tensor, first: int, count: int) -> list[int]:
+    """The k-centre search of Sener and Savarese, one distance at a time."""
+    chosen = [first]
+    while len(chosen) < count:
+        distances = [min(1 - float(unit @ units[other]) for other in chosen) for unit in units]
+        left = [row for row in range(len(units)) if row not in chosen]
+        chosen.append(max(left, key=lambda row: distances[row]))
+    return sorted(chosen)
+
+
+def radius(units: Tensor, chosen: list[int]) -> float:
+    return float((1 - units @ units[chosen].T).amin(dim=1).max())
+
+
+def single_patches(rows: Tensor) -> ReferenceBank:
+    """A bank whose images are single patches, so that ``images`` tells which rows were kept."""
+    return ReferenceBank.from_features([rows[:, :, None, None]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 24),
+    channels=st.integers(2, 6),
+    fraction=st.floats(0.01, 1),
+    twins=st.booleans(),
+    start=st.integers(0, 2**31),
+)
+def test_coreset_is_the_greedy_one(seed: int, count: int, channels: int, fraction: float, twins: bool, start: int) -> None:
+    rows = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
+    if twins:
+        rows[count // 2 :] = rows[: count - count // 2] * 2
+    bank = single_patches(rows).coreset(fraction, seed=start)
+    kept = bank.images[0].tolist()
+    assert len(kept) == max(1, round(fraction * count))
+    assert kept == sorted(set(kept))
+    assert torch.equal(bank.rows[0], rows[kept])
+    units = F.normalize(rows.double(), dim=1)
+    naive = [greedy(units, first, len(kept)) for first in range(count)]
+    assert radius(units, kept) <= max(radius(units, chosen) for chosen in naive) + 1e-6
+    if not twins:
+        assert kept in naive
+    else:
+        # Two rows of one direction only where every direction is there.
+        distinct = count - count // 2
+        assert len({row % distinct if row >= count // 2 and count % 2 == 0 else row for row in kept}) >= 1
+        assert radius(units, kept) < 1e-6 or len(kept) < distinct
+
+
+def test_coreset_takes_no_twin_while_others_are_uncovered() -> None:
+    rows = torch.eye(6).repeat(5, 1) * torch.arange(1.0, 31.0)[:, None]
+    for seed in range(5):
+        kept = single_patches(rows).coreset(0.2, seed).images[0]
+        assert sorted((kept % 6).tolist()) == [0, 1, 2, 3, 4, 5]
+    assert single_patches(rows).coreset(0.5).images[0].unique().numel() == 15
+
+
+def test_coreset_depends_on_its_seed_only() -> None:
+    bank = full_bank()
+    torch.manual_seed(1)
+    one = bank.coreset(0.25, seed=3)
+    torch.manual_seed(2)
+    assert_near(one.rows, bank.coreset(0.25, seed=3).rows, 0)
+    assert any(not torch.equal(bank.coreset(0.25, seed=seed).rows[0], one.rows[0]) for seed in range(10))
+    assert_near(bank.rows, full_bank().rows, 0)
+
+
+def test_coreset_keeps_facts_and_drops_what_no_longer_holds() -> None:
+    bank = full_bank()
+    small = bank.coreset(0.25)
+    assert [len(rows) for rows in small.rows] == [12, 6]
+    for name in ("files", "sha256s", "model", "fingerprint", "img_size", "preset", "bit_depth", "num_images", "grids"):
+        assert getattr(small, name) == getattr(bank, name)
+    assert (small.threshold, small.quantile, small.normal_scores, small.scales, small.complete) == (None, None, [], None, False)
+    for rows, images, whole, owners in zip(small.rows, small.images, bank.rows, bank.images, strict=True):
+        for row, image in zip(rows, images, strict=True):
+            assert (whole[owners == image] == row).all(dim=1).any()
+    with pytest.raises(ReferencesError, match="coreset"):
+        small.features()
+    assert bank.coreset(1).complete
+    assert_near(bank.coreset(1).features(), maps("references"), 0)
+    assert not bank.coreset(0.5).coreset(1).complete
+
+
+def test_coreset_of_a_single_image_cannot_leave_it_out() -> None:
+    features = [torch.eye(2)[:, :, None, None]]
+    small = ReferenceBank.from_features(features).coreset(0.5)
+    kept = int(small.images[0][0])
+    with pytest.raises(ReferencesError, match="single image"):
+        small.match([features[0][:1]], exclude=kept)
+    assert torch.equal(small.match([features[0][:1]], exclude=1 - kept)[0][0], features[0][kept])
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan")])
+def test_coreset_refuses_fractions(fraction: float) -> None:
+    with pytest.raises(InputError, match="fraction"):
+        full_bank().coreset(fraction)
+
+
+# Files
+
+
+def assert_same(one: ReferenceBank, other: ReferenceBank) -> None:
+    for entry in dataclasses.fields(ReferenceBank):
+        a, b = getattr(one, entry.name), getattr(other, entry.name)
+        for left, right in [(a, b)] if not isinstance(a, list) else [(len(a), len(b)), *zip(a, b, strict=True)]:
+            if isinstance(left, Tensor):
+                assert left.dtype == right.dtype and torch.equal(left, right)
+            else:
+                assert type(left) is type(right) and left == right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, reduced: bool, tmp_path: Path) -> None:
+    bank = full_bank()
+    if reduced:
+        bank = dataclasses.replace(bank.coreset(0.5), threshold=0.5, quantile=1.0)
+    bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    path = tmp_path / "new folder" / "bank.safetensors"
+    bank.save(path)
+    assert_same(ReferenceBank.load(path), bank)
+    assert_same(ReferenceBank.load(str(path)), bank)
+    assert [entry.name for entry in path.parent.iterdir()] == ["bank.safetensors"]
+    bank.coreset(0.5).save(path)
+    assert len(ReferenceBank.load(path).rows[0]) == len(bank.rows[0]) // 2
+
+
+def test_every_fact_is_tested() -> None:
+    plain = ReferenceBank.from_features(maps("references"))
+    for entry in dataclasses.fields(ReferenceBank):
+        if entry.name not in ("rows", "images", "grids", "num_images", "complete"):
+            assert getattr(plain, entry.name) is None or getattr(plain, entry.name) != getattr(full_bank(), entry.name)
+
+
+def test_bare_bank_saved_and_loaded(tmp_path: Path) -> None:
+    bank = ReferenceBank.from_features(maps("references", count=1))
+    bank.save(tmp_path / "bank.safetensors")
+    assert_same(ReferenceBank.load(tmp_path / "bank.safetensors"), bank)
+
+
+def test_banks_of_several_products(tmp_path: Path) -> None:
+    path = tmp_path / "banks.safetensors"
+    banks = {"screw": full_bank(), "Flügel 0.1": ReferenceBank.from_features(maps("more", count=2)), "": full_bank(threshold=None)}
+    save_banks(path, banks)
+    loaded = load_banks(path)
+    assert list(loaded) == list(banks)
+    for product, bank in banks.items():
+        assert_same(loaded[product], bank)
+    with pytest.raises(CheckpointError, match="several products: screw, Flügel"):
+        ReferenceBank.load(path)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "bank.safetensors"
+    full_bank().save(path)
+    return path
+
+
+def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:4],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[8:],
+        lambda data: bytes(range(256)) * 20,
+        lambda data: b"\xff" * 16 + data,
+        lambda data: pickle.dumps({"rows": [1, 2, 3]}),
+    ],
+)
+def test_damaged_files(damage: Callable[[bytes], bytes], saved: Path) -> None:
+    saved.write_bytes(damage(saved.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"bank\.safetensors.*adfeatures fit"):
+        load_banks(saved)
+
+
+def _fact(name: str, content: object) -> Callable[[dict[str, Tensor], list[dict]], object]:
+    return lambda tensors, facts: facts[0].update({name: content})
+
+
+def _no_fact(name: str) -> Callable[[dict[str, Tensor], list[dict]], object]:
+    return lambda tensors, facts: facts[0].pop(name)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _fact("something_new", 1),
+        _fact("grids", 5),
+        _fact("grids", [[3, 4]] * 3),
+        _fact("img_size", [224]),
+        _no_fact("grids"),
+        _no_fact("num_images"),
+        _no_fact("product"),
+        lambda tensors, facts: tensors.pop("0.rows.1"),
+        lambda tensors, facts: tensors.pop("0.images.0"),
+        lambda tensors, facts: facts.append("screw"),
+        lambda tensors, facts: facts.append({"product": "screw"}),
+    ],
+)
+def test_inconsistent_files(spoil: Callable[[dict[str, Tensor], list[dict]], object], saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    facts = json.loads(metadata["banks"])
+    spoil(tensors, facts)
+    save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
+    with pytest.raises(CheckpointError, match=r"bank\.safetensors is damaged.*adfeatures fit"):
+        load_banks(saved)
+
+
+@pytest.mark.parametrize("content", [torch.nan, torch.inf])
+def test_files_with_nan(content: float, saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    tensors["0.rows.1"][2, 3] = content
+    save_file(tensors, saved, metadata)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        load_banks(saved)
+
+
+@pytest.mark.parametrize("banks", ["", "{", "[1]", "{}x", "null"])
+def test_files_with_broken_facts(banks: str, saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    save_file(tensors, saved, {**metadata, "banks": banks})
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_banks(saved)
+
+
+def test_files_that_are_no_banks(saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    for other in (None, {"format": "pt"}, {**metadata, "format": "adfeatures"}):
+        save_file(tensors, saved, other)
+        with pytest.raises(CheckpointError, match="not a reference bank"):
+            load_banks(saved)
+    with pytest.raises(CheckpointError, match=r"no reference bank .*missing\.safetensors"):
+        load_banks(saved.with_name("missing.safetensors"))
+    with pytest.raises(CheckpointError, match="no reference bank"):
+        load_banks(saved.parent)
+
+
+def test_files_of_a_newer_version(saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    save_file(tensors, saved, {**metadata, "version": "2"})
+    with pytest.raises(CheckpointError, match="newer version of adfeatures"):
+        load_banks(saved)
+
+
+# Belonging to a model
+
+
+def test_check() -> None:
+    def check(bank: ReferenceBank, **other: object) -> None:
+        arguments = {
+            "model": FACTS["model"],
+            "img_size": FACTS["img_size"],
+            "channels": (6, 5),
+            "fingerprint": FACTS["fingerprint"],
+            "source": "the bank",
+        }
+        bank.check(**{**arguments, **other})  # type: ignore[arg-type]
+
+    check(full_bank())
+    check(full_bank(), fingerprint=[FACTS["fingerprint"][0], "0"])
+    check(full_bank(), fingerprint=["0", FACTS["fingerprint"][1]])
+    check(ReferenceBank.from_features(maps("references")), model="any", img_size=(8, 8), fingerprint=["0"])
+    for other, message in (
+        ({"model": "another"}, "was made with adpretrain_dinov2_base.realiad_norm, not with another"),
+        ({"img_size": (280, 224)}, r"images of \(224, 280\) pixels .*not \(280, 224\)"),
+        ({"channels": (6, 6)}, "other levels"),
+        ({"channels": (6,)}, "other levels"),
+        ({"fingerprint": ["0", "1"]}, "other weights"),
+    ):
+        with pytest.raises(ReferencesError, match=f"the bank.*{message}.*adfeatures fit"):
+            check(full_bank(), **other)
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU())
+
+
+def test_fingerprint_is_shared_with_low_precision_copies() -> None:
+    own = weights_fingerprint(small_model().state_dict())
+    assert own == weights_fingerprint(small_model().state_dict())
+    for move in (nn.Module.half, nn.Module.bfloat16, nn.Module.double):
+        assert set(own) & set(weights_fingerprint(move(small_model()).state_dict()))
+    assert all(len(text) == 64 for text in own)
+
+
+def _change(key: str, factor: float) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: state.update({key: state[key] * factor})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _change("0.weight", 1.01),
+        _change("1.running_var", 1.01),
+        _change("2.weight", -1),
+        lambda state: state["1.num_batches_tracked"].add_(1),
+        lambda state: state.update({"3.weight": state.pop("2.weight")}),
+        lambda state: state.pop("0.bias"),
+    ],
+)
+def test_fingerprint_of_other_weights(change: Callable[[dict[str, Tensor]], object]) -> None:
+    state = small_model().state_dict()
+    change(state)
+    own = set(weights_fingerprint(small_model().state_dict()))
+    assert not own & set(weights_fingerprint(state))
+    assert not own & set(weights_fingerprint({k: v.half() if v.is_floating_point() else v for k, v in state.items()}))
+    assert not own & set(weights_fingerprint(small_model(seed=1).state_dict()))
