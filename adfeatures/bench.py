@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import catalog, scoring
 from .backbones import create_backbone
@@ -91,34 +91,31 @@ class NaiveProjector:
     """The projector in its published form, on the weights of ours."""
 
     def __init__(self, ours: ResidualProjector) -> None:
-        self.num_heads, state = ours.num_heads, ours.state_dict()
-        prefixes = [f"l{number}_proj." for number in range(1, len(ours.channels) + 1)]
-        self.levels = [{key.removeprefix(p): value for key, value in state.items() if key.startswith(p)} for p in prefixes]
+        self.levels = [_NaiveLevel(*level) for level in zip(ours.children(), ours.channels, ours.num_heads, strict=True)]
 
     def __call__(self, residuals: Sequence[Tensor]) -> list[Tensor]:
-        return [naive_level(*level) for level in zip(residuals, self.levels, self.num_heads, strict=True)]
+        return [level(residual) for level, residual in zip(self.levels, residuals, strict=True)]
 
 
-def naive_level(x: Tensor, state: Mapping[str, Tensor], num_heads: int) -> Tensor:
-    """Project the residual maps (B, C, h, w) of one level, with its entries of the state dict."""
+class _NaiveLevel:
+    def __init__(self, ours: nn.Module, channels: int, num_heads: int) -> None:
+        self.state, prefix = ours.state_dict(), "layers.0.cross_attn."
+        own = {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
+        # torch's own module, which by default computes and returns the attention weights; the published keys are its keys.
+        self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True, device="meta").requires_grad_(False).eval()
+        self.attention.load_state_dict(own, assign=True)
 
-    def parameters(name: str) -> tuple[Tensor, Tensor]:
-        return state[f"{name}.weight"], state[f"{name}.bias"]
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens, expanded = x.flatten(2).transpose(1, 2), self.state["x_ref"].expand(len(x), -1, -1)
+        references = F.conv1d(expanded.transpose(1, 2), *self._parameters("ref_proj.project")).transpose(1, 2)
+        tokens = tokens - self.attention(tokens, references, references)[0]
+        hidden = F.linear(tokens, *self._parameters("layers.0.mlp.fc1"))
+        squeezed = F.relu(F.linear(hidden.mean(1, keepdim=True), *self._parameters("layers.0.mlp.se.fc1")))
+        hidden = F.gelu(hidden * torch.sigmoid(F.linear(squeezed, *self._parameters("layers.0.mlp.se.fc2"))))
+        return (tokens + F.linear(hidden, *self._parameters("layers.0.mlp.fc2"))).transpose(1, 2).reshape(x.shape)
 
-    def heads(sequence: Tensor) -> Tensor:
-        return sequence.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-    tokens, expanded = x.flatten(2).transpose(1, 2), state["x_ref"].expand(len(x), -1, -1)
-    references = F.conv1d(expanded.transpose(1, 2), *parameters("ref_proj.project")).transpose(1, 2)
-    packed = zip(*(state[f"layers.0.cross_attn.in_proj_{kind}"].chunk(3) for kind in ("weight", "bias")), strict=True)
-    queries, keys, values = (heads(F.linear(t, *p)) for t, p in zip((tokens, references, references), packed, strict=True))
-    weights = (queries * queries.shape[-1] ** -0.5 @ keys.transpose(-2, -1)).softmax(dim=-1)
-    attended = F.linear((weights @ values).transpose(1, 2).flatten(2), *parameters("layers.0.cross_attn.out_proj"))
-    tokens = tokens - attended
-    hidden = F.linear(tokens, *parameters("layers.0.mlp.fc1"))
-    squeezed = F.relu(F.linear(hidden.mean(1, keepdim=True), *parameters("layers.0.mlp.se.fc1")))
-    hidden = F.gelu(hidden * torch.sigmoid(F.linear(squeezed, *parameters("layers.0.mlp.se.fc2"))))
-    return (tokens + F.linear(hidden, *parameters("layers.0.mlp.fc2"))).transpose(1, 2).reshape(x.shape)
+    def _parameters(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.state[f"{name}.weight"], self.state[f"{name}.bias"]
 
 
 def naive_residuals(features: Sequence[Tensor], banks: Sequence[Tensor]) -> list[Tensor]:
@@ -237,37 +234,33 @@ def matching_rows(sizes: Sizes) -> Iterator[Row]:
 
 def memory_rows(sizes: Sizes) -> Iterator[Row]:
     """Peak memory, each in a fresh process."""
-    batch = max(sizes.batches)
-    for what, peak in (("projector", projector_peak), ("extractor", extractor_peak)):
-        ours, naive = (_in_child(peak, sizes, form) for form in (False, True))
+    for what, whole in (("projector", False), ("extractor", True)):
+        ours, naive = (_in_child(batch_peak, sizes, whole, form) for form in (False, True))
         ratio = naive / ours if ours and naive else None
-        yield Row(f"peak of a process: {what}, batch {batch}", "MB", ours, naive, ratio, note=_note(ours, "target: below naive"))
+        yield Row(
+            f"peak of a process: {what}, batch {max(sizes.batches)}", "MB", ours, naive, ratio, note=_note(ours, "target: below naive")
+        )
     (queries, rows), beyond = sizes.bank, _in_child(matching_peak, sizes)
     note = f"target: below 2,000; bank of {2e-6 * rows * sizes.width:,.0f} MB in float16"
     note += f"; naive, not run, needs {4e-6 * rows * (sizes.width + queries):,.0f}"
     yield Row(f"beyond the bank: {queries} x {rows:,} rows of {sizes.width}", "MB", beyond, note=_note(beyond, note))
 
 
-def projector_peak(sizes: Sizes, naive: bool) -> float | None:
-    """Megabytes that this process took to project one batch."""
-    ours = build_projector(sizes)
-    projector = NaiveProjector(ours) if naive else ours
+def batch_peak(sizes: Sizes, whole: bool, naive: bool) -> float | None:
+    """Megabytes that this process took for one batch of the projector, or of the whole extractor."""
+    batch, side = max(sizes.batches), sizes.grid * catalog.BACKBONES[BACKBONE].patch_size
     with torch.no_grad():
-        projector(torch.randn(4, max(sizes.batches), sizes.width, sizes.grid, sizes.grid).unbind())
-    return _peak_megabytes()
-
-
-def extractor_peak(sizes: Sizes, naive: bool) -> float | None:
-    """Megabytes that this process took to extract the features of one batch."""
-    ours = build_extractor(sizes)
-    extractor = NaiveExtractor(ours) if naive else ours
-    with torch.no_grad():
-        extractor(torch.randn(max(sizes.batches), 3, *ours.img_size))
+        if whole:
+            extractor = build_extractor(sizes)
+            (NaiveExtractor(extractor) if naive else extractor)(torch.randn(batch, 3, side, side))
+        else:
+            projector, residuals = build_projector(sizes), torch.randn(4, batch, sizes.width, sizes.grid, sizes.grid).unbind()
+            (NaiveProjector(projector) if naive else projector)(residuals)
     return _peak_megabytes()
 
 
 def matching_peak(sizes: Sizes) -> float | None:
-    """Megabytes beyond the bank that matching takes. Its rows are in half precision, which takes more, since they are converted on the way."""
+    """Megabytes beyond the bank that matching takes. Rows in half precision, converted on the way, take more than others."""
     queries, count = sizes.bank
     rows = torch.empty(count, sizes.width, dtype=torch.float16)
     for part in rows.split(1024):
@@ -300,9 +293,9 @@ def _compare(
             functions[name](value)
             taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     ratio, cpu_ratio = (median(n[i] / max(o[i], 1e-9) for o, n in zip(taken["ours"], taken["naive"], strict=True)) for i in (0, 1))
-    milliseconds = [1000 * median(wall for wall, _ in taken[name]) for name in ("ours", "naive")]
+    ours_ms, naive_ms = (1000 * median(wall for wall, _ in taken[name]) for name in ("ours", "naive"))
     note += f"; {len(taken['ours'])} pairs; largest difference {difference:.1e} in outputs up to {largest:.3g}"
-    return Row(what, "ms", *milliseconds, ratio, cpu_ratio, note)
+    return Row(what, "ms", ours_ms, naive_ms, ratio, cpu_ratio, note)
 
 
 def _in_child(function: Callable[..., float | None], *arguments: object) -> float | None:

@@ -232,7 +232,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
         **{f"adpretrain_{backbone}": _adpretrain(backbone) for backbone in _ADPRETRAIN_FOLDERS},
         "residual_lite": Model(
             backbone="efficientnet_lite",
-            img_size=(224, 224),
+            img_size=(320, 320),
             scoring="residual",
             tags={
                 "in1k_v1": Tag(
@@ -244,7 +244,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     serves="photos without any download; not ADPretrain",
                 )
             },
-            residual_scales=(0.1, 0.1, 0.1),
+            residual_scales=(0.19, 0.19, 0.24),
         ),
     }
 )

@@ -12,8 +12,9 @@ from PIL import Image
 
 from .checkpoints import atomic_path
 from .factory import ASSETS, create_model
-from .images import contact_sheet, list_images
+from .images import list_images
 from .inspection import inspect
+from .overlays import contact_sheet
 from .scoring import auroc
 
 SAMPLES = ASSETS / "samples"

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from .checkpoints import atomic_path
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor, Prediction
-from .images import contact_sheet, list_images, overlay, read_image
+from .images import list_images, read_image
+from .overlays import contact_sheet, overlay
 
 WORST = 12
 

@@ -162,7 +162,7 @@ class _Frozen:
 def _state(tensor: Tensor) -> object:
     """What changes whenever the tensor's values do.
 
-    Never equal for inference tensors, which keep no count of changes, nor while a gradient waits for a step, which a fused optimiser does not count.
+    Never equal for inference tensors, which keep no count of changes, nor while a gradient waits for a step, which might not be counted.
     """
     waiting = tensor.is_leaf and tensor.requires_grad and tensor.grad is not None
     return object() if waiting or tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)

@@ -24,12 +24,10 @@ from adfeatures.images import (
     MAX_PIXELS,
     PRESETS,
     build_transform,
-    colorize,
-    contact_sheet,
     list_images,
-    overlay,
     read_image,
 )
+from adfeatures.overlays import colorize, contact_sheet, overlay
 
 RNG = np.random.default_rng(0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
         channels = draw(st.integers(1, 7))
         pair = [torch.randn(n, channels, draw(side), draw(side), generator=generator) for n in (batch, count)]
         for level in pair:
-            tokens = level.permute(0, 2, 3, 1).reshape(-1, channels)
+            tokens = level.permute(0, 2, 3, 1).reshape(-1, channels).clone()
             kind = torch.rand(len(tokens), generator=generator)
             tokens[kind < draw(st.sampled_from([0.0, 0.3]))] = 0
             twins = kind > draw(st.sampled_from([1.0, 0.6]))
@@ -93,7 +93,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
     return queries, references, form(excluded), per_image, chunks
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cases())
 def test_matching_is_brute_force(case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]) -> None:
     queries, kept, exclude, barred, chunks = case
@@ -400,7 +400,7 @@ def single_patches(rows: Tensor) -> ReferenceBank:
     return ReferenceBank.from_features([rows[:, :, None, None]])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(1, 24),
@@ -423,11 +423,8 @@ def test_coreset_is_the_greedy_one(seed: int, count: int, channels: int, fractio
     assert radius(units, kept) <= max(radius(units, chosen) for chosen in naive) + 1e-6
     if not twins:
         assert kept in naive
-    else:
-        # Two rows of one direction only where every direction is there.
-        distinct = count - count // 2
-        assert len({row % distinct if row >= count // 2 and count % 2 == 0 else row for row in kept}) >= 1
-        assert radius(units, kept) < 1e-6 or len(kept) < distinct
+    elif len(kept) >= count - count // 2:
+        assert radius(units, kept) < 1e-6, "a twin was kept before every direction was"
 
 
 def test_coreset_takes_no_twin_while_others_are_uncovered() -> None:

@@ -1,0 +1,269 @@
+"""Scores against the original's numbers (goldens), scipy, scikit-learn, numpy, and loops written out below."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from golden_values import assert_near, fill, golden, shapes, value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from adfeatures import scoring
+from adfeatures.backbones import create_backbone
+from adfeatures.errors import InputError
+from adfeatures.projector import ResidualProjector
+from adfeatures.references import ReferenceBank
+
+
+def features(count: int = 2) -> list[Tensor]:
+    return [value(f"features.{level}", (count, 5, 3 + level, 4)) for level in range(3)]
+
+
+# Anomaly maps
+
+
+def test_golden_feature_norm() -> None:
+    expected = golden("feature_norm")
+    maps = scoring.feature_norm_map([value(f"scoring.features.{level}", (3, 32, 16, 16), 0.3) for level in range(4)], (224, 224))
+    assert_near(maps, expected["score_map"])
+    assert_near(maps.amax(dim=(1, 2)), expected["image_score"])
+
+
+@torch.no_grad()
+def test_golden_end_to_end() -> None:
+    """Backbone, bank, projector and score together."""
+    weights = fill(shapes("backbone_dinov2"), "dinov2.")
+    backbone = create_backbone("dinov2_base", weights=weights, embed_dim=64, depth=4, num_heads=2)
+    projector = ResidualProjector([64] * 4)
+    projector.load_state_dict(fill({key: list(tensor.shape) for key, tensor in projector.state_dict().items()}, "e2e.projector."))
+    bank = ReferenceBank.from_features(backbone(value("e2e.references", (8, 3, 224, 224))))
+    projected = projector(bank.residuals(backbone(value("e2e.query", (2, 3, 224, 224)))))
+    expected = golden("end_to_end")
+    assert_near(projected, [expected[f"projected.{level}"] for level in range(4)])
+    assert_near(scoring.feature_norm_map(projected, (224, 224)), expected["score_map"])
+
+
+def test_patch_norms() -> None:
+    (level, *_) = features()
+    found = scoring.patch_norms(level)
+    for image, y, x in np.ndindex(*found.shape):
+        norm = sum(float(v) ** 2 for v in level[image, :, y, x]) ** 0.5
+        assert found[image, y, x] == pytest.approx((norm + 1) ** 0.5 - 1, rel=1e-5)
+    assert not scoring.patch_norms(torch.zeros(1, 5, 2, 2)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_low_precision_features_are_scored_in_float32(dtype: torch.dtype) -> None:
+    levels = [level.to(dtype) for level in features()]
+    maps = scoring.feature_norm_map(levels, (28, 28))
+    assert maps.dtype == torch.float32
+    assert_near(maps, scoring.feature_norm_map([level.float() for level in levels], (28, 28)), 0)
+    assert scoring.cosine_distances(levels[0]).dtype == torch.float32
+
+
+def test_cosine_distances() -> None:
+    one, other = (torch.nn.functional.normalize(value(f"units.{i}", (2, 7, 3, 4)), dim=1) for i in range(2))
+    assert_near(scoring.cosine_distances(one - other), 1 - (one * other).sum(dim=1), 1e-5)
+
+
+def upsampled(level: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear interpolation with aligned corners, one pixel at a time."""
+    result = np.zeros((len(level), *size))
+    for y, x in np.ndindex(*size):
+        at = [place * (cells - 1) / (pixels - 1) for place, cells, pixels in zip((y, x), level.shape[1:], size, strict=True)]
+        for row, column in np.ndindex(*level.shape[1:]):
+            weight = max(1 - abs(at[0] - row), 0) * max(1 - abs(at[1] - column), 0)
+            result[:, y, x] += weight * level[:, row, column].double().numpy()
+    return result
+
+
+@pytest.mark.parametrize("size", [(12, 9), (3, 4), (20, 20)])
+@pytest.mark.parametrize("sigma", [0, 1.0, 4.0])
+def test_fuse(size: tuple[int, int], sigma: float) -> None:
+    levels = [scoring.patch_norms(level) for level in features()]
+    mean = sum(upsampled(level, size) for level in levels) / len(levels)
+    expected = np.stack([gaussian_filter(image, sigma) for image in mean]) if sigma else mean
+    assert_near(scoring.fuse(levels, size, sigma), torch.from_numpy(expected))
+    assert_near(scoring.feature_norm_map(features(), size, sigma), torch.from_numpy(expected))
+
+
+def test_default_sigma() -> None:
+    assert_near(scoring.feature_norm_map(features(), (40, 40)), scoring.feature_norm_map(features(), (40, 40), 4.0), 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3), (5, 33), (16, 16), (17, 64), (80, 50)])
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.3, 4.0, 7.5])
+def test_smooth_is_scipys(shape: tuple[int, int], sigma: float) -> None:
+    maps = value(f"smooth.{shape}", (2, *shape))
+    expected = np.stack([gaussian_filter(image.double().numpy(), sigma) for image in maps])
+    assert_near(scoring.smooth(maps, sigma), torch.from_numpy(expected))
+
+
+def test_smooth_keeps_what_is_even_and_the_batch_apart() -> None:
+    assert_near(scoring.smooth(torch.full((2, 9, 30), 0.7), 4.0), torch.full((2, 9, 30), 0.7))
+    maps = value("apart", (3, 20, 20))
+    assert_near(scoring.smooth(maps, 4.0)[1:2], scoring.smooth(maps[1:2], 4.0))
+    assert scoring.smooth(maps, 0) is maps
+    assert scoring.smooth(maps.double(), 2.0).dtype == torch.float64
+
+
+def test_autocast_does_not_coarsen_the_maps() -> None:
+    expected = scoring.feature_norm_map(features(), (40, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scoring.feature_norm_map(features(), (40, 40))
+    assert found.dtype == torch.float32
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("sigma", [-1.0, float("nan"), float("inf")])
+def test_smooth_refuses_sigma(sigma: float) -> None:
+    with pytest.raises(InputError, match="sigma"):
+        scoring.smooth(torch.zeros(1, 4, 4), sigma)
+
+
+# Rings
+
+
+def ring(y: int, x: int, height: int, width: int) -> int:
+    return min(y, x, height - 1 - y, width - 1 - x, scoring.RINGS)
+
+
+@pytest.mark.parametrize("shapes", [[(10, 12), (9, 8)], [(2 * scoring.RINGS + 1, 40)], [(2, 7), (1, 1), (6, 6)]])
+def test_ring_scales(shapes: list[tuple[int, int]]) -> None:
+    levels = [torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) + 0.1 for shape in shapes]
+    for level in levels:
+        for y, x in np.ndindex(*level.shape[1:]):
+            level[:, y, x] *= 3 - 2 * ring(y, x, *level.shape[1:]) / scoring.RINGS
+    found = scoring.ring_scales(levels)
+    assert found.shape == (len(levels), scoring.RINGS + 1)
+    for level, scales in zip(levels, found, strict=True):
+        height, width = level.shape[1:]
+        cells: list[list[float]] = [[] for _ in range(scoring.RINGS + 1)]
+        for y, x in np.ndindex(height, width):
+            cells[ring(y, x, height, width)] += level[:, y, x].tolist()
+        means = [np.mean(own) if own else float(level.mean()) for own in cells]
+        expected = [means[-1] * max((mean / means[-1]) ** 2, 1) for mean in means]
+        assert scales.tolist() == pytest.approx(expected, rel=1e-5)
+    assert (found >= found[:, -1:] * (1 - 1e-6)).all()
+
+
+def test_ring_scales_of_nothing_can_be_divided_by() -> None:
+    scales = scoring.ring_scales([torch.zeros(2, 9, 9)])
+    assert (scales > 0).all() and torch.isfinite(scales).all()
+    assert not scoring.divide_by_ring(torch.zeros(1, 9, 9), scales[0]).any()
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (5, 5), (1, 3), (2, 2)])
+def test_divide_by_ring(shape: tuple[int, int]) -> None:
+    distances, scales = torch.rand(2, *shape), torch.arange(1.0, scoring.RINGS + 2)
+    found = scoring.divide_by_ring(distances, scales)
+    for y, x in np.ndindex(*shape):
+        assert_near(found[:, y, x], distances[:, y, x] / scales[ring(y, x, *shape)])
+
+
+def test_normal_images_come_out_level() -> None:
+    """After the division, normal patches of the interior are 1 on average, and no ring stands out above them."""
+    distances = torch.rand(50, 12, 12, generator=torch.Generator().manual_seed(0)) + 0.5
+    border = torch.tensor([[ring(y, x, 12, 12) == 0 for x in range(12)] for y in range(12)])
+    distances[:, border] *= 5
+    (scales,) = scoring.ring_scales([distances])
+    level = scoring.divide_by_ring(distances, scales)
+    inside = slice(scoring.RINGS, -scoring.RINGS)
+    assert level[:, inside, inside].mean() == pytest.approx(1, rel=1e-4)
+    assert level[:, border].mean() <= 1 + 1e-4
+
+
+# Thresholds and ranks
+
+scores = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40)
+
+
+@settings(deadline=None)
+@given(scores, st.floats(1e-6, 1))
+def test_normal_quantile(values: list[float], quantile: float) -> None:
+    found = scoring.normal_quantile(values, quantile)
+    ordered, at = sorted(values), quantile * (len(values) - 1)
+    below = ordered[int(at)]
+    above = ordered[min(int(at) + 1, len(values) - 1)]
+    assert found == pytest.approx(below + (above - below) * (at - int(at)), rel=1e-9, abs=1e-12)
+    assert isinstance(found, float)
+    assert found == np.quantile(np.array(values), quantile) == scoring.normal_quantile(np.array(values), quantile)
+
+
+def test_normal_quantile_of_all_is_the_largest() -> None:
+    assert scoring.normal_quantile([0.3, 0.7, 0.1], 1) == 0.7
+    assert scoring.normal_quantile([0.3], 0.99) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("values", "quantile"),
+    [([1.0], 0), ([1.0], -0.1), ([1.0], 1.01), ([1.0], float("nan")), ([], 0.5), ([1.0, float("nan")], 0.5), ([float("inf")], 0.5)],
+)
+def test_normal_quantile_refuses(values: list[float], quantile: float) -> None:
+    with pytest.raises(InputError):
+        scoring.normal_quantile(values, quantile)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([1.0, 1.1, 0.9, 1.0, 5.0], [4]),
+        ([9.0, 1.0, 1.1, 0.9, 1.0, 5.0, 1.05], [0, 5]),
+        ([1.0, 1.1, 0.9, 1.0, 0.01], []),  # far below is no defect
+        ([1.0, 1.001, 0.999, 1.0, 1.4], []),  # many deviations, yet little in itself
+        ([0.5, 1.0, 1.5, 2.0, 3.5], []),  # much in itself, yet within the spread
+        ([1.0, 1.0, 1.0, 1.6], [3]),
+        ([2.0] * 5, []),
+        ([3.0], []),
+        ([0.0, 0.0, 0.0, 0.1], [3]),
+    ],
+)
+def test_outliers(values: list[float], found: list[int]) -> None:
+    assert scoring.outliers(values) == scoring.outliers(np.array(values)) == found
+
+
+@settings(deadline=None)
+@given(scores)
+def test_outliers_by_definition(values: list[float]) -> None:
+    median = sorted(values)[len(values) // 2] if len(values) % 2 else sum(sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]) / 2
+    deviations = sorted(abs(v - median) for v in values)
+    half = len(values) // 2
+    spread = 1.4826 * (deviations[half] if len(values) % 2 else (deviations[half - 1] + deviations[half]) / 2)
+    assert scoring.outliers(values) == [i for i, v in enumerate(values) if v > 1.5 * median and v > median + 3.5 * spread]
+
+
+@st.composite
+def labelled(draw: st.DrawFn) -> tuple[list[float], list[int]]:
+    labels = draw(st.lists(st.integers(0, 1), min_size=2, max_size=60).filter(lambda found: 0 < sum(found) < len(found)))
+    some = draw(st.sampled_from([st.integers(0, 3).map(float), st.floats(-1e3, 1e3)]))
+    return draw(st.lists(some, min_size=len(labels), max_size=len(labels))), labels
+
+
+@settings(deadline=None)
+@given(labelled())
+def test_auroc_is_sklearns(case: tuple[list[float], list[int]]) -> None:
+    values, labels = case
+    assert scoring.auroc(values, labels) == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
+    normal, anomalous = ([v for v, label in zip(values, labels, strict=True) if label == kind] for kind in (0, 1))
+    wins = sum((a > n) + 0.5 * (a == n) for a in anomalous for n in normal)
+    assert scoring.auroc(np.array(values), np.array(labels, dtype=bool)) == pytest.approx(wins / len(normal) / len(anomalous), abs=1e-12)
+
+
+def test_auroc_of_maps_and_of_many() -> None:
+    random = np.random.RandomState(0)
+    values, labels = random.randint(0, 50, (4, 100, 100)) / 50, random.rand(4, 100, 100) > 0.97
+    assert scoring.auroc(values, labels) == pytest.approx(roc_auc_score(labels.ravel(), values.ravel()), abs=1e-12)
+    assert scoring.auroc([0, 1], [False, True]) == 1 and scoring.auroc([1, 0], [0, 1]) == 0 and scoring.auroc([1, 1], [0, 1]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]), ([], []), ([1.0], [0, 1]), ([1.0, float("nan")], [0, 1]), ([float("inf"), 0.0], [1, 0])],
+)
+def test_auroc_refuses(values: list[float], labels: list[int]) -> None:
+    with pytest.raises(InputError, match="AUROC"):
+        scoring.auroc(values, labels)
