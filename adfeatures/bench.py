@@ -61,27 +61,22 @@ FULL, QUICK = Sizes(), Sizes(repeats=3, seconds=8, bank=(256, 204_800))
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Ratios are naive over ours, so above 1 where ours is better; None is what was not measured."""
+    """One line of the table. The ratio is naive over ours, so above 1 where ours is better; None is what was not measured."""
 
     what: str
     unit: str
     ours: float | None
     naive: float | None = None
     ratio: float | None = None
-    cpu_ratio: float | None = None
     note: str = ""
 
     def __str__(self) -> str:
-        numbers = (_number(self.ours, 1), _number(self.naive, 1), _number(self.ratio, 2), _number(self.cpu_ratio, 2))
-        return _line(f"{self.what}, {self.unit}", *numbers, self.note)
+        ours, naive = ("-" if value is None else f"{value:,.1f}" for value in (self.ours, self.naive))
+        return _line(f"{self.what}, {self.unit}", ours, naive, "-" if self.ratio is None else f"{self.ratio:.2f}", self.note)
 
 
-def _line(what: str, ours: str, naive: str, ratio: str, cpu_ratio: str, note: str) -> str:
-    return f"{what:<58}{ours:>9}{naive:>10}{ratio:>7}{cpu_ratio:>11}  {note}".rstrip()
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+def _line(what: str, ours: str, naive: str, ratio: str, note: str) -> str:
+    return f"{what:<58}{ours:>9}{naive:>10}{ratio:>7}  {note}".rstrip()
 
 
 # The published form
@@ -213,13 +208,11 @@ def stage_rows(extractor: FeatureExtractor, sizes: Sizes) -> Iterator[Row]:
         for _ in range(sizes.repeats + 1):
             value: Any = photo
             for stage, function in stages.items():
-                start = time.perf_counter()
-                value = function(value)
-                seconds[stage].append(time.perf_counter() - start)
+                taken, value = _timed(function, value)
+                seconds[stage].append(taken)
     # The first round warms up.
-    milliseconds = {stage: 1000 * median(taken[1:]) for stage, taken in seconds.items()}
-    for stage, taken in milliseconds.items():
-        yield Row(f"{name}: {stage}", "ms", taken)
+    milliseconds = {stage: 1000 * median(each[1:]) for stage, each in seconds.items()}
+    yield from (Row(f"{name}: {stage}", "ms", each) for stage, each in milliseconds.items())
     note = f"cpu; photo of {sizes.photo[0]} x {sizes.photo[1]}, input {size[1]} x {size[0]}, {bank.num_images} references"
     yield Row(f"{name}: all stages", "ms", sum(milliseconds.values()), note=note)
 
@@ -279,23 +272,21 @@ def _compare(
     what: str, ours: Callable[[Any], list[Tensor]], naive: Callable[[Any], list[Tensor]], value: Any, sizes: Sizes, note: str
 ) -> Row:
     """Time two functions of the same value alternately, after comparing their results, which also warms up."""
-    pairs = list(zip(ours(value), naive(value), strict=True))
-    difference, largest = (max(t.abs().max().item() for t in tensors) for tensors in ([a - b for a, b in pairs], [b for _, b in pairs]))
-    taken: dict[str, list[tuple[float, float]]] = {"ours": [], "naive": []}
+    results = list(zip(ours(value), naive(value), strict=True))
+    difference, largest = max((a - b).abs().max().item() for a, b in results), max(b.abs().max().item() for _, b in results)
+    pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + sizes.seconds
-    for turn in range(sizes.repeats):
-        if turn and time.perf_counter() > end:
-            break
-        functions = {"ours": ours, "naive": naive}
-        # Who comes first changes, since a processor slows down as it warms up.
-        for name in sorted(functions, reverse=bool(turn % 2)):
-            wall, cpu = time.perf_counter(), time.process_time()
-            functions[name](value)
-            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    ratio, cpu_ratio = (median(n[i] / max(o[i], 1e-9) for o, n in zip(taken["ours"], taken["naive"], strict=True)) for i in (0, 1))
-    ours_ms, naive_ms = (1000 * median(wall for wall, _ in taken[name]) for name in ("ours", "naive"))
-    note += f"; {len(taken['ours'])} pairs; largest difference {difference:.1e} in outputs up to {largest:.3g}"
-    return Row(what, "ms", ours_ms, naive_ms, ratio, cpu_ratio, note)
+    while not pairs or (len(pairs) < sizes.repeats and time.perf_counter() < end):
+        pairs.append((_timed(ours, value)[0], _timed(naive, value)[0]))
+    ours_ms, naive_ms = (1000 * median(seconds) for seconds in zip(*pairs, strict=True))
+    note += f"; pairs {len(pairs)}; largest difference {difference:.1e} in outputs up to {largest:.3g}"
+    return Row(what, "ms", ours_ms, naive_ms, median(n / o for o, n in pairs), note)
+
+
+def _timed(function: Callable[[Any], Any], value: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function(value)
+    return time.perf_counter() - start, result
 
 
 def _in_child(function: Callable[..., float | None], *arguments: object) -> float | None:
@@ -352,15 +343,20 @@ def main(arguments: Sequence[str] | None = None, *, full: Sizes = FULL, quick: S
     parser = argparse.ArgumentParser(prog="python -m adfeatures.bench", description="Speed and memory against the published form.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quick", action="store_true", help=f"fewer repeats and a bank of {quick.bank[1]:,} rows")
+    parser.add_argument("--threads", type=int, help="threads of torch in this process; 1 gives steadier ratios on a busy machine")
     options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     sizes, kind = (quick, "quick") if options.quick else (full, "full")
     machine = {"torch": torch.__version__, "device": "cpu", "threads": torch.get_num_threads(), "processors": os.cpu_count()}
+    if hasattr(os, "getloadavg"):
+        machine["load"] = round(os.getloadavg()[0], 1)
     if options.json:
         print(json.dumps({**machine, "run": kind, "sizes": asdict(sizes), "rows": [asdict(row) for row in run(sizes)]}, indent=1))
         return 0
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{kind} run: medians of {sizes.repeats} alternating pairs, fewer after {sizes.seconds:g} s; bank of {sizes.bank[1]:,} rows")
-    print(_line("what", "ours", "naive", "ratio", "cpu ratio", "(MB: 10^6 bytes; cpu: all threads' processor time)"))
+    print(_line("what", "ours", "naive", "ratio", "(ratio: naive / ours; MB: 10^6 bytes)"))
     for row in run(sizes):
         print(row, flush=True)
     return 0

@@ -136,7 +136,7 @@ class _LevelProjector(nn.Module):
         return cast(_Layer, self.layers[0]).cross_attn
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _LevelProjector:
-        # A move there and back may end at the old address with rounded values, which no version counter shows.
+        # A move to another device or dtype lets go of the memory held here.
         self._frozen = None
         return super()._apply(fn, recurse)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,12 @@ def test_heads(channels: int, heads: int) -> None:
     assert_near(model(x), expected(model, x))
 
 
+@pytest.mark.parametrize(("channels", "width"), [(16, 8), (20, 8), (40, 16), (48, 16), (72, 24), (80, 24), (112, 32)])
+def test_squeeze_width(channels: int, width: int) -> None:
+    """A quarter of the channels as the nearest multiple of 8, at least 8, and the next one where that is less than nine tenths."""
+    assert ResidualProjector([channels], num_keys=1).state_dict()["l1_proj.layers.0.mlp.se.fc1.weight"].shape == (width, 4 * channels)
+
+
 def test_heads_can_be_given() -> None:
     model, x = projector(num_heads=4), residuals()
     assert model.num_heads == (4, 4, 4)
@@ -299,11 +306,14 @@ def _data(model: ResidualProjector) -> None:
     _level(model).x_ref.data = _level(model).x_ref.data * 1.5
 
 
-def _data_twice(model: ResidualProjector) -> None:
-    """The second time, the new values often lie where those of the beginning did."""
-    for _ in range(2):
-        for parameter in model.parameters():
-            parameter.data = parameter.data * 1.1
+def _same_memory(model: ResidualProjector) -> None:
+    """A new parameter counts its changes anew, so the count of changes may come to equal that of the old one."""
+    level = _level(model)
+    changes = level.x_ref._version
+    level.x_ref = nn.Parameter(level.x_ref.data, level.x_ref.requires_grad)
+    with torch.no_grad():
+        while level.x_ref._version < changes:
+            level.x_ref.mul_(1.5)
 
 
 def _swapped_module(model: ResidualProjector) -> None:
@@ -320,7 +330,7 @@ CHANGES: dict[str, Callable[[ResidualProjector], None]] = {
     "in place by detach": _detached,
     "another parameter": _replaced,
     "other data": _data,
-    "other data twice": _data_twice,
+    "another parameter on the same memory": _same_memory,
     "another module": _swapped_module,
 }
 
@@ -336,6 +346,29 @@ def test_frozen_form_follows(change: Callable[[ResidualProjector], None], traina
         after = model(x)
     assert_near(after, expected(model, x))
     assert not torch.equal(before[1], after[1])
+
+
+def test_frozen_form_follows_data_at_the_old_address() -> None:
+    """Freed memory is given out again: twice other values, and they may lie where the first ones did."""
+    model, x = projector(), residuals()
+    for _ in range(10):
+        with torch.no_grad():
+            model(x)
+        for _ in range(2):
+            _data(model)
+        with torch.no_grad():
+            assert_near(model(x), expected(model, x))
+        _load(model)
+
+
+def test_a_move_lets_go_of_the_old_memory() -> None:
+    model = projector()
+    memory = weakref.ref(_level(model).x_ref.untyped_storage())
+    with torch.no_grad():
+        model(residuals())
+    assert memory() is not None
+    model.double()
+    assert memory() is None
 
 
 @pytest.mark.parametrize("source", SOURCES)
