@@ -76,14 +76,15 @@ class Model:
         img_size: Default input height and width in pixels.
         scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
         tags: Trained weights by tag, the default first.
-        residual_scales: For "residual": typical distances per level between two normal images, used where there is one reference only.
+        residual_scales: For "residual": typical distances between two normal images per level and ring, the interior last; used where
+            there is one reference only.
     """
 
     backbone: str
     img_size: tuple[int, int]
     scoring: str
     tags: Mapping[str, Tag] = field(default_factory=dict)
-    residual_scales: tuple[float, ...] | None = None
+    residual_scales: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def default_tag(self) -> str:
@@ -244,7 +245,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     serves="photos without any download; not ADPretrain",
                 )
             },
-            residual_scales=(0.19, 0.19, 0.24),
+            residual_scales=((0.274, 0.206, 0.198, 0.181), (0.273, 0.218, 0.182, 0.180), (0.382, 0.312, 0.268, 0.214)),
         ),
     }
 )

@@ -62,7 +62,7 @@ class FeatureExtractor(nn.Module):
         img_size: Height and width that images are resized to.
         pretrained_cfg: timm's description of the preprocessing and of the origin of the weights.
         out_indices: Levels that ``forward`` returns, counted from 0, negative from the end. The default is all.
-        residual_scales: For models that score residuals directly: distances of normal patches per level where there is one reference only.
+        residual_scales: For models that score residuals directly: typical distances per level and ring, for one reference only.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FeatureExtractor(nn.Module):
         img_size: tuple[int, int],
         pretrained_cfg: Mapping[str, Any],
         out_indices: Sequence[int] | None = None,
-        residual_scales: Sequence[float] | None = None,
+        residual_scales: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.projector = backbone, projector
@@ -396,7 +396,7 @@ class FeatureExtractor(nn.Module):
         if self._residual_scales is None or self.projector is not None:
             return bank
         if bank.num_images == 1:
-            bank.scales = torch.tensor(self._residual_scales)[:, None].expand(-1, scoring.RINGS + 1)
+            bank.scales = torch.tensor(self._residual_scales)
         else:
             parts = [[scoring.cosine_distances(level) for level in part] for part in bank.leave_one_out(full=full)]
             bank.scales = scoring.ring_scales([torch.cat(level) for level in zip(*parts, strict=True)]).cpu()
