@@ -1,0 +1,1 @@
+"""Ratios against naive forms, measured side by side in one process: ``python -m training.bench [NAME ...]``."""

@@ -1,0 +1,96 @@
+"""The angle loss: contrast of directions between normal and anomalous residual features (paper section 3.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adfeatures.errors import InputError
+
+# Similarities of so many features with all those of the other label are held at once: 32 MB for 8,192 of them.
+ROWS_PER_CHUNK = 1024
+ANCHORS = ("both", "first")
+
+
+def angle_loss(
+    first: Tensor, second: Tensor, labels: Tensor, center: Tensor | None = None, temperature: float = 0.15, anchors: str = "both"
+) -> Tensor:
+    """Pull the two views of a patch together in direction, away from all patches of the other label.
+
+    With u = normalise(feature - centre), an anchor i whose other view is j costs -u_i . u_j / T + log sum_k exp(u_i . u_k / T), k running
+    over the features of the other label in both views. The positive is not in the denominator, so the loss can be negative.
+
+    Args:
+        first: Projected residual features (N, C) of one level, first view.
+        second: Those of the second view, (N, C).
+        labels: (N,), 1 where anomalous, 0 where normal; the views share them.
+        center: (C,) mean residual of normal patches, None for the origin.
+        temperature: T.
+        anchors: Features that the mean is taken over: those of "both" views, as in the published code, or of the "first", as in the paper.
+
+    Returns:
+        The loss, a float32 scalar, computed in float32 in every precision; 0 with zero gradients where a label is absent.
+
+    Raises:
+        InputError: For shapes that do not agree, or other ``anchors``.
+    """
+    if first.ndim != 2 or first.shape != second.shape or labels.shape != first.shape[:1]:
+        raise InputError(f"Expected two views (N, C) and labels (N,), got {[tuple(t.shape) for t in (first, second, labels)]}.")
+    if anchors not in ANCHORS:
+        raise InputError(f"anchors must be one of {ANCHORS}, got {anchors!r}.")
+    with torch.autocast(first.device.type, enabled=False):
+        features = torch.stack([first, second]).float()
+        if center is not None:
+            features = features - center.float()
+        anomalous = labels > 0
+        if anomalous.all() or not anomalous.any():
+            return 0 * features.sum()
+        units = F.normalize(features, dim=2)
+        positives = (units[0] * units[1]).sum(dim=1) / temperature
+        normal_costs, anomalous_costs = (
+            costs.view(2, -1) - positives[members]
+            for costs, members in zip(
+                _CrossLogSumExp.apply(units[:, ~anomalous].flatten(0, 1), units[:, anomalous].flatten(0, 1), temperature),
+                (~anomalous, anomalous),
+                strict=True,
+            )
+        )
+        views = slice(None) if anchors == "both" else slice(1)
+        return torch.cat([normal_costs[views].flatten(), anomalous_costs[views].flatten()]).mean()
+
+
+class _CrossLogSumExp(torch.autograd.Function):
+    """For unit vectors a (n, C) and b (m, C): log sum exp of a . b / T, over b for each a, (n,), and over a for each b, (m,).
+
+    The matrix of similarities is shared by both sums and never held as a whole: the backward pass computes it again, chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        over_b, over_a = [], a.new_full((len(b),), -torch.inf)
+        for chunk in a.split(ROWS_PER_CHUNK):
+            similarity = chunk @ b.T / temperature
+            over_b.append(similarity.logsumexp(dim=1))
+            over_a = torch.logaddexp(over_a, similarity.logsumexp(dim=0))
+        results = torch.cat(over_b), over_a
+        ctx.save_for_backward(a, b, *results)
+        ctx.temperature = temperature
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None]:
+        a, b, over_b, over_a = ctx.saved_tensors
+        gradient_over_b, gradient_over_a = gradients
+        gradient_a, gradient_b = torch.empty_like(a), torch.zeros_like(b)
+        for start in range(0, len(a), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            similarity = a[rows] @ b.T / ctx.temperature
+            weights = (similarity - over_b[rows, None]).exp() * gradient_over_b[rows, None]
+            weights += (similarity - over_a).exp() * gradient_over_a
+            weights /= ctx.temperature
+            gradient_a[rows] = weights @ b
+            gradient_b += weights.T @ a[rows]
+        return gradient_a, gradient_b, None
