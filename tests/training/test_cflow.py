@@ -1,0 +1,273 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import batches, labels, patch_extractor
+from scipy import stats
+
+from adfeatures.errors import InputError, UnknownNameError
+from adfeatures.scoring import auroc
+from training.methods.cflow import CFLOW
+from training.methods.flows import ConditionalFlow, CouplingBlock, position_code, random_rotation
+
+EXTRACT = patch_extractor(6, 8, 7, 10)
+
+
+def quick(extractor=EXTRACT, **settings):
+    return CFLOW(extractor, **{"blocks": 2, "meta_epochs": 3, "sub_epochs": 1, "chunk": 128, **settings})
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def disturbed(module, seed=0):
+    """The module in float64, no parameter at its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return module
+
+
+@pytest.mark.parametrize("channels", [2, 3, 6, 9])
+def test_log_determinant_is_that_of_autograd(channels):
+    flow = disturbed(ConditionalFlow(channels, 4))
+    vectors, conditions = torch.randn(5, channels, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    mapped, log_det = flow(vectors, conditions)
+    assert log_det.std() > 0.1
+    for vector, condition, value, found in zip(vectors, conditions, mapped, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda x, c=condition: flow(x[None], c[None])[0][0], vector)
+        sign, expected = torch.linalg.slogdet(jacobian)
+        assert sign == 1
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        likelihood = stats.multivariate_normal(np.zeros(channels)).logpdf(value.detach().numpy()) + expected.item()
+        found = flow.log_likelihood(vector[None], condition[None])[0].item()
+        assert found == pytest.approx(likelihood / channels, abs=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 8])
+def test_a_block_is_the_stated_formula(channels):
+    block = disturbed(CouplingBlock(channels, 3))
+    p = {name: value.detach().numpy() for name, value in block.state_dict().items()}
+    rng = np.random.default_rng(0)
+    vectors, conditions = rng.normal(size=(4, channels)), rng.normal(size=(4, 3))
+    mapped, log_det = block(torch.from_numpy(vectors), torch.from_numpy(conditions))
+    for x, c, z, found in zip(vectors, conditions, mapped.detach().numpy(), log_det.tolist(), strict=True):
+        kept, changed = x[: channels - channels // 2], x[channels - channels // 2 :]
+        hidden = np.maximum(p["subnet.0.weight"] @ np.concatenate([kept, c]) + p["subnet.0.bias"], 0)
+        assert len(hidden) == 2 * (channels - channels // 2 + 3)
+        out = 0.1 * (p["subnet.2.weight"] @ hidden + p["subnet.2.bias"])
+        s, t = 1.9 * np.tanh(out[: channels // 2]), out[channels // 2 :]
+        scale = 0.1 * 2 * np.log(1 + np.exp(0.5 * p["raw_scale"]))
+        joined = np.concatenate([kept, changed * np.exp(s) + t]) * scale + p["offset"]
+        np.testing.assert_allclose(z, p["rotation"] @ joined, rtol=0, atol=1e-10)
+        assert found == pytest.approx(s.sum() + np.log(scale).sum(), abs=1e-10)
+
+
+def test_a_new_block_scales_by_one():
+    block = CouplingBlock(6, 2).double()
+    torch.nn.init.zeros_(block.subnet[2].weight)
+    torch.nn.init.zeros_(block.subnet[2].bias)
+    vectors = torch.randn(3, 6, dtype=torch.float64)
+    mapped, log_det = block(vectors, torch.randn(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(mapped.norm(dim=1), vectors.norm(dim=1))
+    torch.testing.assert_close(log_det, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_rotations_are_proper(size):
+    rotation = random_rotation(size).double()
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert float(torch.linalg.det(rotation)) == pytest.approx(1, abs=1e-5)
+
+
+def test_rotations_are_uniform():
+    rotations = torch.stack([random_rotation(3) for _ in range(2000)])
+    # Every column of a uniform rotation is a uniform point of the sphere, whose coordinates are uniform (Archimedes).
+    for row in range(3):
+        for column in range(3):
+            assert stats.kstest(rotations[:, row, column].numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (16, 16)])
+def test_position_code_is_the_stated_formula(height, width):
+    code = position_code(height, width)
+    assert code.shape == (height * width, 128)
+    for y in range(height):
+        for x in range(width):
+            for k in range(0, 64, 2):
+                frequency = math.exp(-k * math.log(1e4) / 64)
+                expected = [math.sin(x * frequency), math.cos(x * frequency), math.sin(y * frequency), math.cos(y * frequency)]
+                found = code[y * width + x, [k, k + 1, 64 + k, 65 + k]]
+                torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Learning rate of every step that Adam takes."""
+    rates = []
+    original = torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    return rates
+
+
+def test_learning_rates_are_the_stated_ones(steps):
+    CFLOW(EXTRACT, levels=1, blocks=1, sub_epochs=2).fit(batches(6, seed=0, size=(8, 8), batch_size=2))
+    expected = []
+    for epoch in range(25):
+        cosine = 2e-7 + (2e-4 - 2e-7) * (1 + math.cos(math.pi * epoch / 25)) / 2
+        for step in range(6):
+            warm_up = 2e-5 + (1.9686e-4 - 2e-5) * (6 * epoch + step) / 12
+            expected.append(warm_up if epoch < 2 else cosine)
+    assert steps == pytest.approx(expected, abs=2e-9)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "per_batch"), [(128, 4), (200, 2), (512, 1), (4096, 1)], ids=["exact", "rest-left-out", "one", "fewer-than-a-chunk"]
+)
+def test_a_step_per_level_and_whole_chunk(steps, chunk, per_batch):
+    CFLOW(EXTRACT, blocks=1, chunk=chunk, meta_epochs=2, sub_epochs=3).fit(batches(16, seed=0))
+    assert len(steps) == 2 * 3 * 2 * 3 * per_batch
+
+
+def test_a_pass_trains_on_every_patch_of_whole_chunks(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ConditionalFlow, "log_likelihood", _recording(seen, ConditionalFlow.log_likelihood))
+    quick(levels=1, meta_epochs=1, chunk=128).fit(batches(8, seed=0))
+    expected = EXTRACT(batches(8, seed=0)[0])[-1].permute(0, 2, 3, 1).flatten(0, 2)
+    trained = torch.cat(seen[:4])
+    assert not torch.equal(trained, expected)
+    assert torch.equal(trained[trained[:, 0].argsort()], expected[expected[:, 0].argsort()])
+
+
+def _recording(seen, original):
+    def log_likelihood(self, vectors, conditions):
+        seen.append(vectors)
+        return original(self, vectors, conditions)
+
+    return log_likelihood
+
+
+def naive_log_likelihoods(cflow, loader):
+    """Per level (N, h, w) in float64, patch by patch order written out."""
+    levels = []
+    for flow, index in zip(cflow.flows, range(-cflow.levels, 0), strict=True):
+        maps = torch.cat([EXTRACT(batch)[index] for batch in loader])
+        _, channels, height, width = maps.shape
+        out = torch.zeros(len(maps), height, width, dtype=torch.float64)
+        for y in range(height):
+            for x in range(width):
+                z, log_det = flow(maps[:, :, y, x], position_code(height, width)[y * width + x].expand(len(maps), -1))
+                out[:, y, x] = (-channels / 2 * math.log(2 * math.pi) - z.square().sum(dim=1) / 2 + log_det) / channels
+        levels.append(out.detach())
+    return levels
+
+
+@pytest.mark.parametrize("reference", ["train", "test"])
+def test_predictions_are_the_stated_formula(reference):
+    train, test = batches(8, seed=0), batches(11, seed=1, size=(32, 24), planted=True)
+    cflow = quick(level_reference=reference).fit(train)
+    found = cflow.predict(test)
+    levels = naive_log_likelihoods(cflow, test)
+    references = naive_log_likelihoods(cflow, train) if reference == "train" else levels
+    total = sum(
+        F.interpolate((level - other.max()).exp()[:, None], (32, 24), mode="bilinear", align_corners=True)[:, 0]
+        for level, other in zip(levels, references, strict=True)
+    )
+    torch.testing.assert_close(found.maps, -total.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.scores, found.maps.flatten(1).max(dim=1).values, rtol=0, atol=0)
+    # The original's map, the largest sum minus the sum, ranks alike.
+    assert stats.spearmanr(found.maps.flatten(), (total.max() - total).flatten()).statistic == pytest.approx(1, abs=1e-6)
+    assert found.maps.dtype == found.scores.dtype == torch.float32
+
+
+def test_scores_depend_on_other_test_images_only_on_request():
+    test = batches(16, seed=1, planted=True)
+    for reference in ("train", "test"):
+        cflow = quick(level_reference=reference).fit(batches(8, seed=0))
+        whole, alone = cflow.predict(test).maps[:8], cflow.predict(test[:1]).maps
+        assert torch.allclose(whole, alone, rtol=1e-4, atol=0) is (reference == "train")
+
+
+def test_the_same_seed_gives_the_same_predictions():
+    train, test = batches(16, seed=0), batches(4, seed=1)
+    state = torch.get_rng_state()
+    first = quick().fit(train)
+    second, other = quick().fit(train), quick(seed=1).fit(train)
+    assert torch.equal(first.predict(test).maps, second.predict(test).maps)
+    assert torch.equal(first.fit(train).predict(test).maps, second.predict(test).maps)
+    assert not torch.equal(first.predict(test).maps, other.predict(test).maps)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_callback_sees_every_meta_epoch_and_changes_nothing():
+    train, test = batches(16, seed=0), batches(4, seed=1)
+    seen = []
+    cflow = quick()
+    cflow.fit(train, on_epoch=lambda epoch: seen.append((epoch, cflow.predict(test).maps)))
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    assert not torch.equal(seen[0][1], seen[2][1])
+    assert torch.equal(seen[2][1], quick().fit(train).predict(test).maps)
+
+
+def test_finds_planted_outliers_and_nothing_where_nothing_is():
+    cflow = CFLOW(EXTRACT, blocks=4, chunk=256, meta_epochs=4, sub_epochs=2, learning_rate=2e-3).fit(batches(40, seed=1))
+    for planted, lowest, highest in ((True, 0.9, 1.0), (False, 0.3, 0.7)):
+        test = batches(40, seed=2) + batches(40, seed=3, planted=planted)
+        assert lowest <= auroc(cflow.predict(test).scores.numpy(), labels(test).numpy() if planted else [0] * 40 + [1] * 40) <= highest
+    test = batches(40, seed=3, planted=True)
+    masks = torch.cat([batch["mask"] for batch in test])
+    assert auroc(cflow.predict(test).maps.flatten().numpy(), masks.flatten().numpy()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("extractor", "count", "size"),
+    [
+        (EXTRACT, 1, (32, 32)),
+        (EXTRACT, 3, (4, 4)),
+        (patch_extractor(5), 2, (8, 12)),
+        (lambda batch: [F.avg_pool2d(EXTRACT(batch)[0], side) for side in (1, 2, 4)], 2, (16, 16)),
+    ],
+    ids=["one-image", "one-patch", "one-level", "pyramid"],
+)
+def test_small_training_sets_and_grids(extractor, count, size):
+    predictions = quick(extractor).fit(batches(count, seed=0, size=size)).predict(batches(3, seed=1, size=size))
+    assert predictions.maps.shape == (3, *size)
+    assert predictions.maps.isfinite().all() and predictions.scores.isfinite().all()
+
+
+def test_nan_features_are_named():
+    def broken(batch):
+        levels = EXTRACT(batch)
+        levels[2][torch.tensor([path.endswith("005.png") for path in batch["path"]])] = torch.nan
+        return levels
+
+    with pytest.raises(InputError, match=r"noise/005\.png hold NaN"):
+        quick(broken).fit(batches(8, seed=0))
+    with pytest.raises(InputError, match=r"noise/005\.png hold NaN"):
+        quick(broken).fit(batches(4, seed=0)).predict(batches(8, seed=0))
+
+
+def test_refuses():
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        CFLOW(EXTRACT, level_reference="tests")
+    with pytest.raises(InputError, match="drop_last"):
+        quick().fit([])
+    with pytest.raises(InputError, match="call fit first"):
+        quick().predict(batches(2, seed=0))
+    with pytest.raises(InputError, match="nothing to score"):
+        quick().fit(batches(2, seed=0)).predict([])
+    with pytest.raises(InputError, match="1 channel"):
+        quick(patch_extractor(1)).fit(batches(2, seed=0))
+    with pytest.raises(InputError, match="one size"):
+        quick().fit(batches(2, seed=0)).predict(batches(2, seed=0) + batches(2, seed=0, size=(16, 32)))

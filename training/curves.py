@@ -1,0 +1,59 @@
+"""Losses and metrics of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adfeatures.checkpoints import atomic_path
+
+SMOOTHING = 50
+_NAMES = {"norm": "FeatureNorm", "angle": "PatchCore", "img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a log. A last line that was cut off is left out."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
+    """Draw the losses of the steps, thin as they are and thick as a running mean, beside the metrics of the validations.
+
+    Raises:
+        AdfeaturesError: If the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    steps = [line for line in lines if line["kind"] == "step" and "angle" in line]
+    validations = [line for line in lines if line["kind"] == "validation"]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, metrics = figure.subplots(1, 2)
+    x = np.array([line["step"] for line in steps])
+    for name, colour in (("angle", "tab:orange"), ("norm", "tab:blue")):
+        y = np.array([line[name] for line in steps])
+        losses.plot(x, y, linewidth=0.4, alpha=0.5, color=colour)
+        window = max(1, min(SMOOTHING, len(y)))
+        losses.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid") if len(y) else y, color=colour, label=f"{name} loss")
+    for method, colour in (("norm", "tab:blue"), ("angle", "tab:orange")):
+        for criterion, style in (("img", "-"), ("pix", "--"), ("pro", ":")):
+            x, y = ([line["step"] for line in validations], [line[method][criterion] for line in validations])
+            metrics.plot(x, y, style, color=colour, marker=".", label=f"{_NAMES[method]}, {_NAMES[criterion]}")
+    metrics.set(xlabel="step", title="validation, mean over products")
+    for axes in (losses, metrics):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    with atomic_path(picture) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,25 @@
+"""MVTec AD (Bergmann et al., CVPR 2019): ``<product>/{train,test}/<kind>/*.png``, ``<product>/ground_truth/<kind>/<stem>_mask.png``."""
+
+from __future__ import annotations
+
+from .layout import Layout
+
+PRODUCTS = (
+    "bottle",
+    "cable",
+    "capsule",
+    "carpet",
+    "grid",
+    "hazelnut",
+    "leather",
+    "metal_nut",
+    "pill",
+    "screw",
+    "tile",
+    "toothbrush",
+    "transistor",
+    "wood",
+    "zipper",
+)
+TREE = Layout("MVTec AD", PRODUCTS)
+find_items = TREE.find_items

@@ -1,0 +1,224 @@
+"""Real-IAD (Wang et al., CVPR 2024): thirty products, each part photographed from five sides.
+
+Layout: ``realiad_512/<product>/OK/S####/*.jpg`` and ``realiad_512/<product>/NG/<defect>/S####/*.jpg``. An image is anomalous where a mask
+lies beside it: the name up to its first dot, with ``.png``. Photographs in the NG tree whose side does not show the defect have no mask
+and are normal images there, but only the OK tree serves as references. Nothing but the side is taken from a file name, because names
+disagree with their folders about the defect, and some have a double underscore before the number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from adfeatures.catalog import unknown
+from adfeatures.errors import InputError
+
+from .items import ANOMALOUS, NORMAL, Item
+from .tree import StrPath, check_split, subfolders
+
+PRODUCTS = (
+    "audiojack",
+    "bottle_cap",
+    "button_battery",
+    "end_cap",
+    "eraser",
+    "fire_hood",
+    "mint",
+    "mounts",
+    "pcb",
+    "phone_battery",
+    "plastic_nut",
+    "plastic_plug",
+    "porcelain_doll",
+    "regulator",
+    "rolled_strip_base",
+    "sim_card_set",
+    "switch",
+    "tape",
+    "terminalblock",
+    "toothbrush",
+    "toy",
+    "toy_brick",
+    "transistor1",
+    "u_block",
+    "usb",
+    "usb_adaptor",
+    "vcpill",
+    "wooden_beads",
+    "woodstick",
+    "zipper",
+)
+FOLDER = "realiad_512"
+VIEWS = ("C1", "C2", "C3", "C4", "C5")
+GOOD = "good"
+
+
+def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrPath | None = None) -> list[Item]:
+    """Every image of the OK and NG trees, whatever its official split, as the pretraining takes them.
+
+    The order is the original's: all images of view C1 first, then C2 and so on; within a view product after product, OK before NG. What
+    the original leaves to the file system is sorted by name.
+
+    Args:
+        root: The folder that holds ``realiad_512``, or that folder itself.
+        products: Which products. The default is the thirty of PRODUCTS or, where the folder has none of these, all that it has.
+        filter_list: A JSON list of the NG images to keep, as paths like ``bottle_cap/NG/ZW/S0121/<name>.jpg``, or a folder of such lists
+            named ``<product>.json``. A path must be equal as a whole; the original keeps an image where its name is a part of any entry.
+
+    Raises:
+        InputError: For missing or empty folders, all of them in one message; for a name without a view; for a broken filter list.
+    """
+    folder = _data_folder(Path(root))
+    names = _names(folder) if products is None else tuple(dict.fromkeys(products))
+    _check_complete(folder, names)
+    kept = None if filter_list is None else _read_filter(Path(filter_list), names)
+    items = [item for product in names for item in _product_items(folder, product, kept)]
+    if kept is not None and all(_is_ok(item) for item in items):
+        raise InputError(f"{filter_list} keeps no NG image of {folder}. Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
+    return sorted(items, key=lambda item: item.view)
+
+
+def find_items(root: StrPath, split: str, products: Sequence[str] | None = None, fraction: float = 0.1, seed: int = 0) -> list[Item]:
+    """The items for an evaluation: "train" are the normal images of the OK tree that are not held out, "test" is all that is held out.
+
+    Arguments as for ``read`` and ``split_by_sample``, and errors too.
+
+    Raises:
+        UnknownNameError: For another split.
+    """
+    check_split(split)
+    train, held_out = split_by_sample(read(root, products), fraction, seed)
+    return held_out if split == "test" else reference_pool(train)
+
+
+def reference_pool(items: Sequence[Item]) -> list[Item]:
+    """The images that may serve as references: those of the OK tree, without the ones that have a mask after all."""
+    return [item for item in items if _is_ok(item) and item.label == NORMAL]
+
+
+def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """Hold out whole parts, so that no part is seen from one side in training and from another in the evaluation.
+
+    Of each product, and of its OK and NG trees separately, ``fraction`` of the parts is held out: at least one and at most all but one,
+    where there are two or more; 0 holds out nothing. Which ones depends on the names of the parts and the seed, neither on the order of
+    the items nor on other products.
+
+    Returns:
+        The training items and the held-out items, each in the order given.
+
+    Raises:
+        InputError: For a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"The held-out fraction must lie in [0, 1), got {fraction}.")
+    if fraction == 0:
+        return list(items), []
+    strata: dict[tuple[str, bool], set[str]] = defaultdict(set)
+    for item in items:
+        strata[item.product, _is_ok(item)].add(_sample(item))
+    held_out: set[tuple[str, bool, str]] = set()
+    for stratum, samples in strata.items():
+        ranked = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}:{sample}".encode()).digest())
+        count = min(max(1, math.floor(fraction * len(ranked) + 0.5)), len(ranked) - 1)
+        held_out.update((*stratum, sample) for sample in ranked[:count])
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for item in items:
+        parts[(item.product, _is_ok(item), _sample(item)) in held_out].append(item)
+    return parts
+
+
+def _is_ok(item: Item) -> bool:
+    return item.defect == GOOD
+
+
+def _sample(item: Item) -> str:
+    return item.sample or item.image
+
+
+def _data_folder(root: Path) -> Path:
+    folder = root / FOLDER if (root / FOLDER).is_dir() else root
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {root}. Give the folder that holds {FOLDER}, or {FOLDER} itself.")
+    return folder
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    found = subfolders(folder)
+    return PRODUCTS if set(PRODUCTS) & set(found) or not found else tuple(found)
+
+
+def _check_complete(folder: Path, products: Sequence[str]) -> None:
+    missing = [
+        f"{product}/OK" if (folder / product).is_dir() else product for product in products if not (folder / product / "OK").is_dir()
+    ]
+    trees = [f"{product}/OK" for product in products if (folder / product / "OK").is_dir()]
+    empty = [tree for tree in trees if not any(_images(folder / tree / sample) for sample in subfolders(folder / tree))]
+    strange = [unknown("product", name, PRODUCTS) for name in missing if "/" not in name and name not in PRODUCTS]
+    problems = [f"There is no {', '.join(missing)}."] * bool(missing) + [f"There are no images in {', '.join(empty)}."] * bool(empty)
+    if problems:
+        advice = f"Extract the archives of these products to {folder}, or name only the products that you have."
+        raise InputError("\n  ".join([f"{folder} is not complete.", *problems, *strange, advice]))
+
+
+def _product_items(folder: Path, product: str, kept: Collection[str] | None) -> Iterator[Item]:
+    yield from _tree_items(folder, f"{product}/OK", product, GOOD)
+    for defect in subfolders(folder / product / "NG"):
+        for item in _tree_items(folder, f"{product}/NG/{defect}", product, defect):
+            if kept is None or f"{item.sample}/{os.path.basename(item.image)}" in kept:
+                yield item
+
+
+def _tree_items(folder: Path, tree: str, product: str, defect: str) -> Iterator[Item]:
+    for sample in subfolders(folder / tree):
+        part = f"{tree}/{sample}"
+        files = set(os.listdir(folder / part))
+        for name in _images(folder / part):
+            mask = f"{name.partition('.')[0]}.png"
+            yield Item(
+                image=str(folder / part / name),
+                label=ANOMALOUS if mask in files else NORMAL,
+                product=product,
+                mask=str(folder / part / mask) if mask in files else None,
+                defect=defect,
+                view=_view(folder / part / name),
+                sample=part,
+            )
+
+
+def _view(image: Path) -> str:
+    view = next((view for view in VIEWS if view in image.name), None)
+    if view is None:
+        raise InputError(f"{image}: the name holds no view, one of {', '.join(VIEWS)}. Rename or remove it.")
+    return view
+
+
+def _images(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg")) and not name.startswith("."))
+
+
+def _read_filter(path: Path, products: Sequence[str]) -> set[str]:
+    files = [path / f"{product}.json" for product in products] if path.is_dir() else [path]
+    return {_untwist(entry) for file in files for entry in _read_list(file)}
+
+
+def _read_list(file: Path) -> list[str]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The filter list {file} cannot be read: {error}. It must be a JSON list of paths.") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise InputError(f"The filter list {file} must be a JSON list of paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
+    return entries
+
+
+def _untwist(entry: str) -> str:
+    """Undo the typo of the published list of wooden_beads, whose entries begin with ``wooden_beadswooden_beads/``."""
+    product, slash, rest = entry.partition("/")
+    half = product[: len(product) // 2]
+    return f"{half}{slash}{rest}" if half in PRODUCTS and product == half * 2 else entry

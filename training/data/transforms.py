@@ -1,0 +1,88 @@
+"""Transforms of masks that keep them on the pixels of their images, and the two augmented views of the pretraining."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+from adfeatures.catalog import unknown
+from adfeatures.errors import UnknownNameError
+from adfeatures.images import PRESETS
+
+
+@dataclass(frozen=True)
+class MaskTransform:
+    """The way from a mask to zeros and ones on the pixels that `adfeatures.images.ImageTransform` gives for its image.
+
+    Resizing takes the nearest pixel, and binarising comes after it, so that a mask keeps its area and no grey edge appears.
+
+    Attributes:
+        img_size: Height and width in pixels, as for the image; used by "squash" only.
+        preset: One of `adfeatures.images.PRESETS`.
+
+    Raises:
+        UnknownNameError: For an unknown preset.
+    """
+
+    img_size: tuple[int, int]
+    preset: str = "squash"
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UnknownNameError(unknown("preset", self.preset, PRESETS))
+
+    def __call__(self, mask: Image.Image) -> Tensor:
+        """Transform a mask, as `read_image` gives it, into uint8 (1, H, W): 1 where any channel is above 0, else 0."""
+        if self.preset == "squash":
+            mask = F.resize(mask, list(self.img_size), F.InterpolationMode.NEAREST)
+        else:
+            shorter_side, side = map(int, re.findall(r"\d+", self.preset))
+            mask = F.center_crop(F.resize(mask, shorter_side, F.InterpolationMode.NEAREST), [side, side])
+        defect = np.asarray(mask) > 0
+        return torch.from_numpy(defect.any(axis=2, keepdims=True).astype(np.uint8)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Two colour-augmented views of an image for the angle loss (paper section 3.3).
+
+    Both are the whole image at the size of the network, each with its own colour jitter, greyscale and blur as in SimCLR (Chen et al.,
+    2020). Nothing moves, so that one mask serves both. The blur is Pillow's, its radius the standard deviation in pixels.
+
+    Attributes:
+        img_size: Height and width in pixels.
+        mean: Of each channel, for values in [0, 1].
+        std: Of each channel, for values in [0, 1].
+    """
+
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """The views (2, 3, H, W) float32 of an RGB image. Equal seeds give equal views; torch's own generators stay as they are."""
+        resized = F.resize(image, list(self.img_size), F.InterpolationMode.BICUBIC)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+            views = torch.stack([F.to_tensor(_augment(resized)) for _ in range(2)])
+        return F.normalize(views, list(self.mean), list(self.std))
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+
+
+_augment = transforms.Compose(
+    [
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(0.2),
+        transforms.RandomApply([_blur], p=0.5),
+    ]
+)

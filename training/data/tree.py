@@ -1,0 +1,121 @@
+"""What all data sets on disk share: finding their products, choosing some of them, and saying what is wrong with a folder."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from adfeatures.catalog import unknown
+from adfeatures.errors import InputError, UnknownNameError
+
+from .items import Item
+
+SPLITS = ("train", "test")
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+
+@dataclass(frozen=True)
+class Tree(ABC):
+    """How one data set keeps its files.
+
+    Attributes:
+        title: Name of the data set in messages.
+        products: Names of the products, which are those of their folders. Empty where any folder may hold a product.
+        folders: What the folder of a product may hold.
+    """
+
+    title: str
+    products: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ("train", "test", "ground_truth")
+
+    @abstractmethod
+    def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
+        """The folders of images of a product that is there, each with its items, whose masks are named even where they are missing.
+
+        Raises:
+            InputError: If the folders are not those of this data set.
+        """
+
+    def find_products(self, root: StrPath) -> dict[str, Path]:
+        """The products that are there, each with its folder."""
+        return {product: Path(root, product) for product in self.products if os.path.isdir(Path(root, product))}
+
+    def find_items(self, root: StrPath, split: str, products: Sequence[str] | None = None) -> list[Item]:
+        """The images of a split, product after product, in the order of the original code.
+
+        That order is, in the manner of MVTec AD, by kind of defect and then by file name; in VisA, normal images first and then as in its
+        table.
+
+        Args:
+            root: Folder that holds the folders of the products.
+            split: "train" or "test".
+            products: Which products to take, in this order; None takes all that are there.
+
+        Raises:
+            UnknownNameError: For an unknown split, or a product that the data set does not have.
+            InputError: If the root holds no product, or not one that was asked for; if a folder is missing or empty; if an image with a
+                defect has no mask. The message names what is missing.
+        """
+        check_split(split)
+        items = []
+        for product in self._choose(root, products):
+            for folder, found in self.walk(root, product, split):
+                if not found:
+                    raise InputError(f"No images in {folder}. Extract it again, or remove it. {_check(root)}")
+                items += found
+        for item in items:
+            if not os.path.isfile(item.image):
+                raise InputError(f"The image {item.image} is missing. {_check(root)}")
+            if item.mask is not None and not os.path.isfile(item.mask):
+                raise InputError(f"The image {item.image} shows a defect, but its mask {item.mask} is missing. {_check(root)}")
+        return items
+
+    def _choose(self, root: StrPath, products: Sequence[str] | None) -> Sequence[str]:
+        present = tuple(self.find_products(root))
+        if not present:
+            raise InputError(self.wrong_root(root))
+        if products is None:
+            return present
+        for product in products:
+            if product not in (self.products or present):
+                raise UnknownNameError(unknown(f"product of {self.title}", product, self.products or present))
+        if missing := [product for product in products if product not in present]:
+            raise InputError(f"{root} holds no {', '.join(missing)}. Extract the rest of {self.title}. {_check(root)}")
+        return products
+
+    def wrong_root(self, root: StrPath) -> str:
+        """The message for a root that holds no product: what belongs there, and a folder close by that does hold some."""
+        if not os.path.isdir(root):
+            return f"There is no folder {root}. Give the folder of {self.title}."
+        near = nearby(Path(root), lambda folder: bool(self.find_products(folder)))
+        advice = f"Give {near} instead." if near else f"Give the folder that holds {', '.join(self.products[:3]) or 'the products'}, ..."
+        return f"{root} holds no product of {self.title}. {advice}"
+
+
+def check_split(split: str) -> None:
+    """Raise UnknownNameError for a split that is none of `SPLITS`."""
+    if split not in SPLITS:
+        raise UnknownNameError(unknown("split", split, SPLITS))
+
+
+def nearby(root: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """The first folder that fits among the two above a root and the two levels below it."""
+    below = [root / name for name in subfolders(root)]
+    folders = [*root.resolve().parents[:2], *below, *(folder / name for folder in below for name in subfolders(folder))]
+    return next(filter(fits, folders), None)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, hidden ones left out; none where the folder cannot be listed."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _check(root: StrPath) -> str:
+    return f"See what else is missing with: python -m training.evaluate --check {root}"

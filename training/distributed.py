@@ -1,0 +1,97 @@
+"""One process or many: everything that ranks have to agree on. Without ``torchrun`` there is one rank, and nothing here communicates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adfeatures.errors import InputError
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[torch.device]:
+    """Join the processes that ``torchrun`` started, if it did, for the length of the block.
+
+    Args:
+        device: "cpu", "cuda" or None for cuda where there is one.
+
+    Yields:
+        The device of this rank.
+
+    Raises:
+        InputError: For a device that is not there.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.cuda.device_count() <= local_rank):
+        raise InputError(f"There is no device {kind!r} for local rank {local_rank}: torch sees {torch.cuda.device_count()} CUDA devices.")
+    own = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if "WORLD_SIZE" not in os.environ:
+        yield own
+        return
+    if kind == "cuda":
+        torch.cuda.set_device(own)
+    # Long enough for one rank to encode references or to validate while the others wait; torchrun ends them all when one fails.
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
+    try:
+        yield own
+        # No rank may leave while another still talks to it.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks along their first dimension, on every rank; gradients flow back to the rank they belong to.
+
+    Where every rank computes the same loss of what was gathered, the gradient that reaches a rank is ``world_size`` times its own share,
+    so that the mean over the ranks, which DistributedDataParallel takes, is the gradient of one process.
+    """
+    return _Gather.apply(tensor) if world_size() > 1 else tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        ctx.length = len(tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.narrow(0, rank() * ctx.length, ctx.length)

@@ -1,0 +1,234 @@
+"""GLASS (Chen et al. 2024): a discriminator between normal patches and anomalies that are made in images and, by gradients, in features."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from adfeatures import scoring
+from adfeatures.errors import InputError
+
+from .base import Batch, Extractor, Loader, Predictions
+from .glass_synthesis import DefectSynthesis
+from .patches import neighbourhood_vectors
+from .trained import feature_maps, first_maps, gather, seeded
+
+LEVELS = 2
+# Of the gradient ascent from normal features, and of its projections back between the inner and the outer radius around their centre.
+STEPS, STEP_SIZE, PROJECT_EVERY = 20, 0.001, 5
+RADIUS_QUANTILE, ASCENT_RADII, DEFECT_RADII = 0.75, (1, 2), (2, 4)
+HARD_QUANTILE = 0.5
+FOCAL_GAMMA, FOCAL_SMOOTHING = 2, 1e-5
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TINY = 1e-10
+
+
+class GLASS:
+    """Train a discriminator of patch vectors; a patch's score is its probability of being anomalous.
+
+    Local anomalies are textures blended into the training images; global ones are normal vectors with noise, moved by gradient ascent to
+    where the discriminator calls them normal, yet kept off the centre of the normal vectors of their position. Both lie on hyperspheres
+    around that centre, the form of the distribution that the original presets for all products here.
+
+    A pixel's score is upsampled from the patches and smoothed; an image's score is that of its highest patch. The original's min-max over
+    the test images, which changes no rank, is left out.
+
+    Args:
+        extractor: Maps a batch to feature maps. In ``fit`` it is also called on augmented images: batches whose "path" is a list of None,
+            by which an extractor that keeps features knows not to.
+        adapter: Train a linear layer before the discriminator, as for raw features; pretrained ones take none.
+        noise: Standard deviation of the noise on normal vectors. None: 0.015 with the adapter, 0.005 without.
+        textures: Folder of texture images (the original: DTD). None makes procedural ones, and ``texture_source`` says so.
+        foregrounds: Folder of masks ``<product>/<file name of the training image>`` that defects stay in. None for whole images.
+        mean: Mean that the images are normalised with, per channel; textures are blended in as they would be normalised.
+        std: Standard deviation likewise.
+        preset: Geometry of the images' transform, which the foreground masks follow.
+        dim: Length of the patch vectors.
+        hidden: Width of the discriminator.
+        epochs: Epochs, each in the order of the loader.
+        samples_per_epoch: An epoch ends with the batch that exceeds so many images, or with the loader.
+        learning_rate: Of AdamW for the discriminator; that of Adam for the adapter is half of it.
+        seed: Of the initial weights, the noise and the defects.
+
+    Attributes:
+        texture_source: "procedural" or the folder of the textures.
+        discriminator: The trained network.
+        center: Mean normal vector of each position, (h, w, dim). The original averages the means of batches, ours the images.
+
+    Raises:
+        ImageError: For a folder of textures without images.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        *,
+        adapter: bool = False,
+        noise: float | None = None,
+        textures: str | os.PathLike[str] | None = None,
+        foregrounds: str | os.PathLike[str] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        preset: str = "squash",
+        dim: int = 1536,
+        hidden: int = 1024,
+        epochs: int = 640,
+        samples_per_epoch: int = 392,
+        learning_rate: float = 2e-4,
+        seed: int = 0,
+    ) -> None:
+        self.extractor = extractor
+        self.noise = (0.015 if adapter else 0.005) if noise is None else noise
+        self.synthesis = DefectSynthesis(textures, foregrounds, mean, std, preset)
+        self.texture_source = self.synthesis.texture_source
+        self.dim, self.hidden = dim, hidden
+        self.epochs, self.samples_per_epoch, self.learning_rate = epochs, samples_per_epoch, learning_rate
+        self.seed = seed
+        self._with_adapter = adapter
+        self.adapter: nn.Module = nn.Identity()
+        self.discriminator: nn.Module | None = None
+        self.center: Tensor | None = None
+
+    def fit(self, loader: Loader, on_epoch: Callable[[int], None] | None = None) -> GLASS:
+        """Train on normal images.
+
+        Args:
+            loader: Batches of training images (the paper: 8, shuffled).
+            on_epoch: Called with the number of finished epochs after each of them, when ``predict`` can be called.
+
+        Raises:
+            InputError: For no images, features that are NaN, or a foreground mask without foreground.
+            ImageError: For a texture or foreground mask that is missing or cannot be read.
+            UnknownNameError: For an unknown preset, where there are foreground masks.
+        """
+        device = first_maps(self.extractor, loader, LEVELS)[0].device
+        with seeded(self.seed):
+            self.adapter = (_xavier(nn.Linear(self.dim, self.dim)) if self._with_adapter else nn.Identity()).to(device)
+            self.discriminator = _discriminator(self.dim, self.hidden).to(device)
+        optimizers = [torch.optim.AdamW(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=0.01)]
+        if self._with_adapter:
+            optimizers.append(torch.optim.Adam(self.adapter.parameters(), lr=self.learning_rate / 2, weight_decay=1e-5))
+        generator = torch.Generator(device).manual_seed(self.seed)
+        rng = np.random.default_rng(self.seed)
+        for epoch in tqdm(range(self.epochs), desc="GLASS", leave=False, disable=None):
+            # Without an adapter the vectors of the training images never change.
+            if epoch == 0 or self._with_adapter:
+                self.center = self._mean_vectors(loader)
+            self.adapter.train()
+            self.discriminator.train()
+            seen = 0
+            for batch in loader:
+                loss = self._loss(batch, rng, generator)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                seen += len(batch["image"])
+                if seen > self.samples_per_epoch:
+                    break
+            if on_epoch is not None:
+                on_epoch(epoch + 1)
+        return self
+
+    @torch.no_grad()
+    def predict(self, loader: Loader) -> Predictions:
+        """Score images by probabilities of 0 to 1; higher is more anomalous.
+
+        Raises:
+            InputError: Before ``fit``, for no images, images of several sizes, or NaN features.
+        """
+        if self.discriminator is None:
+            raise InputError("This GLASS is not trained yet; call fit first.")
+        self.adapter.eval()
+        self.discriminator.eval()
+        return gather(self._score(batch) for batch in loader)
+
+    def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        vectors = self._vectors(batch)
+        patches = self.discriminator(vectors.flatten(0, 2)).sigmoid().view(vectors.shape[:3])
+        maps = F.interpolate(patches[:, None], batch["image"].shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return scoring.smooth(maps, scoring.SIGMA), patches.flatten(1).amax(dim=1)
+
+    def _vectors(self, batch: Batch) -> Tensor:
+        """Adapted patch vectors (B, h, w, dim)."""
+        with torch.no_grad():
+            vectors = neighbourhood_vectors(feature_maps(self.extractor, batch, LEVELS), self.dim)
+        return self.adapter(vectors)
+
+    @torch.no_grad()
+    def _mean_vectors(self, loader: Loader) -> Tensor:
+        total, count = 0, 0
+        for batch in loader:
+            total = total + self._vectors(batch).sum(dim=0)
+            count += len(batch["image"])
+        return total / count
+
+    def _loss(self, batch: Batch, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+        """The loss of one batch: cross-entropy of normal and global anomalies, focal loss of local anomalies."""
+        images, masks = self.synthesis(batch, rng)
+        normal = self._vectors(batch)
+        augmented = self._vectors({**batch, "image": images, "path": [None] * len(images), "origin": batch["path"]})
+        defective = F.adaptive_max_pool2d(masks, normal.shape[1:3]).flatten().to(normal.device) > 0
+        center = self.center.expand_as(normal).flatten(0, 2)
+        normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)
+        radius = _radius(torch.cat([augmented[~defective] - center[~defective], normal - center]))
+        loss = self._ascent_loss(normal, center, radius, generator)
+        augmented = torch.where(defective[:, None], project(augmented, center, radius, DEFECT_RADII), augmented)
+        return loss + hard_focal_loss(self.discriminator(augmented)[:, 0].sigmoid(), defective.float())
+
+    def _ascent_loss(self, normal: Tensor, center: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross-entropy of normal vectors (N, dim) and of the global anomalies that gradient ascent makes of them."""
+        moved = normal + self.noise * torch.randn(normal.shape, generator=generator, device=normal.device)
+        if not moved.requires_grad:
+            moved.requires_grad_()
+        for step in range(1, STEPS + 1):
+            # Batch norm takes its statistics over both, so both pass the discriminator in each step.
+            logits = self.discriminator(torch.cat([normal, moved]))[len(normal) :]
+            (gradient,) = torch.autograd.grad(_cross_entropy(logits, 1), moved)
+            moved = moved + STEP_SIZE * gradient / (gradient.norm(dim=1, keepdim=True) + TINY)
+            if step % PROJECT_EVERY == 0:
+                moved = project(moved, center, radius, ASCENT_RADII)
+        of_normal, of_moved = self.discriminator(torch.cat([normal, moved])).chunk(2)
+        return _cross_entropy(of_normal, 0) + _cross_entropy(of_moved, 1)
+
+
+def project(points: Tensor, center: Tensor, radius: Tensor, radii: tuple[int, int]) -> Tensor:
+    """Move points (N, D) along the line to their centres until their distance lies within ``radii`` times the radius."""
+    offset = points - center
+    distance = offset.norm(dim=1, keepdim=True)
+    return center + offset * distance.clamp(radii[0] * radius, radii[1] * radius) / (distance + TINY)
+
+
+def hard_focal_loss(scores: Tensor, target: Tensor) -> Tensor:
+    """Focal loss over the half of the patches whose scores (N,) of 0 to 1 are farthest from their targets (N,), 0 or 1."""
+    error = (scores - target).square()
+    hard = error >= error.quantile(HARD_QUANTILE)
+    scores, target = scores[hard], target[hard].clamp(FOCAL_SMOOTHING, 1 - FOCAL_SMOOTHING)
+    likelihood = target * scores + (1 - target) * (1 - scores) + FOCAL_SMOOTHING
+    return -((1 - likelihood) ** FOCAL_GAMMA * likelihood.log()).mean()
+
+
+def _radius(offsets: Tensor) -> Tensor:
+    return offsets.detach().norm(dim=1).quantile(RADIUS_QUANTILE)
+
+
+def _cross_entropy(logits: Tensor, label: int) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+
+def _discriminator(dim: int, hidden: int) -> nn.Sequential:
+    """From vectors (N, dim) to logits (N, 1)."""
+    first, last = _xavier(nn.Linear(dim, hidden)), _xavier(nn.Linear(hidden, 1, bias=False))
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2), last)
+
+
+def _xavier(layer: nn.Linear) -> nn.Linear:
+    nn.init.xavier_normal_(layer.weight)
+    return layer

@@ -1,0 +1,237 @@
+"""PatchCore (Roth et al. 2022): the distance of every patch to the nearest of a coreset of normal patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adfeatures import scoring
+from adfeatures.errors import InputError, ReferencesError
+
+from .base import Batch, Extractor, Loader, Predictions
+from .patches import neighbourhood_vectors
+from .trained import feature_maps, gather
+
+# Of the approximate greedy search: the coreset is chosen in a random projection to so few dimensions, and a row's first distance is its
+# mean distance to so many random rows.
+PROJECTED_DIM, STARTS = 128, 10
+# Rows that compete for the next places of the coreset before all rows are updated.
+CONTENDERS = 512
+QUERIES_PER_CHUNK, ROWS_PER_CHUNK = 1024, 4096
+# Rows whose distance to a query is computed once more, from the difference of the vectors.
+SHORTLIST = 8
+
+
+class PatchCore:
+    """Memorise a coreset of the normal patches; score patches by their squared distance to the nearest of them.
+
+    Args:
+        extractor: What gives the features of a batch.
+        levels: How many of the last levels to use, or all where there are fewer.
+        patch: Side of the neighbourhood that describes a patch, odd.
+        dim: Length of the vectors.
+        coreset: Part of the patches to keep, in (0, 1].
+        neighbours: How many nearest neighbours a score is the mean over.
+        seed: Seed of the coreset; torch's and numpy's own generators are left alone.
+        sigma: Gaussian smoothing in pixels of the images.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        *,
+        levels: int = 3,
+        patch: int = 3,
+        dim: int = 1024,
+        coreset: float = 0.1,
+        neighbours: int = 1,
+        seed: int = 42,
+        sigma: float = scoring.SIGMA,
+    ) -> None:
+        if not 0 < coreset <= 1:
+            raise InputError(f"The coreset fraction must lie in (0, 1], got {coreset}.")
+        if levels < 1 or neighbours < 1:
+            raise InputError(f"PatchCore needs at least one level and one nearest neighbour, got {levels} and {neighbours}.")
+        self.extractor, self.levels, self.patch, self.dim = extractor, levels, patch, dim
+        self.coreset, self.neighbours, self.seed, self.sigma = coreset, neighbours, seed, sigma
+        self._rows: Tensor | None = None  # (rows, dim)
+        self._images: Tensor | None = None  # (rows,), the image that each comes from
+        self._numbers: dict[str | int, int] = {}  # of the images of the rows, by their paths
+
+    @torch.no_grad()
+    def fit(self, loader: Loader) -> PatchCore:
+        """Memorise the patches of normal images.
+
+        Raises:
+            InputError: For no images, or features that are not finite.
+        """
+        rows, images, self._numbers = [], [], {}
+        for batch in loader:
+            vectors = self._vectors(batch).flatten(1, 2)
+            known = len(self._numbers)
+            names = batch.get("path", range(known, known + len(vectors)))
+            numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in names]
+            images.append(torch.tensor(numbers, device=vectors.device).repeat_interleave(vectors.shape[1]))
+            rows.append(vectors.flatten(0, 1))
+        if not rows:
+            raise InputError("PatchCore learns from normal images, and the loader gives none.")
+        kept = self._choose(rows)
+        # Part by part: all rows side by side would take their memory twice.
+        self._rows = torch.cat([part[own] for part, own in zip(rows, kept.split([len(part) for part in rows]), strict=True)])
+        self._images = torch.cat(images)[kept]
+        return self
+
+    @torch.no_grad()
+    def predict(self, loader: Loader, *, leave_one_out: bool = False) -> Predictions:
+        """Score the images of a loader. A score is the largest of the patches' distances, before these are resized and smoothed to the map.
+
+        Args:
+            loader: Images to score.
+            leave_one_out: Compare each image with the patches of the others alone. The images are those of ``fit``, known by their paths.
+                Otherwise most of their patches would find themselves, and a threshold taken from such scores would be far too low.
+
+        Raises:
+            ReferencesError: Before ``fit``, or if nothing is left to compare an image with.
+            InputError: For no images, images of several sizes, features that are not finite, or, with ``leave_one_out``, an image that
+                ``fit`` has not seen.
+        """
+        return gather(self._score(batch, leave_one_out) for batch in loader)
+
+    def _score(self, batch: Batch, leave_one_out: bool) -> tuple[Tensor, Tensor]:
+        if self._rows is None:
+            raise ReferencesError("PatchCore has no patches to compare with yet: call fit first.")
+        vectors = self._vectors(batch)
+        if leave_one_out:
+            pairs = zip(vectors, batch["path"], strict=True)
+            nearest = torch.stack([nearest_distances(v.flatten(0, 1), self._others(path), self.neighbours) for v, path in pairs])
+        else:
+            nearest = nearest_distances(vectors.flatten(0, 2), self._rows, self.neighbours)
+        patches = nearest.mean(dim=-1).view(vectors.shape[:3])
+        maps = F.interpolate(patches[:, None], size=batch["image"].shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return scoring.smooth(maps, self.sigma), patches.amax(dim=(1, 2))
+
+    def _vectors(self, batch: Batch) -> Tensor:
+        """Vectors (B, h, w, dim) of the patches of a batch."""
+        return neighbourhood_vectors(feature_maps(self.extractor, batch, self.levels), self.dim, self.patch)
+
+    def _choose(self, rows: Sequence[Tensor]) -> Tensor:
+        """Which of all rows are kept, (N,) bool."""
+        total = sum(len(part) for part in rows)
+        count = max(1, int(self.coreset * total))
+        if count == total:
+            return torch.ones(total, dtype=torch.bool, device=rows[0].device)
+        generator = torch.Generator().manual_seed(self.seed)
+        # The default weights of torch's Linear, which the original projects with.
+        bound = self.dim**-0.5
+        weights = torch.empty(self.dim, PROJECTED_DIM).uniform_(-bound, bound, generator=generator).to(rows[0].device)
+        starts = torch.randperm(total, generator=generator)[:STARTS].to(rows[0].device)
+        kept = torch.zeros(total, dtype=torch.bool, device=rows[0].device)
+        kept[greedy_coreset(torch.cat([part @ weights for part in rows]), count, starts)] = True
+        return kept
+
+    def _others(self, path: str) -> Tensor:
+        """The rows of all images but one."""
+        if path not in self._numbers:
+            raise InputError(f"{path} cannot be left out: it is none of the images that PatchCore was fitted to.")
+        others = self._rows[self._images != self._numbers[path]]
+        if not len(others):
+            raise ReferencesError(f"Without {path} no patches are left to compare it with. Fit PatchCore to more images.")
+        return others
+
+
+def greedy_coreset(points: Tensor, count: int, starts: Tensor) -> Tensor:
+    """Choose points one after another, each the farthest from those chosen before (greedy k-centre search, Sener and Savarese 2018).
+
+    A plain loop compares all points with each new one as it comes. Here a few of the farthest points compete for the next places among
+    themselves, for as long as the farthest of them is farther than all other points were, which can only have come closer since. Then all
+    points are compared with all those new ones in one product of matrices. The choice is that of the plain loop.
+
+    Args:
+        points: (N, d), finite.
+        count: How many to choose, at most N.
+        starts: Points (S,) that the first distances are the mean over, as PatchCore does it. They are not chosen by that.
+
+    Returns:
+        Indices (count,) in the order in which they are chosen, each at most once.
+    """
+    points = points - points.mean(dim=0)
+    squares = points.square().sum(dim=1)
+    distances = torch.cdist(points, points[starts]).mean(dim=1).square()
+    chosen = torch.empty(0, dtype=torch.long, device=points.device)
+    with tqdm(total=count, desc="coreset", leave=False, disable=None) as progress:
+        while len(chosen) < count:
+            bounds, contenders = distances.topk(min(CONTENDERS + 1, len(points)))
+            limit = float(bounds[CONTENDERS]) if len(bounds) > CONTENDERS else -math.inf
+            bounds, contenders = bounds[:CONTENDERS], contenders[:CONTENDERS]
+            between = _squared_distances(points[contenders], squares[contenders], points[contenders], squares[contenders])
+            places = _compete(between.cpu().numpy(), bounds.cpu().numpy(), limit, count - len(chosen))
+            new = contenders[torch.tensor(places, device=points.device)]
+            for start in range(0, len(points), ROWS_PER_CHUNK):
+                part = slice(start, start + ROWS_PER_CHUNK)
+                nearest = _squared_distances(points[part], squares[part], points[new], squares[new]).amin(dim=1)
+                torch.minimum(distances[part], nearest, out=distances[part])
+            distances[new] = -math.inf
+            chosen = torch.cat([chosen, new])
+            progress.update(len(new))
+    return chosen
+
+
+def _compete(between: np.ndarray, distances: np.ndarray, limit: float, most: int) -> list[int]:
+    """Choose up to ``most`` of the contenders as the greedy search does, until the farthest is no farther than ``limit``.
+
+    Args:
+        between: Squared distances between the contenders, (M, M).
+        distances: Their squared distances to what is chosen already, (M,).
+    """
+    places: list[int] = []
+    while len(places) < most:
+        farthest = int(distances.argmax())
+        if places and distances[farthest] <= limit:
+            break
+        places.append(farthest)
+        distances = np.minimum(distances, between[farthest])
+        distances[places] = -np.inf
+    return places
+
+
+def _squared_distances(first: Tensor, first_squares: Tensor, second: Tensor, second_squares: Tensor) -> Tensor:
+    return torch.addmm(second_squares, first, second.T, alpha=-2) + first_squares[:, None]
+
+
+def nearest_distances(queries: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Squared Euclidean distances (Q, count) of queries (Q, d) to the nearest of the rows (N, d), ascending, in bounded memory.
+
+    Expanding the square makes the search a product of matrices, but loses the digits of small distances. So it only draws up a short list,
+    about the mean of the rows, where the vectors are shortest; the distances themselves come from differences. Fewer rows than ``count``
+    give as many distances.
+    """
+    centre = rows.mean(dim=0)
+    count = min(count, len(rows))
+    listed = min(count + SHORTLIST - 1, len(rows))
+    parts = [(chunk, _short_list(chunk - centre, rows, centre, listed)) for chunk in queries.split(QUERIES_PER_CHUNK)]
+    return torch.cat([_refined(chunk, rows, short_list, count) for chunk, short_list in parts])
+
+
+def _short_list(queries: Tensor, rows: Tensor, centre: Tensor, count: int) -> Tensor:
+    """Indices (Q, count) of the rows nearest to queries about the centre, up to rounding."""
+    values = torch.empty(len(queries), 0, dtype=queries.dtype, device=queries.device)
+    indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        chunk = rows[start : start + ROWS_PER_CHUNK] - centre
+        found = torch.addmm(chunk.square().sum(dim=1), queries, chunk.T, alpha=-2).topk(min(count, len(chunk)), largest=False)
+        values, indices = torch.cat([values, found.values], dim=1), torch.cat([indices, found.indices + start], dim=1)
+        best = values.topk(min(count, values.shape[1]), largest=False)
+        values, indices = best.values, indices.gather(1, best.indices)
+    return indices
+
+
+def _refined(queries: Tensor, rows: Tensor, listed: Tensor, count: int) -> Tensor:
+    """The ``count`` smallest squared distances of each query to the rows listed for it, one listed row at a time."""
+    distances = torch.stack([(queries - rows[column]).square().sum(dim=1) for column in listed.T], dim=1)
+    return distances.topk(count, largest=False).values

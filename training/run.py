@@ -1,0 +1,172 @@
+"""A training run on disk: the state to resume from, the log, the best checkpoints. Whatever was written stays usable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adfeatures.checkpoints import atomic_path, save_checkpoint
+from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
+
+from .config import FREE, PretrainConfig
+from .curves import draw_curves
+from .distributed import barrier, rank, world_size
+from .validation import CRITERIA, Scores
+
+STATE, LOG, CURVES = "state.pt", "log.jsonl", "curves.png"
+
+
+class Run:
+    """The folder of a run. Only rank 0 writes.
+
+    Args:
+        config: The config; its ``output`` is the folder.
+        resumable: What has to be restored: modules, optimisers and schedulers by name.
+
+    Raises:
+        InputError: If the folder holds a run of another config or number of processes.
+        CheckpointError: If its state cannot be read.
+    """
+
+    def __init__(self, config: PretrainConfig, resumable: Mapping[str, Any]) -> None:
+        self.folder, self.config, self.resumable = Path(config.output), config, resumable
+        self.epoch = self.step = self.step_of_epoch = 0
+        self.best: dict[str, float] = {}
+        self._board = _tensorboard(self.folder)
+        if (self.folder / STATE).exists():
+            self._resume()
+        elif rank() == 0 and (self.folder / LOG).exists():
+            # A run that ended before its first checkpoint begins again.
+            (self.folder / LOG).unlink()
+
+    def log(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append a line to log.jsonl, and to TensorBoard where it is installed."""
+        if rank():
+            return
+        line = {"kind": kind, "epoch": self.epoch, "step": self.step, **values}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise AdfeaturesError(f"Cannot write {self.folder / LOG}: {error}. Free some space; the same command goes on.") from error
+        for name, value in values.items():
+            if self._board is not None and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, self.step)
+
+    def save(self) -> None:
+        """Write the state to resume from, atomically."""
+        if rank() == 0:
+            log = self.folder / LOG
+            state = {
+                "position": [self.epoch, self.step, self.step_of_epoch],
+                "best": dict(self.best),
+                "config": json.dumps(dataclasses.asdict(self.config)),
+                "world_size": world_size(),
+                "log_bytes": log.stat().st_size if log.exists() else 0,
+                "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
+                **{name: part.state_dict() for name, part in self.resumable.items()},
+            }
+            with atomic_path(self.folder / STATE) as temporary:
+                _save(state, temporary)
+        barrier()
+
+    def keep_best(self, scores: Scores, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+        """Write ``checkpoints_{img,pix,pro}_{norm,angle}.safetensors`` for each criterion that was surpassed; their names are returned."""
+        kept = []
+        for method, found in scores.items():
+            for criterion in CRITERIA:
+                name = f"checkpoints_{criterion}_{method}"
+                if found[criterion] > self.best.get(name, 0.0):
+                    self.best[name] = found[criterion]
+                    kept.append(name)
+        for name in kept if rank() == 0 else ():
+            _, criterion, method = name.split("_")
+            metrics = {"img_auc": scores[method]["img"], "pix_auc": scores[method]["pix"], "pix_pro": scores[method]["pro"]}
+            path = self.folder / f"{name}.safetensors"
+            save_checkpoint(
+                path, tensors, metrics=_finite(metrics), metadata={**metadata, "selected_by": self._selection(criterion, method)}
+            )
+        return kept
+
+    def save_last(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write ``checkpoint_last.safetensors``, the projector as it is now."""
+        if rank() == 0:
+            last = {**metadata, "selected_by": f"nothing: the last one, after step {self.step}"}
+            save_checkpoint(self.folder / "checkpoint_last.safetensors", tensors, metadata=last)
+
+    def draw(self) -> None:
+        """Draw the losses and metrics of the log to curves.png."""
+        if rank() == 0:
+            draw_curves(self.folder / LOG, self.folder / CURVES)
+
+    def _selection(self, criterion: str, method: str) -> str:
+        name = {"norm": "FeatureNorm", "angle": "PatchCore"}[method]
+        data = {"held_out": f"held-out samples of {self.config.data}", "mvtec": "the test set of MVTec AD"}[self.config.validation]
+        return f"{CRITERIA[criterion]} of {name} on {data}, after epoch {self.epoch}"
+
+    def _resume(self) -> None:
+        path = self.folder / STATE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._check(json.loads(state["config"]), state["world_size"])
+            for name, part in self.resumable.items():
+                part.load_state_dict(state[name])
+            self.epoch, self.step, self.step_of_epoch = state["position"]
+            self.best, (cpu, *devices) = state["best"], state["rng"]
+        except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError) as error:
+            if isinstance(error, AdfeaturesError):
+                raise
+            raise CheckpointError(
+                f"{path} cannot be resumed from ({error}). Choose another --output, or remove the file to begin again."
+            ) from error
+        torch.set_rng_state(cpu)
+        if devices and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
+        if rank() == 0 and (self.folder / LOG).exists():
+            # The steps after the checkpoint are done, and logged, again.
+            with open(self.folder / LOG, "r+b") as file:
+                file.truncate(state["log_bytes"])
+
+    def _check(self, other: Mapping[str, Any], processes: int) -> None:
+        own = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        changed = [
+            f"{name} was {other.get(name)!r}, is {value!r}" for name, value in own.items() if name not in FREE and other.get(name) != value
+        ]
+        if changed:
+            raise InputError(f"{self.folder} holds a run of another config: {'; '.join(changed)}. Choose another --output.")
+        if processes != world_size():
+            raise InputError(
+                f"{self.folder} holds a run on {processes} processes, now there are {world_size()}. "
+                "Start as many (torchrun --nproc-per-node), or choose another --output."
+            )
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        # What torch makes of a full disk.
+        raise OSError(str(error).partition("\n")[0]) from error
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _tensorboard(folder: Path) -> Any:
+    if rank():
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
