@@ -41,7 +41,7 @@ class GLASS:
 
     Args:
         extractor: Maps a batch to feature maps. In ``fit`` it is also called on augmented images: batches whose "path" is a list of None,
-            by which an extractor that keeps features knows not to.
+            by which an extractor that keeps features knows not to, and whose "origin" are the paths of the images augmented.
         adapter: Train a linear layer before the discriminator, as for raw features; pretrained ones take none.
         noise: Standard deviation of the noise on normal vectors. None: 0.015 with the adapter, 0.005 without.
         textures: Folder of texture images (the original: DTD). None makes procedural ones, and ``texture_source`` says so.
@@ -103,7 +103,7 @@ class GLASS:
             on_epoch: Called with the number of finished epochs after each of them, when ``predict`` can be called.
 
         Raises:
-            InputError: For no images, features that are NaN, or a foreground mask without foreground.
+            InputError: For no images, a batch of a single patch, features that are NaN, or a foreground mask without foreground.
             ImageError: For a texture or foreground mask that is missing or cannot be read.
             UnknownNameError: For an unknown preset, where there are foreground masks.
         """
@@ -178,6 +178,10 @@ class GLASS:
         defective = F.adaptive_max_pool2d(masks, normal.shape[1:3]).flatten().to(normal.device) > 0
         center = self.center.expand_as(normal).flatten(0, 2)
         normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)
+        if len(normal) < 2:
+            raise InputError(
+                "GLASS trains on statistics of a batch, and a single image of one patch has none. Use larger images or batches."
+            )
         radius = _radius(torch.cat([augmented[~defective] - center[~defective], normal - center]))
         loss = self._ascent_loss(normal, center, radius, generator)
         augmented = torch.where(defective[:, None], project(augmented, center, radius, DEFECT_RADII), augmented)

@@ -1,0 +1,157 @@
+"""Retrieved references: each image is compared with the few training images that are most like it, instead of a fixed few.
+
+The published FeatureNorm numbers are of such references ("aligned" there), of which only the lists were published, not how they were made.
+This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a coarse grid, and the Kullback-Leibler
+divergence between those, without the cells that differ most, which may hold the defect. The words are of the first level of the model's own
+backbone, so that no second network is needed. Results belong under a name of their own: all training images take part, not a few shots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from adfeatures.errors import InputError
+from adfeatures.references import ReferenceBank
+
+from .base import Batch, Extractor
+from .trained import feature_maps
+
+COUNT = 10
+WORDS = 12
+# Cells per side of the grid, and how many of all cells count: those that differ least.
+CELLS, COUNTED = 5, 20
+# Part of a uniform distribution in each histogram: the divergence from a histogram without some word would be infinite.
+UNIFORM = 0.05
+# The words are of so many patches at most, drawn at random.
+PATCHES = 20_000
+BATCH = 8
+
+
+def retrieve(train: Tensor, test: Tensor, count: int = COUNT, *, seed: int = 0) -> Tensor:
+    """The training images most like each test image.
+
+    Args:
+        train: First-level features of the training images, (M, C, h, w).
+        test: The same of the test images, (N, C, h, w).
+        count: How many to retrieve.
+        seed: Seed of the words.
+
+    Returns:
+        Indices of training images (N, min(count, M)), most similar first.
+
+    Raises:
+        InputError: For no training images.
+    """
+    words = VisualWords(train, seed)
+    return most_similar(words.histograms(test), words.histograms(train), count)
+
+
+class VisualWords:
+    """Kinds of patches, found by k-means among the patches of training images (M, C, h, w).
+
+    Attributes:
+        centres: (words, C).
+    """
+
+    def __init__(self, maps: Tensor, seed: int = 0) -> None:
+        patches = maps.permute(0, 2, 3, 1).flatten(0, 2)
+        if not len(patches):
+            raise InputError("References are retrieved from training images, and there are none.")
+        if len(patches) > PATCHES:
+            patches = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:PATCHES].to(patches.device)]
+        kmeans = KMeans(min(WORDS, len(patches)), n_init=1, random_state=seed).fit(patches.float().cpu().numpy())
+        self.centres = torch.from_numpy(kmeans.cluster_centers_).to(maps)
+
+    def histograms(self, maps: Tensor) -> Tensor:
+        """How often each word occurs in each cell, (N, cells, words), of maps (N, C, h, w); every cell adds up to 1.
+
+        Where the grid of patches cannot be divided evenly, neighbouring cells share a row or column of patches.
+        """
+        nearest = torch.cdist(maps.permute(0, 2, 3, 1).flatten(0, 2), self.centres).argmin(dim=1)
+        occurrence = F.one_hot(nearest, len(self.centres)).float().unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
+        histograms = F.adaptive_avg_pool2d(occurrence, CELLS).flatten(2).transpose(1, 2)
+        return (1 - UNIFORM) * histograms + UNIFORM / len(self.centres)
+
+
+def most_similar(test: Tensor, train: Tensor, count: int = COUNT) -> Tensor:
+    """Indices (N, min(count, M)) of the training images of least divergence, the first of equal ones first.
+
+    Args:
+        test: Histograms of the test images, (N, cells, words).
+        train: Those of the training images, (M, cells, words).
+        count: How many to take.
+    """
+    indices = []
+    for own in test:
+        divergences = (own * (own / train).log()).sum(dim=2)
+        distances = divergences.topk(min(COUNTED, divergences.shape[1]), largest=False).values.mean(dim=1)
+        indices.append(distances.sort(stable=True).indices[:count])
+    return torch.stack(indices)
+
+
+class Entries(Protocol):
+    """A data set: entries as in batches, without the batch dimension, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class RetrievedReferences:
+    """An extractor of residual features whose references are retrieved for each image.
+
+    Nothing of the training images is kept but their histograms: those retrieved are read and encoded again for each image, or taken from a
+    cache where ``features`` has one.
+
+    Args:
+        features: Extractor of the backbone's features, all levels. Of a `FeatureExtractor`: its ``backbone_features``.
+        projector: Projector of the residuals, None to take them as they are.
+        train: Normal training images of one product.
+        count: References per image.
+        seed: Seed of the words.
+
+    Attributes:
+        lists: Paths of the references of every image so far, by its path, most similar first.
+    """
+
+    def __init__(
+        self,
+        features: Extractor,
+        projector: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None,
+        train: Entries,
+        *,
+        count: int = COUNT,
+        seed: int = 0,
+    ) -> None:
+        self.features, self.projector, self.train, self.count = features, projector, train, count
+        self.lists: dict[str, list[str]] = {}
+        parts = [range(start, min(start + BATCH, len(train))) for start in range(0, len(train), BATCH)]
+        if not parts:
+            raise InputError("References are retrieved from training images, and there are none.")
+        first = torch.cat([self._encode(part)[1][0] for part in parts])
+        self._words = VisualWords(first, seed)
+        self._histograms = self._words.histograms(first)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Sequence[Tensor]:
+        """Maps (B, C_l, h_l, w_l) of a batch of images of the product."""
+        features = feature_maps(self.features, batch)
+        chosen = most_similar(self._words.histograms(features[0]), self._histograms, self.count)
+        residuals = []
+        for number, (path, indices) in enumerate(zip(batch["path"], chosen.tolist(), strict=True)):
+            self.lists[path], references = self._encode(indices)
+            residuals.append(ReferenceBank.from_features(references).residuals([level[number : number + 1] for level in features]))
+        levels = [torch.cat(level) for level in zip(*residuals, strict=True)]
+        return levels if self.projector is None else self.projector(levels)
+
+    def _encode(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor]]:
+        """Paths and features of training images."""
+        batch = default_collate([self.train[index] for index in indices])
+        return batch["path"], feature_maps(self.features, batch)
