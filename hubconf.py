@@ -5,7 +5,9 @@ from adfeatures.factory import (  # noqa: F401
     adpretrain_clip_large,
     adpretrain_dinov2_base,
     adpretrain_dinov2_large,
+    adpretrain_efficientnet_lite,
     adpretrain_imagebind_huge,
+    adpretrain_timm,
     residual_lite,
 )
 

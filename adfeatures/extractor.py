@@ -23,6 +23,7 @@ from .projector import ResidualProjector
 from .references import ReferenceBank, load_banks, save_banks, weights_fingerprint
 from .scoring import AnomalyMap
 from .sources import ImageSource, digest, distinct, image_sources, name_of
+from .timm_backbones import TimmBackbone
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 
@@ -67,7 +68,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(
         self,
-        backbone: VisionTransformer | EfficientNet,
+        backbone: VisionTransformer | EfficientNet | TimmBackbone,
         projector: ResidualProjector | None,
         *,
         name: str,

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import timm
-import torch
 from PIL import Image
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from . import catalog
-from .backbones import EfficientNet, VisionTransformer, check_fit, check_size, create_backbone, load_strictly
 from .catalog import DEFAULT_MODEL, find_model
-from .checkpoints import Checkpoint, convert, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 from .extractor import FeatureExtractor, Images
-from .hub import resolve
 from .images import build_transform
+from .loading import ASSETS, RANDOM, Trained, Weights, catalog_files, check_fetchable, convert_checkpoint, load_backbone, load_trained
 from .projector import ResidualProjector
 
-_logger = logging.getLogger(__name__)
-
-Weights: TypeAlias = "str | os.PathLike[str] | None"
-ASSETS = Path(__file__).parent / "assets"
-RANDOM = "random"
-PROJECTOR, BACKBONE = "projector.", "backbone."
+__all__ = ["catalog_files", "convert_checkpoint", "create_model", "create_transform", "load_backbone", "register_with_timm"]
 
 
 def create_model(
@@ -47,12 +37,13 @@ def create_model(
     """Create a feature extractor: in eval mode, with frozen parameters, on the CPU.
 
     Args:
-        name: A name of ``list_models``, with or without ``.tag``.
+        name: A name of ``list_models``, with or without ``.tag``. Without a name, the header of the weights says which model it is.
         pretrained: Take from the catalog what is not given here. False leaves random what is not given.
         weights: Trained weights: a tag, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path".
         backbone_weights: Weights of the backbone in the same forms, or "random".
         references: Normal images, a folder of them, or a file made by ``save_references``.
-        img_size: Input size in pixels, one side or (H, W), in multiples of the patch. The default is the catalog's.
+        img_size: Input size in pixels, one side or (H, W), in multiples of the patch. The default is that of the
+            weights' header, else the catalog's.
         out_indices: Levels that the model returns, counted from 0. The default is all.
         cache_dir: Folder of downloaded weights. The default is that of huggingface_hub.
 
@@ -64,21 +55,31 @@ def create_model(
     """
     register_with_timm()
     arch, tag = find_model(name)
-    model = catalog.MODELS[arch]
     tag, weights = _choose_tag(arch, tag, weights, pretrained)
     if pretrained and weights is None and backbone_weights is None:
-        _check_fetchable(model.backbone)
-    loaded = _load_weights(arch, tag, weights, cache_dir)
-    size = check_size(model.img_size if img_size is None else img_size, catalog.BACKBONES[model.backbone].patch_size)
-    backbone = _create_backbone(arch, size, loaded, backbone_weights, pretrained, cache_dir)
+        _check_fetchable(arch)
+    trained = _load_trained(arch, tag, weights, cache_dir)
+    if trained is not None:
+        arch, tag = _model_of(trained, None if name == DEFAULT_MODEL else (arch, tag))
+    elif not catalog.MODELS[arch].tags and (pretrained or not catalog.MODELS[arch].backbone):
+        raise InputError(f"{catalog.must_be_given(arch)}.")
+    backbone_name = catalog.MODELS[arch].backbone
+    backbone_name, entry = trained.find_backbone(arch) if trained is not None else (backbone_name, catalog.BACKBONES[backbone_name])
+    backbone, built = load_backbone(
+        backbone_name,
+        weights=_backbone_source(trained, backbone_weights, pretrained),
+        img_size=entry.img_size if img_size is None else img_size,
+        levels=entry.blocks,
+        cache_dir=cache_dir,
+    )
     extractor = FeatureExtractor(
         backbone,
-        _create_projector(arch, backbone, loaded),
+        _create_projector(arch, entry.channels, trained),
         name=f"{arch}.{tag}" if tag else arch,
-        img_size=size,
-        pretrained_cfg=_pretrained_cfg(arch, tag, size),
+        img_size=built.img_size,
+        pretrained_cfg=timm_cfg(arch, tag, entry, built.img_size),
         out_indices=out_indices,
-        residual_scales=model.residual_scales,
+        residual_scales=catalog.MODELS[arch].residual_scales,
     )
     if references is not None:
         _set_references(extractor, references)
@@ -98,79 +99,13 @@ def create_transform(model: str | FeatureExtractor, *, preset: str = "squash") -
     """
     if isinstance(model, str):
         arch, _ = find_model(model)
-        size, (mean, std) = catalog.MODELS[arch].img_size, catalog.BACKBONES[catalog.MODELS[arch].backbone].normalization
+        if not catalog.MODELS[arch].backbone:
+            raise InputError(f"The preprocessing of {arch} stands in the header of its weights: give the created model, not its name.")
+        entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
+        size, (mean, std) = entry.img_size, entry.normalization
     else:
         size, mean, std = model.img_size, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     return build_transform(size, mean, std, preset=preset)
-
-
-def catalog_files(name: str, cache_dir: str | os.PathLike[str] | None = None) -> tuple[list[Path], str]:
-    """Find or fetch the weights of a model that the catalog names.
-
-    Returns:
-        The files, and what is missing: a message about weights that must be given by hand, or "".
-
-    Raises:
-        UnknownNameError: For an unknown model or tag.
-        DownloadError: If weights cannot be fetched.
-    """
-    arch, tag = find_model(name)
-    tag = tag or catalog.MODELS[arch].default_tag
-    hub_file, files = catalog.MODELS[arch].tags[tag].hub_file, []
-    if hub_file is not None:
-        files.append(resolve("hf-hub:{}:{}".format(*hub_file), cache_dir=cache_dir))
-    try:
-        return [*files, _catalog_backbone(arch, cache_dir)], ""
-    except InputError as error:
-        return files, str(error)
-
-
-def convert_checkpoint(source: str | os.PathLike[str], destination: str | os.PathLike[str], name: str) -> Checkpoint:
-    """Turn a published checkpoint into a safetensors file that says what it is for; the tensors stay as they are.
-
-    Args:
-        source: A file as published by the authors, or any other that ``create_model`` reads.
-        destination: File ending in .safetensors.
-        name: The model that the weights belong to, with or without ``.tag``.
-
-    Raises:
-        UnknownNameError: For an unknown model or tag.
-        CheckpointError: If the source is damaged or not a checkpoint of that model.
-    """
-    arch, tag = find_model(name)
-    entry = catalog.MODELS[arch]
-    if entry.scoring != "feature_norm":
-        raise InputError(f"{arch} has no projector, so there is nothing to convert.")
-    loaded = _Loaded(load_checkpoint(source), str(source))
-    with torch.device("meta"):
-        projector = ResidualProjector(catalog.BACKBONES[entry.backbone].channels, loaded.num_heads, loaded.num_keys)
-    check_fit(projector, loaded.projector, loaded.source)
-    return convert(source, destination, {"model": f"{arch}.{tag}" if tag else arch, "num_heads": str(loaded.num_heads)})
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A checkpoint and where it came from, for error messages."""
-
-    checkpoint: Checkpoint
-    source: str
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        state = self.checkpoint.state_dict
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-    @property
-    def projector(self) -> dict[str, Tensor]:
-        return self.part(PROJECTOR) or self.checkpoint.state_dict
-
-    @property
-    def num_heads(self) -> int:
-        # A state dict cannot tell, so it stands in the metadata of every file that is not the authors'.
-        return int(self.checkpoint.metadata.get("num_heads", 16))
-
-    @property
-    def num_keys(self) -> int:
-        return self.projector["l1_proj.x_ref"].shape[1] if "l1_proj.x_ref" in self.projector else 2048
 
 
 def _choose_tag(arch: str, tag: str | None, weights: Weights, pretrained: bool) -> tuple[str | None, Weights]:
@@ -181,89 +116,65 @@ def _choose_tag(arch: str, tag: str | None, weights: Weights, pretrained: bool) 
             raise InputError(f"The name asks for {arch}.{tag} and weights for {weights!r}: leave out one of them.")
         return weights, None
     if isinstance(weights, str) and weights.isidentifier() and not Path(weights).exists():
-        raise UnknownNameError(catalog.unknown(f"tag of {arch}", weights, tags))
+        raise UnknownNameError(catalog.unknown_tag(arch, weights))
     if weights is None and pretrained:
         return tag or catalog.MODELS[arch].default_tag, None
     return (tag if weights is not None else None), weights
 
 
-def _load_weights(arch: str, tag: str | None, weights: Weights, cache_dir: str | os.PathLike[str] | None) -> _Loaded | None:
+def _check_fetchable(arch: str) -> None:
+    """Refuse before anything is fetched."""
+    if catalog.MODELS[arch].backbone:
+        check_fetchable(catalog.MODELS[arch].backbone, catalog.BACKBONES[catalog.MODELS[arch].backbone])
+
+
+def _load_trained(arch: str, tag: str | None, weights: Weights, cache_dir: str | os.PathLike[str] | None) -> Trained | None:
     """The trained weights of a model, None where they shall be random or lie in the catalog's backbone."""
-    entry = catalog.MODELS[arch].tags[tag or catalog.MODELS[arch].default_tag]
-    if weights is None and (tag is None or entry.hub_file is None):
+    tags = catalog.MODELS[arch].tags
+    tag = tag or (catalog.MODELS[arch].default_tag if weights is not None else None)
+    hub_file = tags[tag].hub_file if tag else None
+    if weights is None:
+        return load_trained("hf-hub:{}:{}".format(*hub_file), (), cache_dir) if hub_file else None
+    return load_trained(weights, (hub_file[1], "model.safetensors") if hub_file else ("model.safetensors",), cache_dir)
+
+
+def _model_of(trained: Trained, asked: tuple[str, str | None] | None) -> tuple[str, str | None]:
+    """The model and the tag that weights are for: those asked for, else those that the header names.
+
+    Raises:
+        CheckpointError: If the two contradict each other, or there is neither.
+    """
+    found = trained.model
+    if asked is None:
+        if found is None:
+            raise CheckpointError(f"{trained.source} does not say which model it is for. Name it: create_model(NAME, weights=...).")
+        return found
+    if found is not None and found[0] != asked[0]:
+        made_for = trained.checkpoint.metadata["model"]
+        raise CheckpointError(f"{trained.source} is a checkpoint of {made_for}, not of {asked[0]}. Create that model instead.")
+    return asked[0], asked[1] or (found and found[1])
+
+
+def _backbone_source(trained: Trained | None, weights: Weights, pretrained: bool) -> Any:
+    """What ``load_backbone`` shall take: what is given, else what stands beside the projector, else the published weights."""
+    if weights is not None:
+        return weights
+    if trained is not None and trained.backbone:
+        return trained
+    if pretrained:
         return None
-    candidates = (entry.hub_file[1], "model.safetensors") if entry.hub_file else ("model.safetensors",)
-    source = weights if weights is not None else "hf-hub:{}:{}".format(*entry.hub_file)  # type: ignore[misc]
-    path = resolve(source, candidates=candidates, cache_dir=cache_dir)
-    loaded = _Loaded(load_checkpoint(path), str(path))
-    made_for = loaded.checkpoint.metadata.get("model", arch)
-    if made_for.partition(".")[0] != arch:
-        raise CheckpointError(f"{path} is a checkpoint of {made_for}, not of {arch}. Create that model instead.")
-    return loaded
-
-
-def _create_backbone(
-    arch: str,
-    size: tuple[int, int],
-    loaded: _Loaded | None,
-    weights: Weights,
-    pretrained: bool,
-    cache_dir: str | os.PathLike[str] | None,
-) -> VisionTransformer | EfficientNet:
-    name = catalog.MODELS[arch].backbone
-    entry = catalog.BACKBONES[name]
-    source: Any = None
-    if weights is None and loaded is not None and loaded.part(BACKBONE):
-        source = loaded.part(BACKBONE)
-    elif weights is None and pretrained:
-        source = _catalog_backbone(arch, cache_dir)
-    elif weights is None and loaded is not None:
+    if trained is not None:
         raise InputError(
             "A trained projector on a random backbone gives meaningless features. Give backbone_weights, or pretrained=True, "
             'or backbone_weights="random" if this is really meant.'
         )
-    elif weights is not None and weights != RANDOM:
-        source = _given_backbone(entry, weights, cache_dir)
-    if source is not None and "NC" in entry.license:
-        _logger.warning("The weights of %s are licensed %s: not for commercial use.", name, entry.license)
-    return create_backbone(name, weights=source, img_size=size)
+    return RANDOM
 
 
-def _catalog_backbone(arch: str, cache_dir: str | os.PathLike[str] | None) -> Path:
-    name = catalog.MODELS[arch].backbone
-    entry = catalog.BACKBONES[name]
-    if entry.asset is not None:
-        return ASSETS / entry.asset
-    _check_fetchable(name)
-    return resolve("hf-hub:{}:{}".format(*entry.hub_file), cache_dir=cache_dir)  # type: ignore[misc]
-
-
-def _check_fetchable(backbone: str) -> None:
-    entry = catalog.BACKBONES[backbone]
-    if entry.asset is None and entry.hub_file is None:
-        raise InputError(
-            f"The weights of {backbone} are licensed {entry.license} and are never fetched by themselves. If the licence allows your use, "
-            f'get {entry.original_file} from {entry.origin} and give its path as backbone_weights="/path/to/{entry.original_file}".'
-        )
-
-
-def _given_backbone(entry: catalog.Backbone, weights: Weights, cache_dir: str | os.PathLike[str] | None) -> Any:
-    if weights == entry.tag and entry.hub_file is not None:
-        weights = "hf-hub:{}:{}".format(*entry.hub_file)
-    assert weights is not None
-    path = resolve(weights, candidates=("model.safetensors", entry.original_file), cache_dir=cache_dir)
-    if path.suffix != ".safetensors":
-        return path
-    loaded = _Loaded(load_checkpoint(path), str(path))
-    return loaded.part(BACKBONE) or path
-
-
-def _create_projector(arch: str, backbone: VisionTransformer | EfficientNet, loaded: _Loaded | None) -> ResidualProjector | None:
-    if loaded is None:
-        return ResidualProjector(backbone.channels) if catalog.MODELS[arch].scoring == "feature_norm" else None
-    projector = ResidualProjector(backbone.channels, loaded.num_heads, loaded.num_keys)
-    load_strictly(projector, loaded.projector, loaded.source)
-    return projector
+def _create_projector(arch: str, channels: Sequence[int], trained: Trained | None) -> ResidualProjector | None:
+    if trained is not None:
+        return trained.create_projector(channels)
+    return ResidualProjector(channels) if catalog.MODELS[arch].scoring == "feature_norm" else None
 
 
 def _set_references(extractor: FeatureExtractor, references: Images) -> None:
@@ -274,10 +185,9 @@ def _set_references(extractor: FeatureExtractor, references: Images) -> None:
         extractor.set_references(references)
 
 
-def _pretrained_cfg(arch: str, tag: str | None, size: tuple[int, int]) -> dict[str, Any]:
-    model = catalog.MODELS[arch]
-    mean, std = catalog.BACKBONES[model.backbone].normalization
-    entry = model.tags[tag or model.default_tag]
+def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone, size: tuple[int, int]) -> dict[str, Any]:
+    """timm's description of a model: its preprocessing, and where weights of a tag come from."""
+    mean, std = entry.normalization
     return {
         "architecture": arch,
         "tag": tag,
@@ -289,14 +199,13 @@ def _pretrained_cfg(arch: str, tag: str | None, size: tuple[int, int]) -> dict[s
         "mean": mean,
         "std": std,
         "num_classes": 0,
-        "license": entry.license,
-        "origin_url": entry.origin,
-        **_timm_place(entry.hub_file, catalog.BACKBONES[model.backbone].asset),
+        **(_weights_cfg(catalog.MODELS[arch].tags[tag], entry.asset) if tag else {}),
     }
 
 
-def _timm_place(hub_file: tuple[str, str] | None, asset: str | None) -> dict[str, str]:
-    return {"hf_hub_id": hub_file[0], "hf_hub_filename": hub_file[1]} if hub_file else {"file": str(ASSETS / str(asset))}
+def _weights_cfg(tag: catalog.Tag, asset: str | None) -> dict[str, Any]:
+    place = dict(zip(("hf_hub_id", "hf_hub_filename"), tag.hub_file, strict=True)) if tag.hub_file else {"file": str(ASSETS / str(asset))}
+    return {"license": tag.license, "origin_url": tag.origin, **place}
 
 
 # timm
@@ -370,6 +279,16 @@ def adpretrain_imagebind_huge(**kwargs: Any) -> FeatureExtractor:
     return _entry_point("adpretrain_imagebind_huge", **kwargs)
 
 
+def adpretrain_efficientnet_lite(**kwargs: Any) -> FeatureExtractor:
+    """A projector that you trained on the embedded backbone: ``weights`` must be given. Arguments as for ``create_model``."""
+    return _entry_point("adpretrain_efficientnet_lite", **kwargs)
+
+
+def adpretrain_timm(**kwargs: Any) -> FeatureExtractor:
+    """A projector that you trained on a backbone of timm, which the header of ``weights`` names. Arguments as for ``create_model``."""
+    return _entry_point("adpretrain_timm", **kwargs)
+
+
 def residual_lite(**kwargs: Any) -> FeatureExtractor:
     """The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download. Arguments as for ``create_model``."""
     return _entry_point("residual_lite", **kwargs)
@@ -381,14 +300,17 @@ ENTRY_POINTS = (
     adpretrain_clip_base,
     adpretrain_clip_large,
     adpretrain_imagebind_huge,
+    adpretrain_efficientnet_lite,
+    adpretrain_timm,
     residual_lite,
 )
+
+
+def _default_cfg(arch: str, tag: str) -> dict[str, Any]:
+    entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
+    return {key: value for key, value in timm_cfg(arch, tag, entry, entry.img_size).items() if key not in ("architecture", "tag")}
+
+
 default_cfgs = generate_default_cfgs(
-    {
-        f"{arch}.{tag}": {
-            key: value for key, value in _pretrained_cfg(arch, tag, model.img_size).items() if key not in ("architecture", "tag")
-        }
-        for arch, model in catalog.MODELS.items()
-        for tag in model.tags
-    }
+    {f"{arch}.{tag}": _default_cfg(arch, tag) for arch, model in catalog.MODELS.items() for tag in model.tags}
 )

@@ -93,7 +93,8 @@ class _ReferenceProjection(nn.Module):
         nn.init.kaiming_normal_(self.project.weight, mode="fan_in", nonlinearity="leaky_relu")
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.project(tokens.transpose(1, 2)).transpose(1, 2)
+        # A convolution of size 1 is a linear map of every token.
+        return F.linear(tokens, self.project.weight[..., 0], self.project.bias)
 
 
 class _LevelProjector(nn.Module):

@@ -1,4 +1,4 @@
-"""A strict Hub on the loopback: what huggingface_hub calls to find and fetch files, and faults on demand.
+"""A strict Hub on the loopback: what huggingface_hub calls to find, fetch and publish files, and faults on demand.
 
 Like the real one it answers for LFS files with a redirect to another origin, which refuses credentials. Whatever it is asked for
 beyond that is answered with 404 and kept in ``unexpected``.
@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_uploads import Uploads
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Fault:
         status: Answer with this status and ``headers``.
         delay: Wait so many seconds first.
         body: Send this instead of the content, with the true headers.
-        cut: Drop the connection after so many bytes of the body.
+        cut: Drop the connection after so many bytes of the body, of an upload as of an answer.
         ignore_range: Send the whole body although a part was asked for.
     """
 
@@ -121,6 +123,10 @@ class HubServer:
         self.commits: dict[str, dict[str, File]] = {}
         self.tokens: dict[str, str] = {}
         self.gated: set[str] = set()
+        self.writers: dict[str, str] = {}
+        self.objects: dict[str, bytes] = {}
+        self.sent: list[tuple[str, object]] = []
+        self.pushed: list[tuple[str, str, list[str]]] = []
         self.stopped = threading.Event()
         self._lock = threading.Lock()
         handlers = (type("Handler", (_Handler,), {"hub": self, "origin": origin}) for origin in ("hub", "storage"))
@@ -154,6 +160,10 @@ class HubServer:
         if gated:
             self.gated.add(repo)
 
+    def allow(self, token: str, owner: str) -> None:
+        """Let those who send this token create and write repositories of an owner."""
+        self.writers[token] = owner
+
     def fault(self, **what: object) -> None:
         """Add a ``Fault`` with these fields."""
         self.faults.append(Fault(**what))  # type: ignore[arg-type]
@@ -175,7 +185,7 @@ class HubServer:
             return next((fault for fault in self.faults if fault.takes(request)), Fault())
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     hub: HubServer
     origin: str
     protocol_version = "HTTP/1.1"
@@ -192,11 +202,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.request_seen = Request(self.origin, self.command, self.path, dict(self.headers.items()))
         self.fault = self.hub._note(self.request_seen)
-        if self.fault.delay and self.hub.stopped.wait(self.fault.delay):
+        length = int(self.headers.get("Content-Length", 0))
+        upload_cut = self.command == "PUT" and self.fault.cut is not None
+        self.body = self.rfile.read(min(length, self.fault.cut or 0) if upload_cut else length)
+        if self.headers.get("Content-Type", "").endswith(("/json", "+json")):
+            self.hub.sent.append((self.path, json.loads(self.body)))
+        if upload_cut or (self.fault.delay and self.hub.stopped.wait(self.fault.delay)):
             self.close_connection = True
         elif self.fault.status:
             self._send(self.fault.status, b'{"error":"fault on demand"}', self.fault.headers)
@@ -209,7 +226,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.split("/")[1:]]
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        if self.command == "POST" and parts in (["api", "repos", "create"], ["api", "validate-yaml"]):
+            self._create_repo() if parts[1] == "repos" else self._validate_yaml()
+        elif self.command == "POST" and parts[2:] in (["info", "lfs", "objects", "batch"], ["info", "lfs", "objects", "verify"]):
+            self._lfs(f"{parts[0]}/{parts[1].removesuffix('.git')}", parts[-1])
+        elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._api("/".join(parts[2:4]), parts[4:], query)
         elif len(parts) >= 5 and parts[2] == "resolve" and self.command in ("GET", "HEAD"):
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
@@ -255,6 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = [file for file in self.hub.commits.get(commit, {}).values() if file.lfs and file.sha256 == digest]
         if self.headers.get("Authorization"):
             self._send(400, b"credentials were sent to the storage")
+        elif self.command == "PUT" and commit == "uploads":
+            self._store(digest)
         elif files and self.command in ("GET", "HEAD"):
             self._send_content(files[0], {})
         else:
@@ -262,11 +285,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, repo: str, parts: list[str], query: dict[str, str]) -> None:
         action, revision = parts[0] if parts else "", parts[1] if len(parts) > 1 else "main"
-        if (self.command, action) not in {("GET", ""), ("GET", "revision"), ("GET", "tree"), ("POST", "paths-info")}:
+        reading = {("GET", ""), ("GET", "revision"), ("GET", "tree"), ("POST", "paths-info")}
+        if (self.command, action) not in reading | {("POST", "preupload"), ("POST", "commit")}:
             return self._unknown()
         if (commit := self._commit(repo, revision)) is None:
             return None
         tree = self.hub.commits[commit]
+        if action == "preupload":
+            return self._preupload(repo, tree)
+        if action == "commit":
+            return self._commit_files(repo, revision, commit)
         if action == "tree":
             return self._tree(tree, "/".join(parts[2:]), query.get("recursive", "").lower() in ("1", "true"))
         if action == "paths-info":
@@ -274,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json([entry for path in asked for entry in _entries(tree) if entry["path"] == path])
         siblings = [_sibling(path, file, "blobs" in query) for path, file in sorted(tree.items())]
         return self._send_json(
-            {"_id": repo, "id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings}
+            {"_id": repo, "id": repo, "modelId": repo, "sha": commit, "private": repo in self.hub.tokens, "tags": [], "siblings": siblings}
         )
 
     def _tree(self, tree: Mapping[str, File], folder: str, recursive: bool) -> None:

@@ -8,7 +8,6 @@ then gives the same bytes as if it had not been.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from adfeatures.references import weights_fingerprint
 from . import console
 from .config import add_options, from_options, option
 from .data.images import ImageLoader
-from .data.items import NORMAL, Item
+from .data.items import NORMAL, Item, items_digest
 from .data.pretraining import KINDS, Draw, PretrainingDataset, read_items
 from .data.real_iad import reference_pool, split_by_sample
 from .data.transforms import MaskTransform
@@ -126,8 +125,8 @@ def compute_centers(
         "std": json.dumps(transform.std),
         "products": json.dumps(sorted({item.product for item in normal})),
         "images": str(sum(map(len, draws))),
-        "normal_images": f"{len(normal)} {_digest(normal)}",
-        "references": f"{len(pool)} {_digest(pool)}",
+        "normal_images": f"{len(normal)} {items_digest(normal)}",
+        "references": f"{len(pool)} {items_digest(pool)}",
         "shots": str(shots),
         "seed": str(seed),
         "batch_size": str(batch_size),
@@ -288,29 +287,24 @@ def _by_level(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(tensors.items(), key=lambda pair: int(pair[0].rpartition(".")[2])))
 
 
-def _digest(items: Sequence[Item]) -> str:
-    """Hash of what the items are, wherever the data set lies."""
-    names = [[item.product, item.view, item.sample, os.path.basename(item.image)] for item in items]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.centers", description="Compute the centres of the angle loss.")
     add_options(parser, CentersConfig)
     options = parser.parse_args(arguments)
 
-    def run() -> None:
+    def call() -> None:
         config = from_options(options, CentersConfig)
         with processes(config.device) as device:
             if world_size() > 1:
                 raise InputError("Centres are computed by one process. Call python -m training.centers without torchrun.")
-            _run(config, device)
+            run(config, device)
         print(f"{config.output}: done")
 
-    return console.run("centers", run)
+    return console.run("centers", call)
 
 
-def _run(config: CentersConfig, device: torch.device) -> None:
+def run(config: CentersConfig, device: torch.device) -> None:
+    """Compute the centres that a config asks for. Errors as in ``compute_centers``, and those of reading the data and the backbone."""
     items = read_items(config.data, config.root, config.products or None, config.filter_list)
     train, _ = split_by_sample(items, config.held_out, config.seed)
     size: Any = config.img_size[0] if len(config.img_size) == 1 else config.img_size or None

@@ -49,8 +49,8 @@ def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) ->
         losses.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid") if len(y) else y, color=colour, label=f"{name} loss")
     for method, colour in (("norm", "tab:blue"), ("angle", "tab:orange")):
         for criterion, style in (("img", "-"), ("pix", "--"), ("pro", ":")):
-            x, y = ([line["step"] for line in validations], [line[method][criterion] for line in validations])
-            metrics.plot(x, y, style, color=colour, marker=".", label=f"{_NAMES[method]}, {_NAMES[criterion]}")
+            points = [line["step"] for line in validations], [line[method][criterion] for line in validations]
+            metrics.plot(*points, style, color=colour, marker=".", label=f"{_NAMES[method]}, {_NAMES[criterion]}")
     metrics.set(xlabel="step", title="validation, mean over products")
     for axes in (losses, metrics):
         axes.grid(alpha=0.3)

@@ -17,28 +17,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from adfeatures import catalog
 from adfeatures.errors import InputError
-from adfeatures.factory import load_backbone
 from adfeatures.images import ImageTransform, build_transform, read_image
+from adfeatures.loading import Encoder, load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import weights_fingerprint
 
 from . import console
 from .centers import compute_centers, load_centers
 from .config import PretrainConfig, add_options, from_options
+from .data import real_iad
 from .data.images import ImageLoader
-from .data.items import ANOMALOUS, Item
+from .data.items import ANOMALOUS, Item, items_digest
 from .data.pretraining import PretrainingDataset, StepSampler, read_items
 from .data.real_iad import reference_pool, split_by_sample
 from .data.transforms import MaskTransform, TwoViews
 from .distributed import barrier, processes, rank, world_size
 from .run import Run
-from .step import encode, train_step
+from .step import encode_images, train_step
 from .store import ReferenceStore, choose_pool
 from .validation import Validation, held_out_trials, mvtec_trials
 
@@ -59,7 +60,6 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         raise InputError(f"The levels of {config.backbone} are those of the published model; they can be chosen for backbones of timm.")
     size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
     backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
-    img_size = entry.img_size
     backbone.to(device)
     fingerprint = weights_fingerprint(backbone.state_dict())
 
@@ -70,9 +70,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     pool = reference_pool(train)
     if config.pool is not None:
         pool = choose_pool(pool, config.pool, config.seed)
-    views = TwoViews(img_size, *_view_statistics(config, entry))
-    reference_transform = build_transform(img_size, *entry.normalization)
-    mask_transform = MaskTransform(img_size, reference_transform.preset)
+    views = TwoViews(entry.img_size, *_view_statistics(config, entry))
+    reference_transform = build_transform(entry.img_size, *entry.normalization)
+    mask_transform = MaskTransform(entry.img_size, reference_transform.preset)
     dataset = PretrainingDataset(
         train, pool, views, reference_transform, mask_transform, load_references=config.pool is None, shots=config.shots
     )
@@ -86,21 +86,27 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     projector = ResidualProjector(entry.channels, config.num_heads, config.num_keys).to(device, dtype)
     optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones)
-    run = Run(config, {"projector": projector, "optimizer": optimizer, "scheduler": scheduler})
+    centers = [center.to(device) for center in _centers(config, backbone, entry, train, reference_transform, fingerprint)]
+    inputs = {
+        "images": items_digest([*train, *pool]),
+        "backbone weights": fingerprint[0],
+        "centres": weights_fingerprint(dict(enumerate(centers)))[0],
+    }
+    run = Run(config, {"projector": projector, "optimizer": optimizer, "scheduler": scheduler}, inputs)
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
 
-    encoder = partial(encode, backbone=backbone, device=device, precision=config.precision)
-    centers = [center.to(device) for center in _centers(config, backbone, entry, train, reference_transform, fingerprint)]
+    encoder = partial(encode_images, backbone=backbone, device=device, precision=config.precision)
     store = None
     if config.pool is not None:
-        identity = json.dumps([config.backbone, fingerprint, entry.blocks, img_size, config.precision])
+        identity = json.dumps([config.backbone, fingerprint, entry.blocks, entry.img_size, config.precision])
         store = ReferenceStore(run.folder / "references", pool, identity)
         if rank() == 0:
             store.encode(lambda path: reference_transform(read_image(path)), encoder)
         barrier()
         store.open()
-    validation = _validation(config, backbone, projector, entry, train, held_out, img_size)
+    validation = _validation(config, backbone, entry, train, held_out)
 
+    metadata = _metadata(config, entry, train)
     total = config.epochs * sampler.steps_per_epoch
     total = total if config.max_steps is None else min(total, config.max_steps)
     with tqdm(total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None) as progress:
@@ -125,11 +131,11 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
             if validation is not None:
                 scores = validation.run(projector)
                 run.log("validation", scores)
-                run.keep_best(scores, *_checkpoint(projector, config, entry, img_size))
+                run.keep_best(scores, _tensors(projector), metadata)
             run.save()
             run.draw()
     if rank() == 0:
-        run.save_last(*_checkpoint(projector, config, entry, img_size))
+        run.save_last(_tensors(projector), metadata)
     return run.folder
 
 
@@ -141,7 +147,7 @@ def _view_statistics(config: PretrainConfig, entry: catalog.Backbone) -> tuple[t
 
 def _centers(
     config: PretrainConfig,
-    backbone: nn.Module,
+    backbone: Encoder,
     entry: catalog.Backbone,
     train: Sequence[Item],
     transform: ImageTransform,
@@ -158,45 +164,44 @@ def _centers(
 
 
 def _validation(
-    config: PretrainConfig,
-    backbone: nn.Module,
-    projector: ResidualProjector,
-    entry: catalog.Backbone,
-    train: Sequence[Item],
-    held_out: Sequence[Item],
-    img_size: tuple[int, int],
+    config: PretrainConfig, backbone: Encoder, entry: catalog.Backbone, train: Sequence[Item], held_out: Sequence[Item]
 ) -> Validation | None:
     if config.validation == "none":
         return None
     presets = {}
     if config.validation == "mvtec":
         trials = mvtec_trials(str(config.validation_root))
-        if img_size == (224, 224):
+        if entry.img_size == (224, 224):
             presets = {"preset": "resize256_crop224", "reference_preset": "resize224_crop224"}
     else:
         trials = held_out_trials(reference_pool(train), held_out, config.validation_images, config.seed)
     if not trials:
         raise InputError("No product has held-out images of both labels to validate on. Raise --held-out, or say --validation none.")
-    return Validation(backbone, projector, trials, img_size=img_size, statistics=entry.normalization, workers=config.workers, **presets)
+    return Validation(backbone, trials, img_size=entry.img_size, statistics=entry.normalization, workers=config.workers, **presets)
 
 
-def _checkpoint(
-    projector: ResidualProjector, config: PretrainConfig, entry: catalog.Backbone, img_size: tuple[int, int]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that ``adfeatures.create_model(weights=...)`` reads."""
+def _tensors(projector: ResidualProjector) -> dict[str, Tensor]:
+    return {f"projector.{key}": value for key, value in projector.state_dict().items()}
+
+
+def _metadata(config: PretrainConfig, entry: catalog.Backbone, train: Sequence[Item]) -> dict[str, str]:
+    """The header of the checkpoints, by which ``adfeatures.create_model(weights=...)`` knows what they are."""
     name = f"adpretrain_{config.backbone}"
     metadata = {
         "format": "adfeatures",
         "model": name if name in catalog.MODELS else "adpretrain_timm",
         "num_heads": str(config.num_heads),
-        "img_size": json.dumps(img_size),
+        "img_size": json.dumps(entry.img_size),
         "training": json.dumps(dataclasses.asdict(config)),
     }
     if name not in catalog.MODELS:
         mean, std = entry.normalization
         facts = {"blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions, "mean": mean, "std": std}
         metadata["backbone"] = json.dumps({"timm_name": entry.timm_name, **facts})
-    return {f"projector.{key}": value for key, value in projector.state_dict().items()}, metadata
+    # Other data may come in the same layout.
+    if config.data == "real_iad" and {item.product for item in train} <= set(real_iad.PRODUCTS):
+        metadata["training_data"] = "Real-IAD"
+    return metadata
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,14 +30,15 @@ class Run:
     Args:
         config: The config; its ``output`` is the folder.
         resumable: What has to be restored: modules, optimisers and schedulers by name.
+        inputs: Digests of what the run depends on besides the config, by name.
 
     Raises:
-        InputError: If the folder holds a run of another config or number of processes.
+        InputError: If the folder holds a run of another config, other inputs or another number of processes.
         CheckpointError: If its state cannot be read.
     """
 
-    def __init__(self, config: PretrainConfig, resumable: Mapping[str, Any]) -> None:
-        self.folder, self.config, self.resumable = Path(config.output), config, resumable
+    def __init__(self, config: PretrainConfig, resumable: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        self.folder, self.config, self.resumable, self.inputs = Path(config.output), config, resumable, dict(inputs)
         self.epoch = self.step = self.step_of_epoch = 0
         self.best: dict[str, float] = {}
         self._board = _tensorboard(self.folder)
@@ -70,6 +71,7 @@ class Run:
                 "position": [self.epoch, self.step, self.step_of_epoch],
                 "best": dict(self.best),
                 "config": json.dumps(dataclasses.asdict(self.config)),
+                "inputs": self.inputs,
                 "world_size": world_size(),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
                 "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
@@ -117,7 +119,7 @@ class Run:
         path = self.folder / STATE
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self._check(json.loads(state["config"]), state["world_size"])
+            self._check(json.loads(state["config"]), state["inputs"], state["world_size"])
             for name, part in self.resumable.items():
                 part.load_state_dict(state[name])
             self.epoch, self.step, self.step_of_epoch = state["position"]
@@ -136,13 +138,15 @@ class Run:
             with open(self.folder / LOG, "r+b") as file:
                 file.truncate(state["log_bytes"])
 
-    def _check(self, other: Mapping[str, Any], processes: int) -> None:
+    def _check(self, other: Mapping[str, Any], inputs: Mapping[str, str], processes: int) -> None:
         own = json.loads(json.dumps(dataclasses.asdict(self.config)))
         changed = [
             f"{name} was {other.get(name)!r}, is {value!r}" for name, value in own.items() if name not in FREE and other.get(name) != value
         ]
         if changed:
             raise InputError(f"{self.folder} holds a run of another config: {'; '.join(changed)}. Choose another --output.")
+        if changed := [name for name, digest in self.inputs.items() if inputs.get(name) != digest]:
+            raise InputError(f"{self.folder} holds a run with other {' and '.join(changed)}. Give those again, or choose another --output.")
         if processes != world_size():
             raise InputError(
                 f"{self.folder} holds a run on {processes} processes, now there are {world_size()}. "

@@ -20,14 +20,14 @@ from .losses import angle_loss, norm_loss
 from .store import ReferenceStore
 
 # Images to maps of the frozen backbone.
-Encoder = Callable[[Tensor], list[Tensor]]
+Encode = Callable[[Tensor], list[Tensor]]
 
 
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
-    encoder: Encoder,
+    encode: Encode,
     store: ReferenceStore | None,
     centers: Sequence[Tensor | None],
     config: PretrainConfig,
@@ -44,7 +44,7 @@ def train_step(
     parts = [part for part in _parts(batch, config.accumulate) if gather(part["label"]).any()]
     sums = {"angle": 0.0, "norm": 0.0}
     for number, part in enumerate(parts, start=1):
-        first, second = view_residuals(part, encoder, store)
+        first, second = view_residuals(part, encode, store)
         with contextlib.ExitStack() as stack:
             if isinstance(model, DistributedDataParallel) and number < len(parts):
                 stack.enter_context(model.no_sync())
@@ -65,12 +65,12 @@ def train_step(
 
 
 @torch.no_grad()
-def view_residuals(batch: dict[str, Tensor], encoder: Encoder, store: ReferenceStore | None) -> tuple[list[Tensor], list[Tensor]]:
+def view_residuals(batch: dict[str, Tensor], encode: Encode, store: ReferenceStore | None) -> tuple[list[Tensor], list[Tensor]]:
     """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, both against the same references."""
     views = batch["views"]
-    features = [level.unflatten(0, views.shape[:2]) for level in encoder(views.flatten(0, 1))]
+    features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
     if store is None:
-        references = [level.unflatten(0, batch["references"].shape[:2]) for level in encoder(batch["references"].flatten(0, 1))]
+        references = [level.unflatten(0, batch["references"].shape[:2]) for level in encode(batch["references"].flatten(0, 1))]
     else:
         references = [level.to(features[0]) for level in store.read(batch["reference_indices"])]
     # The views lie one above the other in one map, so that each row of the bank is normalised once.
@@ -95,15 +95,17 @@ def losses(
     angle = norm = first[0].new_zeros((), dtype=torch.float32)
     for one, other, center in zip(first, second, centers, strict=True):
         grid = (one.shape[2], one.shape[3])
-        views = [gather(level.permute(0, 2, 3, 1)).flatten(0, 2) for level in (one, other)]
-        angle = angle + angle_loss(*views, angle_labels(masks, grid).flatten(), center, config.temperature, config.anchors)
+        view1, view2 = (gather(level.permute(0, 2, 3, 1)).flatten(0, 2) for level in (one, other))
+        angle = angle + angle_loss(view1, view2, angle_labels(masks, grid).flatten(), center, config.temperature, config.anchors)
         labels = norm_labels(masks, grid).flatten()
-        norm = norm + sum(norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber) for view in views)
+        for view in (view1, view2):
+            norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber)
     return angle, norm
 
 
 @torch.no_grad()
-def encode(images: Tensor, backbone: nn.Module, device: torch.device, precision: str) -> list[Tensor]:
+def encode_images(images: Tensor, backbone: nn.Module, device: torch.device, precision: str) -> list[Tensor]:
+    """Maps of the frozen backbone for images (B, 3, H, W), in bfloat16 for precision "bfloat16", else float32."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
         maps = backbone(images.to(device, non_blocking=True))
     return [level.to(torch.bfloat16 if precision == "bfloat16" else torch.float32) for level in maps]

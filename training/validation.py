@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.images import ImageTransform, build_transform, read_image
+from adfeatures.loading import Encoder
 from adfeatures.projector import ResidualProjector
 
 from . import metrics
@@ -85,52 +86,49 @@ class Validation:
 
     Args:
         backbone: The frozen encoder.
-        projector: A projector of the kind to evaluate.
         trials: What to evaluate on; several processes share them.
         img_size: Height and width of the input.
         statistics: Mean and standard deviation of the input's channels.
         preset: Geometry of the test and training images, see ``adfeatures.create_transform``.
         reference_preset: Geometry of the references.
+        methods: Which of METHODS.
         workers: Processes that read images.
     """
 
     def __init__(
         self,
-        backbone: torch.nn.Module,
-        projector: ResidualProjector,
+        backbone: Encoder,
         trials: Sequence[Trial],
         *,
         img_size: tuple[int, int],
         statistics: tuple[Sequence[float], Sequence[float]],
         preset: str = "squash",
         reference_preset: str = "squash",
+        methods: Sequence[str] = tuple(METHODS),
         workers: int = 0,
     ) -> None:
         mean, std = statistics
         self.trials = list(trials)[rank() :: world_size()]
         self.transform = build_transform(img_size, mean, std, preset=preset)
-        self.workers = workers
+        self.methods, self.workers = methods, workers
         self.device = next(backbone.parameters()).device
         cfg = {"mean": mean, "std": std}
-        self.extractor = FeatureExtractor(
-            backbone,  # type: ignore[arg-type]
-            copy.deepcopy(projector).float(),
-            name="validation",
-            img_size=img_size,
-            pretrained_cfg=cfg,
-        )
+        self.extractor = FeatureExtractor(backbone, None, name="validation", img_size=img_size, pretrained_cfg=cfg)
         reference_transform = build_transform(img_size, mean, std, preset=reference_preset)
         for trial in self.trials:
             for view, items in trial.references.items():
                 self.extractor.set_references(_read(items, reference_transform).to(self.device), product=_bank(trial.product, view))
 
-    def run(self, projector: ResidualProjector) -> Scores:
-        """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for "norm" and "angle"."""
-        assert self.extractor.projector is not None
-        self.extractor.projector.load_state_dict(projector.state_dict())
+    def run(self, projector: ResidualProjector | None) -> Scores:
+        """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for each method.
+
+        Args:
+            projector: The projector; it is not changed. None evaluates the residuals themselves.
+        """
+        self.extractor.projector = None if projector is None else copy.deepcopy(projector).float().requires_grad_(False)
         own = [self._evaluate(trial) for trial in tqdm(self.trials, desc="validation", unit="product", leave=False, disable=None)]
         scores = [score for part in gather_objects(own) for score in part]
-        return {method: {key: fmean(score[method][key] for score in scores) for key in CRITERIA} for method in METHODS}
+        return {method: {key: fmean(score[method][key] for score in scores) for key in CRITERIA} for method in self.methods}
 
     def _evaluate(self, trial: Trial) -> Scores:
         features = self._features(trial)
@@ -138,8 +136,8 @@ class Validation:
         masks = torch.cat([batch["mask"][:, 0] for batch in test])
         labels = torch.tensor([item.label for item in trial.test])
         scores = {}
-        for name, method in METHODS.items():
-            predictions = method(features).fit(train).predict(test)
+        for name in self.methods:
+            predictions = METHODS[name](features).fit(train).predict(test)
             found = metrics.evaluate(predictions.maps, masks, labels, predictions.scores)
             scores[name] = {key: float(getattr(found, field)) for key, field in CRITERIA.items()}
         return scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ from safetensors.torch import load, save
 
 import adfeatures
 from adfeatures import catalog
+from adfeatures.checkpoints import save_checkpoint
 from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
-from adfeatures.factory import convert_checkpoint
+from adfeatures.factory import convert_checkpoint, load_backbone
+from adfeatures.projector import ResidualProjector
+from adfeatures.references import ReferenceBank
 
 REPOSITORY = Path(__file__).parents[2]
 REPO = "xcyao00/ADPretrain"
@@ -259,6 +263,225 @@ class TestTimm:
             timm.create_model("residual_lite", drop_rate=0.1)
 
 
+class Own:
+    """A projector trained on a tiny backbone of timm: its file, and its features of one picture."""
+
+    def __init__(self, arch: str = "test_vit", levels: tuple[int, ...] = (2, 5)) -> None:
+        torch.manual_seed(0)
+        self.whole = timm.create_model(arch).state_dict()
+        self.backbone, self.entry = load_backbone(arch, weights=self.whole, levels=levels, img_size=(48, 80))
+        projector = ResidualProjector(self.entry.channels, num_heads=4, num_keys=8)
+        for parameter in projector.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.3
+        self.tensors = {f"projector.{key}": value for key, value in projector.state_dict().items()}
+        self.tensors_of_all = {**self.tensors, **{f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}}
+        self.facts = {
+            "timm_name": self.entry.timm_name,
+            "blocks": self.entry.blocks,
+            "channels": self.entry.channels,
+            "reductions": self.entry.reductions,
+            "mean": (0.1, 0.2, 0.3),
+            "std": (0.4, 0.5, 0.6),
+        }
+        self.header = {"format": "adfeatures", "model": "adpretrain_timm", "num_heads": "4", "img_size": "[48, 80]"}
+        self.header["backbone"] = json.dumps(self.facts)
+        self.references, self.x = torch.randn(2, 3, 48, 80), torch.randn(1, 3, 48, 80)
+        bank = ReferenceBank.from_features(self.backbone(self.references))
+        with torch.no_grad():
+            self.features = projector(bank.residuals(self.backbone(self.x)))
+
+    def write(self, path: Path, whole: bool = True, **header: str | None) -> Path:
+        entries = {key: text for key, text in {**self.header, **header}.items() if text is not None}
+        save_checkpoint(path, self.tensors_of_all if whole else self.tensors, metadata=entries)
+        return path
+
+    def is_served_by(self, model: torch.nn.Module) -> None:
+        assert model.img_size == (48, 80) and model.levels == self.entry.blocks
+        model.set_references(self.references)
+        for found, expected in zip(model(self.x), self.features, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def own() -> Own:
+    return Own()
+
+
+class TestTimmBackbones:
+    def test_the_header_says_which_model_it_is(self, own: Own, tmp_path: Path) -> None:
+        path = own.write(tmp_path / "model.safetensors")
+        for name in ({}, {"name": "adpretrain_timm"}):
+            for weights in (path, str(path), f"local-dir:{tmp_path}"):
+                own.is_served_by(adfeatures.create_model(**name, weights=weights))
+        model = adfeatures.create_model(weights=path, pretrained=False)
+        assert model.name == "adpretrain_timm" and not model.training
+        assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert model.pretrained_cfg["input_size"] == (3, 48, 80)
+        assert adfeatures.create_transform(model)(photo(1))[0].max() > 0.9 / 0.4 * 0.5  # not the mean and std of timm
+        assert adfeatures.create_model(weights=path, img_size=32).img_size == (32, 32)
+
+    def test_pyramids_too(self, tmp_path: Path) -> None:
+        own = Own("test_resnet", levels=(2, 3, 4))
+        own.is_served_by(adfeatures.create_model(weights=own.write(tmp_path / "model.safetensors")))
+
+    def test_published_weights_of_timm_where_the_file_has_none(self, own: Own, hub: HubServer, tmp_path: Path) -> None:
+        path = own.write(tmp_path / "projector.safetensors", whole=False)
+        with pytest.raises(DownloadError, match=r"timm/test_vit\.r160_in1k"):
+            adfeatures.create_model(weights=path)
+        hub.add("timm/test_vit.r160_in1k", "model.safetensors", save(own.whole))
+        own.is_served_by(adfeatures.create_model(weights=path))
+        with pytest.raises(InputError, match='backbone_weights="random"'):
+            adfeatures.create_model(weights=path, pretrained=False)
+        (tmp_path / "backbone.safetensors").write_bytes(save(own.whole))
+        with hub.counting() as requests:
+            own.is_served_by(adfeatures.create_model(weights=path, pretrained=False, backbone_weights=tmp_path / "backbone.safetensors"))
+            own.is_served_by(
+                adfeatures.create_model(weights=path, backbone_weights=f"local-dir:{own.write(tmp_path / 'model.safetensors')}")
+            )
+        assert not requests
+
+    def test_repository_through_timm(self, own: Own, hub: HubServer, tmp_path: Path) -> None:
+        config = json.dumps({"architecture": "adpretrain_timm", "num_classes": 0, "pretrained_cfg": {"num_classes": 0}}).encode()
+        hub.add("owner/repo", "config.json", config, lfs=False)
+        hub.add("owner/repo", "model.safetensors", own.write(tmp_path / "model.safetensors").read_bytes())
+        (tmp_path / "config.json").write_bytes(config)
+        adfeatures.register_with_timm()
+        for place in ("hf-hub:owner/repo", f"local-dir:{tmp_path}"):
+            own.is_served_by(timm.create_model(place, pretrained=True))
+            own.is_served_by(adfeatures.create_model(weights=place))
+
+    def test_other_levels_of_a_backbone_of_the_catalog(self, tmp_path: Path) -> None:
+        _, entry = load_backbone("dinov2_base", weights="random", levels=(1, 2))
+        assert (entry.blocks, entry.channels, entry.reductions) == ((1, 2), (768, 768), (14, 14))
+        mean, std = entry.normalization
+        facts = {"timm_name": entry.timm_name, "blocks": (1, 2), "channels": (768, 768), "reductions": (14, 14), "mean": mean, "std": std}
+        projector = ResidualProjector(entry.channels, num_keys=8)
+        tensors = {f"projector.{key}": value for key, value in projector.state_dict().items()}
+        header = {"model": "adpretrain_dinov2_base", "num_heads": "16", "img_size": "[28, 42]", "backbone": json.dumps(facts)}
+        save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
+        model = adfeatures.create_model(weights=tmp_path / "own.safetensors", backbone_weights="random")
+        assert model.levels == (1, 2) and model.img_size == (28, 42)
+        with pytest.raises(CheckpointError, match="unexpected|missing"):
+            save_checkpoint(tmp_path / "other.safetensors", tensors, metadata={"model": "adpretrain_dinov2_base"})
+            adfeatures.create_model(weights=tmp_path / "other.safetensors", backbone_weights="random")
+
+    @pytest.mark.parametrize(
+        ("header", "says"),
+        [
+            ({"backbone": None}, "must describe the backbone"),
+            ({"backbone": "{"}, "not JSON"),
+            ({"backbone": '{"timm_name": 3, "blocks": [2, 5]}'}, "must describe the backbone"),
+            ({"backbone": "[1]"}, "must describe the backbone"),
+            ({"blocks": (2, 9)}, "does not exist.*1 to 6"),
+            ({"timm_name": "test_vitt"}, "does not exist.*Did you mean"),
+            ({"timm_name": "hf-hub:owner/repo"}, "does not exist"),
+            ({"timm_name": "adpretrain_timm"}, "does not exist"),
+            ({"channels": (64, 32)}, "has channels"),
+            ({"reductions": (16, 8)}, "has channels"),
+            ({"timm_name": "test_vit2"}, "missing reg_token"),
+            ({"mean": (0.1, 0.2)}, "has channels"),
+            ({"num_heads": "many"}, "num_heads of its header is not JSON"),
+            ({"num_heads": "0"}, "positive number"),
+            ({"img_size": "[48]"}, "img_size"),
+            ({"img_size": "48 x 80"}, "not JSON"),
+            ({"img_size": "[48.5, 80]"}, "img_size"),
+            ({"model": "adpretrain_timmm"}, "does not know"),
+            ({"model": None}, "does not say which model"),
+            ({"model": "adpretrain_dinov2_base"}, "does not fit|has channels"),
+        ],
+    )
+    def test_headers_that_lie(self, own: Own, tmp_path: Path, header: dict[str, object], says: str) -> None:
+        if not header.keys() & own.header.keys():
+            header = {"backbone": json.dumps({**own.facts, **header})}
+        path = own.write(tmp_path / "model.safetensors", **header)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=says) as error:
+            adfeatures.create_model(weights=path)
+        assert "model.safetensors" in str(error.value)
+
+    def test_a_size_in_the_header_that_cannot_be(self, own: Own, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="nearest to 50 are 48 and 64"):
+            adfeatures.create_model(weights=own.write(tmp_path / "model.safetensors", img_size="[50, 80]"))
+
+
+class TestModelsWithoutPublishedWeights:
+    @pytest.mark.parametrize("name", ["adpretrain_efficientnet_lite", "adpretrain_timm"])
+    def test_weights_must_be_given(self, name: str, hub: HubServer) -> None:
+        adfeatures.register_with_timm()
+        for create in (adfeatures.create_model, lambda arch: timm.create_model(arch, pretrained=True)):
+            with pytest.raises(InputError, match=f"{name} has no published weights: give .*weights="):
+                create(name)
+        with pytest.raises(UnknownNameError, match="no published weights"):
+            adfeatures.create_model(f"{name}.tag")
+        with pytest.raises(UnknownNameError, match="no published weights"):
+            adfeatures.create_model(name, weights="tag")
+        assert name in adfeatures.list_models() and not adfeatures.list_models(f"{name}*", pretrained=True)
+        assert "weights" in catalog.describe(name)
+        assert not hub.requests
+
+    def test_own_projector_on_the_embedded_backbone(self, tmp_path: Path, hub: HubServer) -> None:
+        model = adfeatures.create_model("adpretrain_efficientnet_lite", pretrained=False)
+        assert (model.img_size, model.backbone.channels) == ((320, 320), (40, 80, 112))
+        tensors = {f"projector.{key}": value for key, value in model.projector.state_dict().items()}
+        header = {"model": "adpretrain_efficientnet_lite", "num_heads": "16", "img_size": "[64, 96]"}
+        save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
+        own, embedded = adfeatures.create_model(weights=tmp_path / "own.safetensors"), adfeatures.create_model()
+        assert own.name == "adpretrain_efficientnet_lite" and own.img_size == (64, 96)
+        for part, expected in ((own.projector, model.projector), (own.backbone, embedded.backbone)):
+            for key, value in expected.state_dict().items():
+                assert torch.equal(part.state_dict()[key], value)
+        assert not hub.requests
+
+    def test_timm_has_no_preprocessing_by_name(self) -> None:
+        with pytest.raises(InputError, match="give the created model"):
+            adfeatures.create_transform("adpretrain_timm")
+        with pytest.raises(InputError, match="weights must|no published weights"):
+            adfeatures.create_model("adpretrain_timm", pretrained=False)
+
+    def test_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from adfeatures.cli import main
+
+        for name in ("adpretrain_efficientnet_lite", "adpretrain_timm"):
+            for command in ("info", "list", "download"):
+                assert main([command, name]) == 0
+            assert "no published weights" in capsys.readouterr().err
+
+
+class TestLoadBackbone:
+    def test_names_of_the_catalog(self, published: Published, hub: HubServer) -> None:
+        hub.add("timm/vit_base_patch16_clip_224.openai", "model.safetensors", published.backbone)
+        backbone, entry = load_backbone("clip_base", img_size=(32, 48))
+        assert entry == replace(catalog.BACKBONES["clip_base"], img_size=(32, 48))
+        key = "blocks.11.mlp.fc2.weight"
+        assert torch.equal(backbone.state_dict()[key], load(published.backbone)[key])
+        assert not backbone.training and not any(parameter.requires_grad for parameter in backbone.parameters())
+        assert load_backbone("efficientnet_lite")[1].img_size == (320, 320)
+
+    def test_published_weights_of_timm(self, hub: HubServer) -> None:
+        torch.manual_seed(3)
+        whole = timm.create_model("test_resnet").state_dict()
+        hub.add("timm/test_resnet.r160_in1k", "model.safetensors", save(whole))
+        backbone, entry = load_backbone("test_resnet")
+        assert torch.equal(backbone.state_dict()["model.layer3.0.conv1.weight"], whole["layer3.0.conv1.weight"])
+        assert entry.img_size == (160, 160) and not any(parameter.requires_grad for parameter in backbone.parameters())
+        other, _ = load_backbone("test_resnet", weights="random")
+        assert not torch.equal(other.state_dict()["model.layer3.0.conv1.weight"], whole["layer3.0.conv1.weight"])
+
+    def test_refusals(self, hub: HubServer, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"CC-BY-NC-4\.0.*imagebind_huge\.pth"):
+            load_backbone("imagebind_huge")
+        with pytest.raises(InputError, match="timm names no published weights of dpn48b"):
+            load_backbone("dpn48b")
+        with pytest.raises(UnknownNameError, match="Did you mean 'dinov2_base'"):
+            load_backbone("dinov2_bas")
+        with pytest.raises(InputError, match="convolutional"):
+            load_backbone("efficientnet_lite", levels=(1, 2))
+        assert not hub.requests
+        with pytest.raises(DownloadError, match="There is no file"):
+            load_backbone("test_vit", weights=tmp_path / "gone.safetensors")
+        with pytest.raises(InputError, match="multiples of 14"):
+            load_backbone("dinov2_base", weights="random", img_size=225)
+
+
 def test_hubconf_has_one_entry_per_model() -> None:
     text = (REPOSITORY / "hubconf.py").read_text()
     assert len(text) < 1024
@@ -269,10 +492,10 @@ def test_hubconf_has_one_entry_per_model() -> None:
 
 
 def test_noncommercial_weights_are_announced(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from adfeatures import factory
+    from adfeatures import loading
 
-    monkeypatch.setattr(factory, "create_backbone", lambda *args, **kwargs: None)
-    (tmp_path / "imagebind_huge.pth").write_bytes(b"stands for the real file")
+    monkeypatch.setattr(loading, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
+    torch.save({"stands": torch.ones(1)}, tmp_path / "imagebind_huge.pth")
     with caplog.at_level(logging.WARNING):
-        factory._create_backbone("adpretrain_imagebind_huge", (224, 224), None, tmp_path / "imagebind_huge.pth", False, None)
+        loading.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
     assert "CC-BY-NC-4.0" in caplog.text

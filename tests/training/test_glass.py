@@ -92,7 +92,7 @@ def naive_loss(glass, batch, augmented, masks, generator):
 def test_loss_and_gradients_are_those_of_the_stated_steps(adapter):
     (batch,) = batches(6, seed=0)
     # With so small a deviation the textures are strong, so that some defects lie beyond the outer radius.
-    glass = quick(adapter=adapter, noise=0.3, epochs=1, std=(0.1, 0.1, 0.1)).fit([batch])
+    glass = quick(adapter=adapter, noise=0.3, epochs=1, std=(0.01, 0.01, 0.01)).fit([batch])
     glass.discriminator.train()
     augmented, masks = glass.synthesis(batch, np.random.default_rng(5))
     parameters = [*glass.discriminator.parameters(), *glass.adapter.parameters()]
@@ -171,7 +171,7 @@ def test_augmented_images_reach_the_extractor_without_their_paths():
     assert all(torch.equal(call["image"], train[0]["image"]) for call in named)
     changed = (nameless[0]["image"] != train[0]["image"]).flatten(1)
     assert changed.any(dim=1).all() and not changed.all()
-    assert nameless[0]["product"] == train[0]["product"]
+    assert nameless[0]["product"] == train[0]["product"] and nameless[0]["origin"] == train[0]["path"]
 
 
 def test_textures_and_foregrounds_are_used(tmp_path):
@@ -279,3 +279,5 @@ def test_refuses():
         quick().predict(batches(2, seed=0))
     with pytest.raises(InputError, match="nothing to score"):
         quick().fit(batches(2, seed=0)).predict([])
+    with pytest.raises(InputError, match="single image of one patch"):
+        quick().fit(batches(1, seed=0, size=(4, 4)))

@@ -71,15 +71,20 @@ def test_equals_the_naive_formula(count: int) -> None:
     channels=st.integers(1, 24),
     batch=st.integers(1, 12),
     chunk=st.sampled_from([1, 2000, 2**20]),
+    block=st.sampled_from([1, 4, 64]),
     epsilon=st.sampled_from([0.01, 1.0]),
     seed=st.integers(0, 10_000),
 )
-def test_distances_of_any_number_of_images(count: int, channels: int, batch: int, chunk: int, epsilon: float, seed: int) -> None:
+def test_distances_of_any_number_of_images(
+    count: int, channels: int, batch: int, chunk: int, block: int, epsilon: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.rand(channels, 1, 1, generator=generator) * 5
     train, test = (20 + scales * torch.randn(n, channels, 2, 3, generator=generator) for n in (count, 4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(padim, "CHUNK_BYTES", chunk)
+        patch.setattr(padim, "BLOCK", block)
+        patch.setattr(padim, "SUMMED", 2 * block)
         found = fitted(train, batch, epsilon).distances(torch.cat([test, train[:1]]))
     expected = naive_distances(train.double().numpy(), torch.cat([test, train[:1]]).double().numpy(), epsilon)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

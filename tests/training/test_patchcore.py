@@ -139,6 +139,19 @@ def test_keeps_the_stated_part_reproducibly() -> None:
         assert len(tiny._rows) == 1
 
 
+def test_chosen_in_all_dimensions_the_coreset_is_that_of_the_plain_loop() -> None:
+    """With a projection it is that of the projected patches, so farther from some."""
+    train = batches(8, seed=0)
+    vectors = np.concatenate([naive_vectors(EXTRACT(batch)[-3:], 24).reshape(-1, 24) for batch in train])
+    method = PatchCore(EXTRACT, dim=24, projection=None).fit(train)
+    starts = torch.randperm(512, generator=torch.Generator().manual_seed(42))[:10].numpy()
+    chosen = naive_coreset(vectors, 51, starts)
+    np.testing.assert_allclose(method._rows, vectors[sorted(chosen)], atol=1e-5)
+    projected = PatchCore(EXTRACT, dim=24, projection=2).fit(train)
+    radius, other = (cdist(vectors, m._rows).min(axis=1).max() for m in (method, projected))
+    assert radius < other
+
+
 # The search
 
 
@@ -260,7 +273,7 @@ def test_half_precision_features_are_scored_in_float32() -> None:
 
 
 def test_refuses() -> None:
-    for setting in ({"coreset": 0}, {"coreset": 1.5}, {"neighbours": 0}, {"levels": 0}):
+    for setting in ({"coreset": 0}, {"coreset": 1.5}, {"neighbours": 0}, {"levels": 0}, {"dim": 0}, {"projection": 0}):
         with pytest.raises(InputError, match="got"):
             PatchCore(EXTRACT, **setting)
     train = batches(2, seed=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,16 @@ def test_another_config_is_refused(tree: Path, tmp_path: Path) -> None:
         pretrain(config(tree, tmp_path / "run", max_steps=2, lr=0.1), CPU)
     pretrain(config(tree, tmp_path / "run", max_steps=2), CPU)
     assert len(steps(tmp_path / "run")) == 2
+
+
+def test_other_inputs_are_refused(tree: Path, tmp_path: Path) -> None:
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
+    moved = tmp_path / "moved"
+    shutil.copytree(tree, moved)
+    pretrain(config(moved, folder, max_steps=2), CPU)
+    next(moved.rglob("OK/*/*.jpg")).unlink()
+    with pytest.raises(InputError, match="other images"):
+        pretrain(config(moved, folder, max_steps=3, centers=str(folder / "centers.safetensors")), CPU)
 
 
 def test_another_number_of_processes_is_refused(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

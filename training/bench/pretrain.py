@@ -25,7 +25,7 @@ from ..config import PretrainConfig
 from ..data.items import NORMAL, Item
 from ..labels import angle_labels, norm_labels
 from ..losses import norm_loss
-from ..step import encode, losses, train_step, view_residuals
+from ..step import encode_images, losses, train_step, view_residuals
 from ..store import ReferenceStore
 from .timing import Row, seconds
 
@@ -118,7 +118,7 @@ class Step:
         self.batch = {"views": views, "mask": mask, "label": torch.tensor([1, 0] * (sizes.batch // 2)), "references": pool[indices]}
         self.stored = {**self.batch, "reference_indices": indices}
         self.pool = pool
-        self.encoder = partial(encode, backbone=self.backbone, device=torch.device("cpu"), precision="float32")
+        self.encoder = partial(encode_images, backbone=self.backbone, device=torch.device("cpu"), precision="float32")
 
     def open_store(self, folder: str) -> None:
         """Encode the pool."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NORMAL, ANOMALOUS = 0, 1
@@ -28,3 +32,9 @@ class Item:
     defect: str = "good"
     view: str = ""
     sample: str = ""
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """SHA-256 of what the items are, wherever the data set lies."""
+    names = [[item.product, item.view, item.sample, item.label, os.path.basename(item.image)] for item in items]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +16,10 @@ from .base import Batch, Extractor, Loader, Predictions
 from .trained import feature_maps, gather
 
 # Positions are worked on together for as long as their matrices in float64 take no more than this.
+# Samples are kept in blocks of so many images: large ones, so that the allocator gives their memory back when they go.
+BLOCK = 64
+# Samples that are added up together.
+SUMMED = 128
 CHUNK_BYTES = 8 * 2**20
 # Of one level. Covariances that take more than this in float64 are kept in float32, as the original keeps all of them.
 COVARIANCE_BYTES = 700 * 2**20
@@ -83,7 +89,7 @@ class Gaussians:
     * for few images, of the N x N matrix of inner products of the centred samples X (N, C), by the identity of Woodbury:
       (|d|^2 - |L^-1 X d|^2) / epsilon with X X^T + (N - 1) epsilon I = L L^T.
 
-    The second costs N C numbers a position instead of C^2 / 2, so it is the one for up to C / 2 images.
+    The second is the one for up to 3 C / 8 images, where it takes less memory and time. More images are added up in scatter matrices.
 
     Args:
         example: A map (B, C, h, w), for its shape and device.
@@ -93,36 +99,41 @@ class Gaussians:
     def __init__(self, example: Tensor, epsilon: float) -> None:
         _, self.channels, *self.grid = example.shape
         self.positions = self.grid[0] * self.grid[1]
+        self.few = 3 * self.channels // 8
         self.epsilon, self.device = epsilon, example.device
         self.count = 0  # of the images in mean and scatter
         self.mean = torch.zeros(self.positions, self.channels, dtype=torch.float64, device=self.device)
         self.scatter: Tensor | None = None  # sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2)
-        self.samples: list[Tensor] = []  # (P, b, C) float32, not in mean and scatter
-        self.factors: Tensor | None = None  # lower triangles
+        self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
+        self.waiting = 0  # how many samples these hold
+        self.factors: Tensor | None = None  # (P, N, N) for few images, otherwise lower triangles like the scatter
+        self._samples_memory, self._packed_memory, self._matrix_memory = _Scratch(), _Scratch(), _Scratch()
 
     def add(self, level: Tensor) -> None:
         """Take in the maps (B, C, h, w) of a batch."""
-        self.samples.append(self._patches(level).clone(memory_format=torch.contiguous_format))
-        # Before the scatter matrices take their memory, there is room for more samples than after.
-        if sum(part.shape[1] for part in self.samples) > self.channels // (2 if self.scatter is None else 4):
-            self._add_to_scatter()
+        for image in self._patches(level).unbind(dim=1):
+            if self.waiting == BLOCK * len(self.blocks):
+                self.blocks.append(torch.empty(self.positions, BLOCK, self.channels, device=self.device))
+            self.blocks[-1][:, self.waiting % BLOCK] = image
+            self.waiting += 1
+            # Until the scatter matrices take their memory, there is room for all samples that might do without them.
+            if self.waiting > (max(SUMMED, self.few) if self.scatter is None else SUMMED):
+                self._add_to_scatter()
 
     def finish(self) -> None:
         """Compute the factors: no images come after this."""
+        if self.waiting and (self.scatter is not None or self.waiting > self.few):
+            self._add_to_scatter()
         if self.scatter is not None:
-            if self.samples:
-                self._add_to_scatter()
             self.factors, self.scatter = self.scatter, None
-            for part in self._chunks(self.channels**2):
-                covariances = _unpack(self.factors[part], self.channels) / max(self.count - 1, 1)
-                self.factors[part] = self._factor(covariances, self.epsilon)
+            for part in self._parts(self.channels**2):
+                covariances = self._unpack(self.factors[part]).div_(max(self.count - 1, 1))
+                self.factors[part] = _pack(self._factor(covariances, self.epsilon))
             return
-        self.samples = [torch.cat(self.samples, dim=1)]
-        self.count = self.samples[0].shape[1]
-        size = self.count * (self.count + 1) // 2
-        self.factors = torch.empty(self.positions, size, dtype=torch.float64, device=self.device)
-        for part in self._chunks(self.count * self.channels):
-            samples = self.samples[0][part].double()
+        self.count = self.waiting
+        self.factors = torch.empty(self.positions, self.count, self.count, dtype=torch.float64, device=self.device)
+        for part in self._parts(self.count * self.channels):
+            samples = self._samples(part)
             self.mean[part] = samples.mean(dim=1)
             samples -= self.mean[part, None]
             self.factors[part] = self._factor(samples @ samples.mT, max(self.count - 1, 1) * self.epsilon)
@@ -133,20 +144,20 @@ class Gaussians:
         Raises:
             InputError: For maps of another shape than those that came before.
         """
-        patches = self._patches(level)
-        squared = torch.empty(patches.shape[:2], dtype=torch.float64, device=self.device)
-        for part in self._chunks(self.channels * (self.count if self.samples else self.channels)):
-            squared[part] = self._squared_distances(patches[part].double() - self.mean[part, None], part)
+        deviations = self._patches(level).double() - self.mean[:, None]
+        squared = torch.empty(deviations.shape[:2], dtype=torch.float64, device=self.device)
+        for part in self._parts(self.channels * (self.count if self.waiting else self.channels)):
+            squared[part] = self._squared_distances(deviations[part], part)
         # Near the span of the samples both terms of a difference agree in most digits, and rounding may leave less than nothing.
         return squared.clamp_min(0).sqrt().float().T.unflatten(1, self.grid)
 
     def _squared_distances(self, deviations: Tensor, part: slice) -> Tensor:
         """Squared distances (p, B) of deviations (p, B, C) from the means at a part of the positions."""
-        if not self.samples:
-            factors = _unpack(self.factors[part], self.channels)
+        if not self.waiting:
+            factors = self._unpack(self.factors[part])
             return torch.linalg.solve_triangular(factors, deviations.mT, upper=False).square().sum(dim=1)
-        products = (self.samples[0][part].double() - self.mean[part, None]) @ deviations.mT
-        explained = torch.linalg.solve_triangular(_unpack(self.factors[part], self.count), products, upper=False)
+        products = deviations @ self._samples(part).mT - deviations @ self.mean[part, :, None]
+        explained = torch.linalg.solve_triangular(self.factors[part], products.mT, upper=False)
         return (deviations.square().sum(dim=2) - explained.square().sum(dim=1)) / self.epsilon
 
     def _add_to_scatter(self) -> None:
@@ -155,16 +166,23 @@ class Gaussians:
             size = self.channels * (self.channels + 1) // 2
             dtype = torch.float64 if 8 * self.positions * size <= COVARIANCE_BYTES else torch.float32
             self.scatter = torch.zeros(self.positions, size, dtype=dtype, device=self.device)
-        new = sum(part.shape[1] for part in self.samples)
-        for part in self._chunks(self.channels * max(self.channels, new)):
-            samples = torch.cat([batch[part] for batch in self.samples], dim=1).double()
+        total = self.count + self.waiting
+        for part in self._parts(self.channels * max(self.channels, self.waiting)):
+            samples = self._samples(part)
             mean = samples.mean(dim=1)
             step = mean - self.mean[part]
-            between = step * (self.count * new / (self.count + new)) ** 0.5
-            deviations = torch.cat([samples - mean[:, None], between[:, None]], dim=1)
-            self.scatter[part] += _pack(deviations.mT @ deviations)
-            self.mean[part] += step * (new / (self.count + new))
-        self.samples, self.count = [], self.count + new
+            samples -= mean[:, None]
+            between = step[:, None] * (self.count * self.waiting / total) ** 0.5
+            self.scatter[part] += _pack(torch.baddbmm(between.mT @ between, samples.mT, samples))
+            self.mean[part] += step * (self.waiting / total)
+        self.blocks, self.waiting, self.count = [], 0, total
+
+    def _samples(self, part: slice) -> Tensor:
+        """The samples (p, N, C) at a part of the positions, float64, in memory that the next call uses again."""
+        samples = self._samples_memory(self.mean[part].shape[0], self.waiting, self.channels, like=self.mean)
+        for own, block in zip(samples.split(BLOCK, dim=1), self.blocks, strict=True):
+            own.copy_(block[part, : own.shape[1]])
+        return samples
 
     def _patches(self, level: Tensor) -> Tensor:
         """Maps (B, C, h, w) as (P, B, C)."""
@@ -176,31 +194,48 @@ class Gaussians:
         return level.flatten(2).permute(2, 0, 1)
 
     def _factor(self, matrices: Tensor, ridge: float) -> Tensor:
-        """Lower triangles of the Cholesky factors of matrices (p, n, n) + ridge I."""
+        """Lower Cholesky factors of matrices (p, n, n) + ridge I."""
         matrices.diagonal(dim1=1, dim2=2).add_(ridge)
         factors, failed = torch.linalg.cholesky_ex(matrices)
         if failed.any():
             raise InputError(f"The features vary too much for epsilon = {self.epsilon}: a covariance has no factor. Use a larger one.")
-        return _pack(factors)
+        return factors
 
-    def _chunks(self, numbers: int) -> Iterator[slice]:
+    def _parts(self, numbers: int) -> Iterator[slice]:
         """Parts of the positions, for matrices of so many numbers per position."""
         step = max(1, CHUNK_BYTES // (8 * numbers))
         return (slice(start, start + step) for start in range(0, self.positions, step))
 
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """Symmetric matrices (p, C, C) with these lower triangles, float64, in memory that the next call uses again."""
+        shape = (len(packed), self.channels**2)
+        values = torch.index_select(packed, 1, _places(self.channels, self.device), out=self._packed_memory(*shape, like=packed))
+        return self._matrix_memory(*shape, like=self.mean).copy_(values).unflatten(1, (self.channels, self.channels))
+
 
 def _pack(matrices: Tensor) -> Tensor:
     """The lower triangles of matrices (p, n, n), row after row, (p, n (n + 1) / 2)."""
-    return matrices.flatten(1)[:, _triangle(matrices.shape[-1], matrices.device)]
+    rows, columns = torch.tril_indices(*matrices.shape[1:], device=matrices.device)
+    return matrices.flatten(1).index_select(1, rows * matrices.shape[2] + columns)
 
 
-def _unpack(packed: Tensor, size: int) -> Tensor:
-    """Lower triangular matrices (p, n, n) in float64."""
-    matrices = torch.zeros(len(packed), size * size, dtype=torch.float64, device=packed.device)
-    matrices[:, _triangle(size, packed.device)] = packed.double()
-    return matrices.unflatten(1, (size, size))
+@lru_cache(maxsize=2)
+def _places(size: int, device: torch.device) -> Tensor:
+    """Where each entry of a symmetric matrix, row after row, is in its packed lower triangle, (size * size,)."""
+    number = torch.arange(size, device=device)
+    low, high = torch.minimum(number[:, None], number), torch.maximum(number[:, None], number)
+    return (high * (high + 1) // 2 + low).flatten()
 
 
-def _triangle(size: int, device: torch.device) -> Tensor:
-    rows, columns = torch.tril_indices(size, size, device=device)
-    return rows * size + columns
+class _Scratch:
+    """Memory that is used again and again: fresh memory of this size took longer at first touch than the computation in it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, *shape: int, like: Tensor) -> Tensor:
+        """Memory of a shape, with the dtype and device of another tensor. Nothing that was taken before may be in use any more."""
+        size = math.prod(shape)
+        if self._memory.numel() < size:
+            self._memory = like.new_empty(size)
+        return self._memory[:size].view(shape)

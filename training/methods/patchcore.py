@@ -18,9 +18,8 @@ from .base import Batch, Extractor, Loader, Predictions
 from .patches import neighbourhood_vectors
 from .trained import feature_maps, gather
 
-# Of the approximate greedy search: the coreset is chosen in a random projection to so few dimensions, and a row's first distance is its
-# mean distance to so many random rows.
-PROJECTED_DIM, STARTS = 128, 10
+# In the search for the coreset a row's first distance is its mean distance to so many random rows.
+STARTS = 10
 # Rows that compete for the next places of the coreset before all rows are updated.
 CONTENDERS = 512
 QUERIES_PER_CHUNK, ROWS_PER_CHUNK = 1024, 4096
@@ -37,6 +36,8 @@ class PatchCore:
         patch: Side of the neighbourhood that describes a patch, odd.
         dim: Length of the vectors.
         coreset: Part of the patches to keep, in (0, 1].
+        projection: Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions, which takes longer
+            and covers the patches more closely.
         neighbours: How many nearest neighbours a score is the mean over.
         seed: Seed of the coreset; torch's and numpy's own generators are left alone.
         sigma: Gaussian smoothing in pixels of the images.
@@ -50,16 +51,18 @@ class PatchCore:
         patch: int = 3,
         dim: int = 1024,
         coreset: float = 0.1,
+        projection: int | None = 128,
         neighbours: int = 1,
         seed: int = 42,
         sigma: float = scoring.SIGMA,
     ) -> None:
         if not 0 < coreset <= 1:
             raise InputError(f"The coreset fraction must lie in (0, 1], got {coreset}.")
-        if levels < 1 or neighbours < 1:
-            raise InputError(f"PatchCore needs at least one level and one nearest neighbour, got {levels} and {neighbours}.")
+        for name, value in {"levels": levels, "dim": dim, "projection": projection, "neighbours": neighbours}.items():
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be 1 or more, got {value}.")
         self.extractor, self.levels, self.patch, self.dim = extractor, levels, patch, dim
-        self.coreset, self.neighbours, self.seed, self.sigma = coreset, neighbours, seed, sigma
+        self.coreset, self.projection, self.neighbours, self.seed, self.sigma = coreset, projection, neighbours, seed, sigma
         self._rows: Tensor | None = None  # (rows, dim)
         self._images: Tensor | None = None  # (rows,), the image that each comes from
         self._numbers: dict[str | int, int] = {}  # of the images of the rows, by their paths
@@ -127,12 +130,14 @@ class PatchCore:
         if count == total:
             return torch.ones(total, dtype=torch.bool, device=rows[0].device)
         generator = torch.Generator().manual_seed(self.seed)
-        # The default weights of torch's Linear, which the original projects with.
-        bound = self.dim**-0.5
-        weights = torch.empty(self.dim, PROJECTED_DIM).uniform_(-bound, bound, generator=generator).to(rows[0].device)
         starts = torch.randperm(total, generator=generator)[:STARTS].to(rows[0].device)
+        if self.projection is not None:
+            # The default weights of torch's Linear, which the original projects with.
+            bound = self.dim**-0.5
+            weights = torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator).to(rows[0].device)
+            rows = [part @ weights for part in rows]
         kept = torch.zeros(total, dtype=torch.bool, device=rows[0].device)
-        kept[greedy_coreset(torch.cat([part @ weights for part in rows]), count, starts)] = True
+        kept[greedy_coreset(torch.cat(list(rows)), count, starts)] = True
         return kept
 
     def _others(self, path: str) -> Tensor:

@@ -1,0 +1,12 @@
+"""A procedural data set in the layout of Real-IAD: products of many kinds, five views of each part, defects with exact masks.
+
+Everything is computed here, from a seed. A part is a set of maps seen from above (canvas), drawn by the function of its product (textures,
+hardware, goods), damaged (defects), photographed by five cameras (camera), and written in the layout of Real-IAD (layout).
+"""
+
+from __future__ import annotations
+
+from .camera import VIEWS
+from .layout import DEFECTS, PRODUCTS, render, synthesize
+
+__all__ = ["DEFECTS", "PRODUCTS", "VIEWS", "render", "synthesize"]

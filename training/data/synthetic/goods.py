@@ -1,0 +1,287 @@
+"""Products of plastic, wood, paper and food. Each function draws one, in another place and of another batch every time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .canvas import Part, box, disc, grain, jitter, length, lettering, mix, noise, rounded, segment, smooth
+from .hardware import BRASS, STEEL, finish, lying, table
+
+
+def tablet(part: Part, rng: np.random.Generator) -> None:
+    """A white tablet with score line and imprint."""
+    part.core = (0.62, 0.60, 0.55)
+    p = table(part, rng, (0.05, 0.13, 0.22), spread=0.8)
+    radius, fine = length(p.x, p.y), noise(rng, p.shape, 120, 2)
+    p.solid(radius - 0.66, 0.34 - 0.20 * np.clip(radius, 0, 1) ** 2, jitter(rng, (0.72, 0.70, 0.66), 0.04), bevel=0.05, gloss=0.22)
+    with p.piece():
+        p.height[...] -= 0.045 * smooth(1 - np.abs(p.y) / 0.035) * p.body
+    for side, text in ((-1, "PX"), (1, "40")):
+        with p.piece():
+            p.height[...] -= 0.022 * lettering(text, p.x, p.y - 0.27 * side, 0.20)
+    p.height[...] += 0.0009 * p.body * fine
+    specks = np.clip(noise(rng, p.shape, 170) - 2.3, 0, 1) * p.body
+    p.colour[...] *= 1 - 0.15 * specks
+    finish(part, rng, 0.015)
+
+
+def capsule(part: Part, rng: np.random.Generator) -> None:
+    """A hard capsule of two colours, printed."""
+    part.core = (0.6, 0.58, 0.5)
+    p = table(part, rng, (0.60, 0.60, 0.58), spread=0.5)
+    cap, base = jitter(rng, (0.42, 0.03, 0.025)), jitter(rng, (0.66, 0.55, 0.20))
+    at = np.linspace(-0.72, 0.72, 41)
+    radius = np.sqrt(np.clip(0.25**2 - np.clip(np.abs(at) - 0.47, 0, None) ** 2, 0, None)) + 0.016 * (at < 0.05)
+    cover = lying(p, tuple(zip(at, radius, strict=True)), base, gloss=0.85, metal=0)
+    p.paint(cover * (p.x < 0.05), cap)
+    with p.piece():
+        p.paint(0.9 * cover * lettering("AZ 250", p.x + 0.28, p.y, 0.11), (0.7, 0.7, 0.68))
+    with p.piece():
+        p.paint(0.9 * cover * lettering("250", p.x - 0.34, p.y, 0.11), (0.15, 0.03, 0.03))
+    finish(part, rng, 0.01)
+
+
+def blister(part: Part, rng: np.random.Generator) -> None:
+    """A blister pack: clear domes over pills on aluminium foil."""
+    part.core = (0.6, 0.6, 0.6)
+    p = table(part, rng, (0.16, 0.17, 0.18), spread=0.1)
+    crimp = np.maximum(np.sin(55 * (p.x + p.y)), np.sin(55 * (p.x - p.y)))
+    p.solid(box(p.x, p.y, 0.78, 0.52, 0.06), 0.03, (0.60, 0.60, 0.61), bevel=0.01, gloss=0.5, metal=1)
+    p.height[...] += p.body * (0.0016 * crimp + 0.004 * noise(rng, p.shape, 4))
+    pill = jitter(rng, (0.62, 0.20, 0.16), 0.04)
+    for row, column in np.ndindex(2, 5):
+        turn, off = rng.uniform(0, 3), rng.normal(0, 0.008, 2)
+        dome = p.near(-0.58 + 0.29 * column, -0.23 + 0.46 * row, 0.2)
+        cover = disc(dome.x, dome.y, 0.118)
+        dome.paint(0.65 * dome.inside(cover), (0.45, 0.45, 0.47))
+        with p.piece():
+            inner = dome.near(off[0], off[1], 0.12, turn)
+            inner.paint(inner.inside(disc(inner.x, inner.y, 0.092)), pill, metal=0)
+            inner.paint(inner.inside(box(inner.x, inner.y, 0.085, 0.008)), 0.6 * pill)
+        dome.paint(dome.inside(cover), height=0.03 + 0.12 * rounded(cover, 0.07), gloss=0.92)
+    finish(part, rng, 0.02)
+
+
+def crown_cap(part: Part, rng: np.random.Generator) -> None:
+    """A printed crown cork with its crimped skirt."""
+    part.core = STEEL
+    p = table(part, rng, (0.30, 0.22, 0.14), spread=1.5)
+    radius, around = length(p.x, p.y), np.arctan2(p.y, p.x)
+    red = jitter(rng, (0.38, 0.02, 0.025), 0.05)
+    flute = np.cos(21 * around)
+    p.solid(radius - 0.70 - 0.035 * flute, 0.10, red, bevel=0.05, gloss=0.7)
+    skirt = smooth((0.70 - radius) / 0.17)
+    p.height[...] += p.body * (0.14 * skirt + 0.025 * flute * skirt * (1 - skirt) * 4)
+    p.paint(p.inside(np.abs(radius - 0.475) - 0.012), (0.70, 0.60, 0.30))
+    for row, text in ((-0.14, "BRAU"), (0.12, "1894")):
+        with p.piece():
+            p.paint(lettering(text, p.x, p.y - row, 0.17), (0.72, 0.66, 0.48))
+    with p.piece():
+        p.paint(p.inside(box(p.x, p.y + 0.01, 0.36, 0.012)), (0.72, 0.66, 0.48))
+    finish(part, rng, 0.02)
+
+
+def screw_cap(part: Part, rng: np.random.Generator) -> None:
+    """A plastic bottle cap with grip ribs and a moulded mark."""
+    part.core = (0.1, 0.2, 0.45)
+    p = table(part, rng, (0.58, 0.57, 0.55), spread=1.5)
+    radius, around = length(p.x, p.y), np.arctan2(p.y, p.x)
+    blue = jitter(rng, (0.025, 0.12, 0.42), 0.05)
+    rib = np.clip(1.6 * np.cos(48 * around), -1, 1)
+    p.solid(radius - 0.66 - 0.012 * rib, 0.34, blue, bevel=0.07, gloss=0.55)
+    p.height[...] -= 0.025 * smooth((0.50 - radius) / 0.03)
+    for index in range(3):
+        with p.piece():
+            mark = p.near(0, 0, 0.4, index * 2 * math.pi / 3 + 0.5)
+            bent = segment(mark.x, mark.y, (0.08, 0.05), (0.30, 0.05)) - 0.03
+            arrow = np.minimum(bent, segment(mark.x, mark.y, (0.30, 0.05), (0.22, 0.14)) - 0.03)
+            mark.height[...] += 0.018 * smooth(-arrow / 0.015)
+    p.height[...] += 0.0003 * p.body * noise(rng, p.shape, 70, 2)
+    finish(part, rng, 0.02)
+
+
+def button(part: Part, rng: np.random.Generator) -> None:
+    """A four-hole button of horn."""
+    part.core = (0.3, 0.2, 0.1)
+    p = table(part, rng, (0.56, 0.54, 0.48), rough=0.0015, gloss=0.0, spread=1.5)
+    radius = length(p.x, p.y)
+    swirl = noise(rng, p.shape, (3, 7), 4)
+    horn = mix(jitter(rng, (0.30, 0.15, 0.055)), jitter(rng, (0.07, 0.035, 0.02)), smooth(0.5 + 0.6 * swirl))
+    p.solid(radius - 0.68, 0.15 - 0.06 * smooth((0.50 - radius) / 0.08) + 0.02 * np.clip(radius - 0.5, 0, 1), horn, bevel=0.06, gloss=0.8)
+    for index in range(4):
+        angle = math.pi / 4 + index * math.pi / 2
+        with p.piece():
+            eye = p.near(0.17 * math.cos(angle), 0.17 * math.sin(angle), 0.12)
+            eye.hole(disc(eye.x, eye.y, 0.062), 0.015)
+    finish(part, rng, 0.02)
+
+
+def toy_brick(part: Part, rng: np.random.Generator) -> None:
+    """A building brick with eight studs."""
+    part.core = (0.5, 0.36, 0.02)
+    p = table(part, rng, (0.52, 0.52, 0.52), spread=0.3)
+    yellow = jitter(rng, (0.62, 0.40, 0.015), 0.04)
+    p.solid(box(p.x, p.y, 0.68, 0.34, 0.015), 0.30, yellow, bevel=0.018, gloss=0.85)
+    for row, column in np.ndindex(2, 4):
+        with p.piece():
+            stud = p.near(-0.51 + 0.34 * column, -0.17 + 0.34 * row, 0.15)
+            stud.solid(disc(stud.x, stud.y, 0.105), 0.37, bevel=0.02, base=0.30)
+            stud.height[...] += 0.006 * lettering("toy", stud.x, stud.y, 0.06)
+    p.height[...] += 0.001 * p.body * noise(rng, p.shape, 5)
+    finish(part, rng, 0.01)
+
+
+def biscuit(part: Part, rng: np.random.Generator) -> None:
+    """A butter biscuit with scalloped edge and pricked dots."""
+    part.core = (0.55, 0.38, 0.18)
+    p = table(part, rng, (0.52, 0.55, 0.56), spread=0.2)
+    outline = box(p.x, p.y, 0.66, 0.46, 0.06) - 0.018 * np.cos(42 * p.x) - 0.018 * np.cos(42 * p.y)
+    bake = noise(rng, p.shape, 4, 3)
+    crumb = noise(rng, p.shape, 90, 2)
+    brown = smooth(1 + outline / 0.16 + 0.22 * bake)
+    dough = mix(jitter(rng, (0.62, 0.43, 0.19), 0.05), jitter(rng, (0.36, 0.17, 0.05), 0.05), brown) * np.exp(0.05 * crumb)
+    p.solid(outline, 0.13 + 0.008 * bake, dough, bevel=0.06, gloss=0.12)
+    p.height[...] += 0.0022 * p.body * crumb
+    for row, column in np.ndindex(4, 7):
+        off = rng.normal(0, 0.006, 2)
+        with p.piece():
+            dot = p.near(-0.51 + 0.17 * column + off[0], -0.31 + 0.205 * row + off[1], 0.05)
+            press = smooth(1 - length(dot.x, dot.y) / 0.034)
+            dot.height[...] -= 0.05 * press
+            dot.colour[...] *= 1 - 0.35 * press
+    finish(part, rng, 0.03)
+
+
+def zipper(part: Part, rng: np.random.Generator) -> None:
+    """A closed zip fastener on its woven tape."""
+    part.core, part.surface = (0.05, 0.05, 0.06), True
+    p = table(part, rng, (0.03, 0.05, 0.13), spread=0.015)
+    p.body[...] = 1
+    herring = np.sin(2 * math.pi * 20 * (p.x + np.where((p.y * 8) % 1 < 0.5, 1, -1) * p.y * 0.7)) + 0.5 * grain(rng, p.shape)
+    p.height[...] = 0.005 * herring + 0.012 * np.cos(2 * math.pi * p.y * 1.2)
+    p.colour[...] *= np.exp(0.09 * herring)
+    seam = np.abs(np.abs(p.y) - 0.36) - 0.012
+    p.paint(p.inside(seam) * (0.5 + 0.5 * np.sin(90 * p.x)), (0.20, 0.24, 0.40), height=0.02)
+    p.height[...] += 0.07 * smooth((0.2 - np.abs(p.y)) / 0.08)
+    brass = jitter(rng, BRASS, 0.05)
+    for index in range(22):
+        side, off = (-1) ** index, rng.normal(0, 0.003, 2)
+        with p.piece():
+            tooth = p.near(-1.05 + 0.1 * index + off[0], 0.055 * side + off[1], 0.2)
+            shape = np.minimum(box(tooth.x, tooth.y, 0.036, 0.12, 0.02), disc(tooth.x, tooth.y + 0.07 * side, 0.052))
+            tooth.solid(shape, 0.17, brass, bevel=0.035, base=0.06, gloss=0.7, metal=1)
+    finish(part, rng, 0.03)
+
+
+def brush(part: Part, rng: np.random.Generator) -> None:
+    """The head of a toothbrush with its tufts."""
+    part.core = (0.6, 0.6, 0.6)
+    p = table(part, rng, (0.30, 0.32, 0.34), spread=0.12)
+    handle = jitter(rng, (0.03, 0.30, 0.34), 0.05)
+    p.solid(np.minimum(box(p.x + 0.12, p.y, 0.60, 0.27, 0.24), box(p.x - 0.75, p.y, 0.35, 0.10, 0.05)), 0.10, handle, bevel=0.05, gloss=0.7)
+    blue, white = jitter(rng, (0.04, 0.18, 0.50), 0.05), np.asarray((0.72, 0.73, 0.72), np.float32)
+    for row, column in np.ndindex(4, 9):
+        lean, tall = rng.normal(0, 0.006, 2), rng.normal(0, 0.008)
+        edge = row in (0, 3) and column in (0, 8)
+        if edge:
+            continue
+        with p.piece():
+            tuft = p.near(-0.60 + 0.12 * column + lean[0], -0.165 + 0.11 * row + lean[1], 0.08)
+            bristles = grain(rng, tuft.shape)
+            colour = (blue if row in (0, 3) or column in (0, 8) else white)[:, None, None] * np.exp(0.16 * bristles)
+            tuft.solid(disc(tuft.x, tuft.y, 0.046), 0.36 + tall + 0.012 * bristles, colour, bevel=0.02, base=0.10, gloss=0.3)
+    finish(part, rng, 0.01)
+
+
+def pencils(part: Part, rng: np.random.Generator) -> None:
+    """A set of coloured pencils side by side."""
+    part.core = (0.55, 0.36, 0.18)
+    p = table(part, rng, (0.60, 0.59, 0.55), spread=0.1)
+    colours = ((0.45, 0.02, 0.02), (0.62, 0.22, 0.01), (0.65, 0.50, 0.02), (0.03, 0.28, 0.06), (0.02, 0.10, 0.40), (0.18, 0.03, 0.25))
+    for index, colour in enumerate(colours):
+        shade, push = jitter(rng, colour, 0.04), rng.normal(0, 0.012)
+        with p.piece():
+            stick = p.near(push, -0.475 + 0.19 * index, 0.8)
+            body = ((-0.74, 0.088), (0.42, 0.088), (0.70, 0.016), (0.72, 0.012))
+            cover = lying(stick, body, shade, gloss=0.8, metal=0)
+            facet = 0.018 * np.cos(2 * math.pi * np.clip(stick.y / 0.088, -1, 1) * 1.0)
+            stick.height[...] += cover * facet
+            cut = stick.x - 0.42 + 0.04 * np.cos(40 * stick.y)
+            timber = jitter(rng, (0.55, 0.38, 0.20), 0.04)
+            stick.paint(cover * stick.inside(-cut), timber, gloss=0.1)
+            stick.paint(cover * stick.inside(0.61 - stick.x), shade, gloss=0.3)
+            stick.paint(0.9 * cover * lettering("ATELIER", stick.x + 0.2, stick.y, 0.055), (0.72, 0.60, 0.30))
+    finish(part, rng, 0.02)
+
+
+def coffee_beans(part: Part, rng: np.random.Generator) -> None:
+    """Roasted coffee beans, many deep."""
+    part.core, part.surface = (0.05, 0.025, 0.012), True
+    p = table(part, rng, (0.02, 0.012, 0.008), spread=0.0)
+    p.body[...] = 1
+    for index in range(190):
+        x, y, size = rng.uniform(-1.08, 1.08), rng.uniform(-1.08, 1.08), rng.uniform(0.105, 0.135)
+        bean = p.near(x, y, 0.19, rng.uniform(0, 6.3))
+        tone = jitter(rng, (0.105, 0.046, 0.02), 0.16)
+        inside = 1 - (bean.x / size) ** 2 - (bean.y / (0.72 * size)) ** 2
+        lift = 0.0005 * index + 0.075 * np.sqrt(np.clip(inside, 0, 1))
+        crease = smooth(1 - np.abs(bean.y + 0.012 * np.sin(14 * bean.x)) / 0.016) * (rng.random() < 0.6)
+        shade = np.exp(0.10 * grain(rng, bean.shape)) * (1 - 0.55 * crease)
+        bean.paint((inside > 0) * (lift > bean.height), tone[:, None, None] * shade, height=lift - 0.022 * crease, gloss=0.35)
+    finish(part, rng, 0.03)
+
+
+def gasket(part: Part, rng: np.random.Generator) -> None:
+    """A rubber gasket."""
+    part.core = (0.06, 0.06, 0.06)
+    p = table(part, rng, (0.58, 0.58, 0.56), spread=0.3)
+    frame = np.abs(box(p.x, p.y, 0.58, 0.40, 0.22)) - 0.065
+    ears = np.minimum(disc(np.abs(p.x) - 0.66, p.y, 0.12), disc(p.x, np.abs(p.y) - 0.47, 0.12))
+    p.solid(np.minimum(frame, ears), 0.11, jitter(rng, (0.03, 0.03, 0.033), 0.1), bevel=0.045, gloss=0.35)
+    p.height[...] += 0.03 * smooth(1 - np.abs(frame + 0.065) / 0.025)
+    for x, y in ((-0.66, 0), (0.66, 0), (0, -0.47), (0, 0.47)):
+        with p.piece():
+            eye = p.near(x, y, 0.1)
+            eye.hole(disc(eye.x, eye.y, 0.055))
+    p.height[...] += 0.0006 * p.body * noise(rng, p.shape, 120)
+    finish(part, rng, 0.05)
+
+
+def beads(part: Part, rng: np.random.Generator) -> None:
+    """Wooden beads on a cord."""
+    part.core = (0.45, 0.28, 0.12)
+    p = table(part, rng, (0.13, 0.15, 0.13), rough=0.0015, gloss=0.0, spread=0.3)
+    cord = np.abs(p.y - 0.12 * np.sin(2.2 * p.x)) - 0.022
+    p.solid(np.maximum(cord, np.abs(p.x) - 0.92), 0.12, jitter(rng, (0.50, 0.44, 0.33)), bevel=0.03)
+    p.height[...] += 0.012 * p.body * np.sin(70 * p.x + 60 * p.y)
+    tones = ((0.42, 0.22, 0.09), (0.55, 0.36, 0.17), (0.16, 0.07, 0.035))
+    for index in range(6):
+        x = -0.70 + 0.28 * index + rng.normal(0, 0.008)
+        tone, turn = jitter(rng, tones[(index * 2) % 3]), rng.uniform(0, 3)
+        with p.piece():
+            bead = p.near(x, 0.12 * math.sin(2.2 * x), 0.2, turn)
+            rings = np.sin(46 * bead.x + 3 * noise(rng, bead.shape, (2, 5)))
+            shade = tone[:, None, None] * np.exp(0.12 * rings + 0.05 * grain(rng, bead.shape))
+            distance = disc(bead.x, bead.y, 0.135)
+            bead.solid(distance, 0.26, shade, bevel=0.13, base=0.08, gloss=0.55)
+    finish(part, rng, 0.03)
+
+
+GOODS = {
+    "tablet": tablet,
+    "capsule": capsule,
+    "blister_pack": blister,
+    "crown_cap": crown_cap,
+    "screw_cap": screw_cap,
+    "button": button,
+    "building_brick": toy_brick,
+    "biscuit": biscuit,
+    "zip_fastener": zipper,
+    "dental_brush": brush,
+    "pencils": pencils,
+    "coffee_beans": coffee_beans,
+    "gasket": gasket,
+    "bead_string": beads,
+}

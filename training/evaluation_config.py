@@ -1,0 +1,87 @@
+"""What an evaluation is asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adfeatures.catalog import unknown
+from adfeatures.errors import InputError, UnknownNameError
+
+from .config import option
+from .data import DATASETS
+from .methods import METHODS
+
+SOUND, ORIGINAL = "sound", "original"
+ALL, RETRIEVED = "all", "retrieved"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The options of ``python -m training.evaluate``."""
+
+    model: str | None = option(None, "name of adfeatures.list_models(), or where trained weights are: a path, local-dir:, hf-hub:")
+    weights: str | None = option(None, "place of the trained weights of a named model")
+    backbone_weights: str | None = option(None, "place of the backbone's weights")
+    img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the model's")
+    method: tuple[str, ...] = option((ALL,), f"all, or some of {', '.join(METHODS)}")
+    dataset: str | None = option(None, "what root holds", tuple(DATASETS))
+    root: str | None = option(None, "folder of the data set")
+    products: tuple[str, ...] = option((), "products to evaluate; the default is all")
+    output: str | None = option(None, "folder of the results; those that are there are kept, and the evaluation goes on")
+    shots: int = option(8, "references per product")
+    draws: int = option(1, "draws of references: number d takes the images d * shots to (d + 1) * shots of the sorted training images")
+    references: str | None = option(None, "folder of given references; or retrieved: FeatureNorm compares each image with its like")
+    protocol: str = option(SOUND, "original: geometry and quirks of the published code", (SOUND, ORIGINAL))
+    epochs: int | None = option(None, "epochs of CFLOW, GLASS and UniAD; the default is the paper's 25, 640 and 1000")
+    oracle: bool = option(False, "report the best value over the epochs as well, chosen on the test images")
+    textures: str | None = option(None, "GLASS: folder of texture images (DTD); without it they are made")
+    foregrounds: str | None = option(None, "GLASS: folder of foreground masks, <product>/<name of the training image>")
+    cache: str | None = option(None, "folder of the features; the default is the folder cache in output")
+    workers: int = option(4, "processes that read images")
+    device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
+
+    def __post_init__(self) -> None:
+        if missing := [f"--{name}" for name in ("model", "dataset", "root", "output") if getattr(self, name) is None]:
+            raise InputError(f"An evaluation needs {', '.join(missing)}.")
+        for name in self.method:
+            if name not in (ALL, *METHODS):
+                raise UnknownNameError(unknown("method", name, (ALL, *METHODS)))
+        if self.shots < 1 or self.draws < 1 or (self.epochs or 1) < 1:
+            raise InputError(f"shots, draws and epochs must be 1 or more, got {self.shots}, {self.draws} and {self.epochs}.")
+        if self.draws > 1 and self.given_references:
+            raise InputError(f"{self.references} holds one set of references, so that there is one draw: leave out --draws.")
+        if self.protocol == ORIGINAL and self.img_size and set(self.img_size) != {224}:
+            raise InputError(f"The protocol original is made for 224 x 224 pixels, not {self.img_size}: leave out --img-size.")
+        if len(self.img_size) > 2:
+            raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, without "all"."""
+        return tuple(METHODS) if ALL in self.method else tuple(dict.fromkeys(self.method))
+
+    @property
+    def given_references(self) -> str | None:
+        """The folder of given references, None where they are drawn."""
+        return None if self.references == RETRIEVED else self.references
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Input height and width, None for the model's."""
+        if self.protocol == ORIGINAL:
+            return (224, 224)
+        return (self.img_size[0], self.img_size[-1]) if self.img_size else None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers of a method on a product."""
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _FREE}
+        folders = {name: chosen[name] and str(Path(chosen[name]).resolve()) for name in ("textures", "foregrounds")}
+        given = self.given_references
+        return {**chosen, **folders, "references": given and str(Path(given).resolve())}
+
+
+# What may differ between commands that fill one folder: it changes no number, or names what else is to be evaluated.
+_FREE = ("output", "root", "products", "method", "draws", "cache", "workers", "device", "backbone_weights", "weights")

@@ -1,0 +1,136 @@
+"""Everything once, small: ``python -m training.tutorial [--output runs/tutorial]``.
+
+Makes synthetic products, pretrains projectors on the embedded backbone with three seeds, and evaluates them by FeatureNorm on products that
+they have not seen, beside the untrained projectors and the residuals themselves. The projector of the first seed is published to a folder.
+The same command goes on where it was cut short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+from adfeatures import loading
+from adfeatures.checkpoints import atomic_path, load_checkpoint
+from adfeatures.projector import ResidualProjector
+
+from . import centers, console, publish
+from .config import PretrainConfig
+from .data import real_iad, synthetic
+from .pretrain import pretrain
+from .validation import CRITERIA, Trial, Validation, held_out_trials
+
+BACKBONE, SIDE, NUM_HEADS, NUM_KEYS = "efficientnet_lite", 160, 8, 256
+PRODUCTS = synthetic.PRODUCTS[:24]
+# Every fourth product is kept from the training.
+UNSEEN = PRODUCTS[::4]
+SEEN = tuple(product for product in PRODUCTS if product not in UNSEEN)
+GOOD, BAD = 20, 12
+COLUMNS = {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}
+
+
+def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
+    """The paper's recipe at the size of the tutorial: smaller batch and projector, larger learning rate, few steps."""
+    return PretrainConfig(
+        output=str(output / f"seed{seed}"),
+        root=str(output / "data"),
+        products=SEEN,
+        held_out=0.0,
+        backbone=BACKBONE,
+        img_size=(SIDE,),
+        num_heads=NUM_HEADS,
+        num_keys=NUM_KEYS,
+        batch_size=16,
+        epochs=1000,
+        max_steps=steps,
+        lr=1e-3,
+        centers=str(output / "centers.safetensors"),
+        precision="float32",
+        seed=seed,
+        pool=16,
+        validation="none",
+        workers=1,
+        save_every=100,
+        device="cpu",
+    )
+
+
+def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
+    """Run everything; the table is returned, and written to ``results.json`` and ``results.md``."""
+    synthetic.synthesize(output / "data", products=list(PRODUCTS), good=GOOD, bad=BAD, workers=2)
+    _compute_centers(recipe(output, seeds[0], steps))
+    validation = Validation(
+        loading.load_backbone(BACKBONE, img_size=SIDE)[0],
+        unseen_trials(output / "data"),
+        img_size=(SIDE, SIDE),
+        statistics=loading.find_backbone(BACKBONE).normalization,
+        methods=("norm",),
+    )
+    results = {"residual": [validation.run(None)["norm"]], "untrained": [], "trained": []}
+    for seed in seeds:
+        folder = pretrain(recipe(output, seed, steps), torch.device("cpu"))
+        results["untrained"].append(validation.run(_projector(seed))["norm"])
+        results["trained"].append(validation.run(_projector(seed, folder))["norm"])
+    lines = _table(results, steps)
+    with atomic_path(output / "results.json") as temporary:
+        temporary.write_text(json.dumps({"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}, indent=1))
+    with atomic_path(output / "results.md") as temporary:
+        temporary.write_text(lines)
+    publish.main([str(output / f"seed{seeds[0]}" / "checkpoint_last.safetensors"), "--folder", str(output / "published")])
+    return lines
+
+
+def unseen_trials(root: Path) -> list[Trial]:
+    """The products that were kept from the training: references from one part of the samples, the test from the other."""
+    references, test = real_iad.split_by_sample(real_iad.read(root, UNSEEN), 0.5)
+    return held_out_trials(real_iad.reference_pool(references), test, limit=1000, seed=0)
+
+
+def _compute_centers(config: PretrainConfig) -> None:
+    names = ("root", "products", "held_out", "backbone", "img_size", "workers", "device")
+    values = {name: getattr(config, name) for name in names}
+    centers.run(centers.CentersConfig(output=str(config.centers), images=500, **values), torch.device("cpu"))
+
+
+def _projector(seed: int, folder: Path | None = None) -> ResidualProjector:
+    """The projector as it was at the beginning of a run, or at its end."""
+    torch.manual_seed(seed)
+    projector = ResidualProjector(loading.find_backbone(BACKBONE).channels, NUM_HEADS, NUM_KEYS)
+    if folder is not None:
+        state = load_checkpoint(folder / "checkpoint_last.safetensors").state_dict
+        projector.load_state_dict({key.removeprefix("projector."): value for key, value in state.items()})
+    return projector
+
+
+def _table(results: dict[str, list[dict[str, float]]], steps: int) -> str:
+    names = {"residual": "residuals, no projector", "untrained": "untrained projector", "trained": f"trained projector, {steps} steps"}
+    lines = [f"| FeatureNorm on {len(UNSEEN)} unseen products | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|"]
+    for key, scores in results.items():
+        cells = (_mean_and_spread([100 * score[criterion] for score in scores]) for criterion in CRITERIA)
+        lines.append(f"| {names[key]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.tutorial", description="Synthesise, pretrain, evaluate, publish."
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/tutorial"), help="folder (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
+    options = parser.parse_args(arguments)
+    return console.run("tutorial", lambda: print(tutorial(options.output, options.steps, options.seeds)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
