@@ -56,8 +56,6 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         CheckpointError: For centres or a state that cannot be used.
         AdfeaturesError: If the loss is not finite, or the disk is full. What was saved before is kept.
     """
-    if config.levels and config.backbone in catalog.BACKBONES:
-        raise InputError(f"The levels of {config.backbone} are those of the published model; they can be chosen for backbones of timm.")
     size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
     backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
     backbone.to(device)
@@ -90,7 +88,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     inputs = {
         "images": items_digest([*train, *pool]),
         "backbone weights": fingerprint[0],
-        "centres": weights_fingerprint(dict(enumerate(centers)))[0],
+        "centres": weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0],
     }
     run = Run(config, {"projector": projector, "optimizer": optimizer, "scheduler": scheduler}, inputs)
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
@@ -194,7 +192,7 @@ def _metadata(config: PretrainConfig, entry: catalog.Backbone, train: Sequence[I
         "img_size": json.dumps(entry.img_size),
         "training": json.dumps(dataclasses.asdict(config)),
     }
-    if name not in catalog.MODELS:
+    if name not in catalog.MODELS or config.levels:
         mean, std = entry.normalization
         facts = {"blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions, "mean": mean, "std": std}
         metadata["backbone"] = json.dumps({"timm_name": entry.timm_name, **facts})

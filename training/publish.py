@@ -176,7 +176,7 @@ def _training_data(trained: Trained, arch: str, tag: str | None, wish: Wish) -> 
     """The name of the data and its licence, both "" where nobody said."""
     if tag:
         return catalog.MODELS[arch].tags[tag].training_data, catalog.MODELS[arch].tags[tag].training_data_license
-    if wish.data or _training(trained).get("data") != "real_iad":
+    if wish.data or trained.checkpoint.metadata.get("training_data") != _REAL_IAD[0]:
         return wish.data or "", wish.data_license or ""
     return _REAL_IAD
 

@@ -82,7 +82,9 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         temporary.write_text(json.dumps({"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}, indent=1))
     with atomic_path(output / "results.md") as temporary:
         temporary.write_text(lines)
-    publish.main([str(output / f"seed{seeds[0]}" / "checkpoint_last.safetensors"), "--folder", str(output / "published")])
+    checkpoint = str(output / f"seed{seeds[0]}" / "checkpoint_last.safetensors")
+    wish = publish.Wish(checkpoint, license="mit", data="images of training.synthesize", data_license="MIT")
+    publish.write_repository(wish, output / "published")
     return lines
 
 
@@ -122,9 +124,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.tutorial", description="Synthesise, pretrain, evaluate, publish."
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.tutorial", description="Synthesise, pretrain, evaluate, publish.")
     parser.add_argument("--output", type=Path, default=Path("runs/tutorial"), help="folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")

@@ -100,7 +100,7 @@ def test_covariances_in_float32_are_nearly_as_good(count: int, monkeypatch: pyte
     np.testing.assert_allclose(gaussians.distances(test), naive_distances(train.double().numpy(), test.double().numpy()), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "scale"), [(2, 1e3), (2, 1e6), (7, 1e3), (7, 2e6), (12, 4e6)])
+@pytest.mark.parametrize(("count", "scale"), [(2, 1e3), (2, 1e6), (7, 1e3), (7, 2e6), (11, 4e6)])
 def test_rounding_gives_no_nan(count: int, scale: float) -> None:
     """The images of the fit lie in the span of the samples, where large features leave no digits of the difference."""
     train = scale * torch.randn(count, 30, 16, 16, generator=torch.Generator().manual_seed(0))

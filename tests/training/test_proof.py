@@ -28,7 +28,7 @@ from training.subject import load_subject
 
 PRODUCT, SIZE, COUNT, SHOTS = "vinyl", 128, 40, 8
 # Of the paper's 25, 640 and 1000.
-EPOCHS = {"cflow": 1, "glass": 2, "uniad": 4}
+EPOCHS = {"cflow": 8, "glass": 2, "uniad": 5}
 SQUASH = Geometry("squash", "squash")
 
 

@@ -50,7 +50,7 @@ class Trained:
         facts = {"timm_name": entry.timm_name, "blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions}
         self.header = {"format": "adfeatures", "model": "adpretrain_timm", "num_heads": "4", "img_size": "[48, 80]"}
         self.header |= {"backbone": json.dumps({**facts, "mean": mean, "std": std}), "training": json.dumps(TRAINING)}
-        self.header |= {"selected_by": "AUPRO of FeatureNorm on held-out samples of real_iad, after epoch 3"}
+        self.header |= {"selected_by": "AUPRO of FeatureNorm on held-out samples of real_iad, after epoch 3", "training_data": "Real-IAD"}
         self.write(path)
         self.references, self.x = torch.randn(2, 3, 48, 80), torch.randn(1, 3, 48, 80)
         model = adfeatures.create_model(weights=path, backbone_weights=self.save_backbone())
