@@ -498,7 +498,7 @@ class TestModelCard:
 
     def test_unknown_things_are_said_to_be_unknown(self, trained: Trained, tmp_path: Path) -> None:
         tensors = {f"projector.{key}": value for key, value in trained.projector.state_dict().items()}
-        header = {key: text for key, text in trained.header.items() if key not in ("training", "selected_by")}
+        header = {key: text for key, text in trained.header.items() if key not in ("training", "training_data", "selected_by")}
         save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
         assert main([str(tmp_path / "own.safetensors"), "--folder", str(tmp_path / "out")]) == 0
         card = (tmp_path / "out" / "README.md").read_text()

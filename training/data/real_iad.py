@@ -84,10 +84,10 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
     return sorted(items, key=lambda item: item.view)
 
 
-def find_items(root: StrPath, split: str, products: Sequence[str] | None = None, fraction: float = 0.1, seed: int = 0) -> list[Item]:
+def find_items(root: StrPath, split: str, products: Sequence[str] | None = None, fraction: float = 0.1, seed: int = 42) -> list[Item]:
     """The items for an evaluation: "train" are the normal images of the OK tree that are not held out, "test" is all that is held out.
 
-    Arguments as for ``read`` and ``split_by_sample``, and errors too.
+    Arguments as for ``read`` and ``split_by_sample``, and errors too. By default the split is that of ``training.pretrain``.
 
     Raises:
         UnknownNameError: For another split.
