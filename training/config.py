@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from adfeatures.errors import InputError
+from adfeatures.catalog import unknown
+from adfeatures.errors import InputError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class PretrainConfig:
     radius: float = option(0.4, "largest radius of the norm loss")
     margin: float = option(0.75, "of the norm loss")
     pseudo_huber: str = option("code", "form of the norm", ("code", "paper"))
-    centers: str | None = option(None, "file of python -m training.centers; the default contrasts around the origin")
+    centers: str | None = option(None, "file of python -m training.centers; the default computes them at the start")
     view_statistics: str = option(
         "original", "normalisation of the augmented views: original is CLIP's for DINOv2 as well", ("original", "backbone")
     )
@@ -74,10 +75,14 @@ class PretrainConfig:
     device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         positive = ("num_heads", "num_keys", "batch_size", "accumulate", "epochs", "temperature", "save_every", "validation_images")
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("lr", "weight_decay", "radius", "margin", "workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must not be below 0, got {getattr(self, name)}.")
         if not 0 <= self.held_out < 1:
             raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
         if not self.shots or min(self.shots) < 1 or (self.pool is not None and self.pool < 1):
@@ -110,6 +115,14 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
             choices=field.metadata["choices"],
             help=f"{field.metadata['help']} (default: {_shown(field.default)})",
         )
+
+
+def check_choices(config: Any) -> None:
+    """Raise UnknownNameError for a value of a config dataclass that is not among the choices of its field."""
+    for field in dataclasses.fields(config):
+        choices, value = field.metadata["choices"], getattr(config, field.name)
+        if choices is not None and value not in choices:
+            raise UnknownNameError(unknown(field.name, value, choices))
 
 
 def from_options(options: argparse.Namespace, config: type[T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -55,5 +56,8 @@ def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) ->
     for axes in (losses, metrics):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
+    # Encoded in memory: of a disk that fills up Pillow would not tell.
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=120)
     with atomic_path(picture) as temporary:
-        figure.savefig(temporary, dpi=120)
+        temporary.write_bytes(encoded.getbuffer())

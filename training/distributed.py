@@ -39,7 +39,7 @@ def processes(device: str | None) -> Iterator[torch.device]:
     if kind == "cuda":
         torch.cuda.set_device(own)
     # Long enough for one rank to encode references or to validate while the others wait; torchrun ends them all when one fails.
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
         yield own
         # No rank may leave while another still talks to it.

@@ -157,7 +157,8 @@ class Evaluation:
                 of_product = product.truth(group.geometry.images).warnings + features.warnings(product)
                 warned = [*noticed, *while_fitting, *while_scoring, *of_product]
                 self.results.write(run, {**record, "trained_on": [p.name for p in products], "warnings": warned})
-                self._draw_curves(run, product.name)
+                if run.draw in (None, 0):
+                    self._draw_curves(run.method, product.name)
 
     def _fit(self, run: Run, group: Group, features: Features, products: Sequence[Product]) -> Fitted:
         started, preset = time.perf_counter(), group.geometry.images
@@ -214,14 +215,13 @@ class Evaluation:
             found[ORIGINAL_AUPRO] = metrics.aupro_original(predictions.maps, masks)
         return found
 
-    def _draw_curves(self, run: Run, product: str) -> None:
+    def _draw_curves(self, method: str, product: str) -> None:
         """Draw the curves of a method, of both kinds of features as far as they are there."""
-        shown = [other for other in self.runs + self.joint_runs if other.method == run.method and other.draw in (None, 0)]
-        records = [self.results.read(product, other) for other in shown]
+        shown = [run for run in self.runs + self.joint_runs if run.method == method and run.draw in (None, 0)]
+        records = [self.results.read(product, run) for run in shown]
         found = {record["features"]: record["curves"] for record in records if record is not None}
-        figures.draw_curves(
-            self.results.folder / FIGURES / product / f"{run.method}-curves.png", f"{title(run.method)} on {product}", found
-        )
+        path = self.results.folder / FIGURES / product / f"{method}-curves.png"
+        figures.draw_curves(path, f"{title(method)} on {product}", found)
 
     def _features(self, group: Group, products: Sequence[Product]) -> Features:
         if group.features == RAW:

@@ -10,7 +10,7 @@ from typing import Any
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
-from .config import option
+from .config import check_choices, option
 from .data import DATASETS
 from .methods import METHODS
 
@@ -46,6 +46,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if missing := [f"--{name}" for name in ("model", "dataset", "root", "output") if getattr(self, name) is None]:
             raise InputError(f"An evaluation needs {', '.join(missing)}.")
+        check_choices(self)
         for name in self.method:
             if name not in (ALL, *METHODS):
                 raise UnknownNameError(unknown("method", name, (ALL, *METHODS)))

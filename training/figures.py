@@ -98,10 +98,9 @@ def curves(predictions: Predictions, masks: Tensor, labels: Tensor) -> dict[str,
         found.update(image_x=x.tolist(), image_y=y.tolist())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        roc, _ = metrics.curves(predictions.maps, masks, RATES)
-        _, pro = metrics.curves(predictions.maps, masks, PRO_RATES)
+        roc, pro = metrics.curves(predictions.maps, masks, np.concatenate([RATES, PRO_RATES]))
     if np.isfinite(roc).all():
-        found.update(pixel=roc.round(6).tolist(), pro=pro.round(6).tolist())
+        found.update(pixel=roc[: len(RATES)].round(6).tolist(), pro=pro[len(RATES) :].round(6).tolist())
     return found
 
 

@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +80,12 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     if config.batch_size // world_size() % config.accumulate:
         raise InputError(f"{config.batch_size // world_size()} images a device cannot be divided into {config.accumulate} equal parts.")
     loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=device.type == "cuda")
+    validation = _validation(config, backbone, entry, train, held_out)
 
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     torch.manual_seed(config.seed)
     projector = ResidualProjector(entry.channels, config.num_heads, config.num_keys).to(device, dtype)
-    optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones)
     centers = [center.to(device) for center in _centers(config, backbone, entry, train, reference_transform, fingerprint)]
     inputs = {
@@ -102,27 +105,28 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
             store.encode(lambda path: reference_transform(read_image(path)), encoder)
         barrier()
         store.open()
-    validation = _validation(config, backbone, entry, train, held_out)
 
     metadata = _metadata(config, entry, train)
     total = config.epochs * sampler.steps_per_epoch
     total = total if config.max_steps is None else min(total, config.max_steps)
     with tqdm(total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None) as progress:
-        while run.step < total:
+        while run.validated < total:
             sampler.set_position(run.epoch, run.step_of_epoch)
-            for batch in loader:
+            left = min(sampler.steps_per_epoch - run.step_of_epoch, total - run.step)
+            for batch in islice(loader, max(left, 0)):
                 started = time.perf_counter()
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
+                batch = _on_device(batch, device)
                 values = train_step(model, optimizer, batch, encoder, store, centers, config)
                 run.step, run.step_of_epoch = run.step + 1, run.step_of_epoch + 1
                 facts = {"lr": scheduler.get_last_lr()[0], "seconds": round(time.perf_counter() - started, 4)}
                 run.log("step", {**values, **facts})
                 progress.update()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-                if run.step == total or run.step_of_epoch == sampler.steps_per_epoch:
-                    break
                 if run.step % config.save_every == 0:
                     run.save()
+            if validation is not None:
+                # Validating takes long: a run that is cut short in it goes on from here.
+                run.save()
             if run.step_of_epoch == sampler.steps_per_epoch:
                 scheduler.step()
                 run.epoch, run.step_of_epoch = run.epoch + 1, 0
@@ -130,6 +134,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 scores = validation.run(projector)
                 run.log("validation", scores)
                 run.keep_best(scores, _tensors(projector), metadata)
+            run.validated = run.step
             run.save()
             run.draw()
     if rank() == 0:
@@ -176,6 +181,12 @@ def _validation(
     if not trials:
         raise InputError("No product has held-out images of both labels to validate on. Raise --held-out, or say --validation none.")
     return Validation(backbone, trials, img_size=entry.img_size, statistics=entry.normalization, workers=config.workers, **presets)
+
+
+def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch; the indices of references stay where their store is."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    return {key: value if key == "reference_indices" else value.to(device, non_blocking=True) for key, value in tensors.items()}
 
 
 def _tensors(projector: ResidualProjector) -> dict[str, Tensor]:

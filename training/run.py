@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from .distributed import barrier, rank, world_size
 from .validation import CRITERIA, Scores
 
 STATE, LOG, CURVES = "state.pt", "log.jsonl", "curves.png"
+# Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
 
 
 class Run:
@@ -32,6 +36,12 @@ class Run:
         resumable: What has to be restored: modules, optimisers and schedulers by name.
         inputs: Digests of what the run depends on besides the config, by name.
 
+    Attributes:
+        epoch: Epochs that are finished.
+        step: Steps that are done, and ``step_of_epoch`` those of the unfinished epoch.
+        validated: The step after which the last validation was made.
+        best: The best value so far for each checkpoint that is kept.
+
     Raises:
         InputError: If the folder holds a run of another config, other inputs or another number of processes.
         CheckpointError: If its state cannot be read.
@@ -39,14 +49,12 @@ class Run:
 
     def __init__(self, config: PretrainConfig, resumable: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
         self.folder, self.config, self.resumable, self.inputs = Path(config.output), config, resumable, dict(inputs)
-        self.epoch = self.step = self.step_of_epoch = 0
+        self.epoch = self.step = self.step_of_epoch = self.validated = 0
         self.best: dict[str, float] = {}
-        self._board = _tensorboard(self.folder)
-        if (self.folder / STATE).exists():
-            self._resume()
-        elif rank() == 0 and (self.folder / LOG).exists():
-            # A run that ended before its first checkpoint begins again.
-            (self.folder / LOG).unlink()
+        log_bytes = self._resume() if (self.folder / STATE).exists() else 0
+        if rank() == 0:
+            self._tidy(log_bytes)
+        self._board = _tensorboard(self.folder, self.step + 1)
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append a line to log.jsonl, and to TensorBoard where it is installed."""
@@ -57,18 +65,18 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            if self._board is not None:
+                for name, value in _flat({kind: values}):
+                    self._board.add_scalar(name, value, self.step)
         except OSError as error:
-            raise AdfeaturesError(f"Cannot write {self.folder / LOG}: {error}. Free some space; the same command goes on.") from error
-        for name, value in values.items():
-            if self._board is not None and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, self.step)
+            raise AdfeaturesError(f"Cannot write the log in {self.folder}: {error}. Free some space; the same command goes on.") from error
 
     def save(self) -> None:
         """Write the state to resume from, atomically."""
         if rank() == 0:
             log = self.folder / LOG
             state = {
-                "position": [self.epoch, self.step, self.step_of_epoch],
+                "position": [self.epoch, self.step, self.step_of_epoch, self.validated],
                 "best": dict(self.best),
                 "config": json.dumps(dataclasses.asdict(self.config)),
                 "inputs": self.inputs,
@@ -79,6 +87,8 @@ class Run:
             }
             with atomic_path(self.folder / STATE) as temporary:
                 _save(state, temporary)
+                if self._board is not None:
+                    self._board.flush()
         barrier()
 
     def keep_best(self, scores: Scores, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
@@ -113,17 +123,29 @@ class Run:
     def _selection(self, criterion: str, method: str) -> str:
         name = {"norm": "FeatureNorm", "angle": "PatchCore"}[method]
         data = {"held_out": f"held-out samples of {self.config.data}", "mvtec": "the test set of MVTec AD"}[self.config.validation]
-        return f"{CRITERIA[criterion]} of {name} on {data}, after epoch {self.epoch}"
+        return f"{CRITERIA[criterion]} of {name} on {data}, after step {self.step}"
 
-    def _resume(self) -> None:
+    def _tidy(self, log_bytes: int) -> None:
+        """Remove what killed processes left half written, and of the log what will be done, and logged, again."""
+        try:
+            for path in self.folder.rglob(".*"):
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink()
+            if (self.folder / LOG).exists():
+                os.truncate(self.folder / LOG, min(log_bytes, os.path.getsize(self.folder / LOG)))
+        except OSError as error:
+            raise AdfeaturesError(f"Cannot write to {self.folder}: {error}. Make it writable or choose another --output.") from error
+
+    def _resume(self) -> int:
+        """Restore the state. The length of the log at that time is returned, in bytes."""
         path = self.folder / STATE
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._check(json.loads(state["config"]), state["inputs"], state["world_size"])
             for name, part in self.resumable.items():
                 part.load_state_dict(state[name])
-            self.epoch, self.step, self.step_of_epoch = state["position"]
-            self.best, (cpu, *devices) = state["best"], state["rng"]
+            self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
+            self.best, (cpu, *devices), log_bytes = state["best"], state["rng"], int(state["log_bytes"])
         except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError) as error:
             if isinstance(error, AdfeaturesError):
                 raise
@@ -133,10 +155,7 @@ class Run:
         torch.set_rng_state(cpu)
         if devices and len(devices) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(devices)
-        if rank() == 0 and (self.folder / LOG).exists():
-            # The steps after the checkpoint are done, and logged, again.
-            with open(self.folder / LOG, "r+b") as file:
-                file.truncate(state["log_bytes"])
+        return log_bytes
 
     def _check(self, other: Mapping[str, Any], inputs: Mapping[str, str], processes: int) -> None:
         own = json.loads(json.dumps(dataclasses.asdict(self.config)))
@@ -156,21 +175,35 @@ class Run:
 
 def _save(state: Mapping[str, Any], path: Path) -> None:
     try:
-        torch.save(state, path)
+        with open(path, "wb") as file:
+            torch.save(state, file)
     except RuntimeError as error:
-        # What torch makes of a full disk.
-        raise OSError(str(error).partition("\n")[0]) from error
+        # Behind torch's error about positions in the file stands what went wrong, such as a full disk.
+        raise OSError(str(error.__context__ or error).partition("\n")[0]) from error
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _tensorboard(folder: Path) -> Any:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested mappings, by names like "validation/norm/pro"."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    """A writer that hides the steps from the first one on, which an earlier process may have logged; None without TensorBoard."""
     if rank():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    try:
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    except OSError as error:
+        raise AdfeaturesError(f"Cannot write to {folder}: {error}. Free some space or choose another --output.") from error

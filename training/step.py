@@ -72,7 +72,8 @@ def view_residuals(batch: dict[str, Tensor], encode: Encode, store: ReferenceSto
     if store is None:
         references = [level.unflatten(0, batch["references"].shape[:2]) for level in encode(batch["references"].flatten(0, 1))]
     else:
-        references = [level.to(features[0]) for level in store.read(batch["reference_indices"])]
+        # Half the bytes go to the device.
+        references = [level.to(features[0].device).to(features[0].dtype) for level in store.read(batch["reference_indices"])]
     # The views lie one above the other in one map, so that each row of the bank is normalised once.
     tall = batch_residuals([level.transpose(1, 2).flatten(2, 3) for level in features], references)
     first, second = zip(*(level.unflatten(2, (2, -1)).unbind(2) for level in tall), strict=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import atomic_path
-from adfeatures.errors import AdfeaturesError
+from adfeatures.errors import AdfeaturesError, ImageError
 
-from .data.items import Item
+from .data.items import Item, items_digest
 
 BATCH = 16
 
@@ -46,8 +46,7 @@ class ReferenceStore:
 
     def __init__(self, folder: str | Path, items: Sequence[Item], identity: str) -> None:
         self.folder, self.items = Path(folder), list(items)
-        named = json.dumps([identity, [item.image for item in items]])
-        self._identity = hashlib.sha256(named.encode()).hexdigest()
+        self._identity = hashlib.sha256(json.dumps([identity, items_digest(items)]).encode()).hexdigest()
         self._levels: list[np.ndarray] = []
 
     def encode(self, read: Callable[[str], Tensor], backbone: Callable[[Tensor], Sequence[Tensor]]) -> None:
@@ -58,7 +57,8 @@ class ReferenceStore:
             backbone: Images (B, 3, H, W) to maps.
 
         Raises:
-            AdfeaturesError: If the store cannot be written, as on a full disk, or an image cannot be read: what was encoded is kept.
+            ImageError: If an image cannot be read.
+            AdfeaturesError: If the store cannot be written, as on a full disk, or features exceed half precision. What was encoded is kept.
         """
         facts = self._facts()
         try:
@@ -72,9 +72,9 @@ class ReferenceStore:
                 facts = {"identity": self._identity, "done": start + len(batch), "shapes": [level.shape[1:] for level in maps]}
                 with atomic_path(self.folder / "store.json") as temporary:
                     temporary.write_text(json.dumps(facts))
+        except ImageError as error:
+            raise ImageError(f"{error} It belongs to the pool of references: restore it, or take it out of the data set.") from error
         except OSError as error:
-            if isinstance(error, AdfeaturesError):
-                raise
             raise AdfeaturesError(f"Cannot write the references to {self.folder}: {error}. Free some space or lower --pool.") from error
 
     def open(self) -> None:
@@ -83,8 +83,8 @@ class ReferenceStore:
         self._levels = [np.memmap(self._path(number), np.float16, "r", shape=shape) for number, shape in enumerate(shapes)]
 
     def read(self, indices: Tensor) -> list[Tensor]:
-        """The maps of images by their index in the pool: (B, k) to float32 (B, k, C_l, h_l, w_l) per level."""
-        return [torch.from_numpy(level[indices.cpu().numpy()].astype(np.float32)) for level in self._levels]
+        """The maps of images by their index in the pool: (B, k) on the CPU to float16 (B, k, C_l, h_l, w_l) per level."""
+        return [torch.from_numpy(level[indices.numpy()]) for level in self._levels]
 
     def _facts(self) -> dict[str, Any]:
         try:

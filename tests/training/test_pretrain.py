@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
+from PIL import Image
 from real_iad_tree import write_real_iad
+from trees import write_mvtec
 
 import adfeatures
 from adfeatures.checkpoints import load_checkpoint
-from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
+from adfeatures.errors import AdfeaturesError, CheckpointError, ImageError, InputError
 from training import run as run_module
 from training.config import PretrainConfig
 from training.curves import read_log
+from training.data import mvtec
+from training.data.items import Item
 from training.data.pretraining import StepSampler
-from training.pretrain import main, pretrain
+from training.pretrain import _on_device, main, pretrain
+from training.run import Run
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -83,7 +88,7 @@ def test_a_run_leaves_checkpoints_log_and_curves(tree: Path, tmp_path: Path) -> 
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
-def list_train(tree: Path) -> list[object]:
+def list_train(tree: Path) -> list[Item]:
     from training.data.real_iad import read, split_by_sample
 
     return list(split_by_sample(read(tree, ["bottle_cap"]), 0.3, 42)[0])
@@ -141,30 +146,193 @@ def _before(function, hook):  # type: ignore[no-untyped-def]
     return wrapped
 
 
+DRIVER = """
+import os, signal, sys
+import training.methods  # imported once, for all the processes to come
+from training.pretrain import main
+
+output, arguments = sys.argv[1], sys.argv[2:]
+for count in range(1, 1000):
+    child = os.fork()
+    if not child:
+        left = count
+        def hook(event, values):
+            global left
+            # Before a file of the run is opened to be written, or takes its place.
+            writes = event == "os.rename" or (event == "open" and values[2] & (os.O_WRONLY | os.O_RDWR))
+            if writes and str(values[0]).startswith(output):
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        os._exit(main(arguments))
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        print(count - 1)
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed as POSIX has it")
 @pytest.mark.parametrize("pool", [None, 2])
-def test_killed_runs_end_with_the_same_bits(tree: Path, tmp_path: Path, pool: int | None) -> None:
-    whole = pretrain(config(tree, tmp_path / "whole", epochs=4, pool=pool), CPU)
-    given = config(tree, tmp_path / "killed", epochs=4, save_every=1, device="cpu", pool=pool)
-    command = [sys.executable, "-m", "training.pretrain", *arguments(given)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    total = steps(whole)[-1]["step"]
-    kills = 0
-    while True:
-        before = len(steps(tmp_path / "killed"))
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and len(steps(tmp_path / "killed")) < min(before + 3, total):
-            time.sleep(0.01)
-        if process.poll() is None and kills < 3:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-            process.wait()
-            continue
-        assert process.wait(timeout=120) == 0, process.stderr.read()
-        break
-    assert kills == 3
+def test_runs_killed_before_any_write_end_with_the_same_bits(tree: Path, tmp_path: Path, pool: int | None) -> None:
+    """Killed (SIGKILL) at the first write, then at the second of what is left to do, and so on: in every file and between any two."""
+    changes = {"pool": pool, "save_every": 1, "validation": "held_out"}
+    whole = pretrain(config(tree, tmp_path / "whole", **changes), CPU)
+    given = config(tree, tmp_path / "killed", device="cpu", **changes)
+    command = [sys.executable, "-c", DRIVER, given.output, *arguments(given)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=119)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 8
     assert steps(tmp_path / "killed") == steps(whole)
-    assert all(torch.equal(value, weights(tmp_path / "killed")[key]) for key, value in weights(whole).items())
+    names = sorted(path.relative_to(whole) for path in whole.rglob("*"))
+    assert sorted(path.relative_to(given.output) for path in Path(given.output).rglob("*")) == names
+    for path in whole.rglob("*.safetensors"):
+        one, other = (load_checkpoint(folder / path.relative_to(whole)) for folder in (whole, Path(given.output)))
+        assert all(torch.equal(value, other.state_dict[key]) for key, value in one.state_dict.items()), path
+        assert one.metrics == other.metrics
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_validation_that_was_cut_short_costs_no_steps(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tree, tmp_path / "run", validation="held_out", epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.pretrain.Validation.run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(given, CPU)
+    before = steps(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.pretrain.train_step", lambda *_: pytest.fail("a step is done again"))
+        pretrain(given, CPU)
+        validations = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "validation"]
+        assert [line["epoch"] for line in validations] == [1]
+        # A finished run does nothing again.
+        patch.setattr("training.pretrain.Validation.run", lambda *_: pytest.fail("validated again"))
+        pretrain(given, CPU)
+    assert steps(tmp_path / "run") == before
+
+
+def test_what_a_killed_process_left_is_removed(tree: Path, tmp_path: Path) -> None:
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
+    (folder / "references").mkdir()
+    left = [folder / ".state.0123abcd.pt", folder / "references" / ".store.4567cdef.json"]
+    others = [folder / ".keep", folder / ".gitignore", folder / "notes.0123abcd.pt"]
+    for path in (*left, *others):
+        path.write_text("half")
+    pretrain(config(tree, tmp_path / "run", max_steps=2), CPU)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def launch(given: PretrainConfig, processes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "training.pretrain"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments(given)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
+    changes = {"validation": "held_out", "pool": 2, "device": "cpu"}
+    one = pretrain(config(tree, tmp_path / "one", **changes), CPU)
+    refused = launch(config(tree, tmp_path / "none", **changes), 2)
+    assert refused.returncode and "training.centers in one process first" in refused.stderr
+    centers = str(one / "centers.safetensors")
+    # In two parts, of which the first ends within an epoch.
+    for stop in (3, None):
+        done = launch(config(tree, tmp_path / "two", centers=centers, max_steps=stop, **changes), 2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done:") == 1
+    two = tmp_path / "two"
+    assert len(steps(two)) == len(steps(one)) > 4
+    for found, expected in zip(steps(two), steps(one), strict=True):
+        assert found.pop("kind") == expected.pop("kind") == "step"
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for key, value in weights(one).items():
+        difference = (weights(two)[key] - value).abs()
+        if key.endswith("in_proj_bias"):
+            # The softmax ignores what is added to all keys, so the gradient there is noise, which Adam makes as long as any other.
+            difference[len(difference) // 3 : 2 * len(difference) // 3] = 0
+        assert difference.max() < 1e-5 * max(1, value.abs().max()), key
+    found, expected = (read_log(folder / "log.jsonl")[-1] for folder in (two, one))
+    assert found["kind"] == "validation"
+    for method in ("norm", "angle"):
+        assert found[method] == pytest.approx(expected[method], abs=1e-3)
+    refused = launch(config(tree, two, centers=centers, max_steps=100, epochs=2, **changes), 4)
+    assert refused.returncode and "on 2 processes, now there are 4" in refused.stderr
+
+
+def test_only_the_indices_of_references_stay_on_the_cpu() -> None:
+    batch = {"views": torch.ones(1), "mask": torch.ones(1), "label": torch.ones(1), "reference_indices": torch.ones(1), "path": ["a"]}
+    devices = {key: value.device.type for key, value in _on_device(batch, torch.device("meta")).items()}
+    assert devices == {"views": "meta", "mask": "meta", "label": "meta", "reference_indices": "cpu"}
+
+
+@pytest.mark.parametrize("data", ["folder", "manifest"])
+def test_own_data(tmp_path: Path, data: str) -> None:
+    root = write_mvtec(tmp_path / "own", ("nut", "bolt"), good=5, test_good=3, bad=4, size=(40, 40))
+    if data == "manifest":
+        rows = ["image,mask,product"]
+        for image in sorted(path.relative_to(root) for path in root.glob("*/t*/*/*.png")):
+            product, _, kind, name = image.parts
+            mask = "" if kind == "good" else f"{product}/ground_truth/{kind}/{Path(name).stem}_mask.png"
+            rows.append(f"{image.as_posix()},{mask},{product}")
+        root = root / "all.csv"
+        root.write_text("\n".join(rows))
+    given = {**FAST, "data": data, "root": str(root), "output": str(tmp_path / "run"), "validation": "held_out"}
+    folder = pretrain(PretrainConfig(**given), CPU)
+    assert any("loss" in line for line in steps(folder))
+    assert "training_data" not in load_checkpoint(folder / "checkpoint_last.safetensors").metadata
+    validation = read_log(folder / "log.jsonl")[-1]
+    assert 0 < validation["norm"]["pix"] < 1
+
+
+def test_validation_on_mvtec(tree: Path, tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path / "mvtec", mvtec.PRODUCTS, good=2, test_good=1, bad=1, size=(32, 32))
+    changes = {"held_out": 0.0, "validation": "mvtec", "max_steps": 1}
+    folder = pretrain(config(tree, tmp_path / "run", validation_root=str(root), **changes), CPU)
+    assert "test set of MVTec AD, after step 1" in load_checkpoint(folder / "checkpoints_pix_norm.safetensors").metadata["selected_by"]
+    with pytest.raises(InputError, match="no product of MVTec AD"):
+        pretrain(config(tree, tmp_path / "other", validation_root=str(tree), **changes), CPU)
+    # It is said before anything is computed.
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_normal_image_of_each_view_is_enough(tmp_path: Path) -> None:
+    tree = write_real_iad(tmp_path / "tree", ("bottle_cap",), ok=1, ng=6, views=3)
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=2, validation="held_out", pool=4), CPU)
+    assert all(np.isfinite(line["loss"]) for line in steps(folder))
+
+
+def test_files_that_cannot_be_read_are_passed_over(tree: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(tree, tmp_path / "tree"))
+    centers = str(pretrain(config(tree, tmp_path / "whole", max_steps=1), CPU) / "centers.safetensors")
+    trained = {Path(item.image).name for item in list_train(tree)}
+    broken, cut, *_ = (path for path in sorted(damaged.rglob("OK/*/*_C1_*.jpg")) if path.name in trained)
+    broken.write_bytes(b"no image")
+    cut.write_bytes(cut.read_bytes()[:300])
+    with pytest.warns(UserWarning, match=f"{broken.name}.*Another image takes its place"):
+        folder = pretrain(config(damaged, tmp_path / "run", centers=centers, validation="held_out"), CPU)
+    assert len(steps(folder)) > 4 and (folder / "checkpoint_last.safetensors").exists()
+    # A pool is encoded once and for all, so there it is an error.
+    with pytest.raises(ImageError, match="belongs to the pool of references: restore it"):
+        pretrain(config(damaged, tmp_path / "pool", centers=centers, pool=50), CPU)
+
+
+def test_a_mask_of_another_size_stops_the_run_and_keeps_it(tree: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(tree, tmp_path / "tree"))
+    folder = pretrain(config(damaged, tmp_path / "run", max_steps=1), CPU)
+    before = (folder / "state.pt").read_bytes()
+    intact = {path: path.read_bytes() for path in damaged.rglob("NG/*/*/*.png")}
+    for path in intact:
+        Image.new("L", (9, 9), 255).save(path)
+    with pytest.raises(ImageError, match="has 9 x 9 pixels, its image .* has 48 x 40. Make the mask again"):
+        pretrain(config(damaged, tmp_path / "run"), CPU)
+    assert (folder / "state.pt").read_bytes() == before
+    for path, content in intact.items():
+        path.write_bytes(content)
+    whole = pretrain(config(tree, tmp_path / "whole", centers=str(folder / "centers.safetensors")), CPU)
+    assert steps(pretrain(config(damaged, tmp_path / "run"), CPU)) == steps(whole)
 
 
 def test_references_of_a_pool_are_those_encoded_in_half_precision(tree: Path, tmp_path: Path) -> None:
@@ -252,18 +420,59 @@ def test_a_loss_that_is_not_finite_stops_the_run(tree: Path, tmp_path: Path, mon
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
-def test_a_full_disk_keeps_the_last_state(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+def test_a_full_disk_keeps_the_last_state(tree: Path, tmp_path: Path) -> None:
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
+    before = (folder / "state.pt").read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(AdfeaturesError, match="Cannot write .*state.pt: .*File too large.*Free some space"):
+        pretrain(config(tree, folder, max_steps=2), CPU)
+    assert (folder / "state.pt").read_bytes() == before
+    assert not list(folder.glob(".*"))
+    pretrain(config(tree, folder, max_steps=2), CPU)
+    assert [line["step"] for line in steps(folder)] == [1, 2]
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(AdfeaturesError, match="No space left.*Free some space"):
-        pretrain(config(tree, tmp_path / "run", max_steps=2), CPU)
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob(".*"))
+def test_a_log_that_cannot_be_written_stops_the_run(tree: Path, tmp_path: Path) -> None:
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").mkdir()
+    with pytest.raises(AdfeaturesError, match="Cannot write to .*Make it writable"):
+        pretrain(config(tree, folder, max_steps=2), CPU)
+    run = Run(config(tree, tmp_path / "other"), {}, {})
+    with full_disk(10), pytest.raises(AdfeaturesError, match="Cannot write the log in .*other: .*File too large"):
+        run.log("step", {"loss": 1.0})
+
+
+class Board:
+    """Stands for TensorBoard's writer, which is no requirement."""
+
+    made: list[Board] = []
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.folder, self.purge_step, self.scalars, self.flushed = folder, purge_step, [], 0
+        Board.made.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def flush(self) -> None:
+        self.flushed = len(self.scalars)
+
+
+def test_tensorboard_is_written_where_it_is_installed(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    for stop in (2, 3):
+        folder = pretrain(config(tree, tmp_path / "run", max_steps=stop, validation="held_out"), CPU)
+    first, second = Board.made
+    # What a process logged after the state that the next one goes on from is hidden.
+    assert (first.purge_step, second.purge_step) == (1, 3)
+    logged = [(f"step/{name}", value, 3) for name, value in steps(folder)[-1].items() if name in ("angle", "norm", "loss", "lr")]
+    assert set(logged) <= set(second.scalars)
+    last = read_log(folder / "log.jsonl")[-1]
+    assert ("validation/angle/pro", last["angle"]["pro"], 3) in second.scalars
+    assert second.flushed == len(second.scalars)
+    with pytest.raises(InputError, match="another config"):
+        pretrain(config(tree, folder, lr=0.5, validation="held_out"), CPU)
+    assert len(Board.made) == 2
 
 
 def test_centers_of_another_backbone(tree: Path, tmp_path: Path) -> None:

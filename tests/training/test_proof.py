@@ -65,6 +65,7 @@ def data(root: Path) -> tuple[RawFeatures, Product, Product, Features]:
     return raw, *products, residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True)
 
 
+@pytest.mark.filterwarnings("ignore:GLASS made its textures")
 @pytest.mark.parametrize(
     "method",
     [pytest.param(method, marks=[pytest.mark.slow] if method in EPOCHS else []) for method in METHODS],

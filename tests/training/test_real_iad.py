@@ -117,6 +117,13 @@ def test_one_report_names_everything_that_is_missing(root: Path) -> None:
     assert "Extract" in report
 
 
+def test_products_without_defects_are_named(root: Path) -> None:
+    (root / "realiad_512/pcb/NG").rename(root / "realiad_512/pcb/ng_images")
+    with pytest.warns(UserWarning, match="no folder of defects in pcb/NG of"):
+        items = real_iad.read(root, ("bottle_cap", "pcb"))
+    assert {item.product for item in items if item.defect != "good"} == {"bottle_cap"}
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_missing_and_empty_roots(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()

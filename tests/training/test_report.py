@@ -202,6 +202,14 @@ class TestReport:
         expected = [100 * own[name] for name in ("image_auroc", "pixel_auroc", "aupro")]
         assert [float(row["Found here"]) for row in found] == pytest.approx(expected, abs=0.00501)
 
+    def test_the_stored_aupro_is_the_approximate_one(self, tmp_path: Path) -> None:
+        results = Results(tmp_path, SETTINGS)
+        entry = record("bottle", "patchcore", PRETRAINED, 0, 5)
+        entry["metrics"]["aupro_original"] = 0.1234
+        results.write(Run("patchcore", PRETRAINED, 0), entry)
+        printed = write_report(results, {**ABOUT, "weights": [{"name": "m.tag", "source": "", "stored": {"pix_pro": 0.5}}]})
+        assert "| m.tag | pix_pro | 50.00 | PatchCore | AUPRO (original) | 12.34 |" in printed
+
 
 class TestResults:
     def test_a_record_is_read_back(self, tmp_path: Path) -> None:

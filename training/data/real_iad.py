@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
     _check_complete(folder, names)
     kept = None if filter_list is None else _read_filter(Path(filter_list), names)
     items = [item for product in names for item in _product_items(folder, product, kept)]
+    if kept is None and (bare := [name for name in names if not subfolders(folder / name / "NG")]):
+        warnings.warn(f"There is no folder of defects in {', '.join(f'{name}/NG' for name in bare)} of {folder}.", stacklevel=2)
     if kept is not None and all(_is_ok(item) for item in items):
         raise InputError(f"{filter_list} keeps no NG image of {folder}. Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
     return sorted(items, key=lambda item: item.view)

@@ -1,0 +1,736 @@
+"""The evaluation from end to end, on small trees of files: its numbers against the installed package, and what it does with bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer
+from PIL import Image
+from published import as_published
+from real_iad_tree import write_real_iad
+from sklearn.metrics import average_precision_score, roc_auc_score
+from trees import write_btad, write_mvtec
+
+import adfeatures
+from adfeatures import catalog
+from adfeatures.backbones import EfficientNet
+from adfeatures.checkpoints import save_checkpoint
+from adfeatures.images import build_transform, read_image
+from adfeatures.projector import ResidualProjector
+from training import evaluate, evaluation, figures, inputs, metrics, subject
+from training.data import dataset
+from training.data.images import ImageDataset
+from training.evaluation_config import EvaluationConfig
+from training.feature_cache import content_key
+from training.methods import CFLOW, GLASS, FeatureNorm, PatchCore, UniAD
+from training.recipes import settings
+from training.subject import load_subject, serving_tag
+
+SIZE = 64
+REPOSITORY = Path(__file__).parents[2]
+Evaluate = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks, except where other processes are started, and pictures only where a test is about them."""
+    if "processes" in request.node.name:
+        return
+    sizes = {
+        CFLOW: {"blocks": 2, "sub_epochs": 2},
+        GLASS: {"dim": 64, "hidden": 32},
+        UniAD: {"hidden": 32, "heads": 2, "layers": 1, "feed_forward": 32},
+        PatchCore: {"dim": 64},
+    }
+    for method, defaults in sizes.items():
+        for name, value in defaults.items():
+            monkeypatch.setitem(method.__init__.__kwdefaults__, name, value)
+    if "pictures" not in request.node.name:
+        monkeypatch.setattr(figures, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(figures, "draw_maps", lambda *_: None)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_mvtec(tmp_path / "mvtec", ("bottle", "cable"), good=5, test_good=3, bad=3)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A projector for the embedded backbone, as training.pretrain writes them."""
+    torch.manual_seed(0)
+    projector = ResidualProjector((40, 80, 112), num_heads=4, num_keys=16)
+    path = tmp_path_factory.mktemp("weights") / "checkpoints_pro_norm.safetensors"
+    header = {"format": "adfeatures", "model": "adpretrain_efficientnet_lite", "num_heads": "4", "img_size": f"[{SIZE}, {SIZE}]"}
+    stored = {"img_auc": 0.9123, "pix_auc": 0.8234, "pix_pro": 0.7345}
+    save_checkpoint(path, {f"projector.{key}": value for key, value in projector.state_dict().items()}, metrics=stored, metadata=header)
+    return path
+
+
+@pytest.fixture
+def run(root: Path, tmp_path: Path) -> Evaluate:
+    """The command, with the least that it needs; by default on the embedded model with two references."""
+
+    def call(**options: object) -> int:
+        given = {
+            "model": "residual_lite",
+            "img_size": SIZE,
+            "dataset": "mvtec",
+            "root": root,
+            "output": tmp_path / "run",
+            "method": "feature_norm",
+            "shots": 2,
+            "workers": 0,
+            "device": "cpu",
+            **options,
+        }
+        words = []
+        for name, value in given.items():
+            if value is None or value is False:
+                continue
+            several = value if isinstance(value, (list, tuple)) else () if value is True else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, several)]
+        return evaluate.main(words)
+
+    return call
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def records(folder: Path, **wanted: object) -> list[dict]:
+    return [r for r in report(folder)["records"] if all(r.get(name) == value for name, value in wanted.items())]
+
+
+def numbers(folder: Path) -> dict[tuple, dict[str, float]]:
+    """All metrics by product, method, features and draw."""
+    return {(r["product"], r["method"], r["features"], r["draw"]): r["metrics"] for r in report(folder)["records"]}
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images the backbone has encoded, call by call."""
+    counts: list[int] = []
+    forward = EfficientNet.forward
+
+    def counting(self: EfficientNet, images: torch.Tensor) -> list[torch.Tensor]:
+        counts.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(EfficientNet, "forward", counting)
+    return counts
+
+
+class TestNumbers:
+    def test_feature_norm_is_that_of_the_installed_package(self, run: Evaluate, root: Path, tmp_path: Path, weights: Path) -> None:
+        assert run(model=weights, img_size=None, draws=2) == 0
+        model = adfeatures.create_model(weights=weights)
+        transform = adfeatures.create_transform(model)
+        for draw in range(2):
+            for product in ("bottle", "cable"):
+                model.set_references(sorted((root / product / "train/good").iterdir())[2 * draw : 2 * draw + 2])
+                items = dataset("mvtec").find_items(root, "test", [product])
+                maps, scores = model.anomaly_map(torch.stack([transform(read_image(item.image)) for item in items]))
+                labels = [item.label for item in items]
+                masks = [np.zeros((SIZE, SIZE)) if item.mask is None else np.asarray(Image.open(item.mask)) for item in items]
+                (found,) = records(tmp_path / "run", product=product, features="pretrained", draw=draw)
+                assert found["metrics"]["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+                assert found["metrics"]["image_ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-6)
+                pixels = (np.array(masks) > 0).ravel()
+                assert found["metrics"]["pixel_auroc"] == pytest.approx(roc_auc_score(pixels, maps.flatten()), abs=1e-4)
+                assert found["metrics"]["pixel_ap"] == pytest.approx(average_precision_score(pixels, maps.flatten()), abs=1e-4)
+
+    def test_raw_features_have_no_references(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        assert run(method="patchcore") == 0
+        backbone = adfeatures.create_model(img_size=SIZE).backbone
+        transform = build_transform((SIZE, SIZE), (0.5,) * 3, (0.5,) * 3)
+
+        def batch(split: str) -> dict:
+            items = dataset("mvtec").find_items(root, split, ["bottle"])
+            images = torch.stack([transform(read_image(item.image)) for item in items])
+            return {"image": images, "path": [item.image for item in items], "label": [item.label for item in items]}
+
+        test = batch("test")
+        scores = PatchCore(lambda b: backbone(b["image"])).fit([batch("train")]).predict([test]).scores
+        (found,) = records(tmp_path / "run", product="bottle", features="raw")
+        assert found["metrics"]["image_auroc"] == pytest.approx(roc_auc_score(test["label"], scores), abs=1e-6)
+        assert found["references"] == [] and found["weights"] is None and found["draw"] is None
+
+    def test_means_and_differences(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(draws=2) == 0
+        found = numbers(tmp_path / "run")
+        table = {(r["product"], r["features"]): r for r in report(tmp_path / "run")["table"]}
+        for name in ("image_auroc", "aupro"):
+            draws = [np.mean([found[p, "feature_norm", "pretrained", d][name] for p in ("bottle", "cable")]) for d in range(2)]
+            raw = np.mean([found[p, "feature_norm", "raw", None][name] for p in ("bottle", "cable")])
+            assert table["mean", "pretrained"]["values"][name] == pytest.approx(np.mean(draws))
+            assert table["mean", "pretrained"]["spreads"][name] == pytest.approx(np.std(draws, ddof=1))
+            assert table["mean", "difference"]["values"][name] == pytest.approx(np.mean(draws) - raw)
+
+    def test_all_methods(self, run: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(method="all", epochs=1, products="bottle") == 0
+        rows = {(r["method"], r["features"]) for r in report(tmp_path / "run")["records"]}
+        assert rows == {(m, f) for m in evaluation.METHODS for f in ("raw", "pretrained")}
+        printed = capsys.readouterr().out
+        for title in ("FeatureNorm", "PatchCore", "PaDiM", "CFLOW", "GLASS", "UniAD"):
+            assert title in printed
+        for method, setting in (("cflow", "meta_epochs"), ("glass", "epochs"), ("uniad", "epochs")):
+            assert all(r["settings"][setting] == 1 for r in records(tmp_path / "run", method=method))
+        assert [r["settings"]["adapter"] for r in records(tmp_path / "run", method="glass")] == [False, True]
+        assert all("made its textures of noise" in r["warnings"][0] for r in records(tmp_path / "run", method="glass"))
+
+    def test_retrieved_references_have_a_name_of_their_own(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        assert run(references="retrieved", method=["feature_norm", "patchcore"], draws=2) == 0
+        found = numbers(tmp_path / "run")
+        assert ("bottle", "feature_norm_retrieved", "pretrained", None) in found
+        assert not any(method == "feature_norm" for _, method, _, _ in found)
+        assert ("bottle", "patchcore", "pretrained", 1) in found
+        assert "## FeatureNorm (retrieved)" in (tmp_path / "run/results.md").read_text()
+        (record,) = records(tmp_path / "run", product="bottle", method="feature_norm_retrieved", features="pretrained")
+        train = {str(path) for path in (root / "bottle/train/good").iterdir()}
+        assert set(record["retrieved"]) == {item.image for item in dataset("mvtec").find_items(root, "test", ["bottle"])}
+        assert all(set(paths) == train for paths in record["retrieved"].values())
+
+    def test_oracle_is_the_best_of_all_epochs(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(method="cflow", epochs=3, oracle=True, products="bottle") == 0
+        for record in records(tmp_path / "run"):
+            assert set(record["oracle"]) == set(record["metrics"])
+            assert all(record["oracle"][name] >= value for name, value in record["metrics"].items())
+        assert any(record["oracle"] != record["metrics"] for record in records(tmp_path / "run"))
+        text = (tmp_path / "run/results.md").read_text()
+        assert "## CFLOW (oracle)\n\nThe best value of each metric over all epochs, chosen on the test images" in text
+        before = {key: value for key, value in numbers(tmp_path / "run").items()}
+        assert run(method="cflow", epochs=3, products="bottle", output=tmp_path / "plain") == 0
+        # Looking at the test images changes nothing of the result itself.
+        assert numbers(tmp_path / "plain") == before
+        assert not any("oracle" in record for record in records(tmp_path / "plain"))
+
+
+class TestReferences:
+    def test_draws_and_their_files_are_recorded(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        assert run(draws=2) == 0
+        files = sorted(str(path) for path in (root / "bottle/train/good").iterdir())
+        for draw in range(2):
+            (record,) = records(tmp_path / "run", product="bottle", draw=draw)
+            expected = files[2 * draw : 2 * draw + 2]
+            assert record["references"] == [{"file": file, "sha256": content_key(file)} for file in expected]
+
+    def test_every_view_has_references_of_its_own(self, run: Evaluate, tmp_path: Path) -> None:
+        write_real_iad(tmp_path / "iad", ("pcb",), ok=6, ng=2)
+        assert run(dataset="real_iad", root=tmp_path / "iad", products="pcb", draws=2) == 0
+        train = sorted(item.image for item in dataset("real_iad").find_items(tmp_path / "iad", "train", ["pcb"]))
+        for draw in range(2):
+            (record,) = records(tmp_path / "run", draw=draw)
+            expected = [[path for path in train if view in path][2 * draw : 2 * draw + 2] for view in ("C1", "C2")]
+            assert [entry["file"] for entry in record["references"]] == sum(expected, [])
+        assert run(dataset="real_iad", root=tmp_path / "iad", products="pcb", draws=3) == 1
+        (failed,) = records(tmp_path / "run", draw=2)
+        assert "needs 6 normal training images of view C" in failed["error"]
+
+    def test_draws_do_not_begin_anew(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(draws=3) == 1
+        (failed,) = records(tmp_path / "run", product="bottle", draw=2)
+        assert "Draw 3 of 2 references needs 6 normal training images, bottle has 5. Lower --shots or --draws." in failed["error"]
+        assert len(records(tmp_path / "run", product="bottle", features="pretrained")) == 3
+        assert records(tmp_path / "run", product="bottle", draw=1)[0]["metrics"]
+
+    @pytest.mark.parametrize("layout", ["mvtec/bottle/train/good", "bottle/train/good", "bottle"])
+    def test_given_references(self, run: Evaluate, root: Path, tmp_path: Path, layout: str) -> None:
+        chosen = [root / f"bottle/train/good/{number:03d}.png" for number in (4, 1, 3)]
+        for name, path in zip(("a.png", "b.png", "c.png"), chosen, strict=True):
+            (tmp_path / "8shot" / layout).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "8shot" / layout / name)
+        assert run(products="bottle", references=tmp_path / "8shot", method="patchcore") == 0
+        (record,) = records(tmp_path / "run", features="pretrained")
+        assert [entry["sha256"] for entry in record["references"]] == [content_key(str(path)) for path in chosen[:2]]
+
+    def test_given_references_that_are_missing_or_too_few(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        shutil.copytree(root / "bottle/train/good", tmp_path / "8shot/bottle")
+        assert run(references=tmp_path / "8shot", shots=5) == 1
+        (failed,) = records(tmp_path / "run", product="cable", features="pretrained")
+        assert f"There are no references of cable in {tmp_path / '8shot'}" in failed["error"]
+        assert run(references=tmp_path / "8shot", shots=6, output=tmp_path / "other", products="bottle") == 1
+        assert "holds 5 images, 6 references were asked for" in records(tmp_path / "other", features="pretrained")[0]["error"]
+
+    @pytest.mark.parametrize(("protocol", "zero"), [("sound", False), ("original", True)])
+    def test_references_that_are_trained_on(
+        self, run: Evaluate, monkeypatch: pytest.MonkeyPatch, protocol: str, zero: bool, tmp_path: Path
+    ) -> None:
+        """As copies in another folder, so that only their content tells them."""
+        largest: dict[str, list[float]] = {}
+        fit = FeatureNorm.fit
+
+        def spy(self: FeatureNorm, loader: object) -> FeatureNorm:
+            for batch in loader:  # type: ignore[attr-defined]
+                for row, path in enumerate(batch["path"]):
+                    largest.setdefault(path, []).append(max(float(level[row].abs().max()) for level in self.extractor(batch)))
+            return fit(self, loader)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(FeatureNorm, "fit", spy)
+        source = tmp_path / "mvtec/bottle/train/good"
+        shutil.copytree(source, tmp_path / "8shot/bottle")
+        assert run(products="bottle", references=tmp_path / "8shot", protocol=protocol, img_size=None if zero else SIZE) == 0
+        # Of the two runs, that on raw features never sees zeros.
+        assert [min(largest[str(path)]) == 0 for path in sorted(source.iterdir())] == [zero, zero, False, False, False]
+
+    def test_a_single_reference_is_not_trained_on(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(shots=1, method="patchcore", products="bottle") == 0
+        (record,) = records(tmp_path / "run", features="pretrained")
+        assert record["counts"]["train"] == 4
+        assert "The only reference is a training image, which is left out of the training." in record["warnings"]
+
+    def test_test_images_among_the_references_are_named(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        shutil.copy(root / "bottle/train/good/000.png", root / "bottle/test/good/007.png")
+        assert run(products="bottle") == 0
+        (record,) = records(tmp_path / "run", features="pretrained")
+        assert "1 test images are references as well." in record["warnings"]
+
+    def test_copies_among_the_references_are_named(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        shutil.copy(root / "bottle/train/good/000.png", root / "bottle/train/good/001.png")
+        assert run(products="bottle", shots=3) == 0
+        (record,) = records(tmp_path / "run", features="pretrained")
+        assert len(record["references"]) == 2
+        assert any("001.png is a copy of another one" in text for text in record["warnings"])
+
+
+class TestProtocol:
+    def test_original_geometry_is_that_of_method_data_set_and_role(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        write_btad(tmp_path / "btad", ("01",), good=4)
+        options = {"img_size": None, "protocol": "original", "method": ["feature_norm", "patchcore"]}
+        assert run(**options, products="bottle") == 0
+        assert run(**options, dataset="btad", root=tmp_path / "btad", output=tmp_path / "btad_run") == 0
+        found = {(folder, r["method"]): r["geometry"] for folder in ("run", "btad_run") for r in records(tmp_path / folder)}
+        small, large = "resize224_crop224", "resize256_crop224"
+        assert found == {
+            ("run", "feature_norm"): {"images": small, "references": small},
+            ("run", "patchcore"): {"images": large, "references": small},
+            ("btad_run", "feature_norm"): {"images": small, "references": small},
+            ("btad_run", "patchcore"): {"images": small, "references": small},
+        }
+        assert report(tmp_path / "run")["settings"]["img_size"] == [224, 224]
+
+    def test_the_approximate_aupro_is_beside_the_exact_one(self, run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        kept: list[tuple[np.ndarray, np.ndarray]] = []
+        judge = metrics.evaluate
+
+        def spy(maps: np.ndarray, masks: np.ndarray, *more: object) -> metrics.Metrics:
+            kept.append((maps, masks))
+            return judge(maps, masks, *more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(metrics, "evaluate", spy)
+        assert run(products="bottle", protocol="original", img_size=None) == 0
+        found = sorted((r["metrics"]["aupro"], r["metrics"]["aupro_original"]) for r in records(tmp_path / "run"))
+        assert found == sorted((metrics.aupro(*pair), metrics.aupro_original(*pair)) for pair in kept)
+        assert "| AUPRO (original) |" in (tmp_path / "run/results.md").read_text()
+
+    def test_cflow_takes_its_level_reference_from_the_test_images(self) -> None:
+        model = load_subject("residual_lite", ("cflow",), img_size=SIZE)
+        for protocol, reference in (("sound", "train"), ("original", "test")):
+            config = EvaluationConfig(model="residual_lite", dataset="mvtec", root="", output="", protocol=protocol)
+            assert settings("cflow", "raw", config, model, "squash", ["bottle"])["level_reference"] == reference
+
+
+class TestGoingOn:
+    def test_nothing_is_computed_twice(self, run: Evaluate, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        assert run(method=["feature_norm", "patchcore"], draws=2) == 0
+        # Five training and six test images of either product.
+        assert sum(encoded) == 2 * (5 + 6)
+        before = report(tmp_path / "run")
+        monkeypatch.setattr(FeatureNorm, "predict", lambda *_: pytest.fail("computed again"))
+        monkeypatch.setattr(PatchCore, "fit", lambda *_: pytest.fail("computed again"))
+        assert run(method=["feature_norm", "patchcore"], draws=2) == 0
+        assert sum(encoded) == 22
+        assert report(tmp_path / "run") == before
+
+    def test_draws_methods_and_products_are_added(
+        self, run: Evaluate, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[str] = []
+
+        class Spy(ImageDataset):
+            def __getitem__(self, index: int) -> dict:
+                read.append(self.items[index].image)
+                return super().__getitem__(index)
+
+        monkeypatch.setattr(inputs, "ImageDataset", Spy)
+        assert run(products="bottle") == 0
+        assert run(method="patchcore", draws=2) == 0
+        assert sum(encoded) == 22
+        # Test images are read again for their masks, training images are not.
+        assert sum("/train/" in path for path in read) == 10 and len(read) == 10 + 6 + 12
+        assert set(numbers(tmp_path / "run")) == {
+            *(("bottle", "feature_norm", *rest) for rest in (("raw", None), ("pretrained", 0))),
+            *((p, "patchcore", *rest) for p in ("bottle", "cable") for rest in (("raw", None), ("pretrained", 0), ("pretrained", 1))),
+        }
+
+    def test_the_cache_serves_other_outputs_and_may_be_deleted(self, run: Evaluate, tmp_path: Path, encoded: list[int]) -> None:
+        for number, output in enumerate(("one", "two")):
+            assert run(output=tmp_path / output, cache=tmp_path / "cache", shots=2 + number) == 0
+        assert sum(encoded) == 22
+        shutil.rmtree(tmp_path / "cache")
+        assert run(output=tmp_path / "one", cache=tmp_path / "cache") == 0
+        assert sum(encoded) == 22
+        assert run(output=tmp_path / "one", cache=tmp_path / "cache", method="patchcore") == 0
+        assert sum(encoded) == 44
+
+    def test_what_is_kept_for_one_draw_is_deleted(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(method=["feature_norm", "patchcore", "uniad"], draws=2, epochs=1) == 0
+        (folder,) = (tmp_path / "run/cache").iterdir()
+        assert json.loads((folder / "identity.json").read_text())["preset"] == "squash"
+
+    def test_interrupted(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(method=["patchcore", "uniad"], epochs=1, output=tmp_path / "whole") == 0
+        fit, calls = PatchCore.fit, []
+
+        def stop(self: PatchCore, loader: object) -> PatchCore:
+            calls.append(loader)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return fit(self, loader)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(PatchCore, "fit", stop)
+        assert run(method=["patchcore", "uniad"], epochs=1) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+        assert len(list((tmp_path / "run/results/bottle").iterdir())) == 2
+        assert run(method=["patchcore", "uniad"], epochs=1) == 0
+        assert len(calls) == 5
+        assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+    def test_other_settings_are_refused(self, run: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run() == 0
+        for options, text in (
+            ({"shots": 3}, "shots was 2, is 3"),
+            ({"model": "adpretrain_efficientnet_lite.x"}, "Unknown tag"),
+            ({"protocol": "original", "img_size": None}, "protocol was 'sound', is 'original'"),
+            ({"img_size": 96}, "img_size was [64, 64], is [96, 96]"),
+            ({"epochs": 3}, "epochs was None, is 3"),
+        ):
+            assert run(**options) == 2
+            assert text in capsys.readouterr().err
+
+    def test_other_weights_in_the_same_file_are_refused(
+        self, run: Evaluate, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = shutil.copy(weights, tmp_path / "own.safetensors")
+        assert run(model=path, img_size=None) == 0
+        checkpoint = adfeatures.checkpoints.load_checkpoint(path)
+        other = {key: value + 0.1 for key, value in checkpoint.state_dict.items()}
+        save_checkpoint(path, other, metadata=checkpoint.metadata)
+        assert run(model=path, img_size=None) == 2
+        assert "weights of projector was" in capsys.readouterr().err
+
+    def test_uniad_is_trained_again_with_more_products(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(method="uniad", epochs=1, products="bottle") == 0
+        assert {tuple(r["trained_on"]) for r in records(tmp_path / "run")} == {("bottle",)}
+        assert run(method="uniad", epochs=1) == 0
+        assert {tuple(r["trained_on"]) for r in records(tmp_path / "run")} == {("bottle", "cable")}
+        assert {r["counts"]["train"] for r in records(tmp_path / "run")} == {10}
+
+
+def corrupt_image(root: Path) -> None:
+    (root / "bottle/test/good/001.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+
+
+def corrupt_training_image(root: Path) -> None:
+    (root / "bottle/train/good/003.png").write_bytes(b"")
+
+
+def corrupt_mask(root: Path) -> None:
+    (root / "bottle/ground_truth/broken/000_mask.png").write_bytes(b"no image")
+
+
+def misfit_mask(root: Path) -> None:
+    Image.new("L", (32, 64), 255).save(root / "bottle/ground_truth/broken/001_mask.png")
+
+
+def missing_mask(root: Path) -> None:
+    (root / "bottle/ground_truth/broken/001_mask.png").unlink()
+
+
+def half_extracted(root: Path) -> None:
+    shutil.rmtree(root / "bottle/test")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("spoil", "text"),
+        [
+            (corrupt_image, "001.png"),
+            (corrupt_training_image, "the file is empty"),
+            (corrupt_mask, "000_mask.png"),
+            (misfit_mask, "001_mask.png has 32 x 64 pixels, its image"),
+            (missing_mask, "its mask"),
+            (half_extracted, "test"),
+        ],
+    )
+    def test_a_product_that_cannot_be_used(
+        self, run: Evaluate, root: Path, tmp_path: Path, spoil: Callable[[Path], None], text: str
+    ) -> None:
+        spoil(root)
+        assert run(method=["feature_norm", "uniad"], epochs=1) == 1
+        (failed,) = records(tmp_path / "run", product="bottle")
+        assert text in failed["error"] and "Error" not in failed["error"]
+        assert {(r["method"], tuple(r["trained_on"])) for r in records(tmp_path / "run", product="cable")} == {
+            ("feature_norm", ("cable",)),
+            ("uniad", ("cable",)),
+        }
+        assert f"| bottle | all | {failed['error'].replace(chr(10), ' ')} |" in (tmp_path / "run/results.md").read_text()
+
+    def test_a_product_that_was_repaired(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        whole = (root / "bottle/test/good/001.png").read_bytes()
+        corrupt_image(root)
+        assert run(method=["feature_norm", "uniad"], epochs=1) == 1
+        (root / "bottle/test/good/001.png").write_bytes(whole)
+        assert run(method=["feature_norm", "uniad"], epochs=1) == 0
+        assert not any("error" in r for r in report(tmp_path / "run")["records"])
+        assert {tuple(r["trained_on"]) for r in records(tmp_path / "run", method="uniad")} == {("bottle", "cable")}
+
+    def test_no_anomalies(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        shutil.rmtree(root / "bottle/test/broken")
+        assert run() == 1
+        (record,) = records(tmp_path / "run", product="bottle", features="pretrained")
+        assert set(record["metrics"].values()) == {None}
+        assert "image_auroc, image_ap, image_f1: NaN, since no image is anomalous." in record["warnings"]
+        text = (tmp_path / "run/results.md").read_text()
+        assert "| bottle | pretrained |" + " - |" * 7 in text and "| mean of 2 | raw | -" not in text
+
+    def test_no_masks(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        shutil.rmtree(root / "bottle/ground_truth")
+        assert run(dataset="folder") == 0
+        (record,) = records(tmp_path / "run", product="bottle", features="pretrained")
+        assert record["metrics"]["image_auroc"] is not None and record["metrics"]["aupro"] is None
+        assert "3 anomalous test images have no mask: their pixels count as normal." in record["warnings"]
+
+    def test_masks_that_vanish(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        for name in ("bottle/test/broken/000.png", "bottle/ground_truth/broken/000_mask.png"):
+            picture = Image.open(root / name).resize((640, 640))
+            if "ground_truth" in name:
+                picture.paste(0, (0, 0, 640, 640))
+                picture.putpixel((1, 1), 255)
+            picture.save(root / name)
+        assert run(products="bottle") == 0
+        assert all("1 masks are empty at the size of the model's input" in r["warnings"][-1] for r in records(tmp_path / "run"))
+
+    def test_a_single_image(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        for number in range(1, 5):
+            (root / f"bottle/train/good/{number:03d}.png").unlink()
+        assert run(shots=1, method="patchcore", products="bottle") == 1
+        (failed,) = records(tmp_path / "run", features="pretrained")
+        assert "bottle has a single normal training image, which is its reference" in failed["error"]
+        assert records(tmp_path / "run", features="raw")[0]["metrics"]["image_auroc"] is not None
+
+    def test_grey_masks_count_above_zero(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        assert run(products="bottle") == 0
+        for path in (root / "bottle/ground_truth/broken").iterdir():
+            Image.open(path).point(lambda value: value and 3).save(path)
+        assert run(products="bottle", output=tmp_path / "grey") == 0
+        assert numbers(tmp_path / "grey") == numbers(tmp_path / "run")
+
+    def test_scores_that_are_not_finite(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        predict = PatchCore.predict
+
+        def broken(self: PatchCore, loader: object) -> object:
+            found = predict(self, loader)  # type: ignore[arg-type]
+            if len(self._numbers) == 5 and self.extractor.__class__.__name__ == "Kept":
+                found.scores[0] = float("nan")
+            return found
+
+        monkeypatch.setattr(PatchCore, "predict", broken)
+        assert run(method=["patchcore", "feature_norm"], products="bottle") == 1
+        assert {r["error"].split(".")[0] for r in records(tmp_path / "run", method="patchcore")} == {
+            "Image scores hold NaN or infinite values"
+        }
+        assert all("metrics" in r for r in records(tmp_path / "run", method="feature_norm"))
+
+    def test_out_of_memory_is_named_and_bugs_are_not_hidden(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(error: Exception) -> Callable[..., None]:
+            def raising(*_: object) -> None:
+                raise error
+
+            return raising
+
+        monkeypatch.setattr(PatchCore, "fit", fail(torch.OutOfMemoryError("CUDA out of memory")))
+        assert run(method=["patchcore", "feature_norm"], products="bottle") == 1
+        assert {r["error"] for r in records(tmp_path / "run", method="patchcore")} == {"OutOfMemoryError: CUDA out of memory"}
+        monkeypatch.setattr(PatchCore, "fit", fail(TypeError("a bug")))
+        with pytest.raises(TypeError, match="a bug"):
+            run(method="patchcore", products="bottle")
+
+    def test_nothing_comes_out(self, run: Evaluate, root: Path) -> None:
+        half_extracted(root)
+        assert run(products="bottle") == 2
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"products": "botle"}, "Unknown product of MVTec AD 'botle'. Did you mean 'bottle'"),
+            ({"method": "patchcor"}, "Unknown method 'patchcor'. Did you mean 'patchcore'"),
+            ({"model": "residual_light"}, "Unknown model 'residual_light'. Did you mean 'residual_lite'"),
+            ({"model": "missing/file.safetensors"}, "There is no file 'missing/file.safetensors'"),
+            ({"root": "nowhere"}, "There is no folder nowhere"),
+            ({"shots": 0}, "must be 1 or more"),
+            ({"draws": 2, "references": "somewhere"}, "leave out --draws"),
+            ({"protocol": "original"}, "made for 224 x 224 pixels"),
+            ({"root": None}, "An evaluation needs --root"),
+        ],
+    )
+    def test_what_cannot_be_done(self, run: Evaluate, capsys: pytest.CaptureFixture[str], options: Mapping[str, object], text: str) -> None:
+        assert run(**options) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("training.evaluate: error: ") and text in error
+
+    def test_a_folder_too_high_or_too_low(self, run: Evaluate, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(root=root.parent) == 2
+        assert f"Give {root} instead" in capsys.readouterr().err
+
+    def test_full_disk(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(products="bottle") == 0
+        before = numbers(tmp_path / "run")
+
+        def full(*_: object) -> None:
+            raise OSError(28, os.strerror(28))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("training.feature_cache.save_file", full)
+            assert run(method="patchcore") == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert run(method="feature_norm") == 0
+        assert before.items() <= numbers(tmp_path / "run").items()
+
+
+class TestWeights:
+    def test_tags_of_the_paper(self) -> None:
+        tags = {method: serving_tag("adpretrain_dinov2_base", method) for method in evaluation.METHODS}
+        assert tags == {
+            "feature_norm": "realiad_norm",
+            "cflow": "realiad_norm",
+            "glass": "realiad_norm",
+            "uniad": "realiad_norm",
+            "patchcore": "realiad_angle",
+            "padim": "realiad_angle",
+        }
+        assert serving_tag("residual_lite", "padim") == "in1k_v1"
+        assert serving_tag("adpretrain_timm", "padim") == ""
+
+    @pytest.fixture
+    def published(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, ResidualProjector]:
+        """A model of the catalog with two published projectors on the embedded backbone."""
+        projectors = {}
+        for seed, kind in enumerate(("norm", "angle")):
+            torch.manual_seed(seed)
+            projectors[f"realiad_{kind}"] = ResidualProjector((40, 80, 112))
+            hub.add("owner/repo", f"tiny/checkpoints_pro_{kind}.pth", as_published(projectors[f"realiad_{kind}"].state_dict()))
+        like = catalog.MODELS["adpretrain_dinov2_base"]
+        tags = {
+            tag: dataclasses.replace(entry, hub_file=("owner/repo", f"tiny/checkpoints_pro_{tag.removeprefix('realiad_')}.pth"))
+            for tag, entry in like.tags.items()
+        }
+        model = dataclasses.replace(like, backbone="efficientnet_lite", tags=tags)
+        monkeypatch.setattr(catalog, "MODELS", MappingProxyType({**catalog.MODELS, "adpretrain_tiny": model}))
+        return projectors
+
+    def test_each_method_takes_its_tag_and_the_backbone_is_loaded_once(
+        self, published: dict[str, ResidualProjector], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loaded = []
+        create = subject.create_model
+        monkeypatch.setattr(subject, "create_model", lambda *a, **k: loaded.append(a) or create(*a, **k))
+        model = load_subject("adpretrain_tiny", ("feature_norm", "patchcore", "uniad"), img_size=SIZE)
+        assert len(loaded) == 1
+        assert {method: model.tags[method] for method in ("feature_norm", "patchcore", "uniad")} == {
+            "feature_norm": "realiad_norm",
+            "patchcore": "realiad_angle",
+            "uniad": "realiad_norm",
+        }
+        for tag, projector in published.items():
+            found = model.weights[tag]
+            assert found.name == f"adpretrain_tiny.{tag}"
+            assert found.stored == {"img_auc": 0.9, "pix_auc": 0.8, "pix_pro": 0.7}
+            for key, value in projector.state_dict().items():
+                assert torch.equal(found.projector.state_dict()[key], value.bfloat16().float())
+
+    @pytest.mark.parametrize("options", [{"model": "adpretrain_tiny.realiad_angle"}, {"weights": "realiad_angle"}])
+    def test_a_tag_forces_it(self, published: dict[str, ResidualProjector], options: Mapping[str, str]) -> None:
+        model = load_subject(**{"model": "adpretrain_tiny", "methods": ("feature_norm", "patchcore"), "img_size": SIZE, **options})
+        assert set(model.weights) == {"realiad_angle"} and set(model.tags.values()) == {"realiad_angle"}
+        assert model.name == "adpretrain_tiny.realiad_angle"
+
+    def test_metrics_of_published_files_are_printed(
+        self, run: Evaluate, published: dict[str, ResidualProjector], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        assert run(model="adpretrain_tiny", method=["feature_norm", "patchcore"], products="bottle") == 0
+        printed = capsys.readouterr().out
+        own = {r["method"]: r["metrics"] for r in records(tmp_path / "run", features="pretrained")}
+        for tag, method, title in (("realiad_norm", "feature_norm", "FeatureNorm"), ("realiad_angle", "patchcore", "PatchCore")):
+            cells = f"| adpretrain_tiny.{tag} | img_auc | 90.00 | {title} | Image AUROC | {100 * own[method]['image_auroc']:.2f} |"
+            assert cells in printed
+
+    @pytest.mark.parametrize("form", ["path", "local-dir", "named"])
+    def test_places(self, weights: Path, tmp_path: Path, form: str) -> None:
+        shutil.copy(weights, tmp_path / "model.safetensors")
+        options = {
+            "path": {"model": str(weights)},
+            "local-dir": {"model": f"local-dir:{tmp_path}"},
+            "named": {"model": "adpretrain_efficientnet_lite", "weights": str(weights)},
+        }[form]
+        model = load_subject(**options, methods=("feature_norm", "patchcore"))
+        assert model.name == "adpretrain_efficientnet_lite" and model.img_size == (SIZE, SIZE)
+        assert set(model.weights) == {""} and model.weights_for("patchcore").stored["img_auc"] == 0.9123
+        assert not model.unit_length
+
+    def test_weights_twice(self, weights: Path) -> None:
+        with pytest.raises(adfeatures.errors.InputError, match="leave out --weights"):
+            load_subject(str(weights), ("padim",), weights=str(weights))
+
+
+def test_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing_mask(root)
+    assert evaluate.main(["--check", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert f"{root} holds MVTec AD" in printed and "001_mask.png" in printed
+
+
+def test_pictures(run: Evaluate, tmp_path: Path) -> None:
+    assert run(method="patchcore", draws=2, products="bottle") == 0
+    folder = tmp_path / "run/figures/bottle"
+    assert {path.name for path in folder.iterdir()} == {"patchcore-raw-maps.png", "patchcore-pretrained-0-maps.png", "patchcore-curves.png"}
+    for path in folder.iterdir():
+        assert np.asarray(read_image(path)).std() > 5
+
+
+@pytest.mark.slow
+def test_processes_share_the_products(run: Evaluate, root: Path, tmp_path: Path) -> None:
+    write_mvtec(root, ("carpet",), good=5, test_good=3, bad=3, seed=5000)
+    corrupt_image(root)
+    options = {"method": ["feature_norm", "uniad"], "epochs": 1, "draws": 2}
+    assert run(**options, output=tmp_path / "one") == 1
+    words = ["--model", "residual_lite", "--img-size", SIZE, "--dataset", "mvtec", "--root", root, "--output", tmp_path / "many"]
+    words += ["--shots", 2, "--workers", 0, "--device", "cpu", "--method", "feature_norm", "uniad", "--epochs", 1, "--draws", 2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "training.evaluate"]
+    command += map(str, words)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert "mean of 2" in done.stdout, done.stderr
+    one, many = (
+        {
+            (r["product"], r.get("method"), r.get("features"), r.get("draw")): r.get("metrics", r.get("error"))
+            for r in report(tmp_path / name)["records"]
+        }
+        for name in ("one", "many")
+    )
+    assert one.keys() == many.keys() and len(one) == 2 * 2 * 3 + 1
+    for key, value in one.items():
+        assert many[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6))
