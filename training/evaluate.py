@@ -25,11 +25,11 @@ from .config import add_options, from_options
 from .data import DATASETS, dataset
 from .data.checks import report
 from .distributed import barrier, processes, rank, world_size
-from .evaluation import Evaluation
-from .evaluation_config import EvaluationConfig
-from .report import write_report
-from .results import Results
-from .subject import Subject, load_subject
+from .evaluation.config import EvaluationConfig
+from .evaluation.report import write_report
+from .evaluation.results import Results
+from .evaluation.runner import Evaluation
+from .evaluation.subject import Subject, load_subject
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "scikit-image", "pillow")
 

@@ -28,14 +28,16 @@ from adfeatures.backbones import EfficientNet
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
-from training import evaluate, evaluation, figures, inputs, metrics, subject
+from training import evaluate, metrics
 from training.data import dataset
 from training.data.images import ImageDataset
-from training.evaluation_config import EvaluationConfig
-from training.feature_cache import content_key
+from training.evaluation import figures, inputs, subject
+from training.evaluation import runner as evaluation
+from training.evaluation.config import EvaluationConfig
+from training.evaluation.feature_cache import content_key
+from training.evaluation.recipes import settings
+from training.evaluation.subject import load_subject, serving_tag
 from training.methods import CFLOW, GLASS, FeatureNorm, PatchCore, UniAD
-from training.recipes import settings
-from training.subject import load_subject, serving_tag
 
 SIZE = 64
 REPOSITORY = Path(__file__).parents[2]
@@ -603,7 +605,7 @@ class TestBadInput:
             raise OSError(28, os.strerror(28))
 
         with monkeypatch.context() as patch:
-            patch.setattr("training.feature_cache.save_file", full)
+            patch.setattr("training.evaluation.feature_cache.save_file", full)
             assert run(method="patchcore") == 2
         assert "No space left on device" in capsys.readouterr().err
         assert run(method="feature_norm") == 0

@@ -13,11 +13,11 @@ from models import photo, write_photos
 from torch import Tensor
 
 from adfeatures.errors import AdfeaturesError, ImageError, InputError
-from training import feature_cache
 from training.data.images import loader
 from training.data.items import Item
-from training.extractors import Encoder, KnownImages
-from training.feature_cache import FeatureCache, Kept, content_key, place_key
+from training.evaluation import feature_cache
+from training.evaluation.extractors import Encoder, KnownImages
+from training.evaluation.feature_cache import FeatureCache, Kept, content_key, place_key
 
 
 class Counting:

@@ -14,9 +14,9 @@ from sklearn.metrics import auc, roc_curve
 
 from adfeatures.images import build_transform, read_image
 from adfeatures.overlays import colorize
-from training import figures
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.figures import COLUMNS, PRO_RATES, RATES, curves, draw_curves, draw_maps, extremes, map_scale, seen
+from training.evaluation import figures
+from training.evaluation.figures import COLUMNS, PRO_RATES, RATES, curves, draw_curves, draw_maps, extremes, map_scale, seen
 from training.methods.base import Predictions
 
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

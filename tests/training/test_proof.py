@@ -14,17 +14,17 @@ import pytest
 from PIL import Image
 
 from adfeatures.scoring import auroc
-from training.conditioned import Features, Geometry, residual_features
 from training.data import dataset
 from training.data.items import ANOMALOUS, NORMAL
 from training.data.synthetic import DEFECTS, render
-from training.draws import draw_references
-from training.evaluation_config import EvaluationConfig
-from training.inputs import Product, RawFeatures
+from training.evaluation.conditioned import Features, Geometry, residual_features
+from training.evaluation.config import EvaluationConfig
+from training.evaluation.draws import draw_references
+from training.evaluation.inputs import Product, RawFeatures
+from training.evaluation.recipes import RECIPES, known_loader, settings, train_loader
+from training.evaluation.results import PRETRAINED
+from training.evaluation.subject import load_subject
 from training.methods import METHODS
-from training.recipes import RECIPES, known_loader, settings, train_loader
-from training.results import PRETRAINED
-from training.subject import load_subject
 
 PRODUCT, SIZE, COUNT, SHOTS = "vinyl", 128, 40, 8
 # Of the paper's 25, 640 and 1000.

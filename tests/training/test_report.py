@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from adfeatures.errors import InputError
-from training import report
+from training.evaluation import report
+from training.evaluation.recipes import RECIPES, title
+from training.evaluation.report import METRICS, TITLES, rows, to_csv, to_markdown, write_report
+from training.evaluation.results import PRETRAINED, RAW, Record, Results, Run
 from training.methods import METHODS
-from training.recipes import RECIPES, title
-from training.report import METRICS, TITLES, rows, to_csv, to_markdown, write_report
-from training.results import PRETRAINED, RAW, Record, Results, Run
 
 SETTINGS = {"model": "m", "dataset": "mvtec", "shots": 8, "weights": {"backbone": "aa"}}
 ABOUT = {"title": "m on MVTec AD", "versions": {"torch": "2"}, "weights": []}

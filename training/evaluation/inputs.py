@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from adfeatures.errors import InputError
 
-from .data.images import ImageDataset, loader
-from .data.items import ANOMALOUS, NORMAL, Item
+from ..data.images import ImageDataset, loader
+from ..data.items import ANOMALOUS, NORMAL, Item
 from .extractors import Encoder
 from .feature_cache import FeatureCache, Kept
 from .subject import Subject

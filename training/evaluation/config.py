@@ -10,9 +10,9 @@ from typing import Any
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
-from .config import check_choices, option
-from .data import DATASETS
-from .methods import METHODS
+from ..config import check_choices, option
+from ..data import DATASETS
+from ..methods import METHODS
 
 SOUND, ORIGINAL = "sound", "original"
 ALL, RETRIEVED = "all", "retrieved"

@@ -18,7 +18,7 @@ from adfeatures.images import ImageTransform, build_transform
 from adfeatures.loading import Trained, load_trained
 from adfeatures.references import weights_fingerprint
 
-from .methods import METHODS
+from ..methods import METHODS
 
 Size = int | tuple[int, int]
 

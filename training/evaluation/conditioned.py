@@ -14,12 +14,12 @@ from adfeatures.errors import InputError
 from adfeatures.references import ReferenceBank
 from adfeatures.sources import distinct
 
-from .data.items import Item
+from ..data.items import Item
+from ..methods.base import Extractor
+from ..methods.retrieval import RetrievedReferences
 from .extractors import Key, KnownImages, Residuals, prepared
 from .feature_cache import FeatureCache, Kept, content_key, place_key
 from .inputs import Product, RawFeatures
-from .methods.base import Extractor
-from .methods.retrieval import RetrievedReferences
 from .recipes import known_loader
 
 

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from adfeatures.errors import InputError
 from adfeatures.references import ReferenceBank
 
-from .data.items import Item
+from ..data.items import Item
+from ..methods.base import Batch, Extractor
 from .feature_cache import content_key
-from .methods.base import Batch, Extractor
 
 # Product and view, which an image shares with its references.
 Key = tuple[str, str]

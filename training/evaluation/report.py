@@ -13,8 +13,8 @@ from typing import Any
 
 from adfeatures.checkpoints import atomic_path
 
-from .methods import METHODS
-from .metrics import Metrics
+from ..methods import METHODS
+from ..metrics import Metrics
 from .recipes import ORACLE, base, title
 from .results import PRETRAINED, RAW, Record, Results, write_json
 

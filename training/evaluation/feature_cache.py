@@ -27,8 +27,8 @@ from torch import Tensor
 from adfeatures.checkpoints import atomic_path, sha256
 from adfeatures.errors import ImageError
 
-from .methods.base import Batch, Extractor
-from .methods.trained import feature_maps
+from ..methods.base import Batch, Extractor
+from ..methods.trained import feature_maps
 
 
 class FeatureCache:

@@ -12,16 +12,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from . import figures, metrics
+from .. import metrics
+from ..data import dataset
+from ..data.items import ANOMALOUS, NORMAL, Item
+from ..data.protocol import original_geometry
+from ..methods import METHODS
+from ..methods.base import Predictions
+from . import figures
 from .conditioned import Features, Geometry, residual_features, retrieved_features
-from .data import dataset
-from .data.items import ANOMALOUS, NORMAL, Item
-from .data.protocol import original_geometry
+from .config import ORIGINAL, RETRIEVED, EvaluationConfig
 from .draws import draw_references, given_references
-from .evaluation_config import ORIGINAL, RETRIEVED, EvaluationConfig
 from .inputs import Product, RawFeatures
-from .methods import METHODS
-from .methods.base import Predictions
 from .recipes import OF_RETRIEVED, RECIPES, base, known_loader, settings, title, train_loader
 from .report import ORIGINAL_AUPRO
 from .results import PRETRAINED, RAW, Record, Results, Run
@@ -31,7 +32,7 @@ from .subject import Subject
 FAILURES = (ValueError, RuntimeError, MemoryError)
 FIGURES, CACHE = "figures", "cache"
 # Warnings from elsewhere are about the code of libraries, not about the data.
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 T = TypeVar("T")
 
 

@@ -18,9 +18,9 @@ from adfeatures.checkpoints import atomic_path
 from adfeatures.images import ImageTransform, read_image
 from adfeatures.overlays import contact_sheet, overlay
 
-from . import metrics
-from .data.items import ANOMALOUS, NORMAL, Item
-from .methods.base import Predictions
+from .. import metrics
+from ..data.items import ANOMALOUS, NORMAL, Item
+from ..methods.base import Predictions
 
 COLUMNS, TILE, LONGEST_SIDE = 4, 320, 640
 # False positive rates at which curves are kept.

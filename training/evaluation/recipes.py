@@ -12,11 +12,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from .data.images import ImageDataset, loader
-from .data.items import Item
-from .evaluation_config import ORIGINAL, EvaluationConfig
+from ..data.images import ImageDataset, loader
+from ..data.items import Item
+from ..methods import METHODS
+from .config import ORIGINAL, EvaluationConfig
 from .extractors import KnownImages
-from .methods import METHODS
 from .results import RAW
 from .subject import Subject
 
