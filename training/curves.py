@@ -48,6 +48,8 @@ def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) ->
         losses.plot(x, y, linewidth=0.4, alpha=0.5, color=colour)
         window = max(1, min(SMOOTHING, len(y)))
         losses.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid") if len(y) else y, color=colour, label=f"{name} loss")
+    # The angle loss may be negative, and the norm loss falls through orders of magnitude.
+    losses.set(xlabel="step", yscale="symlog", title="losses, summed over the levels")
     for method, colour in (("norm", "tab:blue"), ("angle", "tab:orange")):
         for criterion, style in (("img", "-"), ("pix", "--"), ("pro", ":")):
             points = [line["step"] for line in validations], [line[method][criterion] for line in validations]
