@@ -22,8 +22,8 @@ from adfeatures.errors import InputError, UnknownNameError
 
 from . import console
 from .config import add_options, from_options
-from .data import DATASETS, dataset
-from .data.checks import report
+from .data import DATASETS
+from .data.checks import report, tree_of
 from .distributed import barrier, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
 from .evaluation.report import write_report
@@ -66,7 +66,7 @@ def evaluate(config: EvaluationConfig) -> int:
         barrier()
         if rank():
             return console.DONE
-        print(write_report(results, about(config, subject)))
+        print(write_report(results, about(config, subject, products)))
         print(f"Tables and pictures: {results.folder}")
         return status(evaluation, products)
 
@@ -78,22 +78,22 @@ def find_products(name: str, root: str, asked: Sequence[str]) -> list[str]:
         UnknownNameError: For a product that the data set does not have.
         InputError: If the root holds none.
     """
-    source = dataset(name)
-    if hasattr(source, "TREE"):
-        present = list(source.TREE.find_products(root))
-        if not present:
-            raise InputError(source.TREE.wrong_root(root))
-    else:
-        present = list(asked) or list(dict.fromkeys(item.product for item in source.find_items(root, "test")))
-    known = tuple(source.PRODUCTS) or tuple(present)
+    tree = tree_of(name)
+    present = list(tree.find_products(root))
+    if not present:
+        raise InputError(tree.wrong_root(root))
+    known = tree.products or tuple(present)
     for product in asked:
         if product not in (*known, *present):
             raise UnknownNameError(unknown(f"product of {DATASETS[name]}", product, known))
     return list(dict.fromkeys(asked)) or present
 
 
-def about(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
-    """What the report says of program and model."""
+def about(config: EvaluationConfig, subject: Subject, products: Sequence[str]) -> dict[str, Any]:
+    """What the report says of program, model and data set."""
+    known = tree_of(str(config.dataset)).products
+    # A tree of other products in the layout of a known data set lacks none.
+    missing = [product for product in known if product not in products] if set(known) & set(products) and not config.products else []
     weights = [{"name": entry.name, "source": entry.source, "stored": entry.stored} for entry in subject.weights.values()]
     return {
         "title": f"{subject.name} on {DATASETS[str(config.dataset)]}",
@@ -101,6 +101,7 @@ def about(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
         "device": str(subject.device),
         "pretrained": "residuals of features of unit length, no projector" if subject.unit_length else "projected residuals",
         "weights": weights,
+        **({"products not found": ", ".join(missing)} if missing else {}),
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gc
+import multiprocessing
 import pickle
 import re
 import shutil
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import photo
+from models import photo, write_photos
 from PIL import Image
 from real_iad_tree import write_real_iad
 from scipy import ndimage
@@ -150,6 +152,21 @@ def test_shuffled_batches_depend_on_the_seed_only(tmp_path):
     assert passes(seed=6, workers=0) != first and first[0] != first[1]
     for one in first:
         assert sorted(path for paths, _ in one for path in paths) == [item.image for item in items]
+
+
+def test_an_unreadable_file_leaves_no_workers_behind(tmp_path):
+    """Not even until the garbage is collected: a worker forked meanwhile would inherit them."""
+    write_photos(tmp_path, range(4))
+    (tmp_path / "001.png").write_bytes(b"no image")
+    items = [Item(str(path), NORMAL, "bottle") for path in sorted(tmp_path.iterdir())]
+    gc.disable()
+    try:
+        with pytest.raises(ImageError, match="001.png") as caught:
+            list(loader(ImageDataset(items, TRANSFORM), 1, workers=2))
+        del caught
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -570,6 +570,17 @@ class TestBadInput:
         with pytest.raises(TypeError, match="a bug"):
             run(method="patchcore", products="bottle")
 
+    def test_a_data_set_of_which_some_products_are_there(self, run: Evaluate, tmp_path: Path) -> None:
+        write_real_iad(tmp_path / "iad", ("pcb", "usb"), ok=6, ng=2)
+        for name, root, there in (("real_iad", tmp_path / "iad", ("pcb", "usb")), ("mvtec", tmp_path / "mvtec", ("bottle", "cable"))):
+            output = tmp_path / f"{name}_run"
+            assert run(dataset=name, root=root, output=output) == 0
+            assert {r["product"] for r in records(output)} == set(there)
+            missing = ", ".join(product for product in dataset(name).PRODUCTS if product not in there)
+            assert f"| products not found | {missing} |" in (output / "results.md").read_text()
+        assert run(products="bottle") == 0
+        assert "products not found" not in report(tmp_path / "run")
+
     def test_nothing_comes_out(self, run: Evaluate, root: Path) -> None:
         half_extracted(root)
         assert run(products="bottle") == 2
@@ -689,7 +700,7 @@ class TestWeights:
         }[form]
         model = load_subject(**options, methods=("feature_norm", "patchcore"))
         assert model.name == "adpretrain_efficientnet_lite" and model.img_size == (SIZE, SIZE)
-        assert set(model.weights) == {""} and model.weights_for("patchcore").stored["img_auc"] == 0.9123
+        assert set(model.weights) == {""} and model.weights[model.tags["patchcore"]].stored["img_auc"] == 0.9123
         assert not model.unit_length
 
     def test_weights_twice(self, weights: Path) -> None:

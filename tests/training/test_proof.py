@@ -79,7 +79,7 @@ def test_method_finds_defects_and_nothing_else(method: str, data: tuple[RawFeatu
         assert chosen[str(RECIPES[method].epochs)] == EPOCHS[method]
     # The normal images of both are the same, so one training serves both.
     batches = train_loader(method, easy.train, raw.subject, "squash", (SIZE, SIZE), workers=0)
-    fitted = METHODS[method]()(features.extractor, **chosen).fit(batches)
+    fitted = METHODS[method](features.extractor, **chosen).fit(batches)
     found = []
     for product in (easy, control):
         scores = fitted.predict(known_loader(product.test, (SIZE, SIZE))).scores

@@ -123,6 +123,8 @@ class TestTables:
         for kind in (PRETRAINED, RAW):
             expected = values(made, "patchcore", "bottle", kind).mean(axis=0)
             assert [mean[kind].values[name] for name in METRICS] == pytest.approx(expected, abs=1e-12)
+        # Bottle alone, which is what the tables call these means.
+        assert {row.products for row in mean.values()} == {1}
         alone = {row.features: row for row in rows([r for r in made if r["features"] == PRETRAINED])}
         assert set(alone) == {PRETRAINED}
 
@@ -179,7 +181,9 @@ class TestReport:
         assert r"| odd \| mask | bottle (FeatureNorm), bottle (PatchCore), cable (FeatureNorm), cable (PatchCore) |" in text
         assert text.index("## Means") < text.index("## FeatureNorm") < text.index("## PatchCore") < text.index("## Not finished")
         assert (tmp_path / "results.csv").read_text() == to_csv(rows(kept))
-        assert [row["Method"] for row in parse(printed)] == ["FeatureNorm"] * 3 + ["PatchCore"] * 3
+        means, failures = printed.split("\n## Not finished\n\n")
+        assert [row["Method"] for row in parse(means)] == ["FeatureNorm"] * 3 + ["PatchCore"] * 3
+        assert [row["Product"] for row in parse(failures)] == ["bottle", "zipper"]
 
     def test_metrics_of_the_checkpoint_beside_our_own(self, tmp_path: Path) -> None:
         results = Results(tmp_path, SETTINGS)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 from training.methods import FeatureNorm, retrieval
-from training.methods.retrieval import RetrievedReferences, VisualWords, most_similar, retrieve
+from training.methods.retrieval import RetrievedReferences, VisualWords, most_similar
+
+
+def retrieve(train: Tensor, test: Tensor, count: int = 10, *, seed: int = 0) -> Tensor:
+    """Indices (N, count) of the training images most like each test image, from first-level features (M or N, C, h, w)."""
+    words = VisualWords(train, seed)
+    return most_similar(words.histograms(test), words.histograms(train), count)
 
 
 def naive_histograms(maps: np.ndarray, centres: np.ndarray) -> np.ndarray:

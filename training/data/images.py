@@ -66,7 +66,9 @@ class ImageLoader(DataLoader[dict[str, Any]]):
         try:
             yield from super().__iter__()
         except ImageError as error:
-            raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
+            # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is not theirs.
+            error.__traceback__ = None
+            raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
 
 
 def loader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from adfeatures.errors import InputError
 
 from ..data.images import ImageDataset, loader
 from ..data.items import ANOMALOUS, NORMAL, Item
+from ..methods.base import Batch
 from .extractors import Encoder
 from .feature_cache import FeatureCache, Kept
 from .subject import Subject
@@ -66,10 +67,8 @@ class RawFeatures:
         """
         extractor = self.of(preset)
         missing = [item for item in items if not extractor.holds(item.image)]
-        if missing:
-            dataset = ImageDataset(missing, self.subject.transform(preset))
-            for batch in tqdm(loader(dataset, BATCH, workers=self.workers), desc="encoding", leave=False, disable=None):
-                extractor(batch)
+        for batch in self._batches(missing, preset) if missing else ():
+            extractor(batch)
 
     def read(self, items: Sequence[Item], preset: str) -> Truth:
         """Read test images and their masks, encoding what is not in the cache.
@@ -81,12 +80,15 @@ class RawFeatures:
         if not items:
             raise InputError("There are no test images.")
         extractor, masks = self.of(preset), []
-        dataset = ImageDataset(items, self.subject.transform(preset))
-        for batch in tqdm(loader(dataset, BATCH, workers=self.workers), desc="encoding", leave=False, disable=None):
+        for batch in self._batches(items, preset):
             extractor(batch)
             masks.append(batch["mask"][:, 0])
         truth = torch.cat(masks)
         return Truth(truth, torch.tensor([item.label for item in items]), _oddities(items, truth))
+
+    def _batches(self, items: Sequence[Item], preset: str) -> Iterable[Batch]:
+        batches = loader(ImageDataset(items, self.subject.transform(preset)), BATCH, workers=self.workers)
+        return tqdm(batches, desc="encoding", leave=False, disable=None)
 
 
 class Product:

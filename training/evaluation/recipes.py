@@ -67,7 +67,7 @@ def base(method: str) -> str:
 def title(method: str) -> str:
     """The name of a method for people."""
     retrieved = " (retrieved)" if method.removesuffix(ORACLE).endswith(OF_RETRIEVED) else ""
-    return METHODS[base(method)]().__name__ + retrieved + (" (oracle)" if method.endswith(ORACLE) else "")
+    return METHODS[base(method)].__name__ + retrieved + (" (oracle)" if method.endswith(ORACLE) else "")
 
 
 def settings(
@@ -88,7 +88,7 @@ def settings(
         own["foregrounds"] = _foregrounds(config.foregrounds, products)
         if config.textures is None:
             warnings.warn("GLASS made its textures of noise: no folder of DTD was given (--textures).", stacklevel=2)
-    parameters = inspect.signature(METHODS[base(method)]()).parameters.values()
+    parameters = inspect.signature(METHODS[base(method)]).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | own
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
@@ -38,9 +38,10 @@ STORED_OF = ("feature_norm", "patchcore")
 NOTES = """\
 All numbers are per cent. "pretrained" are the features of the model, "raw" those of the same backbone without references, residuals and
 projector, "difference" is the first minus the second. A mean and a standard deviation (±) over several draws of references are those of
-the numbers of each draw. Means leave out products for which a metric is not defined ("-"). AUPRO is exact: all thresholds, false positive
-rates from 0 to 0.3, interpolated to that limit; "AUPRO (original)" is the approximation of the original code by 200 thresholds. Mask
-pixels above 0 are defects, after nearest resizing to the size of the model's input."""
+the numbers of each draw. Means are over the products that have both kinds of features, without those for which a metric is not defined
+("-"). AUPRO is exact: all thresholds, false positive rates from 0 to 0.3, interpolated to that limit; "AUPRO (original)" is the
+approximation of the original code by 200 thresholds. Mask pixels above 0 are defects, after nearest resizing to the size of the model's
+input."""
 
 
 @dataclass(frozen=True)
@@ -66,64 +67,53 @@ class Row:
     spreads: Mapping[str, float]
 
 
-# Values of a metric by product and draw.
-_Values = dict[str, dict[int | None, float]]
+# Metrics by product and draw, those that are not defined left out.
+_Found = dict[str, dict[int | None, dict[str, float]]]
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
     """The lines of the tables: per method each product and the mean over them, each pretrained, raw and their difference.
 
     Args:
-        records: Finished ones, of `training.results`.
+        records: Finished ones, of `training.evaluation.results`.
     """
     columns = _columns(records)
-    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {PRETRAINED: [], RAW: []})
+    found: dict[str, dict[str, _Found]] = defaultdict(lambda: {PRETRAINED: defaultdict(dict), RAW: defaultdict(dict)})
     for record in records:
-        found[record["method"]][record["features"]].append(record)
-        if "oracle" in record:
-            found[record["method"] + ORACLE][record["features"]].append({**record, "metrics": record["oracle"]})
+        for suffix, metrics in (("", record["metrics"]), (ORACLE, record.get("oracle"))):
+            if metrics is not None:
+                defined = {metric: value for metric, value in metrics.items() if value is not None and isfinite(value)}
+                found[record["method"] + suffix][record["features"]][record["product"]][record["draw"]] = defined
     lines = []
     for method in sorted(found, key=_order):
-        values = {kind: {m: _by_product(of_kind, m) for m in columns} for kind, of_kind in found[method].items()}
-        products = list(dict.fromkeys(record["product"] for of_kind in found[method].values() for record in of_kind))
-        for product in [*products, MEAN]:
-            lines += _three(method, product, values, columns, products if product == MEAN else [product])
+        kinds = found[method]
+        products = list(dict.fromkeys(product for of_kind in kinds.values() for product in of_kind))
+        for name, own in [*((product, [product]) for product in products), (MEAN, products)]:
+            there = {kind: {p: of_kind[p] for p in own if p in of_kind} for kind, of_kind in kinds.items()}
+            lines += _lines(method, name, {kind: of_kind for kind, of_kind in there.items() if of_kind}, columns)
     return lines
 
 
-def _three(method: str, product: str, values: dict[str, dict[str, _Values]], columns: Sequence[str], products: Sequence[str]) -> list[Row]:
-    """Pretrained, raw and difference of a product, or of the mean over products."""
+def _lines(method: str, name: str, kinds: Mapping[str, _Found], columns: Sequence[str]) -> list[Row]:
+    """Pretrained, raw and difference, as far as they are there, of the products that all kinds have."""
+    products = [product for product in next(iter(kinds.values())) if all(product in of_kind for of_kind in kinds.values())]
+    # Products in which a metric is defined throughout, so that all kinds and draws are of the same ones.
+    defined = {
+        metric: [p for p in products if all(metric in own for of_kind in kinds.values() for own in of_kind[p].values())]
+        for metric in columns
+    }
     lines = []
-    for kind in (PRETRAINED, RAW):
-        draws = {metric: _draws(values, kind, metric, products) for metric in columns}
-        means = {metric: fmean(found) if found else nan for metric, found in draws.items()}
-        spreads = {metric: stdev(found) if len(found) > 1 else nan for metric, found in draws.items()}
-        count = len({p for metric in columns for p in values[kind][metric] if p in products})
-        lines.append(Row(method, product, kind, count, max(map(len, draws.values())), means, spreads))
-    pretrained, raw = lines
-    gains = {metric: pretrained.values[metric] - raw.values[metric] for metric in columns}
-    count = min(pretrained.products, raw.products)
-    lines.append(Row(method, product, DIFFERENCE, count, pretrained.draws, gains, pretrained.spreads))
-    return [line for line in lines if line.products]
-
-
-def _draws(values: dict[str, dict[str, _Values]], kind: str, metric: str, products: Sequence[str]) -> list[float]:
-    """The mean over products of each draw, over those products that have the metric in either kind of features, if both are there."""
-    kinds = [k for k in (PRETRAINED, RAW) if any(product in values[k][metric] for product in products)]
-    both = [p for p in products if all(p in values[k][metric] and all(map(isfinite, values[k][metric][p].values())) for k in kinds)]
-    if kind not in kinds or not both:
-        return []
-    own = values[kind][metric]
-    common = [draw for draw in own[both[0]] if all(draw in own[product] for product in both)]
-    return [fmean(own[product][draw] for product in both) for draw in common]
-
-
-def _by_product(records: Sequence[Record], metric: str) -> _Values:
-    values: _Values = defaultdict(dict)
-    for record in records:
-        value = record["metrics"].get(metric)
-        values[record["product"]][record["draw"]] = nan if value is None else value
-    return dict(values)
+    for kind, found in kinds.items():
+        draws = [draw for draw in found[products[0]] if all(draw in found[product] for product in products)] if products else []
+        values = {m: [fmean(found[p][draw][m] for p in defined[m]) for draw in draws if defined[m]] for m in columns}
+        means = {metric: fmean(of_draws) if of_draws else nan for metric, of_draws in values.items()}
+        spreads = {metric: stdev(of_draws) if len(of_draws) > 1 else nan for metric, of_draws in values.items()}
+        lines.append(Row(method, name, kind, len(products), len(draws), means, spreads))
+    if len(lines) == 2:
+        pretrained, raw = lines
+        gains = {metric: pretrained.values[metric] - raw.values[metric] for metric in columns}
+        lines.append(replace(pretrained, features=DIFFERENCE, values=gains))
+    return lines
 
 
 def _columns(records: Sequence[Record]) -> tuple[str, ...]:
@@ -185,7 +175,7 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
         about: Facts on the program and the model, as plain values; "weights" lists name, source and stored metrics of each file.
 
     Returns:
-        The Markdown of the means, for the terminal.
+        The Markdown of the means and of what is not finished, for the terminal.
     """
     records = [{key: value for key, value in record.items() if key != "curves"} for record in results.records()]
     finished = [record for record in records if "error" not in record]
@@ -198,7 +188,7 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
     stored = stored_table(about["weights"], finished, means)
     _write(results, "results.csv", to_csv(lines))
     _write(results, "results.md", "\n".join(_sections(results, about, records, lines, stored)))
-    return "\n".join([to_markdown(means), *([stored] if stored else [])])
+    return "\n".join(filter(None, [to_markdown(means), stored, _not_finished(records)]))
 
 
 def _sections(results: Results, about: Mapping[str, Any], records: Sequence[Record], lines: Sequence[Row], stored: str) -> Iterator[str]:
@@ -215,9 +205,8 @@ def _sections(results: Results, about: Mapping[str, Any], records: Sequence[Reco
         if method.endswith(ORACLE):
             yield "The best value of each metric over all epochs, chosen on the test images: no result that could be had in practice.\n"
         yield to_markdown([line for line in lines if line.method == method])
-    if failures := [record for record in records if "error" in record]:
-        yield "## Not finished\n"
-        yield _table(["Product", "What", "Error"], [[record["product"], _what(record), record["error"]] for record in failures])
+    if not_finished := _not_finished(records):
+        yield not_finished
     if warned := _warnings(records):
         yield "## Warnings\n"
         yield _table(["Warning", "Where"], warned)
@@ -239,7 +228,8 @@ def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record]
     if not body:
         return ""
     note = (
-        "Stored are the authors' means over MVTec AD, in bfloat16, with their references and their AUPRO: expect equal numbers, to about a "
+        "Stored are the means of the evaluation that selected the file: by FeatureNorm if its name ends in norm, by PatchCore if in angle. "
+        "Those of the authors are over MVTec AD, in bfloat16, with their references and their AUPRO: expect equal numbers, to about a "
         "point, only for that data set with --protocol original and their references.\n"
     )
     return _table(["Weights", "Stored as", "Stored", "Method", "Metric", "Found here"], body) + "\n" + note
@@ -253,6 +243,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items() if item)
     return " x ".join(map(str, value)) if isinstance(value, (list, tuple)) else "-" if value is None else str(value)
+
+
+def _not_finished(records: Sequence[Record]) -> str:
+    """What failed and why, "" where nothing did."""
+    body = [[record["product"], _what(record), record["error"]] for record in records if "error" in record]
+    return f"## Not finished\n\n{_table(['Product', 'What', 'Error'], body)}" if body else ""
 
 
 def _what(record: Record) -> str:

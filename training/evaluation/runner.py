@@ -164,7 +164,7 @@ class Evaluation:
     def _fit(self, run: Run, group: Group, features: Features, products: Sequence[Product]) -> Fitted:
         started, preset = time.perf_counter(), group.geometry.images
         chosen = settings(run.method, run.features, self.config, self.subject, preset, [product.name for product in products])
-        method = METHODS[base(run.method)]()(features.extractor, **chosen)
+        method = METHODS[base(run.method)](features.extractor, **chosen)
         items = [item for product in products for item in features.trainable(product)]
         size = tuple(products[0].truth(preset).masks.shape[1:])
         batches = train_loader(run.method, items, self.subject, preset, size, self.config.workers)

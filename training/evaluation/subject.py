@@ -68,10 +68,6 @@ class Subject:
     tags: dict[str, str]
     device: torch.device
 
-    def weights_for(self, method: str) -> Weights:
-        """The trained weights that a method takes."""
-        return self.weights[self.tags[method]]
-
     def transform(self, preset: str) -> ImageTransform:
         """The way from an image to the input, in one of the geometries of `adfeatures.images.PRESETS`."""
         return build_transform(self.img_size, self.mean, self.std, preset=preset)
@@ -140,7 +136,7 @@ def load_subject(
 def serving_tag(arch: str, method: str) -> str:
     """The tag that the paper uses for a method: the one whose entry in the catalog names it, else the model's default; "" for none."""
     tags = catalog.MODELS[arch].tags
-    title = METHODS[method]().__name__
+    title = METHODS[method].__name__
     return next((tag for tag, entry in tags.items() if title in entry.serves.split(", ")), catalog.MODELS[arch].default_tag or "")
 
 

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from importlib import import_module
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-_CLASSES = {
-    "feature_norm": "FeatureNorm",
-    "patchcore": "PatchCore",
-    "padim": "PaDiM",
-    "cflow": "CFLOW",
-    "glass": "GLASS",
-    "uniad": "UniAD",
-}
+from .cflow import CFLOW
+from .feature_norm import FeatureNorm
+from .glass import GLASS
+from .padim import PaDiM
+from .patchcore import PatchCore
+from .uniad import UniAD
+
 __all__ = ["CFLOW", "GLASS", "METHODS", "FeatureNorm", "PaDiM", "PatchCore", "UniAD"]
 
-
-def _load(module: str) -> type[Any]:
-    return getattr(import_module(f"{__name__}.{module}"), _CLASSES[module])
-
-
-# What gets the class of each method: ``METHODS["patchcore"]()`` is PatchCore.
-METHODS: Mapping[str, Callable[[], type[Any]]] = MappingProxyType({module: partial(_load, module) for module in _CLASSES})
-
-
-def __getattr__(name: str) -> Any:
-    for module, title in _CLASSES.items():
-        if name == title:
-            return _load(module)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+METHODS: Mapping[str, type[Any]] = MappingProxyType(
+    {"feature_norm": FeatureNorm, "patchcore": PatchCore, "padim": PaDiM, "cflow": CFLOW, "glass": GLASS, "uniad": UniAD}
+)

@@ -15,11 +15,11 @@ from adfeatures.errors import InputError, ReferencesError
 from .base import Batch, Extractor, Loader, Predictions
 from .trained import feature_maps, gather
 
-# Positions are worked on together for as long as their matrices in float64 take no more than this.
 # Samples are kept in blocks of so many images: large ones, so that the allocator gives their memory back when they go.
 BLOCK = 64
 # Samples that are added up together.
 SUMMED = 128
+# Positions are worked on together for as long as their matrices in float64 take no more than this.
 CHUNK_BYTES = 8 * 2**20
 # Of one level. Covariances that take more than this in float64 are kept in float32, as the original keeps all of them.
 COVARIANCE_BYTES = 700 * 2**20

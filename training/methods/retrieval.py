@@ -34,30 +34,14 @@ PATCHES = 20_000
 BATCH = 8
 
 
-def retrieve(train: Tensor, test: Tensor, count: int = COUNT, *, seed: int = 0) -> Tensor:
-    """The training images most like each test image.
-
-    Args:
-        train: First-level features of the training images, (M, C, h, w).
-        test: The same of the test images, (N, C, h, w).
-        count: How many to retrieve.
-        seed: Seed of the words.
-
-    Returns:
-        Indices of training images (N, min(count, M)), most similar first.
-
-    Raises:
-        InputError: For no training images.
-    """
-    words = VisualWords(train, seed)
-    return most_similar(words.histograms(test), words.histograms(train), count)
-
-
 class VisualWords:
     """Kinds of patches, found by k-means among the patches of training images (M, C, h, w).
 
     Attributes:
         centres: (words, C).
+
+    Raises:
+        InputError: For no training images.
     """
 
     def __init__(self, maps: Tensor, seed: int = 0) -> None:
