@@ -19,7 +19,7 @@ from torch.func import functional_call
 from adfeatures.backbones import load_strictly
 from adfeatures.checkpoints import load_checkpoint
 from adfeatures.errors import CheckpointError, InputError
-from adfeatures.projector import ResidualProjector
+from adfeatures.projector import ResidualProjector, linear
 
 CHANNELS = (16, 20, 24)
 KEYS = 24
@@ -508,3 +508,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     other(x)
     load_strictly(other, load_checkpoint(tmp_path / "projector.pth").state_dict, "projector.pth")
     assert_near(other(x), model(x), 0)
+
+
+@pytest.mark.parametrize("convolves", [True, False])
+def test_both_ways_of_a_linear_map_are_torchs_own(convolves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: convolves)
+    torch.manual_seed(0)
+    layer, tokens = torch.nn.Linear(12, 20), torch.randn(3, 7, 12)
+    ours, theirs = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    found, expected = linear(ours, layer.weight, layer.bias), layer(theirs)
+    assert_near(found, expected, 1e-6)
+    gradients = torch.autograd.grad(found.square().sum(), [ours, *layer.parameters()])
+    assert_near(gradients, torch.autograd.grad(expected.square().sum(), [theirs, *layer.parameters()]), 1e-5)
