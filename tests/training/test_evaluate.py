@@ -734,7 +734,13 @@ def test_processes_share_the_products(run: Evaluate, root: Path, tmp_path: Path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "training.evaluate"]
     command += map(str, words)
     done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110, check=False
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
     )
     assert "mean of 2" in done.stdout, done.stderr
     one, many = (

@@ -182,7 +182,7 @@ def test_runs_killed_before_any_write_end_with_the_same_bits(tree: Path, tmp_pat
     whole = pretrain(config(tree, tmp_path / "whole", **changes), CPU)
     given = config(tree, tmp_path / "killed", device="cpu", **changes)
     command = [sys.executable, "-c", DRIVER, given.output, *arguments(given)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=119)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) > 8
@@ -227,7 +227,7 @@ def test_what_a_killed_process_left_is_removed(tree: Path, tmp_path: Path) -> No
 
 def launch(given: PretrainConfig, processes: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "training.pretrain"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run([*command, *arguments(given)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
 
 

@@ -80,7 +80,7 @@ def test_processes_give_the_gradients_of_one(tmp_path: Path, count: int) -> None
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads()), "PATH": "/usr/bin:/bin"}
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     for arguments, name in (([], "one.pt"), (launch, "many.pt")):
         command = [sys.executable, *arguments, str(script), str(tmp_path / name)]
