@@ -31,7 +31,7 @@ from training.publish import main
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "upstream_checkpoint.pth"
 REPO, TOKEN = "owner/name", "hf_of_the_owner"
-TRAINING = {"data": "real_iad", "root": "/home/me/Real-IAD", "output": "/home/me/run", "backbone_weights": None, "lr": 1e-4}
+TRAINING = {"data": "real_iad", "root": "/there/Real-IAD", "output": "/there/run", "backbone_weights": None, "lr": 1e-4}
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
 
@@ -348,7 +348,7 @@ class TestRefusals:
         with torch.device("meta"):
             shapes = ResidualProjector((1280,) * 4, num_keys=2).state_dict()
         tensors = {f"projector.{key}": torch.zeros(value.shape, dtype=torch.bfloat16) for key, value in shapes.items()}
-        training = json.dumps({**TRAINING, "backbone_weights": "/home/me/imagebind_huge.pth"})
+        training = json.dumps({**TRAINING, "backbone_weights": "/there/imagebind_huge.pth"})
         header = {"model": "adpretrain_imagebind_huge", "num_heads": "16", "training": training}
         save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
         assert main([str(tmp_path / "own.safetensors"), "--folder", str(tmp_path / "out")]) == 0
@@ -371,14 +371,14 @@ class TestRefusals:
     def test_the_backbone_that_it_was_trained_on(
         self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        for used, says in (("/home/me/other.pth", "Publish them with it: --backbone-weights"), ("random", "random backbone")):
+        for used, says in (("/there/other.pth", "Publish them with it: --backbone-weights"), ("random", "random backbone")):
             training = json.dumps({**TRAINING, "backbone_weights": used})
             path = str(trained.write(tmp_path / "other.safetensors", training=training))
             assert says in self.refused(capsys, main([path, "--dry-run"]))
-        path = str(trained.write(tmp_path / "other.safetensors", training=json.dumps({**TRAINING, "backbone_weights": "/home/me/b.pth"})))
+        path = str(trained.write(tmp_path / "other.safetensors", training=json.dumps({**TRAINING, "backbone_weights": "/there/b.pth"})))
         assert main([path, "--folder", str(tmp_path / "out"), "--backbone-weights", str(trained.save_backbone())]) == 0
         trained.is_served_by(adfeatures.create_model(weights=f"local-dir:{tmp_path / 'out'}", pretrained=False))
-        assert "/home/me" not in "".join(load_checkpoint(tmp_path / "out" / "model.safetensors").metadata.values())
+        assert "/there" not in "".join(load_checkpoint(tmp_path / "out" / "model.safetensors").metadata.values())
         # Said to be the published ones under another name, they stay where they are.
         assert main([path, "--folder", str(tmp_path / "published"), "--backbone-weights", "r160_in1k"]) == 0
         assert not any(key.startswith("backbone.") for key in load_checkpoint(tmp_path / "published" / "model.safetensors").state_dict)
@@ -494,7 +494,7 @@ class TestModelCard:
             '"lr": 0.0001',
         ):
             assert fact in card
-        assert "/home/me" not in card
+        assert "/there" not in card
 
     def test_unknown_things_are_said_to_be_unknown(self, trained: Trained, tmp_path: Path) -> None:
         tensors = {f"projector.{key}": value for key, value in trained.projector.state_dict().items()}
