@@ -19,6 +19,9 @@ from adfeatures.errors import InputError
 def processes(device: str | None) -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` started, if it did, for the length of the block.
 
+    What holds on to their group, as DistributedDataParallel does, must not outlive the block: gloo's threads would run on, and a rank that
+    ends while they do may abort.
+
     Args:
         device: "cpu", "cuda" or None for cuda where there is one.
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from adfeatures.errors import InputError
 from training.distributed import barrier, gather, gather_objects, processes, rank, world_size
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +68,5 @@ assert not torch.distributed.is_initialized()
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "two.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    done = run_ranks(2, tmp_path / "two.py")
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +16,7 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 from published import as_published
+from ranks import run_ranks
 from real_iad_tree import write_real_iad
 from sklearn.metrics import average_precision_score, roc_auc_score
 from trees import write_btad, write_mvtec
@@ -40,7 +39,6 @@ from training.evaluation.subject import load_subject, serving_tag
 from training.methods import CFLOW, GLASS, FeatureNorm, PatchCore, UniAD
 
 SIZE = 64
-REPOSITORY = Path(__file__).parents[2]
 Evaluate = Callable[..., int]
 
 
@@ -731,17 +729,7 @@ def test_processes_share_the_products(run: Evaluate, root: Path, tmp_path: Path)
     assert run(**options, output=tmp_path / "one") == 1
     words = ["--model", "residual_lite", "--img-size", SIZE, "--dataset", "mvtec", "--root", root, "--output", tmp_path / "many"]
     words += ["--shots", 2, "--workers", 0, "--device", "cpu", "--method", "feature_norm", "uniad", "--epochs", 1, "--draws", 2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "training.evaluate"]
-    command += map(str, words)
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    done = run_ranks(2, "-m", "training.evaluate", *words)
     assert "mean of 2" in done.stdout, done.stderr
     one, many = (
         {

@@ -15,6 +15,7 @@ import pytest
 import torch
 from full_disk import full_disk
 from PIL import Image
+from ranks import ROOT, run_ranks
 from real_iad_tree import write_real_iad
 from trees import write_mvtec
 
@@ -30,7 +31,6 @@ from training.data.pretraining import StepSampler
 from training.pretrain import _on_device, main, pretrain
 from training.run import Run
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 FAST = {
     "backbone": "efficientnet_lite",
@@ -226,9 +226,7 @@ def test_what_a_killed_process_left_is_removed(tree: Path, tmp_path: Path) -> No
 
 
 def launch(given: PretrainConfig, processes: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "training.pretrain"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run([*command, *arguments(given)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    return run_ranks(processes, "-m", "training.pretrain", *arguments(given))
 
 
 @pytest.mark.slow

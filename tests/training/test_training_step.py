@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from golden_values import assert_near, fill, golden, value
+from ranks import run_ranks
 
 from adfeatures.projector import ResidualProjector
 from training.config import PretrainConfig
@@ -51,17 +50,17 @@ RANKS = """
 import sys, torch
 from training.config import PretrainConfig
 from training.distributed import processes, rank, world_size
-from training.step import losses, train_step
+from training.step import losses
 from torch.nn.parallel import DistributedDataParallel
 from adfeatures.projector import ResidualProjector
 
-torch.manual_seed(0)
-projector = ResidualProjector([8, 12], num_heads=4, num_keys=16)
-views = [[torch.randn(4, 8, 6, 6), torch.randn(4, 12, 3, 3)] for _ in range(2)]
-masks = torch.zeros(4, 1, 48, 48)
-masks[3, :, 10:40, 10:40] = 1  # of the four images only the last one, on the second rank, is anomalous
-centers = [torch.randn(8), None]
-with processes("cpu"):
+def run(path):
+    torch.manual_seed(0)
+    projector = ResidualProjector([8, 12], num_heads=4, num_keys=16)
+    views = [[torch.randn(4, 8, 6, 6), torch.randn(4, 12, 3, 3)] for _ in range(2)]
+    masks = torch.zeros(4, 1, 48, 48)
+    masks[3, :, 10:40, 10:40] = 1  # of the four images only the last one, on the last rank, is anomalous
+    centers = [torch.randn(8), None]
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
     count = 4 // world_size()
     own = slice(rank() * count, (rank() + 1) * count)
@@ -70,7 +69,10 @@ with processes("cpu"):
     angle, norm = losses(first, second, masks[own], centers, PretrainConfig())
     (angle + norm).backward()
     if rank() == 0:
-        torch.save({"losses": torch.stack([angle, norm]).detach(), **{n: p.grad for n, p in projector.named_parameters()}}, sys.argv[1])
+        torch.save({"losses": torch.stack([angle, norm]).detach(), **{n: p.grad for n, p in projector.named_parameters()}}, path)
+
+with processes("cpu"):
+    run(sys.argv[1])
 """
 
 
@@ -79,12 +81,9 @@ with processes("cpu"):
 def test_processes_give_the_gradients_of_one(tmp_path: Path, count: int) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads()), "PATH": "/usr/bin:/bin"}
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    for arguments, name in (([], "one.pt"), (launch, "many.pt")):
-        command = [sys.executable, *arguments, str(script), str(tmp_path / name)]
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    for processes, name in ((1, "one.pt"), (count, "many.pt")):
+        done = run_ranks(processes, script, tmp_path / name)
+        assert done.returncode == 0, done.stderr
     one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "many.pt"))
     assert one["losses"].abs().min() > 0.1
     torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
