@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,16 +116,8 @@ def compute_centers(
     dataset = PretrainingDataset(normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(shots,))
     facts = {
         "format": FORMAT,
-        "backbone": name,
-        "weights": json.dumps(weights_fingerprint(backbone.state_dict())),
-        "levels": json.dumps(backbone.levels),
-        "img_size": json.dumps(transform.img_size),
-        "mean": json.dumps(transform.mean),
-        "std": json.dumps(transform.std),
-        "products": json.dumps(sorted({item.product for item in normal})),
+        **origin(backbone, items, pool, transform, name=name),
         "images": str(sum(map(len, draws))),
-        "normal_images": f"{len(normal)} {items_digest(normal)}",
-        "references": f"{len(pool)} {items_digest(pool)}",
         "shots": str(shots),
         "seed": str(seed),
         "batch_size": str(batch_size),
@@ -148,48 +139,60 @@ def compute_centers(
     return centers
 
 
-def load_centers(
-    path: str | os.PathLike[str],
-    channels: Sequence[int],
-    backbone: str | None = None,
-    levels: Sequence[int] | None = None,
-    fingerprint: Sequence[str] | None = None,
-) -> list[Tensor]:
-    """Read centres that ``compute_centers`` wrote, or the original's ``.npy`` of shape (levels, C).
+def origin(backbone: Encoder, items: Sequence[Item], pool: Sequence[Item], transform: ImageTransform, *, name: str) -> dict[str, str]:
+    """What centres are of, whatever is drawn: part of the metadata of their file. Arguments as for ``compute_centers``."""
+    normal = [item for item in items if item.label == NORMAL]
+    return {
+        "backbone": name,
+        "weights": json.dumps(weights_fingerprint(backbone.state_dict())),
+        "levels": json.dumps(backbone.levels),
+        "img_size": json.dumps(transform.img_size),
+        "mean": json.dumps(transform.mean),
+        "std": json.dumps(transform.std),
+        "products": json.dumps(sorted({item.product for item in normal})),
+        "normal_images": f"{len(normal)} {items_digest(normal)}",
+        "references": f"{len(pool)} {items_digest(pool)}",
+    }
 
-    The last three are compared where they are given; a ``.npy`` says nothing of them.
+
+def load_centers(path: str | os.PathLike[str], channels: Sequence[int], expected: Mapping[str, str] | None = None) -> list[Tensor]:
+    """Read centres that ``compute_centers`` wrote, or the original's ``.npy`` of shape (levels, C).
 
     Args:
         path: The file.
         channels: Channels C_l of the levels.
-        backbone: Name of the backbone.
-        levels: Blocks or stages of the levels, counted from 1.
-        fingerprint: Hashes of its weights by ``adfeatures.references.weights_fingerprint``, of which one must agree.
+        expected: The ``origin`` that they must have, None for any. A ``.npy`` says nothing of it.
 
     Returns:
         (C_l,) float32 per level.
 
     Raises:
-        CheckpointError: For a file that is missing, damaged, no centres, or of another backbone, other levels or other weights.
+        CheckpointError: For a file that is missing, damaged, no centres, or of another backbone, input size, other images and so on.
     """
     path = Path(path)
     if path.suffix == ".npy":
         centers = _read_npy(path)
     else:
-        centers, facts = _read_centers(path)
-        if backbone not in (None, facts["backbone"]):
-            raise CheckpointError(f"{path} holds the centres of {facts['backbone']}, not of {backbone}. {_ADVICE}")
-        if levels is not None and json.dumps(tuple(levels)) != facts["levels"]:
-            raise CheckpointError(f"{path} holds the centres of levels {facts['levels']}, not of {list(levels)}. {_ADVICE}")
-        if fingerprint is not None and not set(fingerprint) & set(json.loads(facts["weights"])):
-            raise CheckpointError(f"{path} was computed with other weights of {facts['backbone']}. {_ADVICE}")
-    found = [len(center) for center in centers]
-    if found != list(channels):
-        raise CheckpointError(f"{path} holds centres of {found} channels, but the levels have {list(channels)}. {_ADVICE}")
+        centers, found = _read_centers(path)
+        differences = [_difference(key, found[key], value) for key, value in (expected or {}).items()]
+        if any(differences):
+            raise CheckpointError(f"{path} holds centres of something else: {'; '.join(filter(None, differences))}. {_ADVICE}")
+    if (lengths := [len(center) for center in centers]) != list(channels):
+        raise CheckpointError(f"{path} holds centres of {lengths} channels, but the levels have {list(channels)}. {_ADVICE}")
     return centers
 
 
-_ADVICE = "Compute those of this backbone and these levels with: python -m training.centers"
+_ADVICE = (
+    "Compute those of this training: python -m training.centers with the same --backbone, --levels, --img-size, --data, --products, "
+    "--held-out and --seed."
+)
+
+
+def _difference(key: str, found: str, wanted: str) -> str:
+    """In what an entry differs, "" where it does not. Of the fingerprints of weights one in common is enough."""
+    if found == wanted or (key == "weights" and set(json.loads(found)) & set(json.loads(wanted))):
+        return ""
+    return f"{key} {found}, not {wanted}" if key in ("backbone", "levels", "img_size") else f"other {key}"
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,9 @@ def run(config: CentersConfig, device: torch.device) -> None:
     """Compute the centres that a config asks for. Errors as in ``compute_centers``, and those of reading the data and the backbone."""
     items = read_items(config.data, config.root, config.products or None, config.filter_list)
     train, _ = split_by_sample(items, config.held_out, config.seed)
-    size: Any = config.img_size[0] if len(config.img_size) == 1 else config.img_size or None
+    # Random weights, where they are asked for, are then those of the pretraining.
+    torch.manual_seed(config.seed)
+    size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
     backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
     compute_centers(
         config.output,

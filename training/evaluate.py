@@ -44,7 +44,8 @@ def evaluate(config: EvaluationConfig) -> int:
         InputError: For a folder that holds results of other settings, or a root that holds no products.
         UnknownNameError: For an unknown model or product.
         DownloadError, CheckpointError: If weights cannot be had.
-        AdfeaturesError: If the disk is full, or a folder cannot be written. What was finished is kept.
+        AdfeaturesError: If a product has results of other images, the disk is full, or a folder cannot be written. What was finished is
+            kept.
     """
     products = find_products(str(config.dataset), str(config.root), config.products)
     with processes(config.device) as device:

@@ -115,7 +115,8 @@ def aupro_original(maps: Array, masks: Array) -> float:
     step = maps.dtype.type((high - low) / THRESHOLDS)
     if step == 0:
         return 0.5
-    # With the rounding of arange, whose first step is in the precision of the maps: it shows in the sixth decimal of the result.
+    # With the rounding of arange, whose first step is in the precision of the maps and which may add a threshold at the highest score: it
+    # shows in the sixth decimal of the result, or where there are few pixels before.
     thresholds = np.arange(low, high, step)
     passed = thresholds.searchsorted(maps[defect], side="left")
     pro = np.bincount(passed, weights=_shares(defect), minlength=len(thresholds) + 1)[:0:-1].cumsum()[::-1]

@@ -61,7 +61,7 @@ def _front_matter(published: Publication) -> str:
     return ModelCardData(
         license=published.license or "other",
         license_name=None if published.license else "unstated",
-        library_name="adfeatures",
+        library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=["adfeatures", "timm", "anomaly-detection", "industrial-inspection", "adpretrain", "arxiv:2511.05245"],
         datasets=[_HUB_DATASETS[published.data]] if published.data in _HUB_DATASETS else None,

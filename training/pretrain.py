@@ -31,7 +31,7 @@ from adfeatures.projector import ResidualProjector
 from adfeatures.references import weights_fingerprint
 
 from . import console
-from .centers import compute_centers, load_centers
+from .centers import compute_centers, load_centers, origin
 from .config import PretrainConfig, add_options, from_options
 from .data import real_iad
 from .data.images import ImageLoader
@@ -58,18 +58,24 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         CheckpointError: For centres or a state that cannot be used.
         AdfeaturesError: If the loss is not finite, or the disk is full. What was saved before is kept.
     """
-    size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
-    backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
-    backbone.to(device)
-    fingerprint = weights_fingerprint(backbone.state_dict())
-
+    run = Run(config)
     items = read_items(config.data, config.root, config.products or None, config.filter_list)
-    train, held_out = split_by_sample(items, config.held_out, config.seed) if config.held_out else (items, [])
+    train, held_out = split_by_sample(items, config.held_out, config.seed)
     if not any(item.label == ANOMALOUS for item in train):
         raise InputError(f"None of the {len(train)} training images in {config.root} is anomalous, so there is nothing to contrast.")
     pool = reference_pool(train)
     if config.pool is not None:
         pool = choose_pool(pool, config.pool, config.seed)
+    run.depend_on("images", items_digest([*train, *pool]))
+
+    # Random weights of a backbone, where they are asked for, are the same when the run goes on.
+    torch.manual_seed(config.seed)
+    size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
+    backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
+    backbone.to(device)
+    fingerprint = weights_fingerprint(backbone.state_dict())
+    run.depend_on("backbone weights", fingerprint[0])
+
     views = TwoViews(entry.img_size, *_view_statistics(config, entry))
     reference_transform = build_transform(entry.img_size, *entry.normalization)
     mask_transform = MaskTransform(entry.img_size, reference_transform.preset)
@@ -86,14 +92,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     torch.manual_seed(config.seed)
     projector = ResidualProjector(entry.channels, config.num_heads, config.num_keys).to(device, dtype)
     optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones)
-    centers = [center.to(device) for center in _centers(config, backbone, entry, train, reference_transform, fingerprint)]
-    inputs = {
-        "images": items_digest([*train, *pool]),
-        "backbone weights": fingerprint[0],
-        "centres": weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0],
-    }
-    run = Run(config, {"projector": projector, "optimizer": optimizer, "scheduler": scheduler}, inputs)
+    centers = [center.to(device) for center in _centers(config, backbone, entry, train, reference_transform)]
+    run.depend_on("centres", weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0])
+    run.resume(projector=projector, optimizer=optimizer)
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
 
     encoder = partial(encode_images, backbone=backbone, device=device, precision=config.precision)
@@ -111,6 +112,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     total = total if config.max_steps is None else min(total, config.max_steps)
     with tqdm(total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None) as progress:
         while run.validated < total:
+            lr = _learning_rate(config, run.epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             sampler.set_position(run.epoch, run.step_of_epoch)
             left = min(sampler.steps_per_epoch - run.step_of_epoch, total - run.step)
             for batch in islice(loader, max(left, 0)):
@@ -118,8 +122,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 batch = _on_device(batch, device)
                 values = train_step(model, optimizer, batch, encoder, store, centers, config)
                 run.step, run.step_of_epoch = run.step + 1, run.step_of_epoch + 1
-                facts = {"lr": scheduler.get_last_lr()[0], "seconds": round(time.perf_counter() - started, 4)}
-                run.log("step", {**values, **facts})
+                run.log("step", {**values, "lr": lr, "seconds": round(time.perf_counter() - started, 4)})
                 progress.update()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
                 if run.step % config.save_every == 0:
@@ -128,7 +131,6 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 # Validating takes long: a run that is cut short in it goes on from here.
                 run.save()
             if run.step_of_epoch == sampler.steps_per_epoch:
-                scheduler.step()
                 run.epoch, run.step_of_epoch = run.epoch + 1, 0
             if validation is not None:
                 scores = validation.run(projector)
@@ -140,6 +142,11 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     if rank() == 0:
         run.save_last(_tensors(projector), metadata)
     return run.folder
+
+
+def _learning_rate(config: PretrainConfig, epoch: int) -> float:
+    """A tenth from each milestone on; of the epoch alone, so that a run that goes on has nothing to catch up with."""
+    return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
 
 
 def _view_statistics(config: PretrainConfig, entry: catalog.Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -154,16 +161,14 @@ def _centers(
     entry: catalog.Backbone,
     train: Sequence[Item],
     transform: ImageTransform,
-    fingerprint: Sequence[str],
 ) -> list[Tensor]:
     """The centres of the angle loss: from a file or, in a single process, computed now."""
-    path = config.centers or str(Path(config.output) / "centers.safetensors")
+    path, pool = config.centers or str(Path(config.output) / "centers.safetensors"), reference_pool(train)
     if config.centers is None and world_size() == 1:
-        pool = reference_pool(train)
-        compute_centers(path, backbone, train, pool, transform, name=config.backbone, seed=config.seed, workers=config.workers)
-    elif not Path(path).exists():
+        return compute_centers(path, backbone, train, pool, transform, name=config.backbone, seed=config.seed, workers=config.workers)
+    if not Path(path).exists():
         raise InputError(f"There are no centres {path}. Run python -m training.centers in one process first, then give --centers FILE.")
-    return load_centers(path, entry.channels, config.backbone, entry.blocks, fingerprint)
+    return load_centers(path, entry.channels, origin(backbone, train, pool, transform, name=config.backbone))
 
 
 def _validation(

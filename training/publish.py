@@ -40,7 +40,7 @@ from .model_card import Publication, model_card
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _OURS = {CONFIG, WEIGHTS, CARD, ".gitattributes"}
-_REAL_IAD = ("Real-IAD", "CC-BY-NC-SA-4.0")
+_REAL_IAD, _REAL_IAD_LICENSE = "Real-IAD", "CC-BY-NC-SA-4.0"
 # Entries of a run's config that name files of the machine it ran on.
 _LOCAL = ("output", "root", "validation_root", "filter_list", "centers", "backbone_weights")
 # HfHubHTTPError derives from the error class of whichever HTTP library this version of huggingface_hub uses.
@@ -91,7 +91,8 @@ def write_repository(wish: Wish, folder: Path) -> list[Path]:
         raise InputError(f"{arch}.{tag} was trained by others: leave its licence and its data as they are.")
     if wish.data_license and not wish.data:
         raise InputError("Say what data it is that has these terms: --data NAME.")
-    _check_folder(folder, arch)
+    name = f"{arch}.{tag}" if tag else arch
+    _check_folder(folder, name)
     backbone, entry = trained.find_backbone(arch)
     check_size(entry.img_size, entry.patch_size)
     trained.check_projector(entry.channels)
@@ -102,11 +103,11 @@ def write_repository(wish: Wish, folder: Path) -> list[Path]:
         tag=tag,
         backbone=backbone,
         entry=entry,
-        metadata=_metadata(trained, arch, tag, entry),
+        metadata=_metadata(trained, name, tag, entry),
         metrics=trained.checkpoint.metrics,
         whole=bool(state),
         place=f"hf-hub:{wish.repo}" if wish.repo else "local-dir:/path/to/this/folder",
-        title=wish.repo.partition("/")[2] if wish.repo else f"{arch}.{tag}" if tag else arch,
+        title=wish.repo.partition("/")[2] if wish.repo else name,
         data=data,
         data_license=data_license,
         license=wish.license,
@@ -147,7 +148,8 @@ def _backbone_state(trained: Trained, name: str, entry: catalog.Backbone, wish: 
         weights: Any = trained
     elif given not in published:
         weights = given
-    elif given is None and used not in published and Path(used).name != entry.original_file:
+    # Any file may be called as timm's own are.
+    elif given is None and used not in published and (entry.family == "timm" or Path(used).name != entry.original_file):
         raise InputError(
             f"{trained.source} was trained on the weights {used!r} of {name}. Publish them with it: --backbone-weights PATH. "
             f"Or say that they are the published ones: --backbone-weights {entry.tag}."
@@ -176,22 +178,21 @@ def _training_data(trained: Trained, arch: str, tag: str | None, wish: Wish) -> 
     """The name of the data and its licence, both "" where nobody said."""
     if tag:
         return catalog.MODELS[arch].tags[tag].training_data, catalog.MODELS[arch].tags[tag].training_data_license
-    if wish.data or trained.checkpoint.metadata.get("training_data") != _REAL_IAD[0]:
-        return wish.data or "", wish.data_license or ""
-    return _REAL_IAD
+    data = wish.data or trained.checkpoint.metadata.get("training_data", "")
+    return data, wish.data_license or (_REAL_IAD_LICENSE if data == _REAL_IAD else "")
 
 
-def _metadata(trained: Trained, arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, str]:
+def _metadata(trained: Trained, name: str, tag: str | None, entry: catalog.Backbone) -> dict[str, str]:
     """The header of the published file. Folders of the machine that it was trained on are left out."""
     facts = dict(trained.checkpoint.metadata)
     if tag:
         method = {"norm": "FeatureNorm", "angle": "PatchCore"}[tag.rpartition("_")[2]]
         origin = {"source": Path(trained.source).name, "source_sha256": sha256(trained.source)}
-        facts = {**origin, "selected_by": f"{method} on the test set of MVTec AD, by the authors of ADPretrain", **facts}
+        facts = {**origin, "selected_by": f"AUPRO of {method} on the test set of MVTec AD, by the authors of ADPretrain", **facts}
     if training := _training(trained):
         facts["training"] = json.dumps({key: Path(value).name if key in _LOCAL and value else value for key, value in training.items()})
-    model, size = f"{arch}.{tag}" if tag else arch, json.dumps(entry.img_size)
-    return {**facts, "format": "adfeatures", "model": model, "num_heads": str(trained.num_heads), "img_size": size}
+    ours = {"format": "adfeatures", "model": name, "num_heads": str(trained.num_heads), "img_size": json.dumps(entry.img_size)}
+    return {**facts, **ours}
 
 
 def _config(published: Publication) -> dict[str, Any]:
@@ -207,23 +208,29 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _check_folder(folder: Path, arch: str) -> None:
-    """Refuse to overwrite anything but a model of the same kind."""
+def _check_folder(folder: Path, name: str) -> None:
+    """Refuse to overwrite anything but the same model."""
     if (folder / CONFIG).is_file():
-        _check_architecture((folder / CONFIG).read_text(encoding="utf-8"), arch, f"The folder {folder}")
+        _check_model((folder / CONFIG).read_bytes(), name, f"The folder {folder}")
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"The folder {folder} is not empty and holds no model. Choose an empty or a new one.")
     elif folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file. Choose a folder.")
 
 
-def _check_architecture(config: str, arch: str, where: str) -> None:
+def _check_model(config: bytes, name: str, where: str) -> None:
+    if (found := _model_of(config)) != name:
+        raise InputError(f"{where} holds {found}, which {name} would overwrite. Choose another name: one model a repository.")
+
+
+def _model_of(config: bytes) -> str:
+    """The model, with its tag, that a config.json is for."""
     try:
-        found = json.loads(config)["architecture"]
-    except (ValueError, LookupError, TypeError):
-        found = "something else"
-    if found != arch:
-        raise InputError(f"{where} holds {found}, which {arch} would overwrite. Choose another name: one model a repository.")
+        facts = json.loads(config)
+        tag = facts.get("pretrained_cfg", {}).get("tag")
+        return f"{facts['architecture']}.{tag}" if tag else str(facts["architecture"])
+    except (ValueError, LookupError, AttributeError):
+        return "something else"
 
 
 # The Hub
@@ -243,7 +250,7 @@ def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
     Raises:
         PublishError: If the Hub refuses or cannot be reached, or the repository holds something else. Nothing is half published then.
     """
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if get_token() is None:
         raise PublishError(f"Publishing to {endpoint} needs a token with write access. Run `hf auth login`, or set HF_TOKEN.")
     try:
@@ -276,9 +283,8 @@ def _upload(api: HfApi, files: Sequence[Path], repo: str, public: bool) -> str:
 def _check_repository(info: ModelInfo, repo: str, files: Sequence[Path], public: bool) -> None:
     names = {sibling.rfilename for sibling in info.siblings or []}
     if CONFIG in names:
-        config = next(path for path in files if path.name == CONFIG).read_text(encoding="utf-8")
-        remote = download(repo, CONFIG, revision=info.sha or "main").read_text(encoding="utf-8")
-        _check_architecture(remote, json.loads(config)["architecture"], f"The repository {repo}")
+        ours = next(path for path in files if path.name == CONFIG).read_bytes()
+        _check_model(download(repo, CONFIG, revision=info.sha or "main").read_bytes(), _model_of(ours), f"The repository {repo}")
     elif names - _OURS:
         raise PublishError(f"The repository {repo} holds other things: {', '.join(sorted(names - _OURS)[:10])}. Choose another name.")
     if not (info.private or public):
@@ -297,27 +303,29 @@ def _same(path: Path, sibling: Any) -> bool:
 def _diagnose(error: BaseException, repo: str) -> tuple[str, str]:
     """The reason and the next step for an error of huggingface_hub."""
     while getattr(error, "response", None) is None and error.__cause__ is not None:
-        error = error.__cause__  # huggingface_hub wraps what happens to a large file
+        error = error.__cause__  # huggingface_hub wraps what happens to a large file, and what it hears of a model card
     status = getattr(getattr(error, "response", None), "status_code", 0)
     again = "What was sent is kept: run the same command again"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set", "Unset it, or give --folder to publish to a folder"
+    if not status:
+        detail = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        return f"the connection failed ({detail})", f"{again}. Where Xet storage is blocked, set HF_HUB_DISABLE_XET=1"
     reasons = {
-        401: ("the token is not valid (HTTP 401)", "Run `hf auth login`, or set HF_TOKEN to one with write access"),
+        401: ("the token is not valid", "Run `hf auth login`, or set HF_TOKEN to one with write access"),
         403: (
-            f"the token may not write to {repo.partition('/')[0]} (HTTP 403)",
+            f"the token may not write to {repo.partition('/')[0]}",
             "Name an owner that it may write for, or make a token with write access",
         ),
-        409: ("the name is taken by a repository that the token cannot see (HTTP 409)", "Choose another name"),
-        412: ("somebody else has changed it meanwhile (HTTP 412)", "Look at what was changed, then run the same command again"),
-        429: ("the Hub asks for fewer requests (HTTP 429)", f"Wait some minutes. {again}"),
+        409: ("the name is taken by a repository that the token cannot see", "Choose another name"),
+        412: ("somebody else has changed it meanwhile", "Look at what was changed, then run the same command again"),
+        429: ("the Hub asks for fewer requests", f"Wait some minutes. {again}"),
     }
-    if status in reasons:
-        return reasons[status]
-    if status:
-        return f"the Hub answered HTTP {status}", again
-    detail = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    return f"the connection failed ({detail})", f"{again}. Where Xet storage is blocked, set HF_HUB_DISABLE_XET=1"
+    reason, advice = reasons.get(
+        status, ("the Hub refuses", "Mend that, and run the same command again") if status < 500 else ("the Hub failed", again)
+    )
+    said = " ".join(str(getattr(error, "server_message", None) or "").split())
+    return f"{reason} (HTTP {status}{f': {said}' if said else ''})", advice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,6 @@ class Run:
 
     Args:
         config: The config; its ``output`` is the folder.
-        resumable: What has to be restored: modules, optimisers and schedulers by name.
-        inputs: Digests of what the run depends on besides the config, by name.
 
     Attributes:
         epoch: Epochs that are finished.
@@ -43,15 +42,47 @@ class Run:
         best: The best value so far for each checkpoint that is kept.
 
     Raises:
-        InputError: If the folder holds a run of another config, other inputs or another number of processes.
+        InputError: If the folder holds a run of another config or another number of processes.
         CheckpointError: If its state cannot be read.
     """
 
-    def __init__(self, config: PretrainConfig, resumable: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        self.folder, self.config, self.resumable, self.inputs = Path(config.output), config, resumable, dict(inputs)
+    def __init__(self, config: PretrainConfig) -> None:
+        self.folder, self.config = Path(config.output), config
         self.epoch = self.step = self.step_of_epoch = self.validated = 0
         self.best: dict[str, float] = {}
-        log_bytes = self._resume() if (self.folder / STATE).exists() else 0
+        self._inputs: dict[str, str] = {}
+        self._resumable: Mapping[str, Any] = {}
+        self._board: Any = None
+        self._found: dict[str, Any] | None = None
+        if (self.folder / STATE).exists():
+            with _reading(self.folder / STATE):
+                self._found = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+                self._check(json.loads(self._found["config"]), self._found["world_size"])
+
+    def depend_on(self, name: str, digest: str) -> None:
+        """Say by its digest what else the run depends on.
+
+        Raises:
+            InputError: If the run in the folder had something else in its place.
+        """
+        self._inputs[name] = digest
+        if self._found is not None and self._found["inputs"].get(name) != digest:
+            raise InputError(f"{self.folder} holds a run with other {name}. Give the same again, or choose another --output.")
+
+    def resume(self, **resumable: Any) -> None:
+        """Go on where the run in the folder was, if there is one.
+
+        Args:
+            resumable: What is saved and restored: modules and optimisers by name.
+
+        Raises:
+            CheckpointError: If the state does not fit.
+        """
+        self._resumable, log_bytes = resumable, 0
+        if self._found is not None:
+            with _reading(self.folder / STATE):
+                log_bytes = self._restore(self._found)
+            self._found = None
         if rank() == 0:
             self._tidy(log_bytes)
         self._board = _tensorboard(self.folder, self.step + 1)
@@ -79,11 +110,11 @@ class Run:
                 "position": [self.epoch, self.step, self.step_of_epoch, self.validated],
                 "best": dict(self.best),
                 "config": json.dumps(dataclasses.asdict(self.config)),
-                "inputs": self.inputs,
+                "inputs": self._inputs,
                 "world_size": world_size(),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
                 "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
-                **{name: part.state_dict() for name, part in self.resumable.items()},
+                **{name: part.state_dict() for name, part in self._resumable.items()},
             }
             with atomic_path(self.folder / STATE) as temporary:
                 _save(state, temporary)
@@ -121,9 +152,10 @@ class Run:
             draw_curves(self.folder / LOG, self.folder / CURVES)
 
     def _selection(self, criterion: str, method: str) -> str:
+        measure = {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}[criterion]
         name = {"norm": "FeatureNorm", "angle": "PatchCore"}[method]
-        data = {"held_out": f"held-out samples of {self.config.data}", "mvtec": "the test set of MVTec AD"}[self.config.validation]
-        return f"{CRITERIA[criterion]} of {name} on {data}, after step {self.step}"
+        data = {"held_out": "held-out samples of the training data", "mvtec": "the test set of MVTec AD"}[self.config.validation]
+        return f"{measure} of {name} on {data}, after step {self.step}"
 
     def _tidy(self, log_bytes: int) -> None:
         """Remove what killed processes left half written, and of the log what will be done, and logged, again."""
@@ -136,41 +168,42 @@ class Run:
         except OSError as error:
             raise AdfeaturesError(f"Cannot write to {self.folder}: {error}. Make it writable or choose another --output.") from error
 
-    def _resume(self) -> int:
-        """Restore the state. The length of the log at that time is returned, in bytes."""
-        path = self.folder / STATE
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self._check(json.loads(state["config"]), state["inputs"], state["world_size"])
-            for name, part in self.resumable.items():
-                part.load_state_dict(state[name])
-            self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
-            self.best, (cpu, *devices), log_bytes = state["best"], state["rng"], int(state["log_bytes"])
-        except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError) as error:
-            if isinstance(error, AdfeaturesError):
-                raise
-            raise CheckpointError(
-                f"{path} cannot be resumed from ({error}). Choose another --output, or remove the file to begin again."
-            ) from error
+    def _restore(self, state: Mapping[str, Any]) -> int:
+        """Take over the state. The length of the log at that time is returned, in bytes."""
+        for name, part in self._resumable.items():
+            part.load_state_dict(state[name])
+        self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
+        self.best, (cpu, *devices) = state["best"], state["rng"]
         torch.set_rng_state(cpu)
         if devices and len(devices) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(devices)
-        return log_bytes
+        return int(state["log_bytes"])
 
-    def _check(self, other: Mapping[str, Any], inputs: Mapping[str, str], processes: int) -> None:
+    def _check(self, other: Mapping[str, Any], processes: int) -> None:
         own = json.loads(json.dumps(dataclasses.asdict(self.config)))
         changed = [
             f"{name} was {other.get(name)!r}, is {value!r}" for name, value in own.items() if name not in FREE and other.get(name) != value
         ]
         if changed:
             raise InputError(f"{self.folder} holds a run of another config: {'; '.join(changed)}. Choose another --output.")
-        if changed := [name for name, digest in self.inputs.items() if inputs.get(name) != digest]:
-            raise InputError(f"{self.folder} holds a run with other {' and '.join(changed)}. Give those again, or choose another --output.")
         if processes != world_size():
             raise InputError(
                 f"{self.folder} holds a run on {processes} processes, now there are {world_size()}. "
                 "Start as many (torchrun --nproc-per-node), or choose another --output."
             )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of a state that is damaged, or none, as CheckpointError."""
+    try:
+        yield
+    except AdfeaturesError:
+        raise
+    except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} cannot be resumed from ({error}). Choose another --output, or remove the file to begin again."
+        ) from error
 
 
 def _save(state: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,8 @@ All lengths are pixels of the finished image; rendering is done at SUPERSAMPLING
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+
+from adfeatures.errors import AdfeaturesError
+
+from . import console
 
 WIDTH, HEIGHT, SUPERSAMPLING = 400, 300, 2
 BORE, BUSHING, RIM = 21.5, 34.0, 122.5
@@ -307,11 +312,19 @@ def _write(folder: Path, masks: Path | None, make: Callable[[np.random.Generator
             _mask(part).save(masks / f"{index:03d}.png", optimize=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Render the sample images of adfeatures demo.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.samples", description="Render the sample images of adfeatures demo.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    render(parser.parse_args().output)
+    options = parser.parse_args(arguments)
+    return console.run("samples", lambda: _render(options.output))
+
+
+def _render(output: Path) -> None:
+    try:
+        render(output)
+    except OSError as error:
+        raise AdfeaturesError(f"Cannot write to {output}: {error}. Free some space or choose another --output.") from error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

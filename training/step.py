@@ -56,7 +56,7 @@ def train_step(
         sums["norm"] += norm.item() / len(parts)
     if not all(map(math.isfinite, sums.values())):
         raise AdfeaturesError(
-            f"The loss is not finite (angle {sums['angle']}, norm {sums['norm']}); the last checkpoint is kept. Begin another run with a "
+            f"The loss is not finite (angle {sums['angle']}, norm {sums['norm']}); what was saved before is kept. Begin another run with a "
             "lower --lr, or with --precision float32 if it is not that already."
         )
     if parts:

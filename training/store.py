@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class ReferenceStore:
     Args:
         folder: Where the arrays are or shall be.
         items: The pool.
-        identity: What the features depend on besides the images: backbone, weights, input size. A store of another identity or pool
-            is encoded anew.
+        identity: What the features depend on besides the images: backbone, weights, input size. A store of another identity or pool,
+            or one whose arrays were cut or deleted, is encoded anew.
     """
 
     def __init__(self, folder: str | Path, items: Sequence[Item], identity: str) -> None:
@@ -62,6 +63,9 @@ class ReferenceStore:
         """
         facts = self._facts()
         try:
+            if not facts:
+                # Else an interruption would leave facts of another store beside the first features of this one.
+                (self.folder / "store.json").unlink(missing_ok=True)
             for start in tqdm(range(int(facts.get("done", 0)), len(self.items), BATCH), desc="references", unit="batch", disable=None):
                 batch = torch.stack([read(item.image) for item in self.items[start : start + BATCH]])
                 maps = [level.half().cpu().numpy() for level in backbone(batch)]
@@ -87,11 +91,16 @@ class ReferenceStore:
         return [torch.from_numpy(level[indices.numpy()]) for level in self._levels]
 
     def _facts(self) -> dict[str, Any]:
+        """What the arrays hold; nothing where they are of another store, or shorter than they should be."""
         try:
-            facts = json.loads((self.folder / "store.json").read_text())
+            facts: dict[str, Any] = json.loads((self.folder / "store.json").read_text())
+            if facts.get("identity") != self._identity:
+                return {}
+            sizes = [facts["done"] * math.prod(shape) * np.dtype(np.float16).itemsize for shape in facts["shapes"]]
+            whole = all(self._path(number).stat().st_size >= size for number, size in enumerate(sizes))
         except (OSError, ValueError):
             return {}
-        return facts if facts.get("identity") == self._identity else {}
+        return facts if whole else {}
 
     def _write(self, number: int, start: int, level: np.ndarray) -> None:
         # Not through the memory map, which would end the process, instead of raising, on a full disk.

@@ -63,8 +63,9 @@ def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
 
 def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     """Run everything; the table is returned, and written to ``results.json`` and ``results.md``."""
+    recipes = [recipe(output, seed, steps) for seed in seeds]
     synthetic.synthesize(output / "data", products=list(PRODUCTS), good=GOOD, bad=BAD, workers=2)
-    _compute_centers(recipe(output, seeds[0], steps))
+    _compute_centers(recipes[0])
     validation = Validation(
         loading.load_backbone(BACKBONE, img_size=SIDE)[0],
         unseen_trials(output / "data"),
@@ -73,16 +74,16 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         methods=("norm",),
     )
     results = {"residual": [validation.run(None)["norm"]], "untrained": [], "trained": []}
-    for seed in seeds:
-        folder = pretrain(recipe(output, seed, steps), torch.device("cpu"))
-        results["untrained"].append(validation.run(_projector(seed))["norm"])
-        results["trained"].append(validation.run(_projector(seed, folder))["norm"])
+    for config in recipes:
+        folder = pretrain(config, torch.device("cpu"))
+        results["untrained"].append(validation.run(_projector(config.seed))["norm"])
+        results["trained"].append(validation.run(_projector(config.seed, folder))["norm"])
     lines = _table(results, steps)
     with atomic_path(output / "results.json") as temporary:
         temporary.write_text(json.dumps({"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}, indent=1))
     with atomic_path(output / "results.md") as temporary:
         temporary.write_text(lines)
-    checkpoint = str(output / f"seed{seeds[0]}" / "checkpoint_last.safetensors")
+    checkpoint = str(Path(recipes[0].output) / "checkpoint_last.safetensors")
     wish = publish.Wish(checkpoint, license="mit", data="images of training.synthesize", data_license="MIT")
     publish.write_repository(wish, output / "published")
     return lines

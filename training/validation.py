@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from statistics import fmean
 from typing import Any
 
@@ -130,6 +131,8 @@ class Validation:
     def run(self, projector: ResidualProjector | None) -> Scores:
         """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for each method.
 
+        A product for which a metric is not defined, such as one whose masks lost their small defects, does not count in that mean.
+
         Args:
             projector: The projector; it is not changed. None evaluates the residuals themselves.
 
@@ -142,7 +145,7 @@ class Validation:
         self.extractor.projector = None
         self.extractor.clear_references()
         scores = [score for part in gather_objects(own) for score in part]
-        return {method: {key: fmean(score[method][key] for score in scores) for key in CRITERIA} for method in self.methods}
+        return {method: {key: _mean(score[method][key] for score in scores) for key in CRITERIA} for method in self.methods}
 
     def _evaluate(self, trial: Trial) -> Scores:
         self.extractor.clear_references()
@@ -166,6 +169,12 @@ class Validation:
             return self.extractor(batch["image"].to(self.device), banks)
 
         return extract
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are not NaN. Masks and labels alone decide which, so every validation of a run takes the same ones."""
+    defined = [value for value in values if not isnan(value)]
+    return fmean(defined) if defined else nan
 
 
 def _bank(view: str) -> str:

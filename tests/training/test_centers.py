@@ -20,7 +20,7 @@ from adfeatures.images import build_transform, read_image
 from adfeatures.loading import load_backbone
 from adfeatures.references import weights_fingerprint
 from training import centers
-from training.centers import compute_centers, load_centers, main
+from training.centers import compute_centers, load_centers, main, origin
 from training.data import real_iad
 from training.data.items import Item
 
@@ -160,7 +160,7 @@ def test_a_finished_file_is_returned_and_another_run_refused(tmp_path: Path, bac
     for settings, differing in (({"seed": 1}, "seed"), ({"shots": 2}, "shots"), ({"images": 5}, "images"), ({"name": "other"}, "backbone")):
         with pytest.raises(CheckpointError, match=f"centers.safetensors is of another run, with other {differing}\\. Remove it"):
             compute(output, backbone, items, **settings)
-    with pytest.raises(CheckpointError, match="products, images, normal_images, references"):
+    with pytest.raises(CheckpointError, match="products, normal_images, references, images"):
         compute(output, backbone, [item for item in items if item.product == "rivet"])
     assert output.read_bytes() == before
 
@@ -190,7 +190,7 @@ def test_the_file_says_what_it_was_computed_from(tmp_path: Path, backbone: nn.Mo
     assert str(root) not in path.read_bytes().decode("latin-1")
     stored = load_file(path)
     assert list(stored) == ["center.1", "center.2"]
-    loaded = load_centers(path, [16, 16], "tiny", (1, 4), weights_fingerprint(backbone.state_dict()))
+    loaded = load_centers(path, [16, 16], origin(backbone, items, real_iad.reference_pool(items), TRANSFORM, name="tiny"))
     for one, other, third in zip(found, loaded, stored.values(), strict=True):
         assert torch.equal(one, other) and torch.equal(one, third) and one.dtype == torch.float32
 
@@ -198,14 +198,20 @@ def test_the_file_says_what_it_was_computed_from(tmp_path: Path, backbone: nn.Mo
 def test_centres_of_something_else_are_refused(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
     path = tmp_path / "centers.safetensors"
     compute(path, backbone, items, images=3)
-    with pytest.raises(CheckpointError, match=r"centres of tiny, not of dinov2_base\. Compute .*training\.centers"):
-        load_centers(path, [16, 16], "dinov2_base")
     with pytest.raises(CheckpointError, match=r"\[16, 16\] channels, but the levels have \[16, 32\]"):
-        load_centers(path, [16, 32], "tiny")
-    with pytest.raises(CheckpointError, match=r"levels \[1, 4\], not of \[2, 4\]"):
-        load_centers(path, [16, 16], levels=[2, 4])
-    with pytest.raises(CheckpointError, match="other weights of tiny"):
-        load_centers(path, [16, 16], fingerprint=["0" * 64])
+        load_centers(path, [16, 32])
+    own = load_checkpoint(path).metadata
+    for key, value, message in (
+        ("backbone", "dinov2_base", r"else: backbone tiny, not dinov2_base\. Compute .*training\.centers"),
+        ("levels", "[2, 4]", r"levels \[1, 4\], not \[2, 4\]"),
+        ("img_size", "[28, 28]", r"img_size \[28, 42\], not \[28, 28\]\. .*--img-size"),
+        ("weights", '["0", "1"]', "else: other weights"),
+        ("normal_images", "9 digest", "other normal_images.*--held-out"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_centers(path, [16, 16], {key: value})
+    # Weights in half precision are the same ones.
+    load_centers(path, [16, 16], {"weights": json.dumps([json.loads(own["weights"])[0], "1"])})
     save_checkpoint(tmp_path / "projector.safetensors", {"projector.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match="holds no centres"):
         load_centers(tmp_path / "projector.safetensors", [16])
@@ -217,7 +223,7 @@ def test_centres_of_something_else_are_refused(tmp_path: Path, backbone: nn.Modu
 def test_the_original_form_is_read(tmp_path: Path) -> None:
     array = np.random.RandomState(0).randn(4, 6).astype(np.float32)
     np.save(tmp_path / "centers.npy", array)
-    assert np.array_equal(torch.stack(load_centers(tmp_path / "centers.npy", [6] * 4, "dinov2_base")), array)
+    assert np.array_equal(torch.stack(load_centers(tmp_path / "centers.npy", [6] * 4, {"backbone": "dinov2_base"})), array)
     with pytest.raises(CheckpointError, match=r"\[6, 6, 6, 6\] channels, but the levels have \[6, 6\]"):
         load_centers(tmp_path / "centers.npy", [6, 6])
 
@@ -262,7 +268,7 @@ def test_the_command_writes_the_centres_of_what_the_pretraining_sees(
     transform = build_transform((32, 48), *entry.normalization)
     pool = real_iad.reference_pool(train)
     expected = compute_centers(tmp_path / "expected.safetensors", backbone, train, pool, transform, name="efficientnet_lite", batch_size=16)
-    found = load_centers(output, entry.channels, "efficientnet_lite", entry.blocks)
+    found = load_centers(output, entry.channels)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 

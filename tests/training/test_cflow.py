@@ -94,17 +94,18 @@ def test_rotations_are_uniform():
             assert stats.kstest(rotations[:, row, column].numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (16, 16)])
-def test_position_code_is_the_stated_formula(height, width):
-    code = position_code(height, width)
-    assert code.shape == (height * width, 128)
+@pytest.mark.parametrize(("height", "width", "size"), [(1, 1, 128), (3, 5, 128), (16, 16, 128), (3, 2, 6)])
+def test_position_code_is_the_stated_formula(height, width, size):
+    code = position_code(height, width, size)
+    assert code.shape == (height * width, size)
+    half = size // 2
     for y in range(height):
         for x in range(width):
-            for k in range(0, 64, 2):
-                frequency = math.exp(-k * math.log(1e4) / 64)
-                expected = [math.sin(x * frequency), math.cos(x * frequency), math.sin(y * frequency), math.cos(y * frequency)]
-                found = code[y * width + x, [k, k + 1, 64 + k, 65 + k]]
-                torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
+            for k in range(half):
+                wave = math.cos if k % 2 else math.sin
+                frequency = math.exp(-(k - k % 2) * math.log(1e4) / half)
+                expected = torch.tensor([wave(x * frequency), wave(y * frequency)])
+                torch.testing.assert_close(code[y * width + x, [k, half + k]], expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_predictions_are_the_stated_formula(reference):
     levels = naive_log_likelihoods(cflow, test)
     references = naive_log_likelihoods(cflow, train) if reference == "train" else levels
     total = sum(
-        F.interpolate((level - other.max()).exp()[:, None], (32, 24), mode="bilinear", align_corners=True)[:, 0]
+        F.interpolate((level - other.max()).exp().clamp(max=1)[:, None], (32, 24), mode="bilinear", align_corners=True)[:, 0]
         for level, other in zip(levels, references, strict=True)
     )
     torch.testing.assert_close(found.maps, -total.float(), rtol=1e-4, atol=1e-6)
@@ -197,6 +198,19 @@ def test_scores_depend_on_other_test_images_only_on_request():
         cflow = quick(level_reference=reference).fit(batches(8, seed=0))
         whole, alone = cflow.predict(test).maps[:8], cflow.predict(test[:1]).maps
         assert torch.allclose(whole, alone, rtol=1e-4, atol=0) is (reference == "train")
+
+
+def test_patches_likelier_than_all_of_training_hide_nothing():
+    """Features far beyond a standard normal distribution, and a test image without any."""
+
+    def loud(batch):
+        return [100 * level for level in EXTRACT(batch)]
+
+    cflow = quick(loud).fit(batches(8, seed=0))
+    (test,) = batches(2, seed=1)
+    found = cflow.predict([{**test, "image": test["image"] * torch.tensor([1.0, 0.0])[:, None, None, None]}])
+    assert found.maps.isfinite().all() and found.scores.isfinite().all()
+    torch.testing.assert_close(found.maps[1], torch.full((32, 32), -3.0))
 
 
 def test_the_same_seed_gives_the_same_predictions():

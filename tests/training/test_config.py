@@ -74,6 +74,7 @@ def test_what_may_differ_on_resumption_are_fields() -> None:
         ({"batch_size": 0}, "batch_size must be above 0, got 0"),
         ({"temperature": -0.1}, "temperature must be above 0"),
         ({"lr": float("nan")}, "lr must not be below 0, got nan"),
+        ({"max_steps": 0}, "max_steps must be above 0, got 0"),
         ({"workers": -1}, "workers must not be below 0"),
         ({"seed": -1}, "seed must not be below 0"),
         ({"held_out": 1.0}, r"held_out must lie in \[0, 1\)"),

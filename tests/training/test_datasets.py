@@ -64,7 +64,7 @@ def test_a_square_in_image_and_mask_lands_on_the_same_pixels(preset, size):
         expected = mask.resize((80, 48), Image.Resampling.NEAREST)
     else:
         expected = cropped(mask, {"resize224_crop224": 224, "resize256_crop224": 256}[preset], Image.Resampling.NEAREST)
-    found = MaskTransform((48, 80), preset)(mask.convert("RGB"))
+    found = MaskTransform((48, 80), preset)(mask)
     assert found.dtype == torch.uint8 and found.shape == (1, expected.height, expected.width)
     assert np.array_equal(found[0], np.asarray(expected) > 0)
 
@@ -81,7 +81,7 @@ def test_an_unknown_preset_is_refused():
         MaskTransform((32, 32), "resize224")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "blue", "grey edge"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "instances", "blue", "grey edge", "RGBA", "LA", "transparent colour"])
 def test_masks_are_binary_after_resizing_whatever_their_values(tmp_path, mode):
     defect = np.zeros((40, 60), dtype=np.uint8)
     defect[8:20, 12:36] = 1
@@ -90,11 +90,15 @@ def test_masks_are_binary_after_resizing_whatever_their_values(tmp_path, mode):
         "L": lambda: Image.fromarray(defect),
         "P": lambda: _palette(defect),
         "I;16": lambda: Image.fromarray(defect.astype(np.uint16) * 65535),
+        "instances": lambda: Image.fromarray(defect.astype(np.uint16)),
+        "RGBA": lambda: Image.fromarray(np.stack([defect * 9, 0 * defect, 0 * defect, defect * 255], axis=2)),
+        "LA": lambda: Image.fromarray(np.stack([defect * 255, defect * 90], axis=2), mode="LA"),
+        "transparent colour": lambda: _palette(defect),
         "blue": lambda: Image.fromarray(np.stack([0 * defect, 0 * defect, defect], axis=2)),
         "grey edge": lambda: Image.fromarray(defect * 127 + ndimage.binary_erosion(defect, iterations=2).astype(np.uint8) * 128),
     }[mode]()
     photo(0, (60, 40)).save(tmp_path / "image.png")
-    stored.save(tmp_path / "mask.png")
+    stored.save(tmp_path / "mask.png", **({"transparency": 0} if mode == "transparent colour" else {}))
     item = Item(str(tmp_path / "image.png"), ANOMALOUS, "product", str(tmp_path / "mask.png"), "scratch")
     for height, width in ((40, 60), (20, 30), (80, 120)):
         mask = ImageDataset([item], build_transform((height, width), **PLAIN))[0]["mask"]
@@ -141,6 +145,7 @@ def test_shuffled_batches_depend_on_the_seed_only(tmp_path):
 
     def passes(seed, workers):
         batches = loader(data, 4, shuffle=True, seed=seed, workers=workers)
+        next(iter(batches))  # A pass that is broken off, while workers have read all of it.
         return [[(batch["path"], batch["image"].sum().item()) for batch in batches] for _ in range(2)]
 
     torch.manual_seed(1)
@@ -370,6 +375,11 @@ def test_products_that_are_missing_or_unknown_are_named(tmp_path):
         folder.find_items(root, "test", ["botle"])
     with pytest.raises(UnknownNameError, match="Did you mean 'test'"):
         mvtec.find_items(root, "tests")
+
+
+def test_a_product_that_is_named_twice_is_taken_once(tmp_path):
+    root = write_mvtec(tmp_path, size=(16, 16))
+    assert mvtec.find_items(root, "test", ["bottle", "bottle"]) == mvtec.find_items(root, "test")
 
 
 def test_a_half_extracted_product_is_refused(tmp_path):

@@ -37,9 +37,10 @@ def test_contents(asset: bytes) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
-def test_metadata(asset: bytes, tmp_path: Path) -> None:
+def test_metadata(asset: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "asset.safetensors"
-    embed.write(asset, path)
+    monkeypatch.setattr(embed, "build", lambda: asset)
+    assert embed.main(["--output", str(path)]) == 0
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     expected = {
@@ -66,16 +67,19 @@ def test_check_tells_a_changed_file(asset: bytes, tmp_path: Path, monkeypatch: p
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_failed_write_leaves_the_old_file(asset: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(
+    asset: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "asset.safetensors"
     path.write_bytes(b"old")
 
     def refuse(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(embed.os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        embed.write(asset, path)
+    monkeypatch.setattr(embed, "build", lambda: asset)
+    monkeypatch.setattr("os.replace", refuse)
+    assert embed.main(["--output", str(path)]) == 2
+    assert "disk full" in capsys.readouterr().err
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 

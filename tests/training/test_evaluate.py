@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -429,7 +430,20 @@ class TestGoingOn:
         other = {key: value + 0.1 for key, value in checkpoint.state_dict.items()}
         save_checkpoint(path, other, metadata=checkpoint.metadata)
         assert run(model=path, img_size=None) == 2
-        assert "weights of projector was" in capsys.readouterr().err
+        assert "weights of feature_norm was" in capsys.readouterr().err
+
+    def test_other_images_are_refused(self, run: Evaluate, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run() == 0
+        before = numbers(tmp_path / "run")
+        moved = shutil.copytree(root, tmp_path / "moved")
+        assert run(root=moved) == 0
+        shutil.copy(moved / "cable/test/good/000.png", moved / "cable/test/good/001.png")
+        assert run(root=moved) == 2
+        error = capsys.readouterr().err
+        assert f"The results of cable in {tmp_path / 'run'} are of other images than {moved} holds now" in error
+        assert numbers(tmp_path / "run") == before
+        shutil.rmtree(tmp_path / "run/results/cable")
+        assert run(root=moved) == 0
 
     def test_uniad_is_trained_again_with_more_products(self, run: Evaluate, tmp_path: Path) -> None:
         assert run(method="uniad", epochs=1, products="bottle") == 0
@@ -437,6 +451,29 @@ class TestGoingOn:
         assert run(method="uniad", epochs=1) == 0
         assert {tuple(r["trained_on"]) for r in records(tmp_path / "run")} == {("bottle", "cable")}
         assert {r["counts"]["train"] for r in records(tmp_path / "run")} == {10}
+
+    def test_uniad_with_more_products_after_the_cache_was_deleted(self, run: Evaluate, tmp_path: Path) -> None:
+        assert run(method="uniad", epochs=1, products="bottle") == 0
+        shutil.rmtree(tmp_path / "run/cache")
+        assert run(method="uniad", epochs=1) == 0
+        assert {tuple(r["trained_on"]) for r in records(tmp_path / "run")} == {("bottle", "cable")}
+
+    def test_evaluations_at_the_same_time_share_the_cache(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert run(method="patchcore", cache=tmp_path / "cache", output=tmp_path / "alone") == 0
+        fit, kept = PatchCore.fit, []
+
+        def beside(self: PatchCore, loader: object) -> PatchCore:
+            if not kept:
+                kept.append(set((tmp_path / "cache").iterdir()))
+                assert run(cache=tmp_path / "cache", output=tmp_path / "other") == 0
+                kept.append(set((tmp_path / "cache").iterdir()))
+            return fit(self, loader)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(PatchCore, "fit", beside)
+        assert run(method="patchcore", cache=tmp_path / "cache") == 0
+        # Its raw features, and the residuals of the draw that it was at.
+        assert kept[0] == kept[1] and len(kept[0]) == 2
+        assert numbers(tmp_path / "run") == numbers(tmp_path / "alone")
 
 
 def corrupt_image(root: Path) -> None:
@@ -531,6 +568,28 @@ class TestBadInput:
         assert "bottle has a single normal training image, which is its reference" in failed["error"]
         assert records(tmp_path / "run", features="raw")[0]["metrics"]["image_auroc"] is not None
 
+    @pytest.mark.parametrize("given", [False, True])
+    def test_a_product_without_references_is_left_out_of_uniad(
+        self, run: Evaluate, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+    ) -> None:
+        if given:
+            for product in ("bottle", "cable"):
+                shutil.copytree(root / product / "train/good", tmp_path / "8shot" / product)
+            (tmp_path / "8shot/bottle/001.png").write_bytes(b"no image")
+        else:
+            for number in range(1, 5):
+                (root / f"bottle/train/good/{number:03d}.png").unlink()
+        options = {"method": "uniad", "epochs": 1, "references": tmp_path / "8shot" if given else None}
+        assert run(**options) == 1
+        (failed,) = (r for r in records(tmp_path / "run") if "error" in r)
+        assert (failed["product"], failed["features"]) == ("bottle", "pretrained")
+        assert ("001.png" if given else "bottle has 1. Lower --shots") in failed["error"]
+        (record,) = records(tmp_path / "run", product="cable", features="pretrained")
+        assert record["trained_on"] == ["cable"]
+        # What failed is tried again, and the others are not trained again for it.
+        monkeypatch.setattr(UniAD, "fit", lambda *_: pytest.fail("computed again"))
+        assert run(**options) == 1
+
     def test_grey_masks_count_above_zero(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
         assert run(products="bottle") == 0
         for path in (root / "bottle/ground_truth/broken").iterdir():
@@ -568,6 +627,19 @@ class TestBadInput:
         with pytest.raises(TypeError, match="a bug"):
             run(method="patchcore", products="bottle")
 
+    def test_warnings_of_libraries_are_not_reported(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fit = FeatureNorm.fit
+        repository = Path(evaluate.__file__).parents[1]
+
+        def warning(self: FeatureNorm, loader: object) -> FeatureNorm:
+            for place in (".venv/lib/python3/site-packages/torch/data.py", "training/methods/some.py"):
+                warnings.warn_explicit(f"from {place}", UserWarning, str(repository / place), 1)
+            return fit(self, loader)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(FeatureNorm, "fit", warning)
+        assert run(products="bottle") == 0
+        assert all(r["warnings"] == ["from training/methods/some.py"] for r in records(tmp_path / "run"))
+
     def test_a_data_set_of_which_some_products_are_there(self, run: Evaluate, tmp_path: Path) -> None:
         write_real_iad(tmp_path / "iad", ("pcb", "usb"), ok=6, ng=2)
         for name, root, there in (("real_iad", tmp_path / "iad", ("pcb", "usb")), ("mvtec", tmp_path / "mvtec", ("bottle", "cable"))):
@@ -592,7 +664,13 @@ class TestBadInput:
             ({"model": "missing/file.safetensors"}, "There is no file 'missing/file.safetensors'"),
             ({"root": "nowhere"}, "There is no folder nowhere"),
             ({"shots": 0}, "must be 1 or more"),
+            ({"epochs": 0}, "must be 1 or more"),
+            ({"workers": -1}, "workers must not be below 0"),
+            ({"method": []}, "method is all, or some of feature_norm, patchcore"),
             ({"draws": 2, "references": "somewhere"}, "leave out --draws"),
+            ({"references": "nowhere"}, "There is no folder nowhere: correct --references"),
+            ({"textures": "nowhere"}, "There is no folder nowhere: correct --textures"),
+            ({"foregrounds": "nowhere"}, "There is no folder nowhere: correct --foregrounds"),
             ({"protocol": "original"}, "made for 224 x 224 pixels"),
             ({"root": None}, "An evaluation needs --root"),
         ],
@@ -687,6 +765,14 @@ class TestWeights:
         for tag, method, title in (("realiad_norm", "feature_norm", "FeatureNorm"), ("realiad_angle", "patchcore", "PatchCore")):
             cells = f"| adpretrain_tiny.{tag} | img_auc | 90.00 | {title} | Image AUROC | {100 * own[method]['image_auroc']:.2f} |"
             assert cells in printed
+
+    def test_a_forced_tag_is_another_setting(
+        self, run: Evaluate, published: dict[str, ResidualProjector], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(model="adpretrain_tiny", method="patchcore", products="bottle") == 0
+        assert run(model="adpretrain_tiny", products="bottle") == 0
+        assert run(model="adpretrain_tiny", method="patchcore", products="bottle", weights="realiad_norm") == 2
+        assert "weights of patchcore was" in capsys.readouterr().err
 
     @pytest.mark.parametrize("form", ["path", "local-dir", "named"])
     def test_places(self, weights: Path, tmp_path: Path, form: str) -> None:

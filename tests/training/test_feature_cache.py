@@ -113,6 +113,18 @@ def test_damaged_files_are_written_anew(paths: list[Path], tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_files_that_vanish_are_written_anew(paths: list[Path], tmp_path: Path) -> None:
+    """As when another evaluation deletes them."""
+    extractor = Counting()
+    kept = Kept(extractor, FeatureCache(tmp_path, {}))
+    for _ in range(2):
+        expected = kept(batch_of(paths))
+    shutil.rmtree(kept.cache.folder)
+    found = kept(batch_of(paths))
+    assert len(extractor.seen) == 8 and kept.holds(str(paths[0]))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_remove(paths: list[Path], tmp_path: Path) -> None:
     cache, other = FeatureCache(tmp_path, {"a": 1}), FeatureCache(tmp_path, {"a": 2})
     extractor = Counting()

@@ -174,6 +174,16 @@ def test_augmented_images_reach_the_extractor_without_their_paths():
     assert nameless[0]["product"] == train[0]["product"] and nameless[0]["origin"] == train[0]["path"]
 
 
+def test_augmented_images_are_of_the_type_of_the_images():
+    kernel = torch.randn(5, 3, 4, 4).bfloat16()
+
+    def extractor(batch):
+        return [F.conv2d(batch["image"], kernel, stride=4)]
+
+    train = [{**batch, "image": batch["image"].bfloat16()} for batch in batches(8, seed=0)]
+    assert quick(extractor).fit(train).predict(train).maps.isfinite().all()
+
+
 def test_textures_and_foregrounds_are_used(tmp_path):
     (tmp_path / "dtd" / "dotted").mkdir(parents=True)
     (tmp_path / "masks" / "noise").mkdir(parents=True)

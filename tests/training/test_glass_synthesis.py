@@ -182,6 +182,17 @@ def test_foregrounds_follow_the_geometry_of_the_images(tmp_path):
         synthesis(foregrounds=tmp_path, preset="resize224_crop224")({**batch, "image": torch.zeros(1, 3, 32, 32)}, rng())
 
 
+def test_foregrounds_count_above_zero_and_where_they_are_opaque(tmp_path):
+    left = np.zeros((32, 32), np.uint16)
+    left[:, :8] = 1
+    write_foreground(tmp_path, "p", "deep.png", left)
+    drawing = np.full((32, 32, 4), 255, np.uint8)
+    drawing[:, 8:, 3] = 0
+    write_foreground(tmp_path, "p", "drawing.png", drawing)
+    for name in ("deep.png", "drawing.png"):
+        assert np.array_equal(synthesis(foregrounds=tmp_path)._foreground((32, 32), "p", name), left > 0)
+
+
 def test_a_foreground_of_one_pixel_is_no_endless_search(tmp_path):
     mask = np.zeros((32, 32), np.uint8)
     mask[31, 31] = 255

@@ -149,12 +149,12 @@ class TestAuproOriginal:
         _, masks, _ = some_maps()
         assert aupro_original(np.full(masks.shape, 3.0), masks) == 0.5
 
-    def test_kept_points_of_one_rate(self) -> None:
-        # No normal pixel is ever detected, and the thresholds 0, 0.005, ... 0.995 find all, then all but one, ... of 4 defect pixels.
+    @pytest.mark.parametrize(("lowest", "times"), [(0.2525, 51), (0.0, 0)], ids=["above all normal pixels", "as low as they are"])
+    def test_kept_points_of_one_rate(self, lowest: float, times: int) -> None:
+        # No normal pixel is ever above a threshold 0, 0.005, ... 0.995, and the 4 defect pixels are above so many of these:
         maps, masks = np.zeros((1, 4, 4)), np.zeros((1, 4, 4))
-        maps[0, 0], masks[0, 0] = [0.2525, 0.5025, 0.7525, 1], 1
-        expected = (51 * 1 + 50 * 0.75 + 50 * 0.5 + 49 * 0.25) / 200
-        assert aupro_original(maps, masks) == pytest.approx(expected)
+        maps[0, 0], masks[0, 0] = [lowest, 0.5025, 0.7525, 1], 1
+        assert aupro_original(maps, masks) == pytest.approx((times + 101 + 151 + 200) / 4 / 200)
 
     @pytest.mark.parametrize(("normal", "kept", "expected"), [(1, 0, 0.5), (0.992, 1, 0.5), (0.987, 2, 0.5), (0.983, 3, 0.75)])
     def test_two_points_or_fewer(self, normal: float, kept: int, expected: float) -> None:

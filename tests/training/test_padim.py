@@ -190,6 +190,19 @@ def test_the_loader_may_reuse_its_tensors() -> None:
     assert_near(fitted(maps).distances(maps), torch.from_numpy(naive_distances(maps.double().numpy(), maps.double().numpy())))
 
 
+@pytest.mark.parametrize("fitted_before", [False, True])
+def test_a_fit_that_fails_leaves_nothing_behind(fitted_before: bool) -> None:
+    good, bad = batches(2, seed=0), batches(3, seed=1, batch_size=1)
+    bad[2]["image"] = bad[2]["image"] / 0
+    method = PaDiM(EXTRACT)
+    if fitted_before:
+        method.fit(good)
+    with pytest.raises(InputError, match="NaN"):
+        method.fit(bad)
+    with pytest.raises(ReferencesError, match="call fit first"):
+        method.predict(good)
+
+
 def test_refuses() -> None:
     for epsilon in (0, -1, float("nan")):
         with pytest.raises(InputError, match="epsilon above 0"):

@@ -272,6 +272,25 @@ def test_half_precision_features_are_scored_in_float32() -> None:
     assert torch.equal(half.maps, rounded.maps)
 
 
+def test_autocast_changes_nothing() -> None:
+    train, test = batches(3, seed=0), batches(2, seed=1)
+    plain = PatchCore(EXTRACT, dim=16).fit(train).predict(test)
+    features = {id(batch): EXTRACT(batch) for batch in (*train, *test)}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = PatchCore(lambda batch: features[id(batch)], dim=16).fit(train).predict(test)
+    assert torch.equal(found.maps, plain.maps)
+
+
+def test_a_fit_that_fails_leaves_nothing_behind() -> None:
+    good, bad = batches(2, seed=0), batches(3, seed=1, batch_size=1)
+    bad[2]["image"] = bad[2]["image"] / 0
+    method = PatchCore(EXTRACT, dim=8).fit(good)
+    with pytest.raises(InputError, match="NaN"):
+        method.fit(bad)
+    with pytest.raises(ReferencesError, match="call fit first"):
+        method.predict(good)
+
+
 def test_refuses() -> None:
     for setting in ({"coreset": 0}, {"coreset": 1.5}, {"neighbours": 0}, {"levels": 0}, {"dim": 0}, {"projection": 0}):
         with pytest.raises(InputError, match="got"):

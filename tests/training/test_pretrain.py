@@ -84,7 +84,7 @@ def test_a_run_leaves_checkpoints_log_and_curves(tree: Path, tmp_path: Path) -> 
         for method in ("norm", "angle"):
             kept = load_checkpoint(folder / f"checkpoints_{criterion}_{method}.safetensors")
             assert kept.metrics[key] == max(line[method][criterion] for line in validations)
-            assert {"img": "image_auroc", "pix": "pixel_auroc", "pro": "aupro"}[criterion] in kept.metadata["selected_by"]
+            assert {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}[criterion] in kept.metadata["selected_by"]
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
@@ -117,8 +117,8 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(tree: Path, tmp_p
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pretrain(config(tree, tmp_path / "whole", validation="held_out"), CPU)
-    changes = {"validation": "held_out", "save_every": 2}
+    changes = {"validation": "held_out", "save_every": 2, "milestones": (1,)}
+    whole = pretrain(config(tree, tmp_path / "whole", **changes), CPU)
     calls = 0
 
     def fail(*_: object) -> None:
@@ -195,7 +195,6 @@ def test_runs_killed_before_any_write_end_with_the_same_bits(tree: Path, tmp_pat
         assert one.metrics == other.metrics
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_a_validation_that_was_cut_short_costs_no_steps(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = config(tree, tmp_path / "run", validation="held_out", epochs=1)
     with monkeypatch.context() as patch:
@@ -376,10 +375,17 @@ def test_a_timm_backbone(tree: Path, tmp_path: Path) -> None:
         assert model.name == "adpretrain_timm" and list(model.backbone.channels) == facts["channels"]
 
 
-def test_another_config_is_refused(tree: Path, tmp_path: Path) -> None:
+def test_another_config_is_refused(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
-    with pytest.raises(InputError, match=r"lr was 0\.0001, is 0\.1.*--output"):
-        pretrain(config(tree, tmp_path / "run", max_steps=2, lr=0.1), CPU)
+    with monkeypatch.context() as patch:
+        # Before anything is computed for what is refused in the end.
+        patch.setattr("training.pretrain.load_backbone", lambda *_, **__: pytest.fail("a backbone is loaded"))
+        for changes, message in (
+            ({"lr": 0.1}, r"lr was 0\.0001, is 0\.1.*--output"),
+            ({"img_size": (64,), "seed": 1}, "img_size.*; seed was"),
+        ):
+            with pytest.raises(InputError, match=message):
+                pretrain(config(tree, tmp_path / "run", max_steps=2, **changes), CPU)
     pretrain(config(tree, tmp_path / "run", max_steps=2), CPU)
     assert len(steps(tmp_path / "run")) == 2
 
@@ -389,9 +395,30 @@ def test_other_inputs_are_refused(tree: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tree, moved)
     pretrain(config(moved, folder, max_steps=2), CPU)
+    with pytest.raises(InputError, match="other backbone weights"):
+        pretrain(config(moved, folder, max_steps=3, backbone_weights="random"), CPU)
     next(moved.rglob("OK/*/*.jpg")).unlink()
     with pytest.raises(InputError, match="other images"):
-        pretrain(config(moved, folder, max_steps=3, centers=str(folder / "centers.safetensors")), CPU)
+        pretrain(config(moved, folder, max_steps=3), CPU)
+
+
+def test_random_backbones_are_the_same_again(tree: Path, tmp_path: Path) -> None:
+    given = {"backbone": "resnet10t", "backbone_weights": "random", "img_size": (64,)}
+    for stop in (1, 2):
+        folder = pretrain(config(tree, tmp_path / "run", max_steps=stop, **given), CPU)
+    whole = pretrain(config(tree, tmp_path / "whole", max_steps=2, **given), CPU)
+    assert steps(folder) == steps(whole) and len(steps(whole)) == 2
+
+
+def test_centers_of_another_training_are_refused(tree: Path, tmp_path: Path) -> None:
+    centers = str(pretrain(config(tree, tmp_path / "run", max_steps=1), CPU) / "centers.safetensors")
+    for changes, message in (
+        ({"img_size": (64,)}, r"img_size \[32, 32\], not \[64, 64\]"),
+        ({"held_out": 0.0}, "other normal_images; other references.*--held-out"),
+        ({"backbone_weights": "random"}, "other weights"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            pretrain(config(tree, tmp_path / "other", centers=centers, **changes), CPU)
 
 
 def test_another_number_of_processes_is_refused(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +462,7 @@ def test_a_log_that_cannot_be_written_stops_the_run(tree: Path, tmp_path: Path) 
     (folder / "log.jsonl").mkdir()
     with pytest.raises(AdfeaturesError, match="Cannot write to .*Make it writable"):
         pretrain(config(tree, folder, max_steps=2), CPU)
-    run = Run(config(tree, tmp_path / "other"), {}, {})
+    run = Run(config(tree, tmp_path / "other"))
     with full_disk(10), pytest.raises(AdfeaturesError, match="Cannot write the log in .*other: .*File too large"):
         run.log("step", {"loss": 1.0})
 
@@ -486,7 +513,8 @@ def test_data_without_anomalies(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--root", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--backbone", "efficientnet_lite"]) == 2
+    # The data come first: nobody waits for weights to hear of a wrong folder.
+    assert main(["--root", str(tmp_path / "none"), "--output", str(tmp_path / "run")]) == 2
     assert "training.pretrain: error: There is no folder" in capsys.readouterr().err
     assert main(["--root", str(tmp_path), "--batch-size", "0"]) == 2
     assert "batch_size must be above 0" in capsys.readouterr().err

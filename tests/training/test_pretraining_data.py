@@ -19,13 +19,16 @@ from PIL import Image
 from real_iad_tree import SIZE, write_real_iad
 from torch.utils.data import DataLoader
 
+from adfeatures.catalog import BACKBONES
 from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.images import build_transform, read_image
+from training.config import PretrainConfig
 from training.data import real_iad
 from training.data.items import ANOMALOUS, NORMAL, Item
 from training.data.manifest import read_manifest
 from training.data.pretraining import MAX_FAILURES, Draw, PretrainingDataset, StepSampler, read_items
 from training.data.transforms import MaskTransform, TwoViews
+from training.pretrain import _view_statistics
 
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
 PRODUCTS = ("bottle_cap", "pcb")
@@ -76,7 +79,7 @@ def test_ranks_divide_one_global_batch_from_any_position(
     ranks = [StepSampler(count, batch_size, seed, rank=rank, world=world) for rank in range(world)]
     parts = [all_batches(sampler, epoch, step) for sampler in ranks]
     assert [len(sampler) for sampler in ranks] == [len(batches) - step] * world
-    assert [sum(shares, []) for shares in zip(*parts, strict=True)] == batches[step:]
+    assert [[draw for turn in zip(*shares, strict=True) for draw in turn] for shares in zip(*parts, strict=True)] == batches[step:]
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
@@ -163,6 +166,21 @@ def test_views_depend_on_the_seed_alone_and_leave_the_global_generators() -> Non
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(VIEWS(image, 2**62), first)
     assert not torch.equal(VIEWS(image, 2**62 + 1), first)
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "original", "own"),
+    [("dinov2_base", CLIP, IMAGENET), ("dinov2_large", CLIP, IMAGENET), ("clip_base", CLIP, CLIP), ("imagebind_huge", CLIP, CLIP)],
+)
+def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_asked_for(
+    backbone: str, original: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]
+) -> None:
+    assert _view_statistics(PretrainConfig(), BACKBONES[backbone]) == original
+    assert _view_statistics(PretrainConfig(view_statistics="backbone"), BACKBONES[backbone]) == own
 
 
 # The data set
@@ -324,7 +342,7 @@ def test_masks_that_do_not_fit_are_errors(tmp_path: Path, fault: str) -> None:
 
 
 def write_manifest(folder: Path, text: str) -> Path:
-    write_photos(folder / "images", range(3))
+    write_photos(folder / "images", range(5))
     Image.new("L", (80, 60), 255).save(folder / "images/mask.png")
     (folder / "list.csv").write_text(text, encoding="utf-8")
     return folder / "list.csv"
@@ -332,7 +350,7 @@ def write_manifest(folder: Path, text: str) -> Path:
 
 def test_a_manifest_becomes_items(tmp_path: Path) -> None:
     lines = [
-        "\ufeffimage,mask,product,remark",
+        "\ufeffimage, mask, product,remark",
         "images/000.png,,gasket,fine",
         "images/001.png, images/mask.png ,gasket,",
         "images/002.png,,,",
@@ -362,21 +380,32 @@ def test_every_fault_of_a_manifest_is_named_with_its_line(tmp_path: Path) -> Non
         ",,0",
         "images/nowhere.png,,",
         "images/001.png,images/no_mask.png,1",
-        "images/001.png,,1",
-        "images/001.png,images/mask.png,0",
-        "images/002.png,,bad",
+        "images/002.png,,1",
+        "images/003.png,images/mask.png,0",
+        "images/004.png,,bad",
+        "images/000.png,images/mask.png,1",
+        f"images/{'long' * 100}.png,,",
     ]
     path = write_manifest(tmp_path, "\n".join(["image,mask,label", *rows]))
     with pytest.raises(InputError) as caught:
         read_manifest(path)
     report = str(caught.value).splitlines()[1:]
-    assert [line.strip().partition(":")[0] for line in report] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8)]
-    expected = ["no image", "nowhere.png", "no_mask.png", "without a mask", "normal but has a mask", "'bad'"]
+    assert [line.strip().partition(":")[0] for line in report] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9, 10)]
+    expected = [
+        "no image",
+        "nowhere.png",
+        "no_mask.png",
+        "without a mask",
+        "normal but has a mask",
+        "'bad'",
+        "has a line already",
+        "longlong",
+    ]
     assert all(part in line for part, line in zip(expected, report, strict=True))
 
 
 def test_a_long_report_is_cut(tmp_path: Path) -> None:
-    path = write_manifest(tmp_path, "image,mask\n" + "gone.png,\n" * 25)
+    path = write_manifest(tmp_path, "image,mask\n" + "".join(f"gone{n}.png,\n" for n in range(25)))
     with pytest.raises(InputError, match="line 11.*\n  and 15 more$"):
         read_manifest(path)
 

@@ -50,7 +50,10 @@ class Trained:
         facts = {"timm_name": entry.timm_name, "blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions}
         self.header = {"format": "adfeatures", "model": "adpretrain_timm", "num_heads": "4", "img_size": "[48, 80]"}
         self.header |= {"backbone": json.dumps({**facts, "mean": mean, "std": std}), "training": json.dumps(TRAINING)}
-        self.header |= {"selected_by": "AUPRO of FeatureNorm on held-out samples of real_iad, after epoch 3", "training_data": "Real-IAD"}
+        self.header |= {
+            "selected_by": "AUPRO of FeatureNorm on held-out samples of the training data, after step 3",
+            "training_data": "Real-IAD",
+        }
         self.write(path)
         self.references, self.x = torch.randn(2, 3, 48, 80), torch.randn(1, 3, 48, 80)
         model = adfeatures.create_model(weights=path, backbone_weights=self.save_backbone())
@@ -266,14 +269,14 @@ class TestRefusals:
         assert "needs a token" in self.refused(capsys, publish(trained, "--repo", REPO))
         assert not hub.requests
         monkeypatch.setenv("HF_TOKEN", "hf_expired")
-        assert "not valid (HTTP 401)" in self.refused(capsys, publish(trained, "--repo", REPO))
+        assert "not valid (HTTP 401: Invalid credentials" in self.refused(capsys, publish(trained, "--repo", REPO))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        assert "may not write to owner (HTTP 403)" in self.refused(capsys, publish(trained, "--repo", REPO))
+        assert "may not write to owner (HTTP 403: You don't have the rights" in self.refused(capsys, publish(trained, "--repo", REPO))
         assert not hub.branches
 
     def test_names_that_are_taken(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
         writable.add("owner/other", "config.json", b'{"architecture": "resnet50"}', lfs=False)
-        writable.add("owner/mess", "config.json", b"[]", lfs=False)
+        writable.add("owner/mess", "config.json", b"\xff[]", lfs=False)
         writable.add("owner/data", "train.csv", b"1", lfs=False)
         writable.add("owner/hidden", "x", b"1")
         writable.require_token("owner/hidden", "hf_of_somebody_else")
@@ -290,6 +293,12 @@ class TestRefusals:
     def test_somebody_else_was_quicker(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
         writable.fail(412, match="/commit/", times=1)
         assert "changed it meanwhile" in self.refused(capsys, publish(trained, "--repo", REPO))
+
+    def test_what_the_hub_objects_to_is_said(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+        says = self.refused(capsys, publish(trained, "--repo", REPO, "--license", "my own"))
+        assert "HTTP 400: license must be one of" in says and "Mend that" in says
+        writable.fail(402, match="/preupload/", times=1)
+        assert "HTTP 402: fault on demand" in self.refused(capsys, publish(trained, "--repo", REPO))
 
     def test_no_network(
         self, trained: Trained, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -363,15 +372,30 @@ class TestRefusals:
         assert "is a file" in self.refused(capsys, publish(trained, "--folder", tmp_path / "README.md"))
         assert (tmp_path / "README.md").read_text() == "my project"
 
-    def test_another_model_in_the_folder(self, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"architecture": "resnet50"}')
-        assert "holds resnet50" in self.refused(capsys, publish(trained, "--folder", tmp_path))
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [
+            (b'{"architecture": "resnet50"}', "holds resnet50, which adpretrain_timm"),
+            (b'{"architecture": "adpretrain_timm", "pretrained_cfg": {"tag": "old"}}', "holds adpretrain_timm.old, which"),
+            (b"\xff{}", "holds something else"),
+        ],
+    )
+    def test_another_model_in_the_folder(
+        self, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: bytes, says: str
+    ) -> None:
+        (tmp_path / "config.json").write_bytes(config)
+        assert says in self.refused(capsys, publish(trained, "--folder", tmp_path))
         assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
     def test_the_backbone_that_it_was_trained_on(
         self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        for used, says in (("/there/other.pth", "Publish them with it: --backbone-weights"), ("random", "random backbone")):
+        unpublished = "Publish them with it: --backbone-weights"
+        for used, says in (
+            ("/there/other.pth", unpublished),
+            ("/there/pytorch_model.bin", unpublished),
+            ("random", "random backbone"),
+        ):
             training = json.dumps({**TRAINING, "backbone_weights": used})
             path = str(trained.write(tmp_path / "other.safetensors", training=training))
             assert says in self.refused(capsys, main([path, "--dry-run"]))
@@ -426,7 +450,7 @@ class TestFilesOfTheAuthors:
             assert torch.equal(found.view(torch.int16), value.view(torch.int16))
         assert published.metrics == original.metrics
         assert (published.metadata["model"], published.metadata["source"]) == (tiny, GOLDEN.name)
-        assert published.metadata["selected_by"] == "FeatureNorm on the test set of MVTec AD, by the authors of ADPretrain"
+        assert published.metadata["selected_by"] == "AUPRO of FeatureNorm on the test set of MVTec AD, by the authors of ADPretrain"
         with writable.counting() as requests:
             assert main([str(tmp_path / "model.safetensors"), "--repo", REPO]) == 0  # the published file is the same model
         assert {request.method for request in requests} <= {"GET", "HEAD"}
@@ -471,7 +495,7 @@ class TestModelCard:
         front = yaml.safe_load(card.split("---\n")[1])
         assert front == {
             "license": "cc-by-nc-sa-4.0",
-            "library_name": "adfeatures",
+            "library_name": "timm",
             "pipeline_tag": "image-feature-extraction",
             "tags": ["adfeatures", "timm", "anomaly-detection", "industrial-inspection", "adpretrain", "arxiv:2511.05245"],
             "datasets": ["Real-IAD/Real-IAD"],
@@ -512,6 +536,10 @@ class TestModelCard:
         card = (tmp_path / "README.md").read_text()
         assert "procedural images of training.synthesize: MIT" in card and "Real-IAD:" not in card
         assert "datasets" not in yaml.safe_load(card.split("---\n")[1])
+
+    def test_real_iad_keeps_its_terms(self, trained: Trained, tmp_path: Path) -> None:
+        assert publish(trained, "--folder", tmp_path, "--data", "Real-IAD") == 0
+        assert "Real-IAD: CC-BY-NC-SA-4.0" in (tmp_path / "README.md").read_text()
 
     def test_its_code_runs(self, card: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_photos(tmp_path / "good", range(3))

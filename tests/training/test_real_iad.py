@@ -90,6 +90,25 @@ def test_a_name_without_a_view_is_refused(root: Path) -> None:
         real_iad.read(root, PRODUCTS)
 
 
+@pytest.mark.parametrize("product", ["PCC1_board", "left_C4_", "C2", "C10"])
+def test_letters_like_a_view_in_the_name_of_a_product_are_none(tmp_path: Path, product: str) -> None:
+    items = real_iad.read(write_real_iad(tmp_path, (product,), views=5))
+    assert [f"_{item.view}_2" in item.image for item in items] == [True] * (3 + 2 * 2) * 5
+    image = next((tmp_path / "realiad_512" / product / "OK/S0300").glob("*_C1_2*.jpg"))
+    image.rename(image.with_name("PCC1_board_0300_OK_2023.jpg"))
+    with pytest.raises(InputError, match="holds no view"):
+        real_iad.read(tmp_path)
+
+
+def test_suffixes_may_be_in_capitals(root: Path) -> None:
+    before = real_iad.read(root, PRODUCTS)
+    for path in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
+        path.rename(path.with_suffix(path.suffix.upper()))
+    after = real_iad.read(root, PRODUCTS)
+    assert [(item.image[:-4], item.label) for item in after] == [(item.image[:-4], item.label) for item in before]
+    assert all(item.mask is None or Path(item.mask).is_file() for item in after)
+
+
 def test_without_products_all_thirty_are_expected_of_the_published_set(root: Path) -> None:
     with pytest.raises(InputError) as caught:
         real_iad.read(root)
@@ -119,9 +138,12 @@ def test_one_report_names_everything_that_is_missing(root: Path) -> None:
 
 def test_products_without_defects_are_named(root: Path) -> None:
     (root / "realiad_512/pcb/NG").rename(root / "realiad_512/pcb/ng_images")
-    with pytest.warns(UserWarning, match="no folder of defects in pcb/NG of"):
+    with pytest.warns(UserWarning, match="no images in pcb/NG of"):
         items = real_iad.read(root, ("bottle_cap", "pcb"))
     assert {item.product for item in items if item.defect != "good"} == {"bottle_cap"}
+    (root / "realiad_512/pcb/NG/HS/S0000").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="no images in pcb/NG of"):
+        assert real_iad.read(root, ("bottle_cap", "pcb")) == items
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
@@ -176,6 +198,13 @@ def test_the_typo_of_the_published_list_is_undone(tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists/wooden_beads.json").write_text(json.dumps([f"wooden_beads{name}" for name in names]))
     assert _filtered(root, tmp_path / "lists", ("wooden_beads",))[1] == set(names)
+
+
+def test_a_filter_list_that_leaves_a_product_without_defects_is_warned_of(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([_relative(root, i) for i in real_iad.read(root, ["bottle_cap"]) if i.defect == "ZW"]))
+    with pytest.warns(UserWarning, match="no images in pcb/NG of .* that .*one.json keeps"):
+        ng = _filtered(root, tmp_path / "one.json")[1]
+    assert len(ng) == 2 * 3
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "[", '["pcb/NG/ZW/S0000/other_C1.jpg"]'])

@@ -180,6 +180,7 @@ class TestReport:
         assert "| bottle | PaDiM, pretrained, draw 2 | RuntimeError: out of memory |" in text
         assert r"| odd \| mask | bottle (FeatureNorm), bottle (PatchCore), cable (FeatureNorm), cable (PatchCore) |" in text
         assert text.index("## Means") < text.index("## FeatureNorm") < text.index("## PatchCore") < text.index("## Not finished")
+        assert "| draws of references | 3 |" in text
         assert (tmp_path / "results.csv").read_text() == to_csv(rows(kept))
         means, failures = printed.split("\n## Not finished\n\n")
         assert [row["Method"] for row in parse(means)] == ["FeatureNorm"] * 3 + ["PatchCore"] * 3
@@ -205,6 +206,15 @@ class TestReport:
         ]
         expected = [100 * own[name] for name in ("image_auroc", "pixel_auroc", "aupro")]
         assert [float(row["Found here"]) for row in found] == pytest.approx(expected, abs=0.00501)
+
+    def test_metrics_of_the_checkpoint_beside_any_method(self, tmp_path: Path) -> None:
+        results = Results(tmp_path, SETTINGS)
+        for method in ("padim", "feature_norm_retrieved"):
+            results.write(Run(method, PRETRAINED, 0), record("bottle", method, PRETRAINED, 0, len(method)))
+        printed = write_report(results, {**ABOUT, "weights": [{"name": "m.tag", "source": "", "stored": {"img_auc": 0.5}}]})
+        for method, name in (("padim", "PaDiM"), ("feature_norm_retrieved", "FeatureNorm (retrieved)")):
+            own = 100 * metrics(len(method))["image_auroc"]
+            assert f"| m.tag | img_auc | 50.00 | {name} | Image AUROC | {own:.2f} |" in printed
 
     def test_the_stored_aupro_is_the_approximate_one(self, tmp_path: Path) -> None:
         results = Results(tmp_path, SETTINGS)
@@ -266,6 +276,14 @@ class TestResults:
         path.write_text("{")
         with pytest.raises(InputError, match=f"{path.name} cannot be read"):
             results.read("bottle", run)
+
+    def test_what_a_killed_process_was_writing_is_no_record(self, tmp_path: Path) -> None:
+        results = Results(tmp_path, SETTINGS)
+        results.write(Run("padim", RAW), {"product": "bottle", "metrics": {}})
+        (path,) = (tmp_path / "results/bottle").iterdir()
+        path.with_name(f".{path.stem}.0123abcd.json").write_text(path.read_text())
+        path.with_name(f".{path.stem}.4567abcd.json").touch()
+        assert [record["product"] for record in results.records()] == ["bottle"]
 
 
 def test_every_method_has_a_recipe_and_every_metric_a_title() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,14 @@ from golden_values import assert_near, value
 from models import tiny_extractor
 from torch import Tensor
 
-from adfeatures.errors import InputError
+from adfeatures.errors import InputError, ReferencesError
 from training.methods import FeatureNorm, retrieval
-from training.methods.retrieval import RetrievedReferences, VisualWords, most_similar
+from training.methods.retrieval import RetrievedReferences, VisualWords, most_similar, patches_of
 
 
 def retrieve(train: Tensor, test: Tensor, count: int = 10, *, seed: int = 0) -> Tensor:
     """Indices (N, count) of the training images most like each test image, from first-level features (M or N, C, h, w)."""
-    words = VisualWords(train, seed)
+    words = VisualWords(patches_of(train), seed)
     return most_similar(words.histograms(test), words.histograms(train), count)
 
 
@@ -51,7 +52,7 @@ def naive_ranking(test: np.ndarray, train: np.ndarray) -> list[list[int]]:
 def test_equals_the_rule_in_loops(grid: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     train, test = (torch.randn(n, 6, *grid, generator=generator) for n in (9, 4))
-    words = VisualWords(train)
+    words = VisualWords(patches_of(train))
     assert words.centres.shape == (12, 6)
     expected = [naive_histograms(maps.numpy(), words.centres.numpy()) for maps in (test, train)]
     histograms = [words.histograms(maps) for maps in (test, train)]
@@ -68,7 +69,7 @@ def test_the_words_are_the_kinds_of_patches() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(12, (8, 6, 6), generator=generator)
     maps = (kinds[labels] + 0.1 * torch.randn(8, 6, 6, 12, generator=generator)).permute(0, 3, 1, 2)
-    centres = VisualWords(maps).centres
+    centres = VisualWords(patches_of(maps)).centres
     assert sorted(centres.argmax(dim=1).tolist()) == list(range(12))
     np.testing.assert_allclose(centres.max(dim=1).values, 10, atol=0.2)
 
@@ -102,13 +103,9 @@ def test_reproducible_and_on_its_own() -> None:
     assert not torch.equal(first, retrieve(train, test, seed=1))
 
 
-def test_few_images_and_few_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images_and_few_patches() -> None:
     assert retrieve(poses(3, 0, seed=0), poses(2, 0, seed=1)).shape == (2, 3)
     assert retrieve(torch.randn(2, 3, 2, 2), torch.randn(1, 3, 2, 2)).shape == (1, 2)
-    with pytest.raises(InputError, match="there are none"):
-        retrieve(torch.empty(0, 3, 2, 2), torch.randn(1, 3, 2, 2))
-    monkeypatch.setattr(retrieval, "PATCHES", 40)
-    assert len(VisualWords(poses(3, 0, seed=0)).centres) == 12
 
 
 # As an extractor
@@ -138,6 +135,39 @@ def test_features_are_residuals_against_the_retrieved_images() -> None:
     maps, scores = FeatureNorm(extractor).fit([]).predict(batches)
     assert_near(maps[2:], model.anomaly_map(queries[2:]).maps)
     assert scores.shape == (3,)
+
+
+def test_training_images_are_compared_with_the_others_alone() -> None:
+    train = entries("train", poses(9, 0, seed=0))
+    batch = {"image": torch.stack([entry["image"] for entry in train]), "path": [entry["path"] for entry in train]}
+    extractor = RetrievedReferences(lambda batch: [batch["image"]], None, train, count=8)
+    (residuals,) = extractor(batch)
+    assert {path: sorted(references) for path, references in extractor.lists.items()} == {
+        path: [other for other in batch["path"] if other != path] for path in batch["path"]
+    }
+    assert (residuals.norm(dim=1) > 0).all()
+    with pytest.raises(ReferencesError, match=r"train/0\.png is the only training image"):
+        RetrievedReferences(extractor.features, None, train[:1])({"image": batch["image"][:1], "path": batch["path"][:1]})
+
+
+def test_the_words_are_of_some_patches_and_one_batch_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, held, clustered = entries("train", poses(30, 0, seed=0)), [], []
+    monkeypatch.setattr(retrieval, "PATCHES", 300)
+    monkeypatch.setattr(retrieval, "VisualWords", lambda patches, seed: clustered.append(patches) or VisualWords(patches, seed))
+
+    def features(batch: dict[str, Any]) -> list[Tensor]:
+        assert sum(reference() is not None for reference in held) <= 1
+        maps = batch["image"] + 0
+        held.append(weakref.ref(maps))
+        return [maps]
+
+    RetrievedReferences(features, None, train)
+    assert len(held) == 8
+    (patches,) = clustered
+    every = patches_of(torch.stack([entry["image"] for entry in train]))
+    known = {tuple(patch): number // 100 for number, patch in enumerate(every.tolist())}
+    batches = [known[tuple(patch)] // 8 for patch in patches.tolist()]
+    assert [batches.count(number) for number in range(4)] == [80, 80, 80, 60]
 
 
 def test_an_empty_data_set_is_refused() -> None:

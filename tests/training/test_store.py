@@ -106,6 +106,30 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path) -> None:
     assert all(map(torch.equal, cut.read(indices), whole.read(indices)))
 
 
+def test_an_interrupted_encoding_of_something_else_does_not_pass_for_the_first(tmp_path: Path) -> None:
+    def flipped(images: Tensor) -> list[Tensor]:
+        return maps(images)[::-1]
+
+    ReferenceStore(tmp_path, ITEMS, "one").encode(read, flipped)
+    with full_disk(2 * 2 * 2), pytest.raises(AdfeaturesError, match="Cannot write"):  # Room for no more than the first, small level.
+        ReferenceStore(tmp_path, ITEMS, "two").encode(read, lambda images: [level + 1 for level in flipped(images)])
+    store = ReferenceStore(tmp_path, ITEMS, "one")
+    store.encode(read, flipped)
+    store.open()
+    expected = flipped(torch.stack([read(item.image) for item in ITEMS]))
+    assert all(torch.equal(found[0], level.half()) for found, level in zip(store.read(torch.arange(7)[None]), expected, strict=True))
+
+
+@pytest.mark.parametrize("cut", [None, 2 * 2])
+def test_arrays_that_were_deleted_or_cut_are_encoded_anew(tmp_path: Path, cut: int | None) -> None:
+    encoded(tmp_path)
+    level = tmp_path / "level2.f16"
+    level.unlink() if cut is None else level.write_bytes(level.read_bytes()[:-cut])
+    store, files = encoded(tmp_path)
+    assert len(files) == 7
+    assert torch.equal(store.read(torch.tensor([[6]]))[1][0, 0], maps(read(ITEMS[6].image)[None])[1][0].half())
+
+
 def test_a_full_disk_keeps_what_is_encoded(tmp_path: Path) -> None:
     with full_disk(5 * 4 * 2 * 3 * 2), pytest.raises(AdfeaturesError, match="references.*File too large.*Free some space or lower --pool"):
         ReferenceStore(tmp_path / "references", ITEMS, "one").encode(read, maps)

@@ -41,6 +41,8 @@ def test_features_that_are_not_finite_are_named(value, level):
         feature_maps(broken, batch)
     with pytest.raises(InputError, match="an augmented image"):
         feature_maps(broken, {**batch, "path": [None] * 4})
+    with pytest.raises(InputError, match="an image hold"):
+        feature_maps(broken, {"image": batch["image"]})
     if level == 0:
         assert len(feature_maps(broken, batch, 2)) == 2
 

@@ -49,51 +49,59 @@ def test_ten_steps_are_the_original_ones() -> None:
 RANKS = """
 import sys, torch
 from training.config import PretrainConfig
+from training.data.pretraining import StepSampler
 from training.distributed import processes, rank, world_size
-from training.step import losses
+from training.step import train_step
 from torch.nn.parallel import DistributedDataParallel
 from adfeatures.projector import ResidualProjector
 
-def run(path):
+def run(path, accumulate):
     torch.manual_seed(0)
     projector = ResidualProjector([8, 12], num_heads=4, num_keys=16)
-    views = [[torch.randn(4, 8, 6, 6), torch.randn(4, 12, 3, 3)] for _ in range(2)]
-    masks = torch.zeros(4, 1, 48, 48)
-    masks[3, :, 10:40, 10:40] = 1  # of the four images only the last one, on the last rank, is anomalous
-    centers = [torch.randn(8), None]
+    backbone = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.Conv2d(3, 12, 16, 16)
+    centers = [torch.randn(8), torch.randn(12)]
+    batch = {name: torch.randn(4, 2, 3, 48, 48) for name in ("views", "references")}
+    # Of the four images only the last one, on the last rank, is anomalous.
+    batch["label"], batch["mask"] = torch.tensor([0, 0, 0, 1]), torch.zeros(4, 1, 48, 48, dtype=torch.uint8)
+    batch["mask"][3, :, 10:40, 10:40] = 1
+    share = StepSampler(4, 4, 0, rank=rank(), world=world_size()).share
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
-    count = 4 // world_size()
-    own = slice(rank() * count, (rank() + 1) * count)
-    projected = model([torch.cat([one[own], other[own]]) for one, other in zip(*views)])
-    first, second = zip(*(level.chunk(2) for level in projected))
-    angle, norm = losses(first, second, masks[own], centers, PretrainConfig())
-    (angle + norm).backward()
+    values = train_step(
+        model,
+        torch.optim.SGD(projector.parameters()),
+        {name: value[share] for name, value in batch.items()},
+        lambda images: [level(images).detach() for level in backbone],
+        None,
+        centers,
+        PretrainConfig(precision="float32", accumulate=accumulate),
+    )
     if rank() == 0:
-        torch.save({"losses": torch.stack([angle, norm]).detach(), **{n: p.grad for n, p in projector.named_parameters()}}, path)
+        torch.save({"values": values, **{name: parameter.grad for name, parameter in projector.named_parameters()}}, path)
 
 with processes("cpu"):
-    run(sys.argv[1])
+    run(sys.argv[1], int(sys.argv[2]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_give_the_gradients_of_one(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (4, 1), (2, 2)])
+def test_processes_give_the_gradients_of_one(tmp_path: Path, count: int, accumulate: int) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     for processes, name in ((1, "one.pt"), (count, "many.pt")):
-        done = run_ranks(processes, script, tmp_path / name)
+        done = run_ranks(processes, script, tmp_path / name, str(accumulate))
         assert done.returncode == 0, done.stderr
     one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "many.pt"))
-    assert one["losses"].abs().min() > 0.1
+    assert min(abs(one["values"][name]) for name in ("angle", "norm")) > 0.1
+    assert one["l1_proj.layers.0.mlp.fc2.weight"].abs().max() > 0.01
     torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
 
 
-def small_step(labels: list[int], accumulate: int = 1) -> tuple[dict[str, float], bool]:
-    """The values of a step on four small images with these labels, and whether it changed the projector."""
+def small_step(labels: list[int], accumulate: int = 1, images: slice = slice(None)) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """The values of a step on some of four small images with these labels, and how it changed the projector."""
     torch.manual_seed(0)
     projector = ResidualProjector([8], num_heads=2, num_keys=4)
-    optimizer = torch.optim.Adam(projector.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(projector.parameters(), lr=1)
     mask = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)
     mask[torch.tensor(labels) > 0] = 1
     mask[..., 8:] = 0
@@ -101,18 +109,27 @@ def small_step(labels: list[int], accumulate: int = 1) -> tuple[dict[str, float]
     backbone = torch.nn.Conv2d(3, 8, 4, 4)
     before = [parameter.clone() for parameter in projector.parameters()]
     config = PretrainConfig(precision="float32", accumulate=accumulate)
+    batch = {name: value[images] for name, value in batch.items()}
     values = train_step(projector, optimizer, batch, lambda images: [backbone(images)], None, [None], config)
-    return values, not all(map(torch.equal, before, projector.parameters()))
+    return values, [after.detach() - old for after, old in zip(projector.parameters(), before, strict=True)]
 
 
 def test_a_batch_without_anomalous_images_is_skipped() -> None:
-    assert small_step([0, 0, 0, 0]) == ({"skipped": 1.0}, False)
-    values, changed = small_step([0, 0, 0, 1])
-    assert changed and values["loss"] == pytest.approx(values["angle"] + values["norm"])
+    values, changes = small_step([0, 0, 0, 0])
+    assert values == {"skipped": 1.0} and not any(change.any() for change in changes)
+    values, changes = small_step([0, 0, 0, 1])
+    assert any(change.any() for change in changes) and values["loss"] == pytest.approx(values["angle"] + values["norm"])
+
+
+def test_accumulation_takes_the_mean_over_the_parts() -> None:
+    values, changes = small_step([1, 0, 0, 1], accumulate=2)
+    parts = [small_step([1, 0, 0, 1], images=images) for images in (slice(2), slice(2, 4))]
+    assert values == pytest.approx({name: sum(part[0][name] for part in parts) / 2 for name in values}, rel=1e-5)
+    expected = [sum(change) / 2 for change in zip(*(part[1] for part in parts), strict=True)]
+    torch.testing.assert_close(changes, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_parts_without_anomalous_images_do_not_count() -> None:
-    values, _ = small_step([0, 0, 0, 1], accumulate=2)
-    alone, _ = small_step([0, 0, 0, 1])
-    # The second part holds the anomalous image, and half of the normal ones to contrast it with.
-    assert values["loss"] != alone["loss"] and values["angle"] != 0
+    found, expected = small_step([0, 0, 0, 1], accumulate=2), small_step([0, 0, 0, 1], images=slice(2, 4))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(found[1], expected[1])

@@ -12,6 +12,12 @@ from training import tutorial
 from training.curves import read_log
 
 
+@pytest.mark.parametrize("options", [["--steps", "0"], ["--seeds", "0", "-1"]])
+def test_senseless_numbers_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert tutorial.main(["--output", str(tmp_path), *options]) == 2
+    assert "must" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fewer normal images")
 def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import tiny_extractor
 from real_iad_tree import write_real_iad
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import roc_auc_score
 from trees import write_mvtec
 
@@ -176,6 +177,18 @@ def test_the_projector_stays_as_it_is_and_nothing_is_held(trials: list[Trial]) -
 def test_residuals_alone_are_another_thing_to_evaluate(trials: list[Trial]) -> None:
     validation, projector = make(trials[:1], methods=("norm",))
     assert validation.run(None) != validation.run(projector)
+
+
+def test_a_product_whose_masks_are_empty_leaves_the_means_of_pixels_to_the_others(trials: list[Trial]) -> None:
+    blank = replace(trials[1], test=[replace(item, mask=None) for item in trials[1].test])
+    (one, two, both, alone) = ([trials[0]], [trials[1]], [trials[0], blank], [blank])
+    with pytest.warns(UndefinedMetricWarning, match="no pixel is anomalous"):
+        validation, projector = make(both, methods=("norm",))
+        found, undefined = (each.run(projector)["norm"] for each in (validation, make(alone, methods=("norm",))[0]))
+    first, second = (make(trial, methods=("norm",))[0].run(projector)["norm"] for trial in (one, two))
+    assert (found["pix"], found["pro"]) == (first["pix"], first["pro"])
+    assert found["img"] == pytest.approx((first["img"] + second["img"]) / 2)
+    assert undefined["img"] == second["img"] and np.isnan([undefined["pix"], undefined["pro"]]).all()
 
 
 def broken(item: Item, folder: Path) -> Item:

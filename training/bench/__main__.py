@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 import torch
 
+from adfeatures.catalog import unknown
+from adfeatures.errors import UnknownNameError
+
+from ..console import run
 from .timing import HEADER
 
 BENCHMARKS = ("aupro", "patchcore", "padim", "pretrain")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training.bench", description="Speed against naive forms; judge by the ratios.")
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, for a first look")
     options = parser.parse_args(arguments)
+    return run("bench", partial(_print, options.names or BENCHMARKS, options.quick))
+
+
+def _print(names: Sequence[str], quick: bool) -> None:
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UnknownNameError(unknown("benchmark", name, BENCHMARKS))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} processors")
-    print(HEADER)
-    for name in options.names or BENCHMARKS:
-        for row in import_module(f"training.bench.{name}").rows(quick=options.quick):
+    print(HEADER, flush=True)
+    for name in names:
+        for row in import_module(f"training.bench.{name}").rows(quick=quick):
             print(row, flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

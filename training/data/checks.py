@@ -17,7 +17,7 @@ from adfeatures.images import IMAGE_SUFFIXES, read_image
 from training.console import DONE, SOME_FAILED
 
 from . import DATASETS, dataset, real_iad, visa
-from .images import different_sizes
+from .images import different_sizes, read_mask
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import SPLITS, StrPath, Tree, nearby, subfolders
 
@@ -205,7 +205,7 @@ def _check_files(items: Sequence[Item], product: str) -> Iterator[Problem]:
             shared["images without their mask", True].append(f"{item.image} (mask expected in {item.mask})")
         try:
             picture = read_image(item.image) if os.path.isfile(item.image) else None
-            mask = read_image(item.mask) if item.mask is not None and os.path.isfile(item.mask) else None
+            mask = read_mask(item.mask) if item.mask is not None and os.path.isfile(item.mask) else None
         except ImageError as error:
             yield Problem(str(error))
             continue

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from adfeatures.errors import ImageError
-from adfeatures.images import ImageTransform, read_image
+from adfeatures.images import FORMATS, ImageTransform, read_image
 
 from .items import Item
 from .transforms import MaskTransform
@@ -44,11 +46,31 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if item.mask is None:
             mask = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
         else:
-            drawn = read_image(item.mask)
+            drawn = read_mask(item.mask)
             if drawn.size != picture.size:
                 raise ImageError(different_sizes(item, picture.size, drawn.size))
             mask = self.mask_transform(drawn)
         return {"image": image, "mask": mask, "label": item.label, "product": item.product, "path": item.image}
+
+
+def read_mask(path: str) -> Image.Image:
+    """Read a mask as `read_image` reads an image, but with transparent pixels black, and no 16-bit sample rounded to 0.
+
+    So a defect that is drawn on nothing does not fill the whole mask, and instances that are numbered from 1 are not lost.
+
+    Raises:
+        ImageError: As `read_image`.
+    """
+    mask = read_image(path)
+    with Image.open(path, formats=FORMATS) as file:  # It is sound, since it has been read.
+        if file.mode.startswith("I"):
+            defect = np.asarray(ImageOps.exif_transpose(file)) > 0
+        elif "A" in file.getbands() or "transparency" in file.info:
+            colours = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"))
+            defect = colours[..., :3].any(axis=2) & (colours[..., 3] > 0)
+        else:
+            return mask
+    return Image.fromarray(defect).convert("RGB")
 
 
 def different_sizes(item: Item, image: tuple[int, int], mask: tuple[int, int]) -> str:
@@ -57,6 +79,23 @@ def different_sizes(item: Item, image: tuple[int, int], mask: tuple[int, int]) -
         f"The mask {item.mask} has {mask[0]} x {mask[1]} pixels, its image {item.image} has {image[0]} x {image[1]}. "
         "Make the mask again at the size of the image."
     )
+
+
+class Shuffled(Sampler[int]):
+    """All indices, in an order that is drawn anew at the beginning of each pass.
+
+    torch's own draws at the end of a pass too, so that after one that was broken off the order depends on how far workers had read ahead.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.size, generator=self.generator).tolist())
+
+    def __len__(self) -> int:
+        return self.size
 
 
 class ImageLoader(DataLoader[dict[str, Any]]):
@@ -92,11 +131,10 @@ def loader(
         workers: Processes that decode; 0 decodes in this one.
         drop_last: Leave out a last batch of fewer images.
     """
-    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else SequentialSampler(dataset)  # type: ignore[arg-type]
     return ImageLoader(
         dataset,
         batch_size,
-        sampler=order,
+        sampler=Shuffled(len(dataset), seed) if shuffle else SequentialSampler(dataset),  # type: ignore[arg-type]
         num_workers=workers,
         drop_last=drop_last,
         # The loader draws a seed for its workers in each pass, which must not move the generator of the order or torch's own.

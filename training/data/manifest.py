@@ -24,12 +24,12 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Item]:
 
     Raises:
         InputError: For a table that is missing, empty, no text or without these columns; for rows without an image, with files that do
-            not exist, or labelled anomalous without a mask, by their line numbers.
+            not exist, of an image that has one already, or whose label and mask disagree, by their line numbers.
     """
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
+            table = csv.DictReader(file, skipinitialspace=True)
             header = table.fieldnames or ()
             rows = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -38,18 +38,22 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Item]:
         raise InputError(f"The manifest {path} has no column {' and no '.join(absent)}. Its first line reads: {', '.join(header)}")
     if not rows:
         raise InputError(f"The manifest {path} lists no images.")
-    problems = [f"line {line}: {problem}" for line, row in rows for problem in _problems(path.parent, row)]
+    seen: set[str] = set()
+    problems = [f"line {line}: {problem}" for line, row in rows for problem in _problems(path.parent, row, seen)]
     if problems:
         more = f"\n  and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise InputError(f"The manifest {path} cannot be used:\n  " + "\n  ".join(problems[:_NAMED]) + more)
     return [_item(path.parent, row) for _, row in rows]
 
 
-def _problems(folder: Path, row: Mapping[str, str | None]) -> Iterator[str]:
+def _problems(folder: Path, row: Mapping[str, str | None], seen: set[str]) -> Iterator[str]:
     image, mask, label = (_cell(row, column) for column in ("image", "mask", "label"))
     if not image:
         yield "no image is named."
-    yield from (f"there is no file {folder / name}." for name in (image, mask) if name and not (folder / name).is_file())
+    elif image in seen:
+        yield f"{image} has a line already. Draw all its defects into one mask."
+    seen.add(image)
+    yield from (f"there is no file {folder / name}." for name in (image, mask) if name and not os.path.isfile(folder / name))
     if label not in ("", "0", "1"):
         yield f"the label is {label!r}; it must be 0 (normal), 1 (anomalous) or empty."
     elif label == "1" and not mask:

@@ -25,7 +25,7 @@ from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.images import ImageTransform, read_image
 
 from . import real_iad
-from .images import different_sizes
+from .images import different_sizes, read_mask
 from .items import ANOMALOUS, Item
 from .manifest import read_manifest
 from .transforms import MaskTransform
@@ -112,7 +112,8 @@ class StepSampler(Sampler[list[Draw]]):
         if count < batch_size:
             raise InputError(f"{count} images do not fill a batch of {batch_size}. Choose a smaller batch or add images.")
         self.count, self.batch_size, self.seed, self.shots = count, batch_size, seed, tuple(shots)
-        self.share = slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
+        # Every world-th image: parts of the shares of all ranks then make up the same part of the global batch.
+        self.share = slice(rank, None, world)
         self.epoch = self.step = 0
 
     @property
@@ -187,7 +188,7 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         if bare := next((item.image for item in self.items if item.label == ANOMALOUS and item.mask is None), None):
             raise InputError(f"{bare} is anomalous without a mask, and the losses need one. Add the mask, or leave the image out.")
         self.groups = _groups(self.items, self.pool)
-        small = [f"{' '.join(group)} ({len(indices)})" for group, indices in self.groups.items() if len(indices) < max(shots)]
+        small = [f"{' '.join(group).strip()} ({len(indices)})" for group, indices in self.groups.items() if len(indices) < max(shots)]
         if small:
             warnings.warn(f"Fewer normal images than {max(shots)} references, so that some repeat: {', '.join(small)}.", stacklevel=2)
         self._warned: set[str] = set()
@@ -214,7 +215,7 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
     def _mask(self, item: Item, image: Image.Image) -> Tensor:
         if item.mask is None:
             return torch.zeros(1, *self.mask_transform.img_size, dtype=torch.uint8)
-        mask = read_image(item.mask)
+        mask = read_mask(item.mask)
         if mask.size != image.size:
             raise ImageError(different_sizes(item, image.size, mask.size))
         return self.mask_transform(mask)

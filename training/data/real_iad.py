@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -80,10 +81,12 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
     _check_complete(folder, names)
     kept = None if filter_list is None else _read_filter(Path(filter_list), names)
     items = [item for product in names for item in _product_items(folder, product, kept)]
-    if kept is None and (bare := [name for name in names if not subfolders(folder / name / "NG")]):
-        warnings.warn(f"There is no folder of defects in {', '.join(f'{name}/NG' for name in bare)} of {folder}.", stacklevel=2)
     if kept is not None and all(_is_ok(item) for item in items):
         raise InputError(f"{filter_list} keeps no NG image of {folder}. Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
+    defective = {item.product for item in items if not _is_ok(item)}
+    if bare := [f"{name}/NG" for name in names if name not in defective]:
+        kept_by = "" if kept is None else f" that {filter_list} keeps"
+        warnings.warn(f"There are no images in {', '.join(bare)} of {folder}{kept_by}.", stacklevel=2)
     return sorted(items, key=lambda item: item.view)
 
 
@@ -180,14 +183,14 @@ def _product_items(folder: Path, product: str, kept: Collection[str] | None) -> 
 def _tree_items(folder: Path, tree: str, product: str, defect: str) -> Iterator[Item]:
     for sample in subfolders(folder / tree):
         part = f"{tree}/{sample}"
-        files = set(os.listdir(folder / part))
+        masks = {os.path.splitext(name)[0]: name for name in os.listdir(folder / part) if name.lower().endswith(".png")}
         for name in _images(folder / part):
-            mask = f"{name.partition('.')[0]}.png"
+            mask = masks.get(name.partition(".")[0])
             yield Item(
                 image=str(folder / part / name),
-                label=ANOMALOUS if mask in files else NORMAL,
+                label=ANOMALOUS if mask else NORMAL,
                 product=product,
-                mask=str(folder / part / mask) if mask in files else None,
+                mask=str(folder / part / mask) if mask else None,
                 defect=defect,
                 view=_view(folder / part / name),
                 sample=part,
@@ -195,10 +198,11 @@ def _tree_items(folder: Path, tree: str, product: str, defect: str) -> Iterator[
 
 
 def _view(image: Path) -> str:
-    view = next((view for view in VIEWS if view in image.name), None)
-    if view is None:
+    # The last one, because the name begins with the product, which may hold such letters too.
+    views = re.findall(r"(?<![A-Za-z0-9])C[1-5](?![A-Za-z0-9])", image.name)
+    if not views:
         raise InputError(f"{image}: the name holds no view, one of {', '.join(VIEWS)}. Rename or remove it.")
-    return view
+    return str(views[-1])
 
 
 def _images(folder: Path) -> list[str]:

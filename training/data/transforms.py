@@ -39,14 +39,14 @@ class MaskTransform:
             raise UnknownNameError(unknown("preset", self.preset, PRESETS))
 
     def __call__(self, mask: Image.Image) -> Tensor:
-        """Transform a mask, as `read_image` gives it, into uint8 (1, H, W): 1 where any channel is above 0, else 0."""
+        """Transform a mask of 8 bits into uint8 (1, H, W): 1 where any colour is above 0, else 0."""
         if self.preset == "squash":
             mask = F.resize(mask, list(self.img_size), F.InterpolationMode.NEAREST)
         else:
             shorter_side, side = map(int, re.findall(r"\d+", self.preset))
             mask = F.center_crop(F.resize(mask, shorter_side, F.InterpolationMode.NEAREST), [side, side])
-        defect = np.asarray(mask) > 0
-        return torch.from_numpy(defect.any(axis=2, keepdims=True).astype(np.uint8)).permute(2, 0, 1).contiguous()
+        defect = np.asarray(mask.convert("RGB")).any(axis=2)
+        return torch.from_numpy(defect.astype(np.uint8))[None]
 
 
 @dataclass(frozen=True)

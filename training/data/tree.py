@@ -85,7 +85,7 @@ class Tree(ABC):
                 raise UnknownNameError(unknown(f"product of {self.title}", product, self.products or present))
         if missing := [product for product in products if product not in present]:
             raise InputError(f"{root} holds no {', '.join(missing)}. Extract the rest of {self.title}. {_check(root)}")
-        return products
+        return tuple(dict.fromkeys(products))
 
     def wrong_root(self, root: StrPath) -> str:
         """The message for a root that holds no product: what belongs there, and a folder close by that does hold some."""

@@ -75,7 +75,14 @@ class Features:
 
 
 def residual_features(
-    raw: RawFeatures, geometry: Geometry, tag: str, products: Sequence[Product], references: Sequence[Sequence[Item]], *, leave_out: bool
+    raw: RawFeatures,
+    geometry: Geometry,
+    tag: str,
+    products: Sequence[Product],
+    references: Sequence[Sequence[Item]],
+    *,
+    leave_out: bool,
+    owner: str = "",
 ) -> Features:
     """Projected residuals of products against fixed references.
 
@@ -86,6 +93,7 @@ def residual_features(
         products: The products.
         references: References of each product.
         leave_out: Whether a training image that is a reference is compared with the other references alone.
+        owner: Whose they are: evaluations that share a folder of features do not delete each other's.
 
     Raises:
         ImageError: For a reference that cannot be read.
@@ -103,6 +111,7 @@ def residual_features(
         "references": [geometry.references, sorted((*key, *bank.sha256s) for key, bank in banks.items())],
         "projector": weights.fingerprint,
         "leave_out": leave_out,
+        "owner": owner,
     }
     temporary = FeatureCache(raw.folder, identity)
     files: dict[str, list[dict[str, str]]] = defaultdict(list)

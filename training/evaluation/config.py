@@ -47,13 +47,20 @@ class EvaluationConfig:
         if missing := [f"--{name}" for name in ("model", "dataset", "root", "output") if getattr(self, name) is None]:
             raise InputError(f"An evaluation needs {', '.join(missing)}.")
         check_choices(self)
+        if not self.method:
+            raise InputError(f"method is {ALL}, or some of {', '.join(METHODS)}; got none.")
         for name in self.method:
             if name not in (ALL, *METHODS):
                 raise UnknownNameError(unknown("method", name, (ALL, *METHODS)))
-        if self.shots < 1 or self.draws < 1 or (self.epochs or 1) < 1:
+        if self.workers < 0:
+            raise InputError(f"workers must not be below 0, got {self.workers}.")
+        if self.shots < 1 or self.draws < 1 or (self.epochs is not None and self.epochs < 1):
             raise InputError(f"shots, draws and epochs must be 1 or more, got {self.shots}, {self.draws} and {self.epochs}.")
         if self.draws > 1 and self.given_references:
             raise InputError(f"{self.references} holds one set of references, so that there is one draw: leave out --draws.")
+        for name, folder in (("references", self.given_references), ("textures", self.textures), ("foregrounds", self.foregrounds)):
+            if folder is not None and not Path(folder).is_dir():
+                raise InputError(f"There is no folder {folder}: correct --{name}.")
         if self.protocol == ORIGINAL and self.img_size and set(self.img_size) != {224}:
             raise InputError(f"The protocol original is made for 224 x 224 pixels, not {self.img_size}: leave out --img-size.")
         if len(self.img_size) > 2:

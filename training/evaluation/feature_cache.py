@@ -5,7 +5,7 @@ reference patch is the nearest, and with the residuals the coreset of PatchCore.
 points, where a relative noise of 1e-6 moved them by less than 0.0001.
 
 Images are known by their content, so copies, moved folders and renamed files are found again and changed ones are not. Any file, and the
-folder, may be deleted at any time between runs.
+folder, may be deleted at any time: what is missing is computed again.
 """
 
 from __future__ import annotations
@@ -45,17 +45,14 @@ class FeatureCache:
         if not (self.folder / "identity.json").exists():
             with atomic_path(self.folder / "identity.json") as temporary:
                 temporary.write_text(text)
-        self._known: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the maps are there. A damaged file counts as none, and is written anew."""
-        if key not in self._known:
-            try:
-                with safe_open(self._path(key), framework="pt"):
-                    self._known.add(key)
-            except (OSError, SafetensorError):
-                return False
-        return True
+        """Whether the maps are there. A damaged file counts as none."""
+        try:
+            with safe_open(self._path(key), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
 
     def write(self, key: str, levels: Sequence[Tensor]) -> None:
         """Keep the maps (C_l, h_l, w_l) of an image.
@@ -66,15 +63,17 @@ class FeatureCache:
         with atomic_path(self._path(key)) as temporary:
             save_file({str(number): level.float().contiguous().cpu() for number, level in enumerate(levels)}, temporary)
 
-    def read(self, key: str) -> list[Tensor]:
-        """The maps (C_l, h_l, w_l) of an image, float32."""
-        maps = load_file(self._path(key))
+    def read(self, key: str) -> list[Tensor] | None:
+        """The maps (C_l, h_l, w_l) of an image, float32; None where they are not there, or damaged."""
+        try:
+            maps = load_file(self._path(key))
+        except (OSError, SafetensorError):
+            return None
         return [maps[str(number)] for number in range(len(maps))]
 
     def remove(self) -> None:
         """Delete everything of this identity."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._known.clear()
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -129,13 +128,14 @@ class Kept:
         if None in batch["path"]:
             return self.extractor(batch)
         keys = [self.key(path) for path in batch["path"]]
-        missing = [index for index, key in enumerate(keys) if key not in self.cache]
+        maps = {key: found for key in keys if (found := self.cache.read(key)) is not None}
+        missing = [index for index, key in enumerate(keys) if key not in maps]
         if missing:
             levels = feature_maps(self.extractor, part(batch, missing))
             for row, index in enumerate(missing):
-                self.cache.write(keys[index], [level[row] for level in levels])
-        maps = [self.cache.read(key) for key in keys]
-        return [torch.stack(level).to(self.device) for level in zip(*maps, strict=True)]
+                maps[keys[index]] = [level[row].cpu() for level in levels]
+                self.cache.write(keys[index], maps[keys[index]])
+        return [torch.stack(level).to(self.device) for level in zip(*(maps[key] for key in keys), strict=True)]
 
     def holds(self, path: str) -> bool:
         """Whether the features of an image are in the cache."""

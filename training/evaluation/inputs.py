@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -15,7 +18,7 @@ from tqdm.auto import tqdm
 from adfeatures.errors import InputError
 
 from ..data.images import ImageDataset, loader
-from ..data.items import ANOMALOUS, NORMAL, Item
+from ..data.items import ANOMALOUS, NORMAL, Item, items_digest
 from ..methods.base import Batch
 from .extractors import Encoder
 from .feature_cache import FeatureCache, Kept
@@ -111,6 +114,23 @@ class Product:
         self._truths: dict[str, Truth] = {}
         if not self.train:
             raise InputError(f"{name} has no normal training images in {root}.")
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of what its images are: names, labels, and sizes of the files, wherever the data set lies."""
+        paths = [path for item in (*self.train, *self.test) for path in (item.image, item.mask)]
+        sizes = [os.path.getsize(path) if path and os.path.isfile(path) else None for path in paths]
+        return hashlib.sha256(json.dumps([items_digest(self.train), items_digest(self.test), sizes]).encode()).hexdigest()
+
+    def encode(self, preset: str) -> None:
+        """Bring the features of all images in one geometry into the cache.
+
+        Raises:
+            ImageError: For an image or mask that cannot be used.
+            InputError: For no test images.
+        """
+        self.raw.encode(self.train, preset)
+        self.truth(preset)
 
     def truth(self, preset: str) -> Truth:
         """Masks and labels of the test images in one geometry, whose features are in the cache after this."""

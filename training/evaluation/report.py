@@ -31,17 +31,16 @@ TITLES = {
     ORIGINAL_AUPRO: "AUPRO (original)",
 }
 DIFFERENCE, MEAN = "difference", "mean"
-# The metrics that checkpoints hold, and the methods that they are of.
+# The metrics that checkpoints hold.
 STORED = {"img_auc": "image_auroc", "pix_auc": "pixel_auroc", "pix_pro": "aupro"}
-STORED_OF = ("feature_norm", "patchcore")
 
 NOTES = """\
 All numbers are per cent. "pretrained" are the features of the model, "raw" those of the same backbone without references, residuals and
 projector, "difference" is the first minus the second. A mean and a standard deviation (±) over several draws of references are those of
 the numbers of each draw. Means are over the products that have both kinds of features, without those for which a metric is not defined
-("-"). AUPRO is exact: all thresholds, false positive rates from 0 to 0.3, interpolated to that limit; "AUPRO (original)" is the
-approximation of the original code by 200 thresholds. Mask pixels above 0 are defects, after nearest resizing to the size of the model's
-input."""
+("-"), and over the draws that all of them have. AUPRO is exact: all thresholds, false positive rates from 0 to 0.3, interpolated to that
+limit; "AUPRO (original)" is the approximation of the original code by 200 thresholds. Mask pixels above 0 are defects, after nearest
+resizing to the size of the model's input."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,8 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
 
 
 def _sections(results: Results, about: Mapping[str, Any], records: Sequence[Record], lines: Sequence[Row], stored: str) -> Iterator[str]:
-    facts = {**{key: value for key, value in about.items() if key not in ("weights", "title")}, **results.settings}
+    draws = {"draws of references": max((line.draws for line in lines), default=0)}
+    facts = {**{key: value for key, value in about.items() if key not in ("weights", "title")}, **draws, **results.settings}
     yield f"# {about['title']}\n"
     yield f"{NOTES}\n"
     yield _table(["Setting", "Value"], [[key, _shown(value)] for key, value in facts.items()])
@@ -213,18 +213,17 @@ def _sections(results: Results, about: Mapping[str, Any], records: Sequence[Reco
 
 
 def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record], means: Sequence[Row]) -> str:
-    """The metrics that the files of the weights hold beside those found here, "" where no file holds any."""
+    """The metrics that the files of the weights hold beside those of the methods that took them, "" where no file holds any."""
     body = []
     for entry in weights:
-        for method in STORED_OF:
-            own = next((line for line in means if (line.method, line.features) == (method, PRETRAINED)), None)
-            took = any((r["method"], r["weights"]) == (method, entry["name"]) for r in records)
-            for name, metric in STORED.items() if own and took else ():
+        took = {record["method"] for record in records if record["weights"] == entry["name"]}
+        for own in (line for line in means if line.features == PRETRAINED and line.method in took):
+            for name, metric in STORED.items():
                 # The stored AUPRO is the approximation.
                 column = ORIGINAL_AUPRO if metric == "aupro" and ORIGINAL_AUPRO in own.values else metric
                 if name in entry["stored"]:
                     stored = f"{100 * entry['stored'][name]:.2f}"
-                    body.append([entry["name"], name, stored, title(method), TITLES[column], _cell(own, column)])
+                    body.append([entry["name"], name, stored, title(own.method), TITLES[column], _cell(own, column)])
     if not body:
         return ""
     note = (

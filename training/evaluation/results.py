@@ -95,7 +95,8 @@ class Results:
 
     def records(self) -> list[Record]:
         """Everything that is there, failures included, product after product."""
-        return [read_json(path) for path in sorted((self.folder / FOLDER).glob("*/*.json"))]
+        # What a killed process was writing is hidden, and no record.
+        return [read_json(path) for path in sorted((self.folder / FOLDER).glob("*/[!.]*.json"))]
 
     def _path(self, product: str, name: str) -> Path:
         return self.folder / FOLDER / product / f"{name}.json"

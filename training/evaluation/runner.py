@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from adfeatures.errors import AdfeaturesError
+
 from .. import metrics
 from ..data import dataset
 from ..data.items import ANOMALOUS, NORMAL, Item
@@ -25,14 +27,14 @@ from .draws import draw_references, given_references
 from .inputs import Product, RawFeatures
 from .recipes import OF_RETRIEVED, RECIPES, base, known_loader, settings, title, train_loader
 from .report import ORIGINAL_AUPRO
-from .results import PRETRAINED, RAW, Record, Results, Run
+from .results import FOLDER, PRETRAINED, RAW, Record, Results, Run
 from .subject import Subject
 
 # What makes a product or a method fail and not the evaluation. A full disk ends it.
 FAILURES = (ValueError, RuntimeError, MemoryError)
 FIGURES, CACHE = "figures", "cache"
-# Warnings from elsewhere are about the code of libraries, not about the data.
-REPOSITORY = Path(__file__).parents[2]
+# Warnings from elsewhere are about the code of libraries, not about the data; and a virtual environment may lie in the checkout.
+PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("adfeatures", "training"))
 T = TypeVar("T")
 
 
@@ -80,22 +82,25 @@ class Evaluation:
         A failure is recorded, not raised.
 
         Raises:
-            AdfeaturesError: If the disk is full, or a folder cannot be written.
+            AdfeaturesError: If there are results of other images, the disk is full, or a folder cannot be written.
         """
-        pending = [run for run in self.runs if self.results.read(name, run) is None]
-        joint = [run for run in self.joint_runs if self.results.read(name, run) is None]
-        if not (pending or joint or self.results.failed(name)):
-            return
+        records = {run: self.results.read(name, run) for run in self.runs + self.joint_runs}
+        pending = [run for run, record in records.items() if record is None]
         try:
             product = self._product(name)
-            for preset in {self._group(run, name).geometry.images for run in self.runs + self.joint_runs}:
-                self.raw.encode(product.train, preset)
-                product.truth(preset)
+            if any(record is not None and record.get("images") != product.digest for record in records.values()):
+                raise AdfeaturesError(
+                    f"The results of {name} in {self.results.folder} are of other images than {self.config.root} holds now. "
+                    f"Choose another --output, or remove {self.results.folder / FOLDER / name} to have them computed again."
+                )
+            if pending or self.results.failed(name):
+                for preset in {self._group(run, name).geometry.images for run in records}:
+                    product.encode(preset)
         except FAILURES as error:
             self.results.fail(name, error)
             return
         self.results.clear(name)
-        self._evaluate(pending, [product])
+        self._evaluate([run for run in pending if run in self.runs], [product])
 
     def evaluate_jointly(self, run: Run, names: Sequence[str]) -> None:
         """Train one model on several products and score each, unless that is done. Products that cannot be used are left out.
@@ -103,8 +108,27 @@ class Evaluation:
         Failures and errors are those of ``evaluate_product``.
         """
         usable = [name for name in names if not self.results.failed(name)]
-        if any((self.results.read(name, run) or {}).get("trained_on") != usable for name in usable):
-            self._evaluate([run], [self._product(name) for name in usable])
+        if self._is_trained_on(run, usable):
+            return
+        group = self._group(run, usable[0])
+        products = [
+            product
+            for product in map(self._product, usable)
+            if self._attempt([run], [product], partial(self._check_trainable, group, product))[0] is not None
+        ]
+        if not self._is_trained_on(run, [product.name for product in products]):
+            self._evaluate([run], products)
+
+    def _is_trained_on(self, run: Run, names: Sequence[str]) -> bool:
+        """Whether the results of these products are there and of a model that was trained on all of them."""
+        return all((self.results.read(name, run) or {}).get("trained_on") == names for name in names)
+
+    def _check_trainable(self, group: Group, product: Product) -> list[Item]:
+        """The training images of a product by itself, so that one that cannot be used is told from the others."""
+        product.encode(group.geometry.images)
+        features = self._features(group, [product])
+        features.remove()
+        return features.trainable(product)
 
     def _runs(self, method: str) -> Iterator[Run]:
         yield Run(method, RAW)
@@ -146,7 +170,7 @@ class Evaluation:
             except FAILURES as error:
                 for run, product in itertools.product(runs, products):
                     self.results.fail(product.name, error, run)
-        own = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and Path(w.filename).is_relative_to(REPOSITORY)]
+        own = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename.startswith(PACKAGES)]
         return value, list(dict.fromkeys(own))
 
     def _evaluate_run(self, run: Run, group: Group, features: Features, products: Sequence[Product], noticed: Sequence[str]) -> None:
@@ -187,6 +211,7 @@ class Evaluation:
         predictions = fitted.method.predict(known_loader(product.test, tuple(truth.masks.shape[1:])))
         record = {
             "product": product.name,
+            "images": product.digest,
             "metrics": self._metrics(product, preset, predictions),
             "weights": features.weights,
             "geometry": group.geometry._asdict(),
@@ -231,7 +256,8 @@ class Evaluation:
             return retrieved_features(self.raw, group.geometry, group.tag, products[0])
         references = [self._references(product, group.draw) for product in products]
         leave_out = self.config.protocol != ORIGINAL
-        return residual_features(self.raw, group.geometry, group.tag, products, references, leave_out=leave_out)
+        owner = str(self.results.folder.resolve())
+        return residual_features(self.raw, group.geometry, group.tag, products, references, leave_out=leave_out, owner=owner)
 
     def _references(self, product: Product, draw: int) -> list[Item]:
         given = self.config.given_references

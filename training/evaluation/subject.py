@@ -74,8 +74,8 @@ class Subject:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of all weights, by tag, and of the backbone."""
-        return {"backbone": self.fingerprint, **{f"projector {tag}".strip(): found.fingerprint for tag, found in self.weights.items()}}
+        """Hashes of the backbone's weights, and of the projector that each method takes."""
+        return {"backbone": self.fingerprint, **{method: self.weights[tag].fingerprint for method, tag in self.tags.items()}}
 
 
 def load_subject(

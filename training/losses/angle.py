@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 
-# Similarities of so many features with all those of the other label are held at once: 32 MB for 8,192 of them.
-ROWS_PER_CHUNK = 1024
+# So many similarities of features are held at once: 32 MB in float32, a few times over.
+SIMILARITIES = 2**23
 ANCHORS = ("both", "first")
 
 
@@ -32,7 +33,7 @@ def angle_loss(
         anchors: Features that the mean is taken over: those of "both" views, as in the published code, or of the "first", as in the paper.
 
     Returns:
-        The loss, a float32 scalar, computed in float32 in every precision; 0 with zero gradients where a label is absent.
+        The loss, a scalar, computed in float32 for every lower precision; 0 with zero gradients where a label is absent.
 
     Raises:
         InputError: For shapes that do not agree, or other ``anchors``.
@@ -42,9 +43,9 @@ def angle_loss(
     if anchors not in ANCHORS:
         raise InputError(f"anchors must be one of {ANCHORS}, got {anchors!r}.")
     with torch.autocast(first.device.type, enabled=False):
-        features = torch.stack([first, second]).float()
+        features = torch.stack([first, second]).to(torch.promote_types(first.dtype, torch.float32))
         if center is not None:
-            features = features - center.float()
+            features = features - center.to(features.dtype)
         anomalous = labels > 0
         if anomalous.all() or not anomalous.any():
             return 0 * features.sum()
@@ -70,27 +71,31 @@ class _CrossLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        over_b, over_a = [], a.new_full((len(b),), -torch.inf)
-        for chunk in a.split(ROWS_PER_CHUNK):
-            similarity = chunk @ b.T / temperature
-            over_b.append(similarity.logsumexp(dim=1))
-            over_a = torch.logaddexp(over_a, similarity.logsumexp(dim=0))
-        results = torch.cat(over_b), over_a
-        ctx.save_for_backward(a, b, *results)
+        over_b, over_a = a.new_empty(len(a)), a.new_full((len(b),), -torch.inf)
+        for rows in _chunks(a, b):
+            similarity = a[rows] / temperature @ b.T
+            over_b[rows] = similarity.logsumexp(dim=1)
+            torch.logaddexp(over_a, similarity.logsumexp(dim=0), out=over_a)
+        ctx.save_for_backward(a, b, over_b, over_a)
         ctx.temperature = temperature
-        return results
+        return over_b, over_a
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None]:
         a, b, over_b, over_a = ctx.saved_tensors
         gradient_over_b, gradient_over_a = gradients
         gradient_a, gradient_b = torch.empty_like(a), torch.zeros_like(b)
-        for start in range(0, len(a), ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            similarity = a[rows] @ b.T / ctx.temperature
+        for rows in _chunks(a, b):
+            similarity = a[rows] / ctx.temperature @ b.T
             weights = (similarity - over_b[rows, None]).exp() * gradient_over_b[rows, None]
             weights += (similarity - over_a).exp() * gradient_over_a
             weights /= ctx.temperature
             gradient_a[rows] = weights @ b
             gradient_b += weights.T @ a[rows]
         return gradient_a, gradient_b, None
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[slice]:
+    """Rows of a, few enough at a time for the bound on their similarities with all of b."""
+    step = max(1, SIMILARITIES // len(b))
+    return (slice(start, start + step) for start in range(0, len(a), step))

@@ -33,7 +33,7 @@ def norm_loss(features: Tensor, labels: Tensor, radius: float = 0.4, margin: flo
         pseudo_huber: A = sqrt(norm + 1) - 1, with the norm itself ("code", which made the published weights) or squared ("paper").
 
     Returns:
-        The loss, a float32 scalar >= 0, computed in float32 in every precision.
+        The loss, a scalar >= 0, computed in float32 for every lower precision.
 
     Raises:
         InputError: For shapes that do not agree.
@@ -44,7 +44,9 @@ def norm_loss(features: Tensor, labels: Tensor, radius: float = 0.4, margin: flo
     if pseudo_huber not in _NORMS:
         raise UnknownNameError(unknown("pseudo_huber", pseudo_huber, _NORMS))
     with torch.autocast(features.device.type, enabled=False):
-        norms = (_NORMS[pseudo_huber](features.float()) + 1).sqrt() - 1
+        norms = _NORMS[pseudo_huber](features.to(torch.promote_types(features.dtype, torch.float32)))
+        # sqrt(norms + 1) - 1 without the cancellation of small norms.
+        norms = norms / ((norms + 1).sqrt() + 1)
         anomalous = labels > 0
         smallest = torch.where(anomalous, norms.detach(), torch.inf).min() if len(norms) else norms.new_tensor(torch.inf)
         outer = (RADIUS_PART * smallest).clamp_max(radius)

@@ -25,9 +25,9 @@ LEVEL_REFERENCES = ("train", "test")
 class CFLOW:
     """One conditional flow per level, trained on the patches of normal images.
 
-    A pixel's score is minus the sum over the levels of its likelihood, each level relative to a reference, so it lies between minus the
-    number of levels (as likely as the reference) and 0. No smoothing; an image's score is the maximum of its map. The original subtracts
-    the sum from the largest one among the test images, which changes no rank but would cost float32 its resolution.
+    A pixel's score is minus the sum over the levels of its likelihood, each level relative to a reference and at most 1, so it lies
+    between minus the number of levels (as likely as the reference) and 0. No smoothing; an image's score is the maximum of its map. The
+    original subtracts the sum from the largest one among the test images, which changes no rank but would cost float32 its resolution.
 
     Args:
         extractor: Maps a batch to feature maps.
@@ -162,5 +162,6 @@ def _maxima(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
 
 def _anomaly_maps(levels: Sequence[Tensor], reference: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Anomaly maps (B, H, W) from the log-likelihoods (B, h_l, w_l) of the levels."""
-    likelihoods = [(level - top).exp()[:, None] for level, top in zip(levels, reference, strict=True)]
+    # Patches may be likelier than all of training by any factor, which would hide what is beside them, and overflow.
+    likelihoods = [(level - top).clamp(max=0).exp()[:, None] for level, top in zip(levels, reference, strict=True)]
     return -sum(F.interpolate(level, size, mode="bilinear", align_corners=True)[:, 0] for level in likelihoods)

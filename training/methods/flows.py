@@ -84,7 +84,7 @@ def random_rotation(size: int) -> Tensor:
 
 
 def position_code(height: int, width: int, size: int = 128) -> Tensor:
-    """Sine and cosine code of positions, (height * width, size), row after row.
+    """Sine and cosine code of positions, (height * width, size), row after row; ``size`` is even.
 
     The first half of the channels encodes the column and the second the row: sines at even channels k, cosines beside them, both of
     frequency exp(-k ln(10000) / (size / 2)).
@@ -94,7 +94,7 @@ def position_code(height: int, width: int, size: int = 128) -> Tensor:
 
     def axis(length: int) -> Tensor:
         angles = torch.arange(length)[:, None] * frequencies
-        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :half]
 
     columns, rows = axis(width).expand(height, -1, -1), axis(height)[:, None].expand(-1, width, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1)

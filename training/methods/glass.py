@@ -174,7 +174,7 @@ class GLASS:
         """The loss of one batch: cross-entropy of normal and global anomalies, focal loss of local anomalies."""
         images, masks = self.synthesis(batch, rng)
         normal = self._vectors(batch)
-        augmented = self._vectors({**batch, "image": images, "path": [None] * len(images), "origin": batch["path"]})
+        augmented = self._vectors({**batch, "image": images.to(batch["image"]), "path": [None] * len(images), "origin": batch["path"]})
         defective = F.adaptive_max_pool2d(masks, normal.shape[1:3]).flatten().to(normal.device) > 0
         center = self.center.expand_as(normal).flatten(0, 2)
         normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)

@@ -18,6 +18,7 @@ from torchvision.transforms import functional as F
 from adfeatures.errors import ImageError, InputError
 from adfeatures.images import list_images, read_image
 
+from ..data.images import read_mask
 from ..data.transforms import MaskTransform
 from .base import Batch
 
@@ -81,7 +82,7 @@ class DefectSynthesis:
         if self._foregrounds is None:
             return np.ones(size, dtype=bool)
         file = self._foregrounds / product / Path(path).name
-        mask = MaskTransform(size, self._preset)(read_image(file))[0].numpy() > 0
+        mask = MaskTransform(size, self._preset)(read_mask(str(file)))[0].numpy() > 0
         if mask.shape != size:
             raise ImageError(f"The foreground mask {file} becomes {mask.shape} pixels under {self._preset}, its image has {size}.")
         if not mask.any():

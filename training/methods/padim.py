@@ -50,15 +50,17 @@ class PaDiM:
             InputError: For no images, features that are not finite, or maps of changing shapes.
         """
         self._levels = []
+        levels: list[Gaussians] = []
         for batch in loader:
             features = feature_maps(self.extractor, batch)
-            self._levels = self._levels or [Gaussians(level, self.epsilon) for level in features]
-            for gaussians, level in zip(self._levels, features, strict=True):
+            levels = levels or [Gaussians(level, self.epsilon) for level in features]
+            for gaussians, level in zip(levels, features, strict=True):
                 gaussians.add(level)
-        if not self._levels:
+        if not levels:
             raise InputError("PaDiM learns from normal images, and the loader gives none.")
-        for gaussians in self._levels:
+        for gaussians in levels:
             gaussians.finish()
+        self._levels = levels
         return self
 
     def predict(self, loader: Loader) -> Predictions:

@@ -74,7 +74,8 @@ class PatchCore:
         Raises:
             InputError: For no images, or features that are not finite.
         """
-        rows, images, self._numbers = [], [], {}
+        self._rows, self._numbers = None, {}
+        rows, images = [], []
         for batch in loader:
             vectors = self._vectors(batch).flatten(1, 2)
             known = len(self._numbers)
@@ -135,7 +136,8 @@ class PatchCore:
             # The default weights of torch's Linear, which the original projects with.
             bound = self.dim**-0.5
             weights = torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator).to(rows[0].device)
-            rows = [part @ weights for part in rows]
+            with torch.autocast(weights.device.type, enabled=False):
+                rows = [part @ weights for part in rows]
         kept = torch.zeros(total, dtype=torch.bool, device=rows[0].device)
         kept[greedy_coreset(torch.cat(list(rows)), count, starts)] = True
         return kept
@@ -206,7 +208,8 @@ def _compete(between: np.ndarray, distances: np.ndarray, limit: float, most: int
 
 
 def _squared_distances(first: Tensor, first_squares: Tensor, second: Tensor, second_squares: Tensor) -> Tensor:
-    return torch.addmm(second_squares, first, second.T, alpha=-2) + first_squares[:, None]
+    with torch.autocast(first.device.type, enabled=False):
+        return torch.addmm(second_squares, first, second.T, alpha=-2) + first_squares[:, None]
 
 
 def nearest_distances(queries: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -229,7 +232,9 @@ def _short_list(queries: Tensor, rows: Tensor, centre: Tensor, count: int) -> Te
     indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         chunk = rows[start : start + ROWS_PER_CHUNK] - centre
-        found = torch.addmm(chunk.square().sum(dim=1), queries, chunk.T, alpha=-2).topk(min(count, len(chunk)), largest=False)
+        with torch.autocast(queries.device.type, enabled=False):
+            partial = torch.addmm(chunk.square().sum(dim=1), queries, chunk.T, alpha=-2)
+        found = partial.topk(min(count, len(chunk)), largest=False)
         values, indices = torch.cat([values, found.values], dim=1), torch.cat([indices, found.indices + start], dim=1)
         best = values.topk(min(count, values.shape[1]), largest=False)
         values, indices = best.values, indices.gather(1, best.indices)

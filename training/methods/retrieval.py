@@ -8,7 +8,8 @@ backbone, so that no second network is needed. Results belong under a name of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from adfeatures.errors import InputError
+from adfeatures.errors import InputError, ReferencesError
 from adfeatures.references import ReferenceBank
 
 from .base import Batch, Extractor
@@ -29,39 +30,36 @@ WORDS = 12
 CELLS, COUNTED = 5, 20
 # Part of a uniform distribution in each histogram: the divergence from a histogram without some word would be infinite.
 UNIFORM = 0.05
-# The words are of so many patches at most, drawn at random.
+# The words are of about so many patches at most, drawn at random.
 PATCHES = 20_000
 BATCH = 8
 
 
 class VisualWords:
-    """Kinds of patches, found by k-means among the patches of training images (M, C, h, w).
+    """Kinds of patches, found by k-means among patches (N, C) of training images.
 
     Attributes:
         centres: (words, C).
-
-    Raises:
-        InputError: For no training images.
     """
 
-    def __init__(self, maps: Tensor, seed: int = 0) -> None:
-        patches = maps.permute(0, 2, 3, 1).flatten(0, 2)
-        if not len(patches):
-            raise InputError("References are retrieved from training images, and there are none.")
-        if len(patches) > PATCHES:
-            patches = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:PATCHES].to(patches.device)]
+    def __init__(self, patches: Tensor, seed: int = 0) -> None:
         kmeans = KMeans(min(WORDS, len(patches)), n_init=1, random_state=seed).fit(patches.float().cpu().numpy())
-        self.centres = torch.from_numpy(kmeans.cluster_centers_).to(maps)
+        self.centres = torch.from_numpy(kmeans.cluster_centers_).to(patches)
 
     def histograms(self, maps: Tensor) -> Tensor:
         """How often each word occurs in each cell, (N, cells, words), of maps (N, C, h, w); every cell adds up to 1.
 
         Where the grid of patches cannot be divided evenly, neighbouring cells share a row or column of patches.
         """
-        nearest = torch.cdist(maps.permute(0, 2, 3, 1).flatten(0, 2), self.centres).argmin(dim=1)
+        nearest = torch.cdist(patches_of(maps), self.centres).argmin(dim=1)
         occurrence = F.one_hot(nearest, len(self.centres)).float().unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
         histograms = F.adaptive_avg_pool2d(occurrence, CELLS).flatten(2).transpose(1, 2)
         return (1 - UNIFORM) * histograms + UNIFORM / len(self.centres)
+
+
+def patches_of(maps: Tensor) -> Tensor:
+    """The patches (B * h * w, C) of maps (B, C, h, w)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def most_similar(test: Tensor, train: Tensor, count: int = COUNT) -> Tensor:
@@ -91,8 +89,9 @@ class Entries(Protocol):
 class RetrievedReferences:
     """An extractor of residual features whose references are retrieved for each image.
 
-    Nothing of the training images is kept but their histograms: those retrieved are read and encoded again for each image, or taken from a
-    cache where ``features`` has one.
+    Nothing of the training images is kept but their histograms, for which they are read and encoded twice, batch by batch. Those retrieved
+    are read and encoded again for each image. A cache in ``features`` saves all of that. A training image is not among its own references,
+    as nothing else gives it the residuals of a normal image.
 
     Args:
         features: Extractor of the backbone's features, all levels. Of a `FeatureExtractor`: its ``backbone_features``.
@@ -103,6 +102,9 @@ class RetrievedReferences:
 
     Attributes:
         lists: Paths of the references of every image so far, by its path, most similar first.
+
+    Raises:
+        InputError: For no training images.
     """
 
     def __init__(
@@ -116,26 +118,47 @@ class RetrievedReferences:
     ) -> None:
         self.features, self.projector, self.train, self.count = features, projector, train, count
         self.lists: dict[str, list[str]] = {}
-        parts = [range(start, min(start + BATCH, len(train))) for start in range(0, len(train), BATCH)]
-        if not parts:
+        if not len(train):
             raise InputError("References are retrieved from training images, and there are none.")
-        first = torch.cat([self._encode(part)[1][0] for part in parts])
-        self._words = VisualWords(first, seed)
-        self._histograms = self._words.histograms(first)
+        generator, share = torch.Generator().manual_seed(seed), math.ceil(PATCHES / len(train))
+        drawn = [_draw(patches_of(maps), share * len(maps), generator) for _, maps in self._first_level()]
+        self._words = VisualWords(torch.cat(drawn), seed)
+        paths, histograms = zip(*((own, self._words.histograms(maps)) for own, maps in self._first_level()), strict=True)
+        self._paths, self._histograms = [path for own in paths for path in own], torch.cat(histograms)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
-        """Maps (B, C_l, h_l, w_l) of a batch of images of the product."""
+        """Maps (B, C_l, h_l, w_l) of a batch of images of the product.
+
+        Raises:
+            ReferencesError: For the only training image, which has no other to be compared with.
+        """
         features = feature_maps(self.features, batch)
-        chosen = most_similar(self._words.histograms(features[0]), self._histograms, self.count)
+        ranking = most_similar(self._words.histograms(features[0]), self._histograms, self.count + 1)
         residuals = []
-        for number, (path, indices) in enumerate(zip(batch["path"], chosen.tolist(), strict=True)):
-            self.lists[path], references = self._encode(indices)
+        for number, (path, indices) in enumerate(zip(batch["path"], ranking.tolist(), strict=True)):
+            others = [index for index in indices if self._paths[index] != path][: self.count]
+            if not others:
+                raise ReferencesError(f"{path} is the only training image and has no other to be compared with. Add more of them.")
+            self.lists[path], references = self._encode(others)
             residuals.append(ReferenceBank.from_features(references).residuals([level[number : number + 1] for level in features]))
         levels = [torch.cat(level) for level in zip(*residuals, strict=True)]
         return levels if self.projector is None else self.projector(levels)
+
+    def _first_level(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Paths and first-level features of the training images, in batches."""
+        for start in range(0, len(self.train), BATCH):
+            paths, features = self._encode(range(start, min(start + BATCH, len(self.train))))
+            yield paths, features[0]
 
     def _encode(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor]]:
         """Paths and features of training images."""
         batch = default_collate([self.train[index] for index in indices])
         return batch["path"], feature_maps(self.features, batch)
+
+
+def _draw(patches: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """All of the patches (N, C), or so many at random."""
+    if len(patches) <= most:
+        return patches
+    return patches[torch.randperm(len(patches), generator=generator)[:most].to(patches.device)]

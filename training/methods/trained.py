@@ -28,7 +28,7 @@ def feature_maps(extractor: Extractor, batch: Batch, levels: int | None = None) 
         maps = [level.float() for level in extractor(batch)][-(levels or 0) :]
     finite = torch.stack([level.isfinite().flatten(1).all(dim=1) for level in maps]).all(dim=0)
     if not finite.all():
-        path = batch["path"][int(finite.int().argmin())]
+        path = batch.get("path", ["an image"] * len(finite))[int(finite.int().argmin())]
         raise InputError(f"The features of {path or 'an augmented image'} hold NaN or infinite values. Check the weights and the image.")
     return maps
 

@@ -1,0 +1,33 @@
+"""The plain form that a training step is timed against takes the same steps, and the table is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training.bench import pretrain as bench
+
+SIZES = bench.Sizes(width=48, depth=12, keys=16, batch=4, shots=2, side=56, pool=6, repeats=1)
+
+
+def test_the_plain_step_gives_the_same() -> None:
+    step = bench.Step(SIZES)
+    losses = [step.ours()["loss"] for _ in range(3)]
+    assert len(set(losses)) == 3
+    assert losses == pytest.approx([step.naive() for _ in range(3)], rel=1e-4)
+
+
+def test_references_of_the_pool_are_those_encoded(tmp_path: Path) -> None:
+    encoded, pooled = bench.Step(SIZES), bench.Step(SIZES)
+    pooled.open_store(str(tmp_path))
+    assert pooled.ours(pooled.store)["loss"] == pytest.approx(encoded.ours()["loss"], rel=1e-2)
+
+
+def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "QUICK", SIZES)
+    rows = list(bench.rows(quick=True))
+    assert len(rows) == 5
+    for row in rows:
+        assert row.ratio == pytest.approx(row.naive / row.ours)
+    assert ["target" in row.note for row in rows] == [True, True, False, False, False]
