@@ -116,7 +116,10 @@ def compute_centers(
     dataset = PretrainingDataset(normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(shots,))
     facts = {
         "format": FORMAT,
-        **origin(backbone, items, pool, transform, name=name),
+        **origin(backbone, transform, name=name),
+        "products": json.dumps(sorted({item.product for item in normal})),
+        "normal_images": f"{len(normal)} {items_digest(normal)}",
+        "references": f"{len(pool)} {items_digest(pool)}",
         "images": str(sum(map(len, draws))),
         "shots": str(shots),
         "seed": str(seed),
@@ -139,9 +142,8 @@ def compute_centers(
     return centers
 
 
-def origin(backbone: Encoder, items: Sequence[Item], pool: Sequence[Item], transform: ImageTransform, *, name: str) -> dict[str, str]:
-    """What centres are of, whatever is drawn: part of the metadata of their file. Arguments as for ``compute_centers``."""
-    normal = [item for item in items if item.label == NORMAL]
+def origin(backbone: Encoder, transform: ImageTransform, *, name: str) -> dict[str, str]:
+    """Which features centres are of: part of the metadata of their file. Arguments as for ``compute_centers``."""
     return {
         "backbone": name,
         "weights": json.dumps(weights_fingerprint(backbone.state_dict())),
@@ -149,9 +151,6 @@ def origin(backbone: Encoder, items: Sequence[Item], pool: Sequence[Item], trans
         "img_size": json.dumps(transform.img_size),
         "mean": json.dumps(transform.mean),
         "std": json.dumps(transform.std),
-        "products": json.dumps(sorted({item.product for item in normal})),
-        "normal_images": f"{len(normal)} {items_digest(normal)}",
-        "references": f"{len(pool)} {items_digest(pool)}",
     }
 
 
@@ -167,7 +166,7 @@ def load_centers(path: str | os.PathLike[str], channels: Sequence[int], expected
         (C_l,) float32 per level.
 
     Raises:
-        CheckpointError: For a file that is missing, damaged, no centres, or of another backbone, input size, other images and so on.
+        CheckpointError: For a file that is missing, damaged, no centres, or of other features.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -176,16 +175,13 @@ def load_centers(path: str | os.PathLike[str], channels: Sequence[int], expected
         centers, found = _read_centers(path)
         differences = [_difference(key, found[key], value) for key, value in (expected or {}).items()]
         if any(differences):
-            raise CheckpointError(f"{path} holds centres of something else: {'; '.join(filter(None, differences))}. {_ADVICE}")
+            raise CheckpointError(f"{path} holds centres of other features: {'; '.join(filter(None, differences))}. {_ADVICE}")
     if (lengths := [len(center) for center in centers]) != list(channels):
         raise CheckpointError(f"{path} holds centres of {lengths} channels, but the levels have {list(channels)}. {_ADVICE}")
     return centers
 
 
-_ADVICE = (
-    "Compute those of this training: python -m training.centers with the same --backbone, --levels, --img-size, --data, --products, "
-    "--held-out and --seed."
-)
+_ADVICE = "Compute them with: python -m training.centers and the same --backbone, --backbone-weights, --levels and --img-size."
 
 
 def _difference(key: str, found: str, wanted: str) -> str:

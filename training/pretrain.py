@@ -163,12 +163,13 @@ def _centers(
     transform: ImageTransform,
 ) -> list[Tensor]:
     """The centres of the angle loss: from a file or, in a single process, computed now."""
-    path, pool = config.centers or str(Path(config.output) / "centers.safetensors"), reference_pool(train)
+    path = config.centers or str(Path(config.output) / "centers.safetensors")
     if config.centers is None and world_size() == 1:
+        pool = reference_pool(train)
         return compute_centers(path, backbone, train, pool, transform, name=config.backbone, seed=config.seed, workers=config.workers)
     if not Path(path).exists():
         raise InputError(f"There are no centres {path}. Run python -m training.centers in one process first, then give --centers FILE.")
-    return load_centers(path, entry.channels, origin(backbone, train, pool, transform, name=config.backbone))
+    return load_centers(path, entry.channels, origin(backbone, transform, name=config.backbone))
 
 
 def _validation(

@@ -190,23 +190,23 @@ def test_the_file_says_what_it_was_computed_from(tmp_path: Path, backbone: nn.Mo
     assert str(root) not in path.read_bytes().decode("latin-1")
     stored = load_file(path)
     assert list(stored) == ["center.1", "center.2"]
-    loaded = load_centers(path, [16, 16], origin(backbone, items, real_iad.reference_pool(items), TRANSFORM, name="tiny"))
+    loaded = load_centers(path, [16, 16], origin(backbone, TRANSFORM, name="tiny"))
     for one, other, third in zip(found, loaded, stored.values(), strict=True):
         assert torch.equal(one, other) and torch.equal(one, third) and one.dtype == torch.float32
 
 
-def test_centres_of_something_else_are_refused(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
+def test_centres_of_other_features_are_refused(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
     path = tmp_path / "centers.safetensors"
     compute(path, backbone, items, images=3)
     with pytest.raises(CheckpointError, match=r"\[16, 16\] channels, but the levels have \[16, 32\]"):
         load_centers(path, [16, 32])
     own = load_checkpoint(path).metadata
     for key, value, message in (
-        ("backbone", "dinov2_base", r"else: backbone tiny, not dinov2_base\. Compute .*training\.centers"),
+        ("backbone", "dinov2_base", r"features: backbone tiny, not dinov2_base\. Compute .*training\.centers"),
         ("levels", "[2, 4]", r"levels \[1, 4\], not \[2, 4\]"),
         ("img_size", "[28, 28]", r"img_size \[28, 42\], not \[28, 28\]\. .*--img-size"),
-        ("weights", '["0", "1"]', "else: other weights"),
-        ("normal_images", "9 digest", "other normal_images.*--held-out"),
+        ("weights", '["0", "1"]', "features: other weights"),
+        ("mean", "[0, 0, 0]", "features: other mean"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_centers(path, [16, 16], {key: value})
