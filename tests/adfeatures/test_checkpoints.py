@@ -34,7 +34,6 @@ from adfeatures.checkpoints import (
 from adfeatures.errors import AdfeaturesError, CheckpointError, DownloadError, InputError
 
 GOLDEN = FOLDER / "upstream_checkpoint.pth"
-REPO, FILE = "xcyao00/ADPretrain", "dino-base/checkpoints_pro_norm.pth"
 CONTENT = bytes(range(256)) * 40
 
 

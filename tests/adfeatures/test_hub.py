@@ -13,28 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from golden_values import FOLDER, value
 from hub_server import HubServer
 
 from adfeatures import hub as hub_module
 from adfeatures.errors import DownloadError, InputError
 from adfeatures.hub import download, resolve, verify
 
-GOLDEN = FOLDER / "upstream_checkpoint.pth"
 REPO, FILE = "xcyao00/ADPretrain", "dino-base/checkpoints_pro_norm.pth"
 CONTENT = bytes(range(256)) * 40
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return list(first) == list(second) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True)
-    )
-
-
-@pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
-    return {"a.weight": value("a", (3, 4), 1.0), "b": value("b", (5,), 1.0).bfloat16(), "count": torch.tensor(7)}
 
 
 class TestLocalSpecifications:

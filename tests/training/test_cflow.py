@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import batches, labels, patch_extractor
+from method_checks import check_finds_what_is_planted, check_finite_on_small_sets, check_names_nan_features, check_refuses_nothing
+from planted import batches, patch_extractor
 from scipy import stats
 
 from adfeatures.errors import InputError, UnknownNameError
-from adfeatures.scoring import auroc
 from training.methods.cflow import CFLOW
 from training.methods.flows import ConditionalFlow, CouplingBlock, position_code, random_rotation
 
@@ -236,12 +236,7 @@ def test_the_callback_sees_every_meta_epoch_and_changes_nothing():
 
 def test_finds_planted_outliers_and_nothing_where_nothing_is():
     cflow = CFLOW(EXTRACT, blocks=4, chunk=256, meta_epochs=4, sub_epochs=2, learning_rate=2e-3).fit(batches(40, seed=1))
-    for planted, lowest, highest in ((True, 0.9, 1.0), (False, 0.3, 0.7)):
-        test = batches(40, seed=2) + batches(40, seed=3, planted=planted)
-        assert lowest <= auroc(cflow.predict(test).scores.numpy(), labels(test).numpy() if planted else [0] * 40 + [1] * 40) <= highest
-    test = batches(40, seed=3, planted=True)
-    masks = torch.cat([batch["mask"] for batch in test])
-    assert auroc(cflow.predict(test).maps.flatten().numpy(), masks.flatten().numpy()) > 0.9
+    check_finds_what_is_planted(cflow)
 
 
 @pytest.mark.parametrize(
@@ -255,32 +250,17 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is():
     ids=["one-image", "one-patch", "one-level", "pyramid"],
 )
 def test_small_training_sets_and_grids(extractor, count, size):
-    predictions = quick(extractor).fit(batches(count, seed=0, size=size)).predict(batches(3, seed=1, size=size))
-    assert predictions.maps.shape == (3, *size)
-    assert predictions.maps.isfinite().all() and predictions.scores.isfinite().all()
+    check_finite_on_small_sets(quick(extractor), count, size)
 
 
 def test_nan_features_are_named():
-    def broken(batch):
-        levels = EXTRACT(batch)
-        levels[2][torch.tensor([path.endswith("005.png") for path in batch["path"]])] = torch.nan
-        return levels
-
-    with pytest.raises(InputError, match=r"noise/005\.png hold NaN"):
-        quick(broken).fit(batches(8, seed=0))
-    with pytest.raises(InputError, match=r"noise/005\.png hold NaN"):
-        quick(broken).fit(batches(4, seed=0)).predict(batches(8, seed=0))
+    check_names_nan_features(quick, EXTRACT)
 
 
 def test_refuses():
     with pytest.raises(UnknownNameError, match="Did you mean"):
         CFLOW(EXTRACT, level_reference="tests")
-    with pytest.raises(InputError, match="drop_last"):
-        quick().fit([])
-    with pytest.raises(InputError, match="call fit first"):
-        quick().predict(batches(2, seed=0))
-    with pytest.raises(InputError, match="nothing to score"):
-        quick().fit(batches(2, seed=0)).predict([])
+    check_refuses_nothing(quick)
     with pytest.raises(InputError, match="1 channel"):
         quick(patch_extractor(1)).fit(batches(2, seed=0))
     with pytest.raises(InputError, match="one size"):

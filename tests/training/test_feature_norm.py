@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from golden_values import assert_near, golden, value
+from method_checks import check_finds_what_is_planted
 from models import tiny_extractor
-from planted import batches, labels, patch_extractor
+from planted import batches, patch_extractor
 from scipy.ndimage import gaussian_filter
 
 from adfeatures.errors import InputError
-from adfeatures.scoring import auroc
 from training.methods import METHODS, FeatureNorm
 
 EXTRACT = patch_extractor(6, 8, 7, 10)
@@ -58,16 +58,7 @@ def test_scores_agree_with_the_model_s_own_anomaly_maps() -> None:
 
 
 def test_finds_what_is_planted_and_nothing_else() -> None:
-    size = (64, 64)
-    normal, same, planted = batches(24, seed=1, size=size), batches(24, seed=2, size=size), batches(24, seed=3, planted=True, size=size)
-    method = FeatureNorm(EXTRACT)
-    scores, others, predicted = method.predict(normal).scores, method.predict(same).scores, method.predict(planted)
-    truth = torch.cat([labels(normal), labels(planted)])
-    assert auroc(torch.cat([scores, predicted.scores]), truth) > 0.9
-    assert 0.3 < auroc(torch.cat([scores, others]), truth) < 0.7
-    masks = torch.cat([batch["mask"][:, 0] for batch in planted]).bool()
-    hits = [mask.flatten()[map.argmax()] for mask, map in zip(masks, predicted.maps, strict=True)]
-    assert np.mean(hits) > 0.9
+    check_finds_what_is_planted(FeatureNorm(EXTRACT), 24, (64, 64))
 
 
 def test_refuses() -> None:

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import batches, labels, patch_extractor
+from method_checks import check_finds_what_is_planted, check_finite_on_small_sets, check_names_nan_features, check_refuses_nothing
+from planted import batches, patch_extractor
 
 from adfeatures.errors import InputError
-from adfeatures.scoring import auroc
 from training.methods import uniad
 from training.methods.uniad import ReconstructionTransformer, UniAD, jittered, neighbour_mask
 
@@ -234,9 +234,7 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is():
     # The reduced epochs go with a higher learning rate.
     train = [batch for pair in zip(batches(40, seed=1), batches(40, seed=4, product="other"), strict=True) for batch in pair]
     method = UniAD(EXTRACT, hidden=32, heads=4, layers=2, feed_forward=64, epochs=6, learning_rate=1e-3).fit(train)
-    for planted, lowest, highest in ((True, 0.9, 1.0), (False, 0.3, 0.7)):
-        test = batches(40, seed=2) + batches(40, seed=3, planted=planted)
-        assert lowest <= auroc(method.predict(test).scores.numpy(), labels(test).numpy() if planted else [0] * 40 + [1] * 40) <= highest
+    check_finds_what_is_planted(method)
 
 
 def test_learns_what_can_be_reconstructed():
@@ -258,32 +256,17 @@ def test_learns_what_can_be_reconstructed():
     ids=["one-image", "one-patch", "four-patches", "one-channel"],
 )
 def test_small_training_sets_and_grids(extractor, count, size):
-    predictions = quick(extractor).fit(batches(count, seed=0, size=size)).predict(batches(3, seed=1, size=size))
-    assert predictions.maps.shape == (3, *size)
-    assert predictions.maps.isfinite().all() and predictions.scores.isfinite().all()
+    check_finite_on_small_sets(quick(extractor), count, size)
 
 
 def test_nan_features_are_named():
-    def broken(batch):
-        levels = EXTRACT(batch)
-        levels[2][torch.tensor([path.endswith("005.png") for path in batch["path"]])] = torch.nan
-        return levels
-
-    with pytest.raises(InputError, match=r"noise/005\.png hold NaN"):
-        quick(broken).fit(batches(8, seed=0))
-    with pytest.raises(InputError, match=r"noise/005\.png hold NaN"):
-        quick(broken).fit(batches(4, seed=0)).predict(batches(8, seed=0))
+    check_names_nan_features(quick, EXTRACT)
 
 
 def test_refuses():
     for settings in ({"hidden": 15, "heads": 3}, {"hidden": 16, "heads": 3}):
         with pytest.raises(InputError, match="hidden must be even"):
             quick(**settings)
-    with pytest.raises(InputError, match="drop_last"):
-        quick().fit([])
-    with pytest.raises(InputError, match="call fit first"):
-        quick().predict(batches(2, seed=0))
-    with pytest.raises(InputError, match="nothing to score"):
-        quick().fit(batches(2, seed=0)).predict([])
+    check_refuses_nothing(quick)
     with pytest.raises(InputError, match=r"maps of \(8, 8\) positions, got \(4, 8\)"):
         quick().fit(batches(2, seed=0)).predict(batches(2, seed=0, size=(16, 32)))
