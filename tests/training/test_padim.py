@@ -92,7 +92,7 @@ def test_distances_of_any_number_of_images(
 
 @pytest.mark.parametrize("count", [9, 50])
 def test_covariances_in_float32_are_nearly_as_good(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padim, "COVARIANCE_BYTES", 0)
+    monkeypatch.setattr(padim, "LEVEL_BYTES", 0)
     generator = torch.Generator().manual_seed(0)
     train, test = (torch.randn(n, 16, 3, 3, generator=generator) for n in (count, 5))
     gaussians = fitted(train)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+# Seconds before each measurement. NumPy's and torch's idle threads spin for a while, and would take the cores from the other's.
+REST = 0.2
+
 
 @dataclass(frozen=True)
 class Row:
@@ -36,6 +39,7 @@ def compare(what: str, ours: Callable[[], object], naive: Callable[[], object], 
 
 def seconds(function: Callable[[], object]) -> float:
     """Seconds that one call takes."""
+    time.sleep(REST)
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

@@ -21,8 +21,8 @@ BLOCK = 64
 SUMMED = 128
 # Positions are worked on together for as long as their matrices in float64 take no more than this.
 CHUNK_BYTES = 8 * 2**20
-# Of one level. Covariances that take more than this in float64 are kept in float32, as the original keeps all of them.
-COVARIANCE_BYTES = 700 * 2**20
+# Of one level, in float64. Covariances that take more than this are kept in float32, as the original keeps all of them.
+LEVEL_BYTES = 600 * 2**20
 
 
 class PaDiM:
@@ -89,9 +89,10 @@ class Gaussians:
 
     * of the covariance S: |L^-1 d|^2 with S = L L^T;
     * for few images, of the N x N matrix of inner products of the centred samples X (N, C), by the identity of Woodbury:
-      (|d|^2 - |L^-1 X d|^2) / epsilon with X X^T + (N - 1) epsilon I = L L^T.
+      (|d|^2 - |W d|^2) / epsilon with W = L^-1 X and X X^T + (N - 1) epsilon I = L L^T.
 
-    The second is the one for up to 3 C / 8 images, where it takes less memory and time. More images are added up in scatter matrices.
+    The second is the one for up to 3 C / 8 images, where it takes less memory and time, unless W takes more than LEVEL_BYTES. More images
+    are added up in scatter matrices.
 
     Args:
         example: A map (B, C, h, w), for its shape and device.
@@ -101,14 +102,15 @@ class Gaussians:
     def __init__(self, example: Tensor, epsilon: float) -> None:
         _, self.channels, *self.grid = example.shape
         self.positions = self.grid[0] * self.grid[1]
-        self.few = 3 * self.channels // 8
+        self.few = min(3 * self.channels // 8, LEVEL_BYTES // (8 * self.positions * self.channels))
         self.epsilon, self.device = epsilon, example.device
         self.count = 0  # of the images in mean and scatter
         self.mean = torch.zeros(self.positions, self.channels, dtype=torch.float64, device=self.device)
         self.scatter: Tensor | None = None  # sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2)
         self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
         self.waiting = 0  # how many samples these hold
-        self.factors: Tensor | None = None  # (P, N, N) for few images, otherwise lower triangles like the scatter
+        self.factors: Tensor | None = None  # lower triangles like the scatter
+        self.whitened: Tensor | None = None  # W for few images, (P, N, C) float64
         self._samples_memory, self._packed_memory, self._matrix_memory = _Scratch(), _Scratch(), _Scratch()
 
     def add(self, level: Tensor) -> None:
@@ -132,13 +134,14 @@ class Gaussians:
                 covariances = self._unpack(self.factors[part]).div_(max(self.count - 1, 1))
                 self.factors[part] = _pack(self._factor(covariances, self.epsilon))
             return
-        self.count = self.waiting
-        self.factors = torch.empty(self.positions, self.count, self.count, dtype=torch.float64, device=self.device)
-        for part in self._parts(self.count * self.channels):
+        self.whitened = self.mean.new_empty(self.positions, self.waiting, self.channels)
+        for part in self._parts(self.waiting * self.channels):
             samples = self._samples(part)
             self.mean[part] = samples.mean(dim=1)
             samples -= self.mean[part, None]
-            self.factors[part] = self._factor(samples @ samples.mT, max(self.count - 1, 1) * self.epsilon)
+            factors = self._factor(samples @ samples.mT, max(self.waiting - 1, 1) * self.epsilon)
+            self.whitened[part] = torch.linalg.solve_triangular(factors, samples, upper=False)
+        self.blocks, self.waiting, self.count = [], 0, self.waiting
 
     def distances(self, level: Tensor) -> Tensor:
         """Mahalanobis distances (B, h, w), float32, of maps (B, C, h, w).
@@ -148,25 +151,24 @@ class Gaussians:
         """
         deviations = self._patches(level).double() - self.mean[:, None]
         squared = torch.empty(deviations.shape[:2], dtype=torch.float64, device=self.device)
-        for part in self._parts(self.channels * (self.count if self.waiting else self.channels)):
+        for part in self._parts(self.channels * (self.channels if self.whitened is None else self.count)):
             squared[part] = self._squared_distances(deviations[part], part)
         # Near the span of the samples both terms of a difference agree in most digits, and rounding may leave less than nothing.
         return squared.clamp_min(0).sqrt().float().T.unflatten(1, self.grid)
 
     def _squared_distances(self, deviations: Tensor, part: slice) -> Tensor:
         """Squared distances (p, B) of deviations (p, B, C) from the means at a part of the positions."""
-        if not self.waiting:
+        if self.whitened is None:
             factors = self._unpack(self.factors[part])
             return torch.linalg.solve_triangular(factors, deviations.mT, upper=False).square().sum(dim=1)
-        products = deviations @ self._samples(part).mT - deviations @ self.mean[part, :, None]
-        explained = torch.linalg.solve_triangular(self.factors[part], products.mT, upper=False)
-        return (deviations.square().sum(dim=2) - explained.square().sum(dim=1)) / self.epsilon
+        explained = deviations @ self.whitened[part].mT
+        return (deviations.square().sum(dim=2) - explained.square().sum(dim=2)) / self.epsilon
 
     def _add_to_scatter(self) -> None:
         """Move the samples into mean and scatter (the pairwise update of Chan, Golub and LeVeque 1983)."""
         if self.scatter is None:
             size = self.channels * (self.channels + 1) // 2
-            dtype = torch.float64 if 8 * self.positions * size <= COVARIANCE_BYTES else torch.float32
+            dtype = torch.float64 if 8 * self.positions * size <= LEVEL_BYTES else torch.float32
             self.scatter = torch.zeros(self.positions, size, dtype=dtype, device=self.device)
         total = self.count + self.waiting
         for part in self._parts(self.channels * max(self.channels, self.waiting)):
