@@ -300,10 +300,11 @@ def _pickle_globals(path: Path) -> set[str]:
     """Names in a pickle of a protocol that torch does not read, found without running it."""
     import pickletools
 
-    names, strings = set(), [""]
+    names: set[str] = set()
+    strings: list[str] = []
     with open(path, "rb") as file, suppress(*_BROKEN):
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STACK_GLOBAL":
+            if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
                 names.add(".".join(strings[-2:]))
             elif isinstance(argument, str):
                 strings.append(argument)

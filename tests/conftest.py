@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from hypothesis import settings
+
+# The same examples in every run, however slow the machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -531,7 +531,7 @@ class TestAsAModule:
         torch.testing.assert_close(model(x), other(x))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9))
 def test_any_split_into_batches_gives_the_same_scores(count: int, rows: int, columns: int, batch_size: int) -> None:
     model = tiny_extractor(img_size=(14 * rows, 14 * columns))

@@ -536,7 +536,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole(scratch, name):
     assert all(part is None for cut, part in read.items() if cut < 0.45 * len(data))
 
 
-RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 MAGIC = st.sampled_from(
     [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF0000WEBP", b"P6 ", b"P2 2 2 "]
 )

@@ -93,7 +93,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
     return queries, references, form(excluded), per_image, chunks
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_matching_is_brute_force(case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]) -> None:
     queries, kept, exclude, barred, chunks = case
@@ -400,7 +400,7 @@ def single_patches(rows: Tensor) -> ReferenceBank:
     return ReferenceBank.from_features([rows[:, :, None, None]])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(1, 24),

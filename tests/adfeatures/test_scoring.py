@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden_values import assert_near, fill, golden, shapes, value
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
@@ -182,7 +182,6 @@ def test_normal_images_come_out_level() -> None:
 scores = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(scores, st.floats(1e-6, 1))
 def test_normal_quantile(values: list[float], quantile: float) -> None:
     found = scoring.normal_quantile(values, quantile)
@@ -226,7 +225,6 @@ def test_outliers(values: list[float], found: list[int]) -> None:
     assert scoring.outliers(values) == scoring.outliers(np.array(values)) == found
 
 
-@settings(deadline=None)
 @given(scores)
 def test_outliers_by_definition(values: list[float]) -> None:
     median = sorted(values)[len(values) // 2] if len(values) % 2 else sum(sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]) / 2
@@ -243,7 +241,6 @@ def labelled(draw: st.DrawFn) -> tuple[list[float], list[int]]:
     return draw(st.lists(some, min_size=len(labels), max_size=len(labels))), labels
 
 
-@settings(deadline=None)
 @given(labelled())
 def test_auroc_is_sklearns(case: tuple[list[float], list[int]]) -> None:
     values, labels = case

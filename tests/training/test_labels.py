@@ -30,7 +30,7 @@ def test_labels_are_the_original_ones(patch: int) -> None:
     assert torch.equal(norm_labels(masks(), grid), GOLDEN[f"nearest{grid[0]}"][:, 0] > 0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from([4, 8, 14, 16, 32]), st.floats(0.05, 0.4))
 def test_angle_labels_count_pixels(seed: int, patch: int, density: float) -> None:
     masks = torch.rand(2, 1, 3 * patch, 2 * patch, generator=torch.Generator().manual_seed(seed)) < density

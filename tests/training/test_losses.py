@@ -77,7 +77,7 @@ def test_norm_loss_is_the_original_one(case: str) -> None:
     assert_near(features.grad, GOLDEN[f"norm.{case}.grad"], 1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(2, 40), st.integers(1, 9), st.sampled_from(["both", "first"]), st.sampled_from([0.15, 1.0]))
 def test_angle_loss_is_its_formula(seed: int, count: int, channels: int, anchors: str, temperature: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def test_angle_loss_is_its_formula(seed: int, count: int, channels: int, anchors
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 30), st.sampled_from([1e-4, 0.01, 0.3, 1, 4]), st.sampled_from(["code", "paper"]))
 def test_norm_loss_is_its_formula(seed: int, count: int, scale: float, pseudo_huber: str) -> None:
     generator = torch.Generator().manual_seed(seed)

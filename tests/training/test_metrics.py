@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from golden_values import golden
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import rankdata
@@ -98,14 +98,12 @@ class TestGolden:
 
 class TestAupro:
     @given(tied_maps(), st.floats(0.01, 1) | st.sampled_from([0.1, 0.25, 0.3, 0.5, 1.0]), parts)
-    @settings(deadline=None)
     def test_is_the_formula(self, example: tuple[np.ndarray, np.ndarray], limit: float, pixels_per_part: int) -> None:
         maps, masks = example
         with mock.patch.object(metrics, "PIXELS_PER_PART", pixels_per_part):
             assert aupro(maps, masks, limit) == pytest.approx(aupro_by_formula(maps, masks, limit), abs=1e-9)
 
     @given(tied_maps(), st.sampled_from(["exp", "cube", "ranks", "shrink"]))
-    @settings(deadline=None)
     def test_depends_on_the_order_alone(self, example: tuple[np.ndarray, np.ndarray], name: str) -> None:
         maps, masks = example
         transform: Callable[[np.ndarray], np.ndarray] = {
@@ -181,7 +179,6 @@ class TestAuproOriginal:
 
 class TestRanking:
     @given(tied_maps(), parts)
-    @settings(deadline=None)
     def test_pixels_as_scikit_learn(self, example: tuple[np.ndarray, np.ndarray], pixels_per_part: int) -> None:
         maps, masks = example
         with mock.patch.object(metrics, "PIXELS_PER_PART", pixels_per_part), warnings.catch_warnings():
@@ -190,7 +187,6 @@ class TestRanking:
         assert astuple(found)[3:6] == pytest.approx(ranking_by_sklearn(masks.ravel(), maps.ravel()), abs=1e-12)
 
     @given(arrays(np.int8, st.integers(2, 12), elements=st.integers(-3, 5)), st.data())
-    @settings(deadline=None)
     def test_images_as_scikit_learn(self, scores: np.ndarray, data: st.DataObject) -> None:
         labels = data.draw(arrays(np.int64, len(scores), elements=st.integers(0, 1)).filter(lambda labels: 0 < labels.sum() < len(labels)))
         maps = np.zeros((len(scores), 2, 2))
@@ -213,7 +209,6 @@ class TestRanking:
 
 class TestCurves:
     @given(tied_maps(), st.lists(st.floats(0, 1), min_size=1, max_size=5))
-    @settings(deadline=None)
     def test_lie_on_the_formula(self, example: tuple[np.ndarray, np.ndarray], rates: list[float]) -> None:
         maps, masks = example
         # Between the rates that n normal pixels can have: at those the curves may rise straight up.

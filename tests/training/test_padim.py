@@ -65,7 +65,7 @@ def test_equals_the_naive_formula(count: int) -> None:
         assert float(score) == pytest.approx(expected.max(), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     count=st.integers(1, 40),
     channels=st.integers(1, 24),

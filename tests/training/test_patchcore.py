@@ -82,7 +82,7 @@ def test_takes_what_there_is_of_the_last_levels() -> None:
 # The coreset
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 90), st.integers(1, 6), st.floats(0.01, 1), st.sampled_from([1, 2, 7, 512]), st.integers(0, 10_000))
 def test_the_choice_is_that_of_the_plain_loop(count: int, dim: int, part: float, contenders: int, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def test_the_choice_is_that_of_the_plain_loop(count: int, dim: int, part: float,
     assert found.tolist() == naive_coreset(points, most, starts)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 60), st.integers(1, 5), st.integers(0, 1000))
 def test_equal_points_are_chosen_at_most_once_each(count: int, distinct: int, seed: int) -> None:
     points = torch.from_numpy(np.random.default_rng(seed).integers(0, distinct, size=(count, 2))).float()
