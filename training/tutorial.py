@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -130,7 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
     options = parser.parse_args(arguments)
-    return console.run("tutorial", lambda: print(tutorial(options.output, options.steps, options.seeds)))
+
+    def run() -> None:
+        started = time.perf_counter()
+        print(tutorial(options.output, options.steps, options.seeds))
+        print(f"It took {(time.perf_counter() - started) / 60:.0f} minutes on {torch.get_num_threads()} threads.")
+
+    return console.run("tutorial", run)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is(adapter):
     # The reduced epochs need a higher learning rate: at the paper's, 60 steps hardly leave the initial weights.
     extractor = patch_extractor(12, 9, 16, 16)
     glass = GLASS(extractor, adapter=adapter, dim=32, hidden=32, epochs=12, learning_rate=0.01).fit(batches(40, seed=1))
-    check_finds_what_is_planted(glass)
+    check_finds_what_is_planted(glass, hits=0.75)
 
 
 def test_scores_do_not_depend_on_the_other_images():

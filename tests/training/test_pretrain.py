@@ -28,7 +28,7 @@ from training.curves import read_log
 from training.data import mvtec
 from training.data.items import Item
 from training.data.pretraining import StepSampler
-from training.pretrain import _on_device, main, pretrain
+from training.pretrain import _learning_rate, _on_device, main, pretrain
 from training.run import Run
 
 CPU = torch.device("cpu")
@@ -400,6 +400,16 @@ def test_other_inputs_are_refused(tree: Path, tmp_path: Path) -> None:
     next(moved.rglob("OK/*/*.jpg")).unlink()
     with pytest.raises(InputError, match="other images"):
         pretrain(config(moved, folder, max_steps=3), CPU)
+
+
+def test_the_learning_rate_is_that_of_torch() -> None:
+    given = PretrainConfig(milestones=(2, 3, 6))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=given.lr)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, given.milestones)
+    for epoch in range(8):
+        assert _learning_rate(given, epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_random_backbones_are_the_same_again(tree: Path, tmp_path: Path) -> None:

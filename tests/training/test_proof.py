@@ -62,7 +62,7 @@ def data(root: Path) -> tuple[RawFeatures, Product, Product, Features]:
         raw.encode(product.train, "squash")
         product.truth("squash")
     references = [draw_references(product.train, SHOTS, 0) for product in products]
-    return raw, *products, residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True)
+    return raw, *products, residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True, owner="test")
 
 
 @pytest.mark.filterwarnings("ignore:GLASS made its textures")

@@ -27,6 +27,7 @@ def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     arguments = ["--output", str(tmp_path), "--seeds", "0", "1", "--steps"]
     assert tutorial.main([*arguments, "2"]) == 0
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("It took 0 minutes on ")
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {name: len(scores) for name, scores in found.items()} == {"residual": 1, "untrained": 2, "trained": 2}
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in printed.splitlines() if "|" in line}

@@ -82,7 +82,7 @@ def residual_features(
     references: Sequence[Sequence[Item]],
     *,
     leave_out: bool,
-    owner: str = "",
+    owner: str,
 ) -> Features:
     """Projected residuals of products against fixed references.
 
