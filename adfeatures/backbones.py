@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import catalog
-from .checkpoints import is_torchscript, load_checkpoint, load_torchscript_state_dict
+from .checkpoints import load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
@@ -271,22 +271,11 @@ def _load(
     if isinstance(weights, Mapping):
         source, state = source or "the given state dict", weights
     else:
-        source, state = source or str(weights), read_weights(weights, entry)
+        source, state = source or str(weights), load_checkpoint(weights).state_dict
     state = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not UNUSED.fullmatch(key)}
     # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
     spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
     load_strictly(backbone, {key: value for key, value in state.items() if not key.startswith(spare)}, source)
-
-
-def read_weights(path: str | os.PathLike[str], entry: catalog.Backbone) -> StateDict:
-    """The weights of a backbone in a file, under the keys that it has them; OpenAI's archives are read for CLIP alone.
-
-    Raises:
-        CheckpointError: For a file that cannot be read, as ``load_checkpoint``.
-    """
-    if entry.family == "clip" and is_torchscript(path):
-        return load_torchscript_state_dict(path)
-    return load_checkpoint(path).state_dict
 
 
 def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import struct
 import threading
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,11 +48,12 @@ class Checkpoint:
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read weights from ``.safetensors``, or from ``.pth``, ``.pt`` and ``.bin`` without running any code in them.
 
-    A pickle may be a state dict, or hold one under "projectors", "state_dict" or "model" with numbers beside it.
+    A pickle may be a state dict, or hold one under "projectors", "state_dict" or "model" with numbers beside it. Of a TorchScript
+    archive, as OpenAI's CLIP files are, the tensors of its modules are taken.
 
     Raises:
-        CheckpointError: For a file that is missing, empty, truncated, of another format or a TorchScript archive; that names
-            a Python object other than tensors and float scalars; or that holds anything but finite tensors and numbers.
+        CheckpointError: For a file that is missing, empty, truncated or of another format; that names a Python object other than
+            tensors, float scalars and the modules of TorchScript; or that holds anything but finite tensors and numbers.
     """
     path = _existing(path)
     suffix = path.suffix.lower()
@@ -64,35 +66,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     else:
         raise CheckpointError(f"{path}: unknown format {suffix!r}. Weights are read from .safetensors, {', '.join(_PICKLES)}.")
     return Checkpoint(_checked(path, state_dict), metrics, metadata)
-
-
-def is_torchscript(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a TorchScript archive."""
-    with suppress(zipfile.BadZipFile, *_BROKEN), zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    return False
-
-
-def load_torchscript_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights of a TorchScript archive, the form in which OpenAI published CLIP.
-
-    Raises:
-        CheckpointError: For anything that is not an intact TorchScript archive of finite tensors.
-    """
-    import warnings
-
-    import torch
-
-    path = _existing(path)
-    if not is_torchscript(path):
-        raise _damaged(path, "it is not a TorchScript archive")
-    try:
-        with _LOADING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has deprecated TorchScript, but the authors' files stay what they are
-            state_dict = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call, unused-ignore]
-    except _BROKEN as error:
-        raise _damaged(path, str(error)) from error
-    return _checked(path, state_dict)
 
 
 def save_checkpoint(
@@ -230,8 +203,13 @@ def _parse_metrics(path: Path, text: str) -> dict[str, float]:
 def _read_pickle(path: Path) -> object:
     import torch
 
+    from .torchscript import is_torchscript, read_torchscript
+
     if is_torchscript(path):
-        raise CheckpointError(f"{path} is a TorchScript archive, as OpenAI's CLIP files are. Only the CLIP backbones read it.")
+        try:
+            return read_torchscript(path)
+        except (zipfile.BadZipFile, zlib.error, *_BROKEN) as error:
+            raise _damaged(path, str(error)) from error
     with _only_float_scalars():
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

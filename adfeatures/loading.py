@@ -23,7 +23,6 @@ from .backbones import (
     check_size,
     create_backbone,
     load_strictly,
-    read_weights,
 )
 from .checkpoints import Checkpoint, convert, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
@@ -137,7 +136,7 @@ def _read_backbone(
         path = published_backbone(name, entry, cache_dir)
     else:
         path = resolve(weights, candidates=("model.safetensors", entry.original_file), cache_dir=cache_dir)
-    state = read_weights(path, entry)
+    state = load_checkpoint(path).state_dict
     return _part(state, BACKBONE) or state, str(path)
 
 

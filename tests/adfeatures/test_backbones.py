@@ -373,7 +373,7 @@ def test_torchscript_archive_of_openai(archive: tuple[Path, _Clip]) -> None:
     x = images(224, 224, batch=2)
     (last,) = create_backbone("clip_base", weights=path, embed_dim=32, depth=2, num_heads=2, levels=(2,))(x)
     assert_near(last.flatten(2).transpose(1, 2), model(x)[:, 1:])
-    with pytest.raises(CheckpointError, match="TorchScript"):
+    with pytest.raises(CheckpointError, match=r"ViT-B-16\.pt does not fit.*missing cls_token"):
         tiny("dinov2", path)
     with pytest.raises(CheckpointError, match=r"ViT-B-16\.pt.*missing blocks\.2\."):
         create_backbone("clip_base", weights=path, embed_dim=32, depth=3, num_heads=2, levels=(3,))

@@ -26,9 +26,7 @@ from safetensors.torch import save_file
 from adfeatures.checkpoints import (
     atomic_path,
     convert,
-    is_torchscript,
     load_checkpoint,
-    load_torchscript_state_dict,
     save_checkpoint,
     sha256,
 )
@@ -277,38 +275,6 @@ class TestDamagedFiles:
         save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"metrics": metrics})
         with pytest.raises(CheckpointError, match="metrics"):
             load_checkpoint(tmp_path / "a.safetensors")
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
-class TestTorchScript:
-    @pytest.fixture
-    def archive(self, tmp_path: Path) -> Path:
-        torch.manual_seed(0)
-        torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2).half().float(), torch.ones(1, 3)), tmp_path / "ViT-B-16.pt")
-        return tmp_path / "ViT-B-16.pt"
-
-    def test_only_its_own_function_reads_it(self, archive: Path) -> None:
-        assert is_torchscript(archive)
-        state_dict = load_torchscript_state_dict(archive)
-        assert {name: tuple(tensor.shape) for name, tensor in state_dict.items()} == {"weight": (2, 3), "bias": (2,)}
-        with pytest.raises(CheckpointError, match="TorchScript archive.*CLIP"):
-            load_checkpoint(archive)
-
-    @pytest.mark.filterwarnings("error")
-    def test_without_warnings(self, archive: Path) -> None:
-        load_torchscript_state_dict(archive)
-
-    def test_other_and_damaged_files(self, archive: Path, tmp_path: Path) -> None:
-        assert not is_torchscript(GOLDEN) and not is_torchscript(tmp_path) and not is_torchscript(tmp_path / "missing")
-        with pytest.raises(CheckpointError, match="not a TorchScript archive"):
-            load_torchscript_state_dict(GOLDEN)
-        data = archive.read_bytes()
-        archive.write_bytes(data.replace(b"constants", b"constents") + b"x")
-        with pytest.raises(CheckpointError):
-            load_torchscript_state_dict(archive)
-        archive.write_bytes(data[: len(data) // 2])
-        with pytest.raises(CheckpointError, match="truncated"):
-            load_torchscript_state_dict(archive)
 
 
 class TestSaving:

@@ -1,0 +1,266 @@
+"""TorchScript archives are read as data: honest ones equal what torch reads, hostile ones neither run nor exhaust anything."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_values import fill, golden, shapes, value
+from torch import Tensor, nn
+
+from adfeatures.backbones import create_backbone
+from adfeatures.checkpoints import load_checkpoint
+from adfeatures.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+
+
+class Tower(nn.Module):
+    """Everything that a module can hold besides parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2).half()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2)])
+        self.register_buffer("resolution", torch.tensor(224))
+        # As in OpenAI's files: a tensor that is neither a parameter nor a buffer, and is not finite.
+        self.attn_mask = torch.full((2, 2), -torch.inf)
+        self.sizes, self.names = torch.jit.Attribute([1, 2], list[int]), torch.jit.Attribute({"a": 1}, dict[str, int])
+        self.pair, self.none = (1, 2.5), None
+        self.device, self.large, self.text, self.flag = torch.device("cpu"), 1 << 40, "x" * 300, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = Tower()
+        self.tied = self.visual.linear
+        self.base = nn.Parameter(torch.arange(12.0).reshape(3, 4))
+        self.turned = nn.Parameter(self.base.detach().T)
+        self.part = nn.Parameter(self.base.detach()[1:, ::2])
+        self.rounded = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.visual(x)
+
+
+def save(module: nn.Module, path: Path, example: Tensor | None = None) -> Path:
+    compiled = torch.jit.script(module) if example is None else torch.jit.trace(module, example)
+    torch.jit.save(compiled, str(path))
+    return path
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes], entry: str = "data.pkl", compression: int = zipfile.ZIP_STORED) -> None:
+    """Change one file within an archive."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(data) if name.endswith(f"/{entry}") else data)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+class TestHonestArchives:
+    def test_equal_to_torch(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        path = save(Model(), tmp_path / "model.pt")
+        checkpoint = load_checkpoint(path)
+        assert_equal(checkpoint.state_dict, torch.jit.load(path).state_dict())
+        assert checkpoint.metrics == {} and checkpoint.metadata == {}
+
+    def test_traced_module(self, tmp_path: Path) -> None:
+        path = save(nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).eval(), tmp_path / "traced.pth", torch.ones(1, 3, 4, 4))
+        assert_equal(load_checkpoint(path).state_dict, torch.jit.load(path).state_dict())
+
+    def test_without_warnings(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_checkpoint(path)
+
+    def test_clip_in_half_precision_as_openai_published_it(self, tmp_path: Path) -> None:
+        weights = fill(shapes("backbone_clip"), "clip.")
+        visual, text = nn.Module(), nn.Module()
+        for key, tensor in weights.items():
+            owner = visual
+            *parents, name = key.split(".")
+            for parent in parents:
+                if not hasattr(owner, parent):
+                    owner.add_module(parent, nn.Module())
+                owner = getattr(owner, parent)
+            owner.register_parameter(name, nn.Parameter(tensor.half()))
+        text.attn_mask, text.weight = torch.full((2, 2), -torch.inf), nn.Parameter(torch.ones(2).half())
+        model = nn.Module()
+        model.visual, model.transformer = visual, text
+        model.register_buffer("input_resolution", torch.tensor(224))
+        path = tmp_path / "ViT-B-16.pt"
+        torch.jit.save(torch.jit.script(model), str(path))
+        backbone = create_backbone("clip_base", weights=path, embed_dim=64, num_heads=2)
+        found = backbone(value("backbone.image", (2, 3, 224, 224)))[-1].flatten(2).transpose(1, 2)
+        expected = golden("backbone_clip")["tokens.3"]
+        # Weights in half precision, features in single: three digits.
+        assert (found - expected).abs().max() < 3e-3 * expected.abs().max()
+
+
+class Writes(nn.Module):
+    """Makes a file of ``target``'s name when torch loads it."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.weight, self.target = nn.Parameter(torch.ones(2)), target
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, str, bool]:
+        return self.weight, self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, str, bool]) -> None:
+        self.weight, self.target, self.training = state[0], state[1], state[2]
+        self.weight = torch.from_file(state[1], shared=True, size=4)
+
+
+class Loops(Writes):
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, str, bool]) -> None:
+        self.weight, self.target, self.training = state[0], state[1], state[2]
+        count = 0
+        while count >= 0:
+            count = (count + 1) % 1000
+
+
+class Allocates(Writes):
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, str, bool]) -> None:
+        self.weight, self.target, self.training = state[0], state[1], state[2]
+        self.weight = torch.zeros(1 << 44)
+
+
+class TestHostileArchives:
+    def test_file_that_torch_would_write(self, tmp_path: Path) -> None:
+        target = tmp_path / "written"
+        path = save(Writes(str(target)), tmp_path / "ViT-B-16.pt")
+        with pytest.raises(CheckpointError, match=r"ViT-B-16\.pt"):
+            load_checkpoint(path)
+        with pytest.raises(CheckpointError, match=r"ViT-B-16\.pt"):
+            create_backbone("clip_base", weights=path)
+        assert not target.exists()
+        torch.jit.load(path)
+        assert target.exists(), "the archive was to be one that writes"
+
+    @pytest.mark.parametrize("kind", [Loops, Allocates])
+    def test_code_that_never_ends_or_takes_all_memory(self, tmp_path: Path, kind: type[Writes]) -> None:
+        path = save(kind("x"), tmp_path / "model.pt")
+        start = time.monotonic()
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+        assert time.monotonic() - start < 10
+
+    @pytest.mark.parametrize("name", [b"os\nsystem", b"builtins\neval", b"torch\nload", b"torch._utils\n_rebuild_parameter"])
+    def test_names_that_are_no_modules_are_refused(self, tmp_path: Path, name: bytes) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        rewrite(path, lambda data: data.replace(b"collections\nOrderedDict", name))
+        with pytest.raises(CheckpointError, match=name.decode().replace("\n", r"\.")):
+            load_checkpoint(path)
+
+    def test_pickle_that_torch_does_not_write(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        rewrite(path, lambda _: pickle.dumps({"a": 1}, protocol=4))
+        with pytest.raises(CheckpointError, match="opcode"):
+            load_checkpoint(path)
+
+    def test_keys_that_take_for_ever_to_hash(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        nested = b"\x80\x02}(K\x01" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60)) + b"K\x01u."
+        rewrite(path, lambda _: nested)
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match="keys"):
+            load_checkpoint(path)
+        assert time.monotonic() - start < 5
+
+    def test_modules_that_share_modules_a_thousand_times_over(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        module = b"c__torch__\nM\n)\x81}(X\x01\x00\x00\x00a%sX\x01\x00\x00\x00b%sub"
+        data = module % (b"K\x01", b"K\x01")
+        for number in range(40):
+            data = module % (data + b"q%c" % number, b"h%c" % number)
+        rewrite(path, lambda _: b"\x80\x02" + data + b".")
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match="attributes"):
+            load_checkpoint(path)
+        assert time.monotonic() - start < 10
+
+    @pytest.mark.parametrize(("shape", "stride"), [(8, 1), (7, 2), (255, 0)])
+    def test_tensor_larger_than_its_storage(self, tmp_path: Path, shape: int, stride: int) -> None:
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.ones(7))
+        path = save(module, tmp_path / "model.pt")
+        rewrite(path, lambda data: data.replace(b"(K\x07t(K\x01t", b"(K%ct(K%ct" % (shape, stride)))
+        with pytest.raises(CheckpointError, match="beyond its storage"):
+            load_checkpoint(path)
+
+    def test_small_file_of_much_text(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        rewrite(path, lambda _: b"\x80\x02" + b"N" * (100 << 20), compression=zipfile.ZIP_DEFLATED)
+        assert path.stat().st_size < 1 << 20
+        with pytest.raises(CheckpointError, match="larger than"):
+            load_checkpoint(path)
+
+
+class TestDamagedArchives:
+    def test_truncated(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(CheckpointError, match="truncated"):
+            load_checkpoint(path)
+
+    def test_other_byte_order(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        rewrite(path, lambda _: b"big", entry="byteorder")
+        with pytest.raises(CheckpointError, match="order"):
+            load_checkpoint(path)
+
+    def test_weights_that_are_not_finite(self, tmp_path: Path) -> None:
+        module = nn.Linear(2, 2)
+        with torch.no_grad():
+            module.bias[0] = torch.nan
+        with pytest.raises(CheckpointError, match="bias holds NaN"):
+            load_checkpoint(save(module, tmp_path / "model.pt"))
+
+    def test_random_damage_never_raises_anything_else(self, tmp_path: Path) -> None:
+        path = save(nn.Linear(2, 2), tmp_path / "model.pt")
+        whole, random = path.read_bytes(), np.random.RandomState(0)
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read("model/data.pkl")
+        for number in range(600):
+            data = bytearray(pickled if number % 2 else whole)
+            for position in random.randint(0, len(data), 2):
+                data[position] = random.randint(256)
+            if number % 2:
+                path.write_bytes(whole)
+                # A new zip file, so that its checksums let the damage through.
+                rewrite(path, lambda _, data=data: bytes(data))
+            else:
+                path.write_bytes(data)
+            try:
+                load_checkpoint(path)
+            except CheckpointError:
+                continue
