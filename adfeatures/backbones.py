@@ -1,7 +1,8 @@
 """Frozen encoders: images in, a list of maps of patch features out, equal to the authors' original implementations.
 
-Three vision-transformer families (DINOv2, OpenAI CLIP, ImageBind) are built from timm's blocks, with timm's state-dict keys, and read
-timm's weights as well as the authors' own files. The convolutional backbone is timm's EfficientNet-Lite, cut after the last stage used.
+Three vision-transformer families (DINOv2, OpenAI CLIP, ImageBind) are built from timm's blocks, with timm's state-dict
+keys, and read timm's weights as well as the authors' own files. The convolutional backbone is timm's EfficientNet-Lite,
+cut after the last stage used.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         patches = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
         if self.family == "dinov2":
-            # DINOv2 interpolates by a factor with an offset of 0.1, so the sampling positions differ from those of a resize by size.
+            # DINOv2 interpolates by a factor with an offset of 0.1, so the sampling positions differ from those of a
+            # resize by size.
             factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
             patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=False)
         else:
@@ -119,7 +121,9 @@ class EfficientNet(nn.Module):
         reductions: Input pixels per cell of those outputs.
     """
 
-    def __init__(self, timm_name: str, levels: Sequence[int], channels: Sequence[int], reductions: Sequence[int]) -> None:
+    def __init__(
+        self, timm_name: str, levels: Sequence[int], channels: Sequence[int], reductions: Sequence[int]
+    ) -> None:
         super().__init__()
         whole = timm.create_model(timm_name, pretrained=False)
         self.conv_stem, self.bn1, self.blocks = whole.conv_stem, whole.bn1, whole.blocks[: max(levels)]
@@ -157,7 +161,8 @@ def create_backbone(
 
     Args:
         arch: A name of ``catalog.BACKBONES``, such as "dinov2_base".
-        weights: File or state dict, with the keys of timm or of the authors' original files. None leaves random weights.
+        weights: File or state dict, with the keys of timm or of the authors' original files. None leaves random
+            weights.
         img_size: Input size in pixels that must be possible; inputs of other sizes, square or not, are taken as well.
         levels: Blocks counted from 1. The default divides the depth in four equal parts.
         embed_dim: Width, where it differs from that of the architecture.
@@ -180,7 +185,9 @@ def create_backbone(
     if entry.family == "efficientnet":
         if tuple(levels or entry.blocks) != entry.blocks or (embed_dim or depth or num_heads) is not None:
             raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
-        backbone: VisionTransformer | EfficientNet = EfficientNet(str(entry.timm_name), entry.blocks, entry.channels, entry.reductions)
+        backbone: VisionTransformer | EfficientNet = EfficientNet(
+            str(entry.timm_name), entry.blocks, entry.channels, entry.reductions
+        )
         depth = max(entry.blocks)
     else:
         embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
@@ -234,7 +241,8 @@ def check_levels(levels: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(levels)
 
 
-# Keys of the authors' files, and what timm calls them. Where a rule gives None, the entry plays no part in the feature maps.
+# Keys of the authors' files, and what timm calls them. Where a rule gives None, the entry plays no part in the feature
+# maps.
 _OPENAI_KEYS = (
     (r"class_embedding", "cls_token"),
     (r"positional_embedding", "pos_embed"),
@@ -327,7 +335,9 @@ def check_fit(module: nn.Module, state: StateDict, source: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    problems += [f"{key} holds NaN or infinite values" for key, value in state.items() if not torch.isfinite(value).all()]
+    problems += [
+        f"{key} holds NaN or infinite values" for key, value in state.items() if not torch.isfinite(value).all()
+    ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(

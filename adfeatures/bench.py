@@ -1,7 +1,8 @@
 """Speed and memory against the published form of the method: ``python -m adfeatures.bench [--json] [--quick]``.
 
-The published form is written here anew from the paper's equations, plainly: it projects the references to keys and values again for every
-image of every batch, materialises the attention weights, and matches by the whole matrix of similarities. Both forms share their weights
+The published form is written here anew from the paper's equations, plainly: it projects the references to keys and
+values again for every image of every batch, materializes the attention weights, and matches by the whole matrix of
+similarities. Both forms share their weights
 and run alternately in one process, so that whatever else the machine does slows both: judge by the ratios.
 """
 
@@ -61,7 +62,10 @@ FULL, QUICK = Sizes(), Sizes(repeats=3, seconds=8, bank=(256, 204_800))
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. The ratio is naive over ours, so above 1 where ours is better; None is what was not measured."""
+    """One line of the table.
+
+    The ratio is naive over ours, so above 1 where ours is better; None is what was not measured.
+    """
 
     what: str
     unit: str
@@ -72,7 +76,9 @@ class Row:
 
     def __str__(self) -> str:
         ours, naive = ("-" if value is None else f"{value:,.1f}" for value in (self.ours, self.naive))
-        return _line(f"{self.what}, {self.unit}", ours, naive, "-" if self.ratio is None else f"{self.ratio:.2f}", self.note)
+        return _line(
+            f"{self.what}, {self.unit}", ours, naive, "-" if self.ratio is None else f"{self.ratio:.2f}", self.note
+        )
 
 
 def _line(what: str, ours: str, naive: str, ratio: str, note: str) -> str:
@@ -86,7 +92,9 @@ class NaiveProjector:
     """The projector in its published form, on the weights of ours."""
 
     def __init__(self, ours: ResidualProjector) -> None:
-        self.levels = [_NaiveLevel(*level) for level in zip(ours.children(), ours.channels, ours.num_heads, strict=True)]
+        self.levels = [
+            _NaiveLevel(*level) for level in zip(ours.children(), ours.channels, ours.num_heads, strict=True)
+        ]
 
     def __call__(self, residuals: Sequence[Tensor]) -> list[Tensor]:
         return [level(residual) for level, residual in zip(self.levels, residuals, strict=True)]
@@ -96,8 +104,11 @@ class _NaiveLevel:
     def __init__(self, ours: nn.Module, channels: int, num_heads: int) -> None:
         self.state, prefix = ours.state_dict(), "layers.0.cross_attn."
         own = {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
-        # torch's own module, which by default computes and returns the attention weights; the published keys are its keys.
-        self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True, device="meta").requires_grad_(False).eval()
+        # torch's own module, which by default computes and returns the attention weights; the published keys are its
+        # keys.
+        self.attention = (
+            nn.MultiheadAttention(channels, num_heads, batch_first=True, device="meta").requires_grad_(False).eval()
+        )
         self.attention.load_state_dict(own, assign=True)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -164,14 +175,18 @@ def projector_rows(sizes: Sizes) -> Iterator[Row]:
     naive = NaiveProjector(ours)
     for batch in sizes.batches:
         residuals = torch.randn(4, batch, sizes.width, sizes.grid, sizes.grid).unbind()
-        yield _compare(f"projector, 4 levels of {sizes.width}, batch {batch}", ours, naive, residuals, sizes, "target 2.8")
+        yield _compare(
+            f"projector, 4 levels of {sizes.width}, batch {batch}", ours, naive, residuals, sizes, "target 2.8"
+        )
 
 
 def extractor_rows(sizes: Sizes) -> Iterator[Row]:
     """The whole extractor at batch 1, and its stages."""
     ours = build_extractor(sizes)
     x = torch.randn(1, 3, *ours.img_size)
-    yield _compare(f"{MODEL}, batch 1", ours, NaiveExtractor(ours), x, sizes, f"target 1.4; {sizes.references} references")
+    yield _compare(
+        f"{MODEL}, batch 1", ours, NaiveExtractor(ours), x, sizes, f"target 1.4; {sizes.references} references"
+    )
     yield from stage_rows(ours, sizes)
 
 
@@ -213,7 +228,9 @@ def stage_rows(extractor: FeatureExtractor, sizes: Sizes) -> Iterator[Row]:
     # The first round warms up.
     milliseconds = {stage: 1000 * median(each[1:]) for stage, each in seconds.items()}
     yield from (Row(f"{name}: {stage}", "ms", each) for stage, each in milliseconds.items())
-    note = f"cpu; photo of {sizes.photo[0]} x {sizes.photo[1]}, input {size[1]} x {size[0]}, {bank.num_images} references"
+    note = (
+        f"cpu; photo of {sizes.photo[0]} x {sizes.photo[1]}, input {size[1]} x {size[0]}, {bank.num_images} references"
+    )
     yield Row(f"{name}: all stages", "ms", sum(milliseconds.values()), note=note)
 
 
@@ -222,7 +239,14 @@ def matching_rows(sizes: Sizes) -> Iterator[Row]:
     queries, rows = sizes.matching
     bank, features = _bank(torch.randn(rows, sizes.width)), [torch.randn(1, sizes.width, 1, queries)]
     what = f"matching {queries:,} x {rows:,} rows of {sizes.width}"
-    yield _compare(what, bank.residuals, lambda maps: naive_residuals(maps, bank.rows), features, sizes, "chunks against whole matrix")
+    yield _compare(
+        what,
+        bank.residuals,
+        lambda maps: naive_residuals(maps, bank.rows),
+        features,
+        sizes,
+        "chunks against whole matrix",
+    )
 
 
 def memory_rows(sizes: Sizes) -> Iterator[Row]:
@@ -231,7 +255,12 @@ def memory_rows(sizes: Sizes) -> Iterator[Row]:
         ours, naive = (_in_child(batch_peak, sizes, whole, form) for form in (False, True))
         ratio = naive / ours if ours and naive else None
         yield Row(
-            f"peak of a process: {what}, batch {max(sizes.batches)}", "MB", ours, naive, ratio, note=_note(ours, "target: below naive")
+            f"peak of a process: {what}, batch {max(sizes.batches)}",
+            "MB",
+            ours,
+            naive,
+            ratio,
+            note=_note(ours, "target: below naive"),
         )
     (queries, rows), beyond = sizes.bank, _in_child(matching_peak, sizes)
     note = f"target: below 2,000; bank of {2e-6 * rows * sizes.width:,.0f} MB in float16"
@@ -247,13 +276,19 @@ def batch_peak(sizes: Sizes, whole: bool, naive: bool) -> float | None:
             extractor = build_extractor(sizes)
             (NaiveExtractor(extractor) if naive else extractor)(torch.randn(batch, 3, side, side))
         else:
-            projector, residuals = build_projector(sizes), torch.randn(4, batch, sizes.width, sizes.grid, sizes.grid).unbind()
+            projector, residuals = (
+                build_projector(sizes),
+                torch.randn(4, batch, sizes.width, sizes.grid, sizes.grid).unbind(),
+            )
             (NaiveProjector(projector) if naive else projector)(residuals)
     return _peak_megabytes()
 
 
 def matching_peak(sizes: Sizes) -> float | None:
-    """Megabytes beyond the bank that matching takes. Rows in half precision, converted on the way, take more than others."""
+    """Megabytes beyond the bank that matching takes.
+
+    Rows in half precision, converted on the way, take more than others.
+    """
     queries, count = sizes.bank
     rows = torch.empty(count, sizes.width, dtype=torch.float16)
     for part in rows.split(1024):
@@ -269,11 +304,19 @@ def matching_peak(sizes: Sizes) -> float | None:
 
 
 def _compare(
-    what: str, ours: Callable[[Any], list[Tensor]], naive: Callable[[Any], list[Tensor]], value: Any, sizes: Sizes, note: str
+    what: str,
+    ours: Callable[[Any], list[Tensor]],
+    naive: Callable[[Any], list[Tensor]],
+    value: Any,
+    sizes: Sizes,
+    note: str,
 ) -> Row:
     """Time two functions of the same value alternately, after comparing their results, which also warms up."""
     results = list(zip(ours(value), naive(value), strict=True))
-    difference, largest = max((a - b).abs().max().item() for a, b in results), max(b.abs().max().item() for _, b in results)
+    difference, largest = (
+        max((a - b).abs().max().item() for a, b in results),
+        max(b.abs().max().item() for _, b in results),
+    )
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + sizes.seconds
     while not pairs or (len(pairs) < sizes.repeats and time.perf_counter() < end):
@@ -314,7 +357,11 @@ def _peak_megabytes() -> float | None:
 
 
 def _note(measured: float | None, note: str) -> str:
-    return note if measured is not None else "not measured: " + ("no such count on Windows" if sys.platform == "win32" else "process died")
+    return (
+        note
+        if measured is not None
+        else "not measured: " + ("no such count on Windows" if sys.platform == "win32" else "process died")
+    )
 
 
 def _bank(rows: Tensor) -> ReferenceBank:
@@ -340,22 +387,37 @@ def run(sizes: Sizes) -> Iterator[Row]:
 
 def main(arguments: Sequence[str] | None = None, *, full: Sizes = FULL, quick: Sizes = QUICK) -> int:
     """Run the measurements of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m adfeatures.bench", description="Speed and memory against the published form.")
+    parser = argparse.ArgumentParser(
+        prog="python -m adfeatures.bench", description="Speed and memory against the published form."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quick", action="store_true", help=f"fewer repeats and a bank of {quick.bank[1]:,} rows")
-    parser.add_argument("--threads", type=int, help="threads of torch in this process; 1 gives steadier ratios on a busy machine")
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch in this process; 1 gives steadier ratios on a busy machine"
+    )
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     sizes, kind = (quick, "quick") if options.quick else (full, "full")
-    machine = {"torch": torch.__version__, "device": "cpu", "threads": torch.get_num_threads(), "processors": os.cpu_count()}
+    machine = {
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+    }
     if hasattr(os, "getloadavg"):
         machine["load"] = round(os.getloadavg()[0], 1)
     if options.json:
-        print(json.dumps({**machine, "run": kind, "sizes": asdict(sizes), "rows": [asdict(row) for row in run(sizes)]}, indent=1))
+        print(
+            json.dumps(
+                {**machine, "run": kind, "sizes": asdict(sizes), "rows": [asdict(row) for row in run(sizes)]}, indent=1
+            )
+        )
         return 0
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{kind} run: medians of {sizes.repeats} alternating pairs, fewer after {sizes.seconds:g} s; bank of {sizes.bank[1]:,} rows")
+    print(
+        f"{kind} run: medians of {sizes.repeats} alternating pairs, fewer after {sizes.seconds:g} s; bank of {sizes.bank[1]:,} rows"
+    )
     print(_line("what", "ours", "naive", "ratio", "(ratio: naive / ours; MB: 10^6 bytes)"))
     for row in run(sizes):
         print(row, flush=True)

@@ -1,6 +1,7 @@
 """The table of backbones, models and pretrained tags: data only, no torch.
 
-Preprocessing, levels, licence and origin stand beside each entry, because features are only right when all of them agree.
+Preprocessing, levels, license and origin stand beside each entry, because features are only right when all of them
+agree.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Backbone:
     """A frozen encoder.
 
     Attributes:
-        family: Which loader and position-embedding rule applies: dinov2, clip, imagebind, efficientnet, or timm for all of timm's own.
+        family: Which loader and position-embedding rule applies: dinov2, clip, imagebind, efficientnet, or timm for all
+            of timm's own.
         timm_name: Architecture in timm, with ``.tag`` for family timm; None where timm has none.
         blocks: Transformer blocks (or convolutional stages) whose outputs are the levels, counted from 1.
         channels: Channels of each level.
@@ -77,8 +79,8 @@ class Model:
         backbone: Name in BACKBONES, "" where the file of the weights says which backbone it belongs to.
         scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
         tags: Published weights by tag, the default first; none where the weights must be given.
-        residual_scales: For "residual": typical distances between two normal images per level and ring, the interior last; used where
-            there is one reference only.
+        residual_scales: For "residual": typical distances between two normal images per level and ring, the interior
+            last; used where there is one reference only.
     """
 
     backbone: str
@@ -91,7 +93,9 @@ class Model:
         return next(iter(self.tags), None)
 
 
-def _vit(family: str, timm_name: str | None, depth: int, width: int, patch: int, **origin: str | tuple[str, str] | None) -> Backbone:
+def _vit(
+    family: str, timm_name: str | None, depth: int, width: int, patch: int, **origin: str | tuple[str, str] | None
+) -> Backbone:
     return Backbone(
         family=family,
         timm_name=timm_name,
@@ -293,7 +297,11 @@ def describe(name: str) -> dict[str, object]:
     arch, tag = find_model(name)
     model = MODELS[arch]
     tag = tag or model.default_tag
-    facts: dict[str, object] = {"model": f"{arch}.{tag}" if tag else arch, "tags": list(model.tags), "scoring": model.scoring}
+    facts: dict[str, object] = {
+        "model": f"{arch}.{tag}" if tag else arch,
+        "tags": list(model.tags),
+        "scoring": model.scoring,
+    }
     if tag:
         facts.update(_weights_facts(model.tags[tag], BACKBONES[model.backbone].asset))
     else:
@@ -301,7 +309,9 @@ def describe(name: str) -> dict[str, object]:
     if model.backbone:
         facts.update(_backbone_facts(model.backbone))
     else:
-        facts.update(backbone="a model of timm: the header of the weights file says which, with its levels and preprocessing")
+        facts.update(
+            backbone="a model of timm: the header of the weights file says which, with its levels and preprocessing"
+        )
     return facts
 
 
@@ -332,7 +342,9 @@ def _backbone_facts(name: str) -> dict[str, object]:
         "img_size": backbone.img_size,
         "mean": mean,
         "std": std,
-        "backbone_weights": _place(backbone.hub_file, backbone.asset or f"{backbone.original_file}, to be given as a path"),
+        "backbone_weights": _place(
+            backbone.hub_file, backbone.asset or f"{backbone.original_file}, to be given as a path"
+        ),
         "backbone_license": backbone.license,
         "backbone_origin": backbone.origin,
         "notes": backbone.notes,

@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 
 _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
-_BROKEN = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, MemoryError, struct.error)
+_BROKEN = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+)
 _LOADING = threading.Lock()
 
 
@@ -48,12 +59,13 @@ class Checkpoint:
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read weights from ``.safetensors``, or from ``.pth``, ``.pt`` and ``.bin`` without running any code in them.
 
-    A pickle may be a state dict, or hold one under "projectors", "state_dict" or "model" with numbers beside it. Of a TorchScript
-    archive, as OpenAI's CLIP files are, the tensors of its modules are taken.
+    A pickle may be a state dict, or hold one under "projectors", "state_dict" or "model" with numbers beside it. Of a
+    TorchScript archive, as OpenAI's CLIP files are, the tensors of its modules are taken.
 
     Raises:
-        CheckpointError: For a file that is missing, empty, truncated or of another format; that names a Python object other than
-            tensors, float scalars and the modules of TorchScript; or that holds anything but finite tensors and numbers.
+        CheckpointError: For a file that is missing, empty, truncated or of another format; that names a Python object
+            other than tensors, float scalars and the modules of TorchScript; or that holds anything but finite tensors
+            and numbers.
     """
     path = _existing(path)
     suffix = path.suffix.lower()
@@ -64,7 +76,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     elif suffix in _PICKLES:
         state_dict, metrics = _unwrap(path, _read_pickle(path))
     else:
-        raise CheckpointError(f"{path}: unknown format {suffix!r}. Weights are read from .safetensors, {', '.join(_PICKLES)}.")
+        raise CheckpointError(
+            f"{path}: unknown format {suffix!r}. Weights are read from .safetensors, {', '.join(_PICKLES)}."
+        )
     return Checkpoint(_checked(path, state_dict), metrics, metadata)
 
 
@@ -120,13 +134,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, AdfeaturesError):
             raise
-        raise AdfeaturesError(f"Cannot write {path}: {error}. Free some space or choose a folder that can be written.") from error
+        raise AdfeaturesError(
+            f"Cannot write {path}: {error}. Free some space or choose a folder that can be written."
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> Checkpoint:
+def convert(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> Checkpoint:
     """Rewrite any loadable weights as safetensors: tensors bit for bit, metrics, and the name and sha256 of the source.
 
     A destination that already holds this very conversion is left as it is.
@@ -145,7 +163,9 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
             existing = load_checkpoint(destination)
             if (existing.metadata, existing.metrics) == (wanted, checkpoint.metrics):
                 return existing
-        raise InputError(f"{destination} exists and is not this conversion of {source}. Remove it or choose another name.")
+        raise InputError(
+            f"{destination} exists and is not this conversion of {source}. Remove it or choose another name."
+        )
     save_checkpoint(destination, checkpoint.state_dict, metrics=checkpoint.metrics, metadata=wanted)
     return load_checkpoint(destination)
 
@@ -175,12 +195,16 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 def _damaged(path: Path, detail: str) -> CheckpointError:
     with open(path, "rb") as file:
         head = file.read(64)
-    advice = "It is truncated, damaged or of another format: fetch it again and compare its sha256 with the published one"
+    advice = (
+        "It is truncated, damaged or of another format: fetch it again and compare its sha256 with the published one"
+    )
     if head.startswith(b"version https://git-lfs"):
         advice = "It is a Git LFS pointer: run `git lfs pull`, or download the weights themselves"
     elif head.lstrip().startswith(b"<"):
         advice = "It is a web page: download the weights themselves"
-    return CheckpointError(f"{path} cannot be read as weights. {advice}. ({detail.strip().partition(chr(10))[0][:200]})")
+    return CheckpointError(
+        f"{path} cannot be read as weights. {advice}. ({detail.strip().partition(chr(10))[0][:200]})"
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -298,9 +322,15 @@ def _unwrap(path: Path, content: object) -> tuple[dict[str, Any], dict[str, floa
     state_dict = content if wrapper is None else content[wrapper]
     beside = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
     alien = [key for key, value in state_dict.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
-    alien += [key for key, value in beside.items() if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, Real)]
+    alien += [
+        key
+        for key, value in beside.items()
+        if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, Real)
+    ]
     if alien:
-        raise CheckpointError(f"{path} holds more than weights and metrics: {', '.join(map(repr, alien[:5]))}. Save its state dict alone.")
+        raise CheckpointError(
+            f"{path} holds more than weights and metrics: {', '.join(map(repr, alien[:5]))}. Save its state dict alone."
+        )
     return state_dict, {key: float(value) for key, value in beside.items()}
 
 
@@ -309,14 +339,22 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     tensors = {}
     for name, tensor in state_dict.items():
-        odd = not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.is_complex()
+        odd = (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.is_meta
+            or tensor.is_quantized
+            or tensor.is_nested
+            or tensor.is_complex()
+        )
         if odd or tensor.layout != torch.strided:
             raise CheckpointError(f"{path}: {name} is not a plain tensor.")
         tensors[name] = tensor = tensor.detach().cpu()
         # the extremes show what is not finite, forty times faster than isfinite does; torch has them for no 8-bit float
         numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(numbers)).isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinite values. The file is damaged or its training diverged.")
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinite values. The file is damaged or its training diverged."
+            )
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.")
     return tensors

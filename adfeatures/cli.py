@@ -1,4 +1,7 @@
-"""The ``adfeatures`` command. What needs torch is imported by the commands that need it, so that help and listing answer at once."""
+"""The ``adfeatures`` command.
+
+What needs torch is imported by the commands that need it, so that help and listing answer at once.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="adfeatures", description="Pretrained features for industrial anomaly detection.")
+    parser = argparse.ArgumentParser(
+        prog="adfeatures", description="Pretrained features for industrial anomaly detection."
+    )
     parser.add_argument("--version", action="version", version=f"adfeatures {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -43,10 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("filter", nargs="?", default="*", help='pattern such as "*dinov2*"')
     listing.add_argument("--pretrained", action="store_true", help="list every set of weights, as name.tag")
 
-    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licences of a model")
+    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model")
     info.add_argument("model")
 
-    download = _command(commands, "download", _download, "fetch and verify the weights of a model, for use without a network")
+    download = _command(
+        commands, "download", _download, "fetch and verify the weights of a model, for use without a network"
+    )
     download.add_argument("model")
     download.add_argument("--cache-dir", help="folder of downloaded weights")
 
@@ -81,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + "."
+    )
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print facts as JSON")
     return command
@@ -95,10 +104,16 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--products", action="store_true", help="take each sub-folder of the references as a product of its own")
+    command.add_argument(
+        "--products", action="store_true", help="take each sub-folder of the references as a product of its own"
+    )
     command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
-    command.add_argument("--quantile", type=float, help="part of normal images that shall stay below the threshold (0.99)")
-    command.add_argument("--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)")
+    command.add_argument(
+        "--quantile", type=float, help="part of normal images that shall stay below the threshold (0.99)"
+    )
+    command.add_argument(
+        "--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -134,7 +149,15 @@ def _convert(options: argparse.Namespace) -> int:
     from .factory import convert_checkpoint
 
     checkpoint = convert_checkpoint(options.source, options.destination, options.model)
-    _print({"file": options.destination, "tensors": len(checkpoint.state_dict), **checkpoint.metadata, **checkpoint.metrics}, options.json)
+    _print(
+        {
+            "file": options.destination,
+            "tensors": len(checkpoint.state_dict),
+            **checkpoint.metadata,
+            **checkpoint.metrics,
+        },
+        options.json,
+    )
     return DONE
 
 
@@ -143,7 +166,9 @@ def _fit(options: argparse.Namespace) -> int:
     from .inspection import set_references
 
     model = _create_model(options, options.model)
-    set_references(model, options.references, products=options.products, recursive=options.recursive, coreset=options.coreset)
+    set_references(
+        model, options.references, products=options.products, recursive=options.recursive, coreset=options.coreset
+    )
     normals = list_images(options.normals, recursive=options.recursive) if options.normals else None
     if normals and len(model.references) > 1:
         raise InputError("--normals can be used with one product only. Fit a bank for each product instead.")
@@ -178,7 +203,14 @@ def _score(options: argparse.Namespace) -> int:
     if options.threshold is None and options.quantile is not None:
         model.fit_threshold(options.quantile, product=options.product)
     files = find_images(options.images, options.recursive)
-    result = inspect(model, files, options.output, product=options.product, threshold=options.threshold, batch_size=options.batch_size)
+    result = inspect(
+        model,
+        files,
+        options.output,
+        product=options.product,
+        threshold=options.threshold,
+        batch_size=options.batch_size,
+    )
     return _report(result.summary, options)
 
 
@@ -190,11 +222,16 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
     if summary["scored_references"]:
-        print(f"adfeatures: warning: scored images that are references: {', '.join(summary['scored_references'])}", file=sys.stderr)
+        print(
+            f"adfeatures: warning: scored images that are references: {', '.join(summary['scored_references'])}",
+            file=sys.stderr,
+        )
     if options.json:
         print(json.dumps(summary))
     else:
-        decided = "no threshold (one reference)" if summary["threshold"] is None else f"threshold {summary['threshold']:.4g}"
+        decided = (
+            "no threshold (one reference)" if summary["threshold"] is None else f"threshold {summary['threshold']:.4g}"
+        )
         print(f"{summary['scored']} of {summary['images']} images scored with {summary['model']}, {decided}")
         if summary["threshold"] is not None:
             print(f"{summary['anomalous']} anomalous, {summary['normal']} normal")
@@ -205,13 +242,18 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
     return NOTHING_DONE if not summary["scored"] else SOME_FAILED if summary["failed"] else DONE
 
 
-def _create_model(options: argparse.Namespace, name: str | None, img_size: tuple[int, int] | None = None) -> FeatureExtractor:
+def _create_model(
+    options: argparse.Namespace, name: str | None, img_size: tuple[int, int] | None = None
+) -> FeatureExtractor:
     import torch
 
     from .factory import create_model
 
     model = create_model(
-        name or catalog.DEFAULT_MODEL, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size
+        name or catalog.DEFAULT_MODEL,
+        weights=options.weights,
+        backbone_weights=options.backbone_weights,
+        img_size=img_size,
     )
     if options.bit_depth is not None:
         model.bit_depth = options.bit_depth

@@ -37,7 +37,9 @@ def run_demo(output: str | os.PathLike[str]) -> dict[str, Any]:
     masks = [_mask(Path(file), prediction.map.shape) for file, prediction in zip(files, predictions, strict=True)]
     summary = inspection.summary | {
         "image_auroc": auroc([prediction.score for prediction in predictions], [bool(mask.any()) for mask in masks]),
-        "pixel_auroc": auroc(np.concatenate([p.map.ravel() for p in predictions]), np.concatenate([mask.ravel() for mask in masks])),
+        "pixel_auroc": auroc(
+            np.concatenate([p.map.ravel() for p in predictions]), np.concatenate([mask.ravel() for mask in masks])
+        ),
     }
     with atomic_path(folder / "summary.json") as temporary:
         Path(temporary).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

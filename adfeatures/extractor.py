@@ -41,7 +41,8 @@ class Prediction(NamedTuple):
         map: Anomaly map at the size of the original image, float32 (H, W).
         threshold: Score above which an image counts as anomalous, None with a single reference image.
         is_anomalous: The decision, None without a threshold.
-        is_reference: Whether the image is one of the references; then its score says nothing, since it was compared with itself.
+        is_reference: Whether the image is one of the references; then its score says nothing, since it was compared
+            with itself.
     """
 
     score: float
@@ -63,7 +64,8 @@ class FeatureExtractor(nn.Module):
         img_size: Height and width that images are resized to.
         pretrained_cfg: timm's description of the preprocessing and of the origin of the weights.
         out_indices: Levels that ``forward`` returns, counted from 0, negative from the end. The default is all.
-        residual_scales: For models that score residuals directly: typical distances per level and ring, for one reference only.
+        residual_scales: For models that score residuals directly: typical distances per level and ring, for one
+            reference only.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class FeatureExtractor(nn.Module):
         self._indices = self._take(out_indices)
         described = [
             {"num_chs": channels, "reduction": reduction, "module": f"level{number}"}
-            for number, (channels, reduction) in enumerate(zip(backbone.channels, backbone.reductions, strict=True), start=1)
+            for number, (channels, reduction) in enumerate(
+                zip(backbone.channels, backbone.reductions, strict=True), start=1
+            )
         ]
         self.feature_info = FeatureInfo(described, tuple(self._indices))
         self.requires_grad_(False).eval()
@@ -105,7 +109,8 @@ class FeatureExtractor(nn.Module):
             product: Whose references to use, where several are held: one name, or one for each image.
 
         Returns:
-            One (B, C_l, h_l, w_l) map per chosen level. No gradient flows into the extractor, heads can be trained on the maps.
+            One (B, C_l, h_l, w_l) map per chosen level. No gradient flows into the extractor, heads can be trained on
+            the maps.
 
         Raises:
             InputError: For a wrong shape or NaN.
@@ -148,15 +153,19 @@ class FeatureExtractor(nn.Module):
         """timm's way to ask for feature maps. The levels are counted from 0; an int takes that many of the last.
 
         Returns:
-            The maps (B, C, h, w), or (B, h * w, C) for "NLC", after the last projected level unless ``intermediates_only``.
+            The maps (B, C, h, w), or (B, h * w, C) for "NLC", after the last projected level unless
+            ``intermediates_only``.
 
         Raises:
-            InputError: For ``norm=True`` or prefix tokens, which these features do not have, or any other request that cannot be met.
+            InputError: For ``norm=True`` or prefix tokens, which these features do not have, or any other request that
+                cannot be met.
         """
         refused = {"norm": norm, "return_prefix_tokens": return_prefix_tokens, **ignored}
         for argument, value in refused.items():
             if value is not None and value is not False:
-                raise InputError(f"{self.name} has no {argument}={value!r}: its features are projected residuals of patches.")
+                raise InputError(
+                    f"{self.name} has no {argument}={value!r}: its features are projected residuals of patches."
+                )
         if output_fmt not in ("NCHW", "NLC"):
             raise InputError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
         last = len(self.levels) - 1
@@ -169,7 +178,9 @@ class FeatureExtractor(nn.Module):
 
     def _take(self, indices: int | Sequence[int] | None) -> list[int]:
         count = len(self.levels)
-        wanted = range(count) if indices is None else range(count - indices, count) if isinstance(indices, int) else indices
+        wanted = (
+            range(count) if indices is None else range(count - indices, count) if isinstance(indices, int) else indices
+        )
         taken = [index + count if index < 0 and not isinstance(indices, int) else index for index in wanted]
         if not taken or any(not 0 <= index < count for index in taken):
             raise InputError(f"Level indices {indices} do not exist: {self.name} has {count} levels, 0 to {count - 1}.")
@@ -191,14 +202,17 @@ class FeatureExtractor(nn.Module):
         Args:
             images: Transformed float images (K, 3, H, W), or PIL images, uint8 arrays or paths, or a folder.
             product: Name of the product, where the model shall hold several.
-            coreset: Part of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many references.
+            coreset: Part of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many
+                references.
 
         Raises:
             ImageError: For a file that cannot be read or a folder without images.
             InputError: For no images, a wrong shape or NaN.
         """
         bank = self._encode(images)
-        self._banks[product or "default"] = self._reduced(bank, coreset) if coreset is not None else self._with_scales(bank, bank)
+        self._banks[product or "default"] = (
+            self._reduced(bank, coreset) if coreset is not None else self._with_scales(bank, bank)
+        )
 
     def add_references(self, images: Images, product: str | None = None) -> None:
         """Add normal images to the references of a product. A threshold is taken anew when it is next needed."""
@@ -256,7 +270,9 @@ class FeatureExtractor(nn.Module):
     # Scores
 
     @torch.no_grad()
-    def anomaly_map(self, x: Tensor, product: str | Sequence[str | None] | None = None, *, sigma: float = scoring.SIGMA) -> AnomalyMap:
+    def anomaly_map(
+        self, x: Tensor, product: str | Sequence[str | None] | None = None, *, sigma: float = scoring.SIGMA
+    ) -> AnomalyMap:
         """Anomaly maps and scores of transformed images (B, 3, H, W), independent of the rest of the batch.
 
         Args:
@@ -273,7 +289,9 @@ class FeatureExtractor(nn.Module):
             maps[members] = self._maps([level[members] for level in residuals], bank, (x.shape[2], x.shape[3]), sigma)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
-    def score(self, images: Images, product: str | Sequence[str | None] | None = None, *, batch_size: int = BATCH) -> list[Prediction]:
+    def score(
+        self, images: Images, product: str | Sequence[str | None] | None = None, *, batch_size: int = BATCH
+    ) -> list[Prediction]:
         """Score images as they are: read, squashed to the model's input size, mapped back to their own size.
 
         Args:
@@ -297,7 +315,9 @@ class FeatureExtractor(nn.Module):
             predictions += self._score_batch(sources[part], products[part])
         return predictions
 
-    def fit_threshold(self, quantile: float = QUANTILE, *, normals: Images | None = None, product: str | None = None) -> float:
+    def fit_threshold(
+        self, quantile: float = QUANTILE, *, normals: Images | None = None, product: str | None = None
+    ) -> float:
         """Set the threshold of a product to a quantile of the scores of normal images.
 
         Args:
@@ -317,7 +337,10 @@ class FeatureExtractor(nn.Module):
         elif not bank.normal_scores:
             bank.normal_scores = self._leave_one_out_scores(bank, bank)
             for index in scoring.outliers(bank.normal_scores):
-                warnings.warn(f"Reference {bank.files[index] or index} looks anomalous among the others. Is it a good part?", stacklevel=2)
+                warnings.warn(
+                    f"Reference {bank.files[index] or index} looks anomalous among the others. Is it a good part?",
+                    stacklevel=2,
+                )
         bank.threshold, bank.quantile = scoring.normal_quantile(bank.normal_scores, quantile), quantile
         count = len(bank.normal_scores)
         if count * (1 - quantile) < 1:
@@ -330,7 +353,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def map_scale(self) -> float:
-        """Top of the colour scale for maps without a threshold."""
+        """Top of the color scale for maps without a threshold."""
         return scoring.RESIDUAL_TOP if self.projector is None else scoring.FEATURE_NORM_TOP
 
     def threshold(self, product: str | None = None) -> float | None:
@@ -352,18 +375,24 @@ class FeatureExtractor(nn.Module):
         predictions = []
         for source, image, product, smoothed, score in zip(sources, images, products, *result, strict=True):
             bank, threshold = self._bank(product), self.threshold(product)
-            resized = F.interpolate(smoothed[None, None], size=(image.height, image.width), mode="bilinear", align_corners=False)
+            resized = F.interpolate(
+                smoothed[None, None], size=(image.height, image.width), mode="bilinear", align_corners=False
+            )
             decision = None if threshold is None else score.item() > threshold
             known = digest(source) in bank.sha256s
             predictions.append(Prediction(score.item(), resized[0, 0].cpu().numpy(), threshold, decision, known))
         return predictions
 
-    def _maps(self, residuals: Sequence[Tensor], bank: ReferenceBank, size: tuple[int, int], sigma: float = scoring.SIGMA) -> Tensor:
+    def _maps(
+        self, residuals: Sequence[Tensor], bank: ReferenceBank, size: tuple[int, int], sigma: float = scoring.SIGMA
+    ) -> Tensor:
         if self.projector is not None:
             return scoring.feature_norm_map(self.projector(residuals), size, sigma)
         assert bank.scales is not None
         distances = [scoring.cosine_distances(level) for level in residuals]
-        return scoring.fuse([scoring.divide_by_ring(d, s) for d, s in zip(distances, bank.scales, strict=True)], size, sigma)
+        return scoring.fuse(
+            [scoring.divide_by_ring(d, s) for d, s in zip(distances, bank.scales, strict=True)], size, sigma
+        )
 
     # Banks and thresholds
 
@@ -407,13 +436,19 @@ class FeatureExtractor(nn.Module):
     def _leave_one_out_scores(self, bank: ReferenceBank, full: ReferenceBank) -> list[float]:
         reduction = self.backbone.reductions[0]
         size = (full.grids[0][0] * reduction, full.grids[0][1] * reduction)
-        return [score for part in bank.leave_one_out(full=full) for score in self._maps(part, bank, size).amax(dim=(1, 2)).tolist()]
+        return [
+            score
+            for part in bank.leave_one_out(full=full)
+            for score in self._maps(part, bank, size).amax(dim=(1, 2)).tolist()
+        ]
 
     def _bank(self, product: str | None) -> ReferenceBank:
         if not self._banks:
             raise ReferencesError(_NO_REFERENCES.format(name=self.name))
         if product is None and len(self._banks) > 1:
-            raise UnknownNameError(f"References of several products are set: name one of {', '.join(sorted(self._banks))}.")
+            raise UnknownNameError(
+                f"References of several products are set: name one of {', '.join(sorted(self._banks))}."
+            )
         if product is not None and product not in self._banks:
             raise UnknownNameError(unknown("product", product, self._banks))
         return next(iter(self._banks.values())) if product is None else self._banks[product]
@@ -426,16 +461,19 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"{len(product)} products were named for {count} images.")
         banks = [self._bank(name) for name in product]
         return {
-            bank: torch.tensor([i for i, other in enumerate(banks) if other is bank], device=self._device) for bank in dict.fromkeys(banks)
+            bank: torch.tensor([i for i, other in enumerate(banks) if other is bank], device=self._device)
+            for bank in dict.fromkeys(banks)
         }
 
     def _read(self, sources: Sequence[ImageSource]) -> tuple[list[Image.Image], Tensor]:
         """The images as they are, and transformed for the model."""
         images = [read_image(source, bit_depth=self.bit_depth) for source in sources]
-        transform = build_transform(self.img_size, self.pretrained_cfg["mean"], self.pretrained_cfg["std"], preset=PRESET)
+        transform = build_transform(
+            self.img_size, self.pretrained_cfg["mean"], self.pretrained_cfg["std"], preset=PRESET
+        )
         return images, torch.stack([transform(image) for image in images]).to(self._device, self._dtype)
 
-    # Module behaviour
+    # Module behavior
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stay in eval mode, also as a part of a model in training: the statistics of the backbone must not move."""

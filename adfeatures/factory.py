@@ -17,10 +17,27 @@ from .catalog import DEFAULT_MODEL, find_model
 from .errors import CheckpointError, InputError, UnknownNameError
 from .extractor import FeatureExtractor, Images
 from .images import build_transform
-from .loading import ASSETS, RANDOM, Trained, Weights, catalog_files, check_fetchable, convert_checkpoint, load_backbone, load_trained
+from .loading import (
+    ASSETS,
+    RANDOM,
+    Trained,
+    Weights,
+    catalog_files,
+    check_fetchable,
+    convert_checkpoint,
+    load_backbone,
+    load_trained,
+)
 from .projector import ResidualProjector
 
-__all__ = ["catalog_files", "convert_checkpoint", "create_model", "create_transform", "load_backbone", "register_with_timm"]
+__all__ = [
+    "catalog_files",
+    "convert_checkpoint",
+    "create_model",
+    "create_transform",
+    "load_backbone",
+    "register_with_timm",
+]
 
 
 def create_model(
@@ -37,7 +54,8 @@ def create_model(
     """Create a feature extractor: in eval mode, with frozen parameters, on the CPU.
 
     Args:
-        name: A name of ``list_models``, with or without ``.tag``. Without a name, the header of the weights says which model it is.
+        name: A name of ``list_models``, with or without ``.tag``. Without a name, the header of the weights says which
+            model it is.
         pretrained: Take from the catalog what is not given here. False leaves random what is not given.
         weights: Trained weights: a tag, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path".
         backbone_weights: Weights of the backbone in the same forms, or "random".
@@ -64,7 +82,9 @@ def create_model(
     elif not catalog.MODELS[arch].tags and (pretrained or not catalog.MODELS[arch].backbone):
         raise InputError(f"{catalog.must_be_given(arch)}.")
     backbone_name = catalog.MODELS[arch].backbone
-    backbone_name, entry = trained.find_backbone(arch) if trained is not None else (backbone_name, catalog.BACKBONES[backbone_name])
+    backbone_name, entry = (
+        trained.find_backbone(arch) if trained is not None else (backbone_name, catalog.BACKBONES[backbone_name])
+    )
     backbone, built = load_backbone(
         backbone_name,
         weights=_backbone_source(trained, backbone_weights, pretrained),
@@ -87,12 +107,12 @@ def create_model(
 
 
 def create_transform(model: str | FeatureExtractor, *, preset: str = "squash") -> Callable[[Image.Image], Tensor]:
-    """The preprocessing of a model: PIL image to a normalised float tensor (3, H, W).
+    """The preprocessing of a model: PIL image to a normalized float tensor (3, H, W).
 
     Args:
         model: A model or its name.
-        preset: "squash" resizes the whole image to the model's size; "resize224_crop224" and "resize256_crop224" are the two
-            geometries of the original, which lose the borders of images that are not square.
+        preset: "squash" resizes the whole image to the model's size; "resize224_crop224" and "resize256_crop224" are
+            the two geometries of the original, which lose the borders of images that are not square.
 
     Raises:
         UnknownNameError: For an unknown model or preset.
@@ -100,7 +120,9 @@ def create_transform(model: str | FeatureExtractor, *, preset: str = "squash") -
     if isinstance(model, str):
         arch, _ = find_model(model)
         if not catalog.MODELS[arch].backbone:
-            raise InputError(f"The preprocessing of {arch} stands in the header of its weights: give the created model, not its name.")
+            raise InputError(
+                f"The preprocessing of {arch} stands in the header of its weights: give the created model, not its name."
+            )
         entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
         size, (mean, std) = entry.img_size, entry.normalization
     else:
@@ -128,7 +150,9 @@ def _check_fetchable(arch: str) -> None:
         check_fetchable(catalog.MODELS[arch].backbone, catalog.BACKBONES[catalog.MODELS[arch].backbone])
 
 
-def _load_trained(arch: str, tag: str | None, weights: Weights, cache_dir: str | os.PathLike[str] | None) -> Trained | None:
+def _load_trained(
+    arch: str, tag: str | None, weights: Weights, cache_dir: str | os.PathLike[str] | None
+) -> Trained | None:
     """The trained weights of a model, None where they shall be random or lie in the catalog's backbone."""
     tags = catalog.MODELS[arch].tags
     tag = tag or (catalog.MODELS[arch].default_tag if weights is not None else None)
@@ -147,11 +171,15 @@ def _model_of(trained: Trained, asked: tuple[str, str | None] | None) -> tuple[s
     found = trained.model
     if asked is None:
         if found is None:
-            raise CheckpointError(f"{trained.source} does not say which model it is for. Name it: create_model(NAME, weights=...).")
+            raise CheckpointError(
+                f"{trained.source} does not say which model it is for. Name it: create_model(NAME, weights=...)."
+            )
         return found
     if found is not None and found[0] != asked[0]:
         made_for = trained.checkpoint.metadata["model"]
-        raise CheckpointError(f"{trained.source} is a checkpoint of {made_for}, not of {asked[0]}. Create that model instead.")
+        raise CheckpointError(
+            f"{trained.source} is a checkpoint of {made_for}, not of {asked[0]}. Create that model instead."
+        )
     return asked[0], asked[1] or (found and found[1])
 
 
@@ -204,7 +232,11 @@ def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone, size: tuple[in
 
 
 def _weights_cfg(tag: catalog.Tag, asset: str | None) -> dict[str, Any]:
-    place = dict(zip(("hf_hub_id", "hf_hub_filename"), tag.hub_file, strict=True)) if tag.hub_file else {"file": str(ASSETS / str(asset))}
+    place = (
+        dict(zip(("hf_hub_id", "hf_hub_filename"), tag.hub_file, strict=True))
+        if tag.hub_file
+        else {"file": str(ASSETS / str(asset))}
+    )
     return {"license": tag.license, "origin_url": tag.origin, **place}
 
 
@@ -214,7 +246,10 @@ _TIMM_DEFAULTS = {"num_classes": 0, "in_chans": 3}
 
 
 def register_with_timm() -> None:
-    """Make every model known to timm: ``timm.create_model(name, ...)`` then returns the same extractor. Doing it twice does no harm."""
+    """Make every model known to timm: ``timm.create_model(name, ...)`` then returns the same extractor.
+
+    Doing it twice does no harm.
+    """
     for entry_point in ENTRY_POINTS:
         if not timm.is_model(entry_point.__name__):
             register_model(entry_point)
@@ -233,7 +268,9 @@ def _entry_point(
     """Translate the arguments that timm passes; with or without ``features_only`` the result is the same."""
     for argument, only in _TIMM_DEFAULTS.items():
         if kwargs.pop(argument, None) not in (None, only):
-            raise InputError(f"{arch} takes {argument}={only} only: it extracts features of RGB images and has no classifier.")
+            raise InputError(
+                f"{arch} takes {argument}={only} only: it extracts features of RGB images and has no classifier."
+            )
     name = arch
     if isinstance(pretrained_cfg, str):
         name = f"{arch}.{pretrained_cfg}"
@@ -241,7 +278,9 @@ def _entry_point(
         weights = _timm_source(pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict())
     if pretrained and weights is None and pretrained_cfg_overlay:
         weights = _timm_source(pretrained_cfg_overlay)
-    return create_model(name, pretrained=pretrained, weights=weights, **{k: v for k, v in kwargs.items() if v is not None})
+    return create_model(
+        name, pretrained=pretrained, weights=weights, **{k: v for k, v in kwargs.items() if v is not None}
+    )
 
 
 def _timm_source(cfg: Mapping[str, Any]) -> Weights:
@@ -275,22 +314,34 @@ def adpretrain_clip_large(**kwargs: Any) -> FeatureExtractor:
 
 
 def adpretrain_imagebind_huge(**kwargs: Any) -> FeatureExtractor:
-    """ADPretrain on ImageBind ViT-H/14, non-commercial: 4 levels of 1280 channels. Arguments as for ``create_model``."""
+    """ADPretrain on ImageBind ViT-H/14, non-commercial: 4 levels of 1280 channels.
+
+    Arguments as for ``create_model``.
+    """
     return _entry_point("adpretrain_imagebind_huge", **kwargs)
 
 
 def adpretrain_efficientnet_lite(**kwargs: Any) -> FeatureExtractor:
-    """A projector that you trained on the embedded backbone: ``weights`` must be given. Arguments as for ``create_model``."""
+    """A projector that you trained on the embedded backbone: ``weights`` must be given.
+
+    Arguments as for ``create_model``.
+    """
     return _entry_point("adpretrain_efficientnet_lite", **kwargs)
 
 
 def adpretrain_timm(**kwargs: Any) -> FeatureExtractor:
-    """A projector that you trained on a backbone of timm, which the header of ``weights`` names. Arguments as for ``create_model``."""
+    """A projector that you trained on a backbone of timm, which the header of ``weights`` names.
+
+    Arguments as for ``create_model``.
+    """
     return _entry_point("adpretrain_timm", **kwargs)
 
 
 def residual_lite(**kwargs: Any) -> FeatureExtractor:
-    """The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download. Arguments as for ``create_model``."""
+    """The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download.
+
+    Arguments as for ``create_model``.
+    """
     return _entry_point("residual_lite", **kwargs)
 
 
@@ -308,7 +359,11 @@ ENTRY_POINTS = (
 
 def _default_cfg(arch: str, tag: str) -> dict[str, Any]:
     entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
-    return {key: value for key, value in timm_cfg(arch, tag, entry, entry.img_size).items() if key not in ("architecture", "tag")}
+    return {
+        key: value
+        for key, value in timm_cfg(arch, tag, entry, entry.img_size).items()
+        if key not in ("architecture", "tag")
+    }
 
 
 default_cfgs = generate_default_cfgs(

@@ -28,13 +28,16 @@ _ELSEWHERE = (
 )
 
 
-def resolve(spec: str | os.PathLike[str], *, candidates: Sequence[str] = (), cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def resolve(
+    spec: str | os.PathLike[str], *, candidates: Sequence[str] = (), cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
     """Turn a weights specification into a file on disk, downloading it only when it is not in the local cache.
 
     Args:
         spec: The path of a file, ``local-dir:/folder/or/file``, or ``hf-hub:owner/repo[@revision][:path/in/repo]``.
-        candidates: Files to look for, in this order, where the specification names none. In a local folder each is looked
-            for under its path and then under its bare name. On the Hub one that is already in the cache comes first.
+        candidates: Files to look for, in this order, where the specification names none. In a local folder each is
+            looked for under its path and then under its bare name. On the Hub one that is already in the cache comes
+            first.
         cache_dir: Hub cache to use instead of the one that HF_HUB_CACHE or HF_HOME says.
 
     Raises:
@@ -61,8 +64,9 @@ def resolve(spec: str | os.PathLike[str], *, candidates: Sequence[str] = (), cac
 def download(repo: str, filename: str, revision: str = "main", cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Path of a Hub file in the local cache, fetched only when it is not there, with its hash verified.
 
-    HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT (seconds to wait for the Hub, 10), HF_HUB_DOWNLOAD_TIMEOUT (10; a download is
-    given up after six times as long without a new byte) and the cache variables are those of the moment of the call.
+    HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT (seconds to wait for the Hub, 10), HF_HUB_DOWNLOAD_TIMEOUT (10; a
+    download is given up after six times as long without a new byte) and the cache variables are those of the moment of
+    the call.
 
     Raises:
         DownloadError: When the file cannot be found, fetched, verified or stored; with the reason and the next step.
@@ -90,8 +94,10 @@ def verify(path: str | os.PathLike[str], etag: str | None = None) -> None:
     """Compare a file with the digest under which the Hub knows it, and remove it from the cache when it differs.
 
     Args:
-        path: A file in a Hub cache. The name of its blob is its digest: sha256 of LFS and Xet files, git blob id of others.
-        etag: The digest that the Hub reported, for caches without symbolic links. Where neither is known nothing is compared.
+        path: A file in a Hub cache. The name of its blob is its digest: sha256 of LFS and Xet files, git blob id of
+            others.
+        etag: The digest that the Hub reported, for caches without symbolic links. Where neither is known nothing is
+            compared.
 
     Raises:
         DownloadError: When the digests differ.
@@ -130,7 +136,9 @@ def _from_folder(path: Path, names: tuple[str, ...]) -> Path:
             if found.is_file():
                 return found
     content = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    raise DownloadError(f"{path} has none of {', '.join(names)}. It has: {_enumerate(content)}. Name one of them: local-dir:{path}/FILE")
+    raise DownloadError(
+        f"{path} has none of {', '.join(names)}. It has: {_enumerate(content)}. Name one of them: local-dir:{path}/FILE"
+    )
 
 
 def _from_hub(spec: str, names: tuple[str, ...], cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -181,7 +189,9 @@ class _Wanted:
             raise InputError(f"HF_ENDPOINT is {endpoint!r}, which is no http(s) address.")
         offline = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or str(constants.HF_HUB_OFFLINE)
         timeouts = (_seconds("HF_HUB_ETAG_TIMEOUT"), _seconds("HF_HUB_DOWNLOAD_TIMEOUT"))
-        return _Wanted(repo, filename, revision, Path(cache), endpoint, offline.upper() in {"1", "ON", "YES", "TRUE"}, *timeouts)
+        return _Wanted(
+            repo, filename, revision, Path(cache), endpoint, offline.upper() in {"1", "ON", "YES", "TRUE"}, *timeouts
+        )
 
     def cached(self) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -189,21 +199,27 @@ class _Wanted:
         try:
             found = try_to_load_from_cache(self.repo, self.filename, cache_dir=self.cache, revision=self.revision)
         except (OSError, ValueError) as error:
-            raise self.error(f"the cache cannot be read ({error})", "mend that folder, or use another by HF_HOME or cache_dir") from error
+            raise self.error(
+                f"the cache cannot be read ({error})", "mend that folder, or use another by HF_HOME or cache_dir"
+            ) from error
         return Path(found) if isinstance(found, str) else None
 
     def verified(self, path: Path, etag: str | None = None) -> Path:
         try:
             verify(path, etag)
         except OSError as error:
-            raise self.error(str(error).rstrip("."), "run the same command again, which downloads the file anew") from error
+            raise self.error(
+                str(error).rstrip("."), "run the same command again, which downloads the file anew"
+            ) from error
         return path
 
     def partial_sizes(self) -> dict[str, int]:
         sizes = {}
         for partial in (self.cache / f"models--{self.repo.replace('/', '--')}" / "blobs").glob("*.incomplete"):
             with suppress(OSError):
-                facts = partial.stat()  # hf_xet may write in any order, so that a file first has its size and then its blocks
+                facts = (
+                    partial.stat()
+                )  # hf_xet may write in any order, so that a file first has its size and then its blocks
                 sizes[partial.name] = facts.st_size + 512 * getattr(facts, "st_blocks", 0)
         return sizes
 
@@ -248,8 +264,8 @@ def _fetch(wanted: _Wanted, reached: threading.Event) -> tuple[Path, str | None]
 def _watched(call: Callable[[], _T], wanted: _Wanted) -> _T:
     """Run ``call`` in a thread and give up on it when nothing arrives any more.
 
-    huggingface_hub waits as long as a server's Retry-After says and begins a long file again for ever where a server cuts it
-    off and ignores Range, and hf_xet has been seen to stall for hours. None of them can be told to stop.
+    huggingface_hub waits as long as a server's Retry-After says and begins a long file again for ever where a server
+    cuts it off and ignores Range, and hf_xet has been seen to stall for hours. None of them can be told to stop.
     """
     result: Future[_T] = Future()
 
@@ -295,13 +311,26 @@ def _diagnose(error: BaseException, reached: bool) -> tuple[str, str]:
         return "the repository does not exist or is private (HTTP 404)", login
     if status == 429:
         delay = response.headers.get("Retry-After")
-        return "the Hub asks for fewer requests (HTTP 429)", f"wait {f'{delay} s' if delay else 'some minutes'}, or run `hf auth login`"
+        return (
+            "the Hub asks for fewer requests (HTTP 429)",
+            f"wait {f'{delay} s' if delay else 'some minutes'}, or run `hf auth login`",
+        )
     if status:
         return f"the Hub answered HTTP {status}", "try again later, or set HF_ENDPOINT to a mirror"
     if isinstance(error, errors.FileMetadataError):
-        return "the answer is not that of a Hub; is a proxy or login page in between?", "check the network and HF_ENDPOINT"
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
-        return f"the cache cannot be written ({error})", f"free some space, or use another folder by HF_HOME or cache_dir; {_ELSEWHERE}"
+        return (
+            "the answer is not that of a Hub; is a proxy or login page in between?",
+            "check the network and HF_ENDPOINT",
+        )
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, (ConnectionError, TimeoutError))
+    ):
+        return (
+            f"the cache cannot be written ({error})",
+            f"free some space, or use another folder by HF_HOME or cache_dir; {_ELSEWHERE}",
+        )
     detail = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     if reached:
         again = "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, where Xet is blocked HF_HUB_DISABLE_XET=1"
@@ -320,7 +349,11 @@ def _listing(wanted: _Wanted) -> str:
     names = [sibling.rfilename for sibling in info.siblings or []]
     folder = wanted.filename.rpartition("/")[0]
     beside = [name for name in names if folder and name.rpartition("/")[0] == folder]
-    return f"name one of the files in {folder}: {_enumerate(beside)}" if beside else f"name one of its files: {_enumerate(names)}"
+    return (
+        f"name one of the files in {folder}: {_enumerate(beside)}"
+        if beside
+        else f"name one of its files: {_enumerate(names)}"
+    )
 
 
 def _enumerate(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Reading images safely and turning them into tensors.
 
-Whatever comes in as an image passes `read_image`, so that files, PIL images and arrays give the same pixels and bad input
-is refused in one place and in one way.
+Whatever comes in as an image passes `read_image`, so that files, PIL images and arrays give the same pixels and bad
+input is refused in one place and in one way.
 """
 
 from __future__ import annotations
@@ -35,22 +35,35 @@ BACKGROUND = (255, 255, 255)
 _SHORTER_SIDE = {"resize224_crop224": 224, "resize256_crop224": 256}
 PRESETS = ("squash", *_SHORTER_SIDE)
 
-_ACCEPTED = "Accepted are images of 8 bits in any colour mode or of 16 bits, and arrays of uint8 or uint16."
-# Pillow documents the first two; the rest is what its decoders raise on damaged files, or on any warning under -W error.
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError, struct.error, Warning)
+_ACCEPTED = "Accepted are images of 8 bits in any color mode or of 16 bits, and arrays of uint8 or uint16."
+# Pillow documents the first two; the rest is what its decoders raise on damaged files, or on any warning under -W
+# error.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    struct.error,
+    Warning,
+)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 
 
 def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit_depth: int = 16) -> Image.Image:
     """Read an image, upright and in RGB.
 
-    The EXIF orientation is applied, transparent pixels are laid over `BACKGROUND`, and of several frames the first is taken.
-    16-bit samples are scaled by 255 / (2**bit_depth - 1) and rounded, whatever the image holds.
+    The EXIF orientation is applied, transparent pixels are laid over `BACKGROUND`, and of several frames the first is
+    taken. 16-bit samples are scaled by 255 / (2**bit_depth - 1) and rounded, whatever the image holds.
 
     Args:
-        source: A file, a PIL image, or a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4 = RGBA).
-        bit_depth: Bits in use, 9 to 16, of samples stored in 16: 12 for a camera that gives 0 to 4095. Files of 8 bits, and
-            files that state their own maximum, are not concerned.
+        source: A file, a PIL image, or a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4 =
+            RGBA).
+        bit_depth: Bits in use, 9 to 16, of samples stored in 16: 12 for a camera that gives 0 to 4095. Files of 8 bits,
+            and files that state their own maximum, are not concerned.
 
     Returns:
         A new image of mode RGB that keeps no file open and carries no metadata.
@@ -83,7 +96,9 @@ def _refusing(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(f"Cannot read {name}: it is not, or no longer, one of {', '.join(FORMATS)}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"Cannot read {name}: more than {MAX_PIXELS:,} pixels (or Pillow's own limit). {error}") from None
+        raise ImageError(
+            f"Cannot read {name}: more than {MAX_PIXELS:,} pixels (or Pillow's own limit). {error}"
+        ) from None
     except _DAMAGED as error:
         raise ImageError(f"Cannot read {name}: truncated or damaged ({error}).") from error
 
@@ -116,9 +131,9 @@ def _from_pillow(image: Image.Image, bit_depth: int) -> Image.Image:
     white = _white(image, bit_depth)
     image.load()
     if image.mode.startswith("I"):
-        rgb = _from_grey16(image, white)
+        rgb = _from_gray16(image, white)
     elif image.has_transparency_data:
-        # Pillow has no direct way from premultiplied grey to RGBA.
+        # Pillow has no direct way from premultiplied gray to RGBA.
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         rgb = Image.new("RGB", image.size, BACKGROUND)
         rgb.paste(rgba, mask=rgba)
@@ -133,11 +148,16 @@ def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels are no image.")
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}; make it smaller or cut it into parts.")
+        raise ImageError(
+            f"{width} x {height} pixels are more than {MAX_PIXELS:,}; make it smaller or cut it into parts."
+        )
 
 
 def _white(image: Image.Image, bit_depth: int) -> int:
-    """The 16-bit sample that means white. To be asked before loading, when Pillow drops what it knows of the samples."""
+    """The 16-bit sample that means white.
+
+    To be asked before loading, when Pillow drops what it knows of the samples.
+    """
     codec, _, _, args = (getattr(image, "tile", None) or [("", None, 0, "")])[0]
     layout = args if args and isinstance(args, tuple) else (args,)
     if codec.startswith("ppm") and layout[-1] != 65535:
@@ -148,14 +168,18 @@ def _white(image: Image.Image, bit_depth: int) -> int:
         deep = codec.startswith("ppm") or re.search(r";16[BLN]$", str(layout[0]))
         if not deep and max(getattr(image, "tag_v2", {}).get(_TIFF_BITS, (8,))) > 8:
             # Pillow would decode these into noise.
-            raise ImageError("colour planes of 16 bits stored one after the other are not supported; save it interleaved.")
+            raise ImageError(
+                "color planes of 16 bits stored one after the other are not supported; save it interleaved."
+            )
         if deep and (bit_depth != 16 or "transparency" in image.info):
-            # Pillow keeps the upper 8 bits: nothing is left of 9-bit samples, and a transparent colour cannot be told.
-            raise ImageError("16-bit colour is read at bit_depth=16 only, and without a transparent colour; convert it to 8 bits.")
+            # Pillow keeps the upper 8 bits: nothing is left of 9-bit samples, and a transparent color cannot be told.
+            raise ImageError(
+                "16-bit color is read at bit_depth=16 only, and without a transparent color; convert it to 8 bits."
+            )
     return 2**bit_depth - 1
 
 
-def _from_grey16(image: Image.Image, white: int) -> Image.Image:
+def _from_gray16(image: Image.Image, white: int) -> Image.Image:
     samples = np.asarray(image)
     if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
         samples = white - samples.astype(np.int32)  # Pillow inverts 8 bits only.
@@ -214,7 +238,9 @@ def _walk(root: Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
+        found += [
+            Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+        ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -240,19 +266,23 @@ class ImageTransform:
         if side is None:
             rgb = F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
         elif side**2 * max(rgb.size) > MAX_PIXELS * min(rgb.size):
-            raise ImageError(f"{rgb.width} x {rgb.height} pixels are too long and narrow for {self.preset}; take the preset squash.")
+            raise ImageError(
+                f"{rgb.width} x {rgb.height} pixels are too long and narrow for {self.preset}; take the preset squash."
+            )
         else:
             rgb = F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
         tensor: torch.Tensor = F.normalize(F.to_tensor(rgb), list(self.mean), list(self.std))
         return tensor
 
 
-def build_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, preset: str = "squash") -> ImageTransform:
+def build_transform(
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, preset: str = "squash"
+) -> ImageTransform:
     """Build the way from a PIL image to a model's input.
 
-    "squash" resizes the whole image to img_size. "resize224_crop224" and "resize256_crop224" resize the shorter side to 224
-    or 256 pixels, keeping the aspect ratio, and cut out the central 224 x 224, whatever img_size is. Resizing is Pillow's
-    bicubic on uint8; the result is scaled to [0, 1] and normalised.
+    "squash" resizes the whole image to img_size. "resize224_crop224" and "resize256_crop224" resize the shorter side to
+    224 or 256 pixels, keeping the aspect ratio, and cut out the central 224 x 224, whatever img_size is. Resizing is
+    Pillow's bicubic on uint8; the result is scaled to [0, 1] and normalized.
 
     Args:
         img_size: Height and width in pixels.

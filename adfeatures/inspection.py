@@ -27,7 +27,10 @@ WORST = 12
 
 @dataclass(frozen=True)
 class Row:
-    """One line of scores.csv and scores.jsonl. ``decision`` is normal, anomalous or empty; ``error`` says why there is no score."""
+    """One line of scores.csv and scores.jsonl.
+
+    ``decision`` is normal, anomalous or empty; ``error`` says why there is no score.
+    """
 
     file: str
     score: float | None = None
@@ -48,20 +51,30 @@ def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
     """Expand folders among the arguments to the image files in them; files stay as given, whether they exist or not."""
     files: list[str] = []
     for argument in arguments:
-        files += [str(path) for path in list_images(argument, recursive=recursive)] if Path(argument).is_dir() else [argument]
+        files += (
+            [str(path) for path in list_images(argument, recursive=recursive)]
+            if Path(argument).is_dir()
+            else [argument]
+        )
     return files
 
 
-def set_references(model: FeatureExtractor, folder: str, *, products: bool, recursive: bool, coreset: float | None = None) -> None:
+def set_references(
+    model: FeatureExtractor, folder: str, *, products: bool, recursive: bool, coreset: float | None = None
+) -> None:
     """Set the references of one product, or with ``products`` of one product for each sub-folder."""
     if not products:
         model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
         return
     folders = (
-        sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")) if Path(folder).is_dir() else []
+        sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
+        if Path(folder).is_dir()
+        else []
     )
     if not folders:
-        raise InputError(f"{folder} has no sub-folders to take as products. Leave out --products if its images are all of one product.")
+        raise InputError(
+            f"{folder} has no sub-folders to take as products. Leave out --products if its images are all of one product."
+        )
     for path in folders:
         model.set_references(list_images(path, recursive=recursive), product=path.name, coreset=coreset)
 
@@ -77,7 +90,8 @@ def inspect(
 ) -> Inspection:
     """Score image files and write scores.csv, scores.jsonl, overlays/, worst.png and summary.json.
 
-    A file that cannot be read gets a row with the error. Rows and overlays are written as they come, so that an interrupted run keeps them.
+    A file that cannot be read gets a row with the error. Rows and overlays are written as they come, so that an
+    interrupted run keeps them.
 
     Args:
         model: Extractor with references.
@@ -104,7 +118,9 @@ def inspect(
             open(folder / "scores.jsonl", "w", encoding="utf-8") as lines,
         ):
             csv.writer(table).writerow([field.name for field in fields(Row)])
-            for file, result in tqdm(_predict(model, files, product, batch_size), total=len(files), unit="image", disable=None):
+            for file, result in tqdm(
+                _predict(model, files, product, batch_size), total=len(files), unit="image", disable=None
+            ):
                 row = _row(file, result, limit)
                 _append(row, table, lines)
                 rows.append(row)
@@ -196,7 +212,12 @@ def _summary(
         "threshold": threshold,
         "color_scale": scale,
         "references": {
-            product: {"images": bank.num_images, "quantile": bank.quantile, "normal_scores": len(bank.normal_scores), "files": bank.files}
+            product: {
+                "images": bank.num_images,
+                "quantile": bank.quantile,
+                "normal_scores": len(bank.normal_scores),
+                "files": bank.files,
+            }
             for product, bank in model.references.items()
         },
         "seconds_per_image": seconds / max(len(rows), 1),
@@ -210,4 +231,6 @@ def _writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, AdfeaturesError):
             raise
-        raise AdfeaturesError(f"Cannot write the results to {folder}: {error}. What was written before is kept.") from error
+        raise AdfeaturesError(
+            f"Cannot write the results to {folder}: {error}. What was written before is kept."
+        ) from error

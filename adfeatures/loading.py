@@ -51,15 +51,17 @@ def load_backbone(
     """Create a frozen encoder, in eval mode, on the CPU.
 
     Args:
-        name: A name of ``catalog.BACKBONES``, or that of a vision transformer or convolutional pyramid in timm, with or without ``.tag``.
-        weights: None for the published ones, "random", a path, "hf-hub:owner/repo[@revision][:path/in/repo]", "local-dir:/path", a
-            state dict, or a file of trained weights that holds them.
+        name: A name of ``catalog.BACKBONES``, or that of a vision transformer or convolutional pyramid in timm, with or
+            without ``.tag``.
+        weights: None for the published ones, "random", a path, "hf-hub:owner/repo[@revision][:path/in/repo]",
+            "local-dir:/path", a state dict, or a file of trained weights that holds them.
         img_size: Input size in pixels that must be possible, one side or (H, W). The default is that of the backbone.
         levels: Blocks or stages, counted from 1, whose outputs are returned. The default is that of the backbone.
         cache_dir: Folder of downloaded weights. The default is that of huggingface_hub.
 
     Returns:
-        The module, which maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l), and its description, with the levels and the size asked for.
+        The module, which maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l), and its description, with the levels and
+        the size asked for.
 
     Raises:
         UnknownNameError: For an unknown backbone.
@@ -78,7 +80,9 @@ def load_backbone(
     return backbone.requires_grad_(False).eval(), entry
 
 
-def find_backbone(name: str, levels: Sequence[int] | None = None, img_size: int | tuple[int, int] | None = None) -> catalog.Backbone:
+def find_backbone(
+    name: str, levels: Sequence[int] | None = None, img_size: int | tuple[int, int] | None = None
+) -> catalog.Backbone:
     """The description of a backbone of the catalog or of timm. Arguments and errors as in ``load_backbone``."""
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if name not in catalog.BACKBONES:
@@ -104,7 +108,7 @@ def check_fetchable(name: str, entry: catalog.Backbone) -> None:
     if entry.asset is None and entry.hub_file is None:
         where = f"get {entry.original_file} from {entry.origin} and give its path as the weights of the backbone"
         raise InputError(
-            f"The weights of {name} (licence: {entry.license}) are never fetched by themselves. If the licence allows your use, {where}: "
+            f"The weights of {name} (license: {entry.license}) are never fetched by themselves. If the license allows your use, {where}: "
             f'backbone_weights="/path/to/{entry.original_file}" of create_model.'
         )
 
@@ -162,7 +166,9 @@ class Trained:
         try:
             return catalog.find_model(name) if name is not None else None
         except UnknownNameError as error:
-            raise CheckpointError(f"{self.source} is a checkpoint of {name!r}, which this version does not know. {error}") from error
+            raise CheckpointError(
+                f"{self.source} is a checkpoint of {name!r}, which this version does not know. {error}"
+            ) from error
 
     @property
     def backbone(self) -> dict[str, Tensor]:
@@ -177,7 +183,9 @@ class Trained:
         # A state dict cannot tell, so it stands in the metadata of every file that is not the authors'.
         heads = self.fact("num_heads")
         if heads is not None and (type(heads) is not int or heads < 1):
-            raise CheckpointError(f"{self.source}: the num_heads of its header must be a positive number, got {heads!r}.")
+            raise CheckpointError(
+                f"{self.source}: the num_heads of its header must be a positive number, got {heads!r}."
+            )
         return heads or 16
 
     @property
@@ -193,7 +201,8 @@ class Trained:
     def find_backbone(self, arch: str) -> tuple[str, catalog.Backbone]:
         """The name and the description of the backbone that the weights belong to, with the input size of the model.
 
-        The header must describe a backbone of timm, and may describe one of the catalog, where the levels are not the usual ones.
+        The header must describe a backbone of timm, and may describe one of the catalog, where the levels are not the
+        usual ones.
 
         Raises:
             CheckpointError: If the header says nothing that it must, or something that the backbone does not bear out.
@@ -253,7 +262,9 @@ class Trained:
             raise CheckpointError(f"{self.source}: the {name} of its header is not JSON: {text!r}.") from error
 
 
-def load_trained(weights: str | os.PathLike[str], candidates: Sequence[str], cache_dir: str | os.PathLike[str] | None) -> Trained:
+def load_trained(
+    weights: str | os.PathLike[str], candidates: Sequence[str], cache_dir: str | os.PathLike[str] | None
+) -> Trained:
     """Find, fetch if need be, and read a file of trained weights. Errors as of ``resolve`` and ``load_checkpoint``."""
     path = resolve(weights, candidates=candidates, cache_dir=cache_dir)
     return Trained(load_checkpoint(path), str(path))
@@ -276,7 +287,9 @@ def convert_checkpoint(source: str | os.PathLike[str], destination: str | os.Pat
         raise InputError(f"{arch} has no projector, so there is nothing to convert.")
     trained = Trained(load_checkpoint(source), str(source))
     trained.check_projector(trained.find_backbone(arch)[1].channels)
-    return convert(source, destination, {"model": f"{arch}.{tag}" if tag else arch, "num_heads": str(trained.num_heads)})
+    return convert(
+        source, destination, {"model": f"{arch}.{tag}" if tag else arch, "num_heads": str(trained.num_heads)}
+    )
 
 
 def catalog_files(name: str, cache_dir: str | os.PathLike[str] | None = None) -> tuple[list[Path], str]:

@@ -1,4 +1,4 @@
-"""Pictures for people: anomaly maps over their images on a fixed colour scale, and sheets of them."""
+"""Pictures for people: anomaly maps over their images on a fixed color scale, and sheets of them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from .errors import InputError
 from .images import BACKGROUND, read_image
 
-# Dark blue, violet, crimson, red. The lightness rises evenly, so that the order is also seen in grey and by the colour-blind.
+# Dark blue, violet, crimson, red. The lightness rises evenly, so that the order is also seen in gray and by the
+# color-blind.
 _ANCHORS = ((10, 20, 80), (96, 20, 140), (176, 14, 116), (255, 24, 24))
 _STEPS = np.linspace(0, 1, 256)
-_COLOURS = np.stack([np.interp(_STEPS, (0, 0.35, 0.65, 1), channel) for channel in zip(*_ANCHORS, strict=True)], 1).round().astype(np.uint8)
+_COLORS = (
+    np.stack([np.interp(_STEPS, (0, 0.35, 0.65, 1), channel) for channel in zip(*_ANCHORS, strict=True)], 1)
+    .round()
+    .astype(np.uint8)
+)
 # Grows slowly at first, so that normal regions look as they are.
 _OPACITY = (0.75 * 255 * _STEPS**1.5).round().astype(np.uint8)
 _INK = (40, 40, 40)
 
 
 def colorize(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """Colour an anomaly map: dark blue (low) over violet to red (high).
+    """Color an anomaly map: dark blue (low) over violet to red (high).
 
     Args:
         map: Shape (H, W). Values outside the scale are clipped.
-        scale: Values of the lowest and the highest colour: one pair for all images that are to be compared.
+        scale: Values of the lowest and the highest color: one pair for all images that are to be compared.
 
     Returns:
         uint8 array (H, W, 3).
@@ -36,7 +41,7 @@ def colorize(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     Raises:
         InputError: If the map is not two-dimensional, is empty or holds NaN, or the scale is not finite and increasing.
     """
-    return _COLOURS[_levels(map, scale)]
+    return _COLORS[_levels(map, scale)]
 
 
 def _levels(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -67,7 +72,7 @@ def overlay(
     Args:
         image: Whatever `read_image` takes, H x W pixels once upright.
         anomaly_map: Shape (H, W).
-        scale: Values of the lowest and the highest colour, see `colorize`.
+        scale: Values of the lowest and the highest color, see `colorize`.
         threshold: A line is drawn around the pixels above it, and a tick in the legend.
         caption: Text, wrapped where it is longer than the picture is wide.
 
@@ -75,13 +80,16 @@ def overlay(
         RGB image.
 
     Raises:
-        InputError: If map and image differ in size, the threshold is not finite, or `colorize` refuses the map or the scale.
+        InputError: If map and image differ in size, the threshold is not finite, or `colorize` refuses the map or the
+            scale.
         ImageError: As `read_image`.
     """
     picture, levels = read_image(image), _levels(anomaly_map, scale)
     if levels.shape != picture.size[::-1]:
-        raise InputError(f"The anomaly map is {levels.shape}, the image {picture.size[::-1]} (height, width); resize the map.")
-    picture = Image.composite(Image.fromarray(_COLOURS[levels]), picture, Image.fromarray(_OPACITY[levels]))
+        raise InputError(
+            f"The anomaly map is {levels.shape}, the image {picture.size[::-1]} (height, width); resize the map."
+        )
+    picture = Image.composite(Image.fromarray(_COLORS[levels]), picture, Image.fromarray(_OPACITY[levels]))
     if threshold is not None:
         if not math.isfinite(threshold):
             raise InputError(f"The threshold is {threshold}; it must be finite.")
@@ -93,12 +101,14 @@ def _draw_contour(picture: Image.Image, inside: np.ndarray) -> None:
     """White line with a dark rim, seen on any ground. It lies where a blurred mask passes its middle."""
     radius = max(0.3, math.sqrt(inside.size) / 600)
     mask = Image.fromarray(inside).convert("L")
-    for colour, width, strength in (((0, 0, 0), radius + max(1, radius), 0.8), ((255, 255, 255), radius, 1.0)):
+    for color, width, strength in (((0, 0, 0), radius + max(1, radius), 0.8), ((255, 255, 255), radius, 1.0)):
         ridge = [round(strength * min(255, 2 * (255 - abs(2 * value - 255)))) for value in range(256)]
-        picture.paste(colour, mask=mask.filter(ImageFilter.BoxBlur(width)).point(ridge))
+        picture.paste(color, mask=mask.filter(ImageFilter.BoxBlur(width)).point(ridge))
 
 
-def _with_legend(picture: Image.Image, scale: tuple[float, float], threshold: float | None, caption: str | None) -> Image.Image:
+def _with_legend(
+    picture: Image.Image, scale: tuple[float, float], threshold: float | None, caption: str | None
+) -> Image.Image:
     (width, height), (low, high) = picture.size, scale
     size = max(10, round(math.sqrt(width * height) / 26))
     font, line, gap = ImageFont.load_default(size), round(1.3 * size), round(0.6 * size)
@@ -116,7 +126,9 @@ def _with_legend(picture: Image.Image, scale: tuple[float, float], threshold: fl
     body = max(height, bottom + line // 2)
     canvas = Image.new("RGB", (total, body + (len(rows) * line + gap if rows else 0)), BACKGROUND)
     canvas.paste(picture)
-    canvas.paste(Image.fromarray(colorize(np.linspace(high, low, bottom - top)[:, None].repeat(size, 1), scale)), (left, top))
+    canvas.paste(
+        Image.fromarray(colorize(np.linspace(high, low, bottom - top)[:, None].repeat(size, 1), scale)), (left, top)
+    )
     draw = ImageDraw.Draw(canvas)
     if threshold is not None:
         draw.line([(left, tick), (left + size - 1, tick)], "white", max(1, size // 8))
@@ -143,7 +155,8 @@ def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int
     Args:
         tiles: Pictures, read from left to right and from top to bottom.
         columns: Pictures in a row.
-        tile_width: Width in pixels to which each picture is brought at its aspect ratio; tall ones end at twice that height.
+        tile_width: Width in pixels to which each picture is brought at its aspect ratio; tall ones end at twice that
+            height.
 
     Returns:
         RGB image.
@@ -152,8 +165,12 @@ def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int
         InputError: If there are no tiles, or columns or tile_width is below 1.
     """
     if not tiles or columns < 1 or tile_width < 1:
-        raise InputError(f"A contact sheet needs pictures, columns and a width; got {len(tiles)}, {columns} and {tile_width}.")
-    fitted = [ImageOps.contain(read_image(tile), (tile_width, 2 * tile_width), Image.Resampling.LANCZOS) for tile in tiles]
+        raise InputError(
+            f"A contact sheet needs pictures, columns and a width; got {len(tiles)}, {columns} and {tile_width}."
+        )
+    fitted = [
+        ImageOps.contain(read_image(tile), (tile_width, 2 * tile_width), Image.Resampling.LANCZOS) for tile in tiles
+    ]
     rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
     margin = max(4, tile_width // 24)
     heights = [margin + max(tile.height for tile in row) for row in rows]

@@ -1,7 +1,8 @@
 """The projector: cross-attention from residual patches to learnable keys and values (paper section 3.3).
 
-The keys and values do not depend on the input. Outside of training they are computed once and kept (the frozen form); in training they are
-computed once per forward pass, whatever the batch. Both forms share one code path and one set of parameters, with the published names.
+The keys and values do not depend on the input. Outside of training they are computed once and kept (the frozen form);
+in training they are computed once per forward pass, whatever the batch. Both forms share one code path and one set of
+parameters, with the published names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map of tokens (B, L, C) to (B, L, weight.shape[0]), by the faster of torch's two ways."""
     if tokens.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return F.linear(tokens, weight, bias)
-    # On a CPU torch convolves by oneDNN and multiplies matrices by MKL, which leaves half of what AMD processors can do unused.
+    # On a CPU torch convolves by oneDNN and multiplies matrices by MKL, which leaves half of what AMD processors can do
+    # unused.
     return F.conv1d(tokens.transpose(1, 2), weight[..., None], bias).transpose(1, 2)
 
 
@@ -73,7 +75,8 @@ class _CrossAttention(nn.Module):
         """Attend from tokens (B, L, C)."""
         channels = tokens.shape[-1]
         queries = self._split(linear(tokens, self.in_proj_weight[:channels], self.in_proj_bias[:channels]))
-        # The images share their keys, so their tokens form one long sequence: the fused kernel then reads the keys once.
+        # The images share their keys, so their tokens form one long sequence: the fused kernel then reads the keys
+        # once.
         queries = queries.transpose(0, 1).flatten(1, 2).unsqueeze(0).contiguous()
         attended = F.scaled_dot_product_attention(queries, keys, values)
         attended = attended.squeeze(0).unflatten(1, tokens.shape[:2]).permute(1, 2, 0, 3).flatten(2)
@@ -126,11 +129,12 @@ class _LevelProjector(nn.Module):
         sources = (self.x_ref, *self.ref_proj.parameters(), attention.in_proj_weight, attention.in_proj_bias)
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             keys, values = self._compute_keys_values()
-            # An optimiser's step may follow this pass's gradients, and a fused one leaves no trace in the parameters.
+            # An optimizer's step may follow this pass's gradients, and a fused one leaves no trace in the parameters.
             keys.register_hook(self._thaw)
             return keys, values
         if self._frozen is None or not self._frozen.follows(sources):
-            # Kept values serve later calls in any mode, so they are neither inference tensors nor in autocast's lower precision.
+            # Kept values serve later calls in any mode, so they are neither inference tensors nor in autocast's lower
+            # precision.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.x_ref.device.type, enabled=False):
                 self._frozen = _Frozen(sources, self._compute_keys_values())
         return self._frozen.keys_values
@@ -172,14 +176,21 @@ class _Frozen:
 def _state(tensor: Tensor) -> object:
     """What changes whenever the tensor's values do.
 
-    Never equal for inference tensors, which keep no count of changes, nor while a gradient waits for a step, which might not be counted.
+    Never equal for inference tensors, which keep no count of changes, nor while a gradient waits for a step, which
+    might not be counted.
     """
     waiting = tensor.is_leaf and tensor.requires_grad and tensor.grad is not None
-    return object() if waiting or tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
+    return (
+        object()
+        if waiting or tensor.is_inference()
+        else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
+    )
 
 
 class ResidualProjector(nn.Module):
-    """One independent projector per level. The state-dict keys are those of the published files, ``l1_proj.x_ref`` and so on.
+    """One independent projector per level.
+
+    The state-dict keys are those of the published files, ``l1_proj.x_ref`` and so on.
 
     Args:
         channels: Channels of each level.
@@ -208,4 +219,6 @@ class ResidualProjector(nn.Module):
         if found != self.channels:
             raise InputError(f"The projector takes levels of {self.channels} channels, got {found}.")
         projectors = list(self.children())
-        return [projectors[index](residuals[index]) for index in (range(len(projectors)) if indices is None else indices)]
+        return [
+            projectors[index](residuals[index]) for index in (range(len(projectors)) if indices is None else indices)
+        ]

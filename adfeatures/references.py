@@ -21,7 +21,8 @@ from .checkpoints import atomic_path
 from .errors import CheckpointError, InputError, ReferencesError
 
 FORMAT = "adfeatures-references"
-# One block of similarities, 1024 x 2048, stays in the processor's cache: larger ones are slower, and the whole matrix may not fit at all.
+# One block of similarities, 1024 x 2048, stays in the processor's cache: larger ones are slower, and the whole matrix
+# may not fit at all.
 QUERIES_PER_CHUNK = 1024
 ROWS_PER_CHUNK = 2048
 # Leave-one-out over a large bank costs the square of its images, and this many already give a stable quantile.
@@ -47,7 +48,8 @@ class ReferenceBank:
         bit_depth: Bits per channel that 16-bit images were read with.
         threshold: Image score above which an image counts as anomalous.
         quantile: Quantile of the scores of normal images that the threshold is.
-        normal_scores: Scores of the normal images that the threshold was taken from: these ones, each left out, or others.
+        normal_scores: Scores of the normal images that the threshold was taken from: these ones, each left out, or
+            others.
         scales: Typical distances of normal patches per level and ring, for models that score residuals directly.
     """
 
@@ -77,13 +79,18 @@ class ReferenceBank:
         """
         counts = {level.shape[0] for level in features}
         if len(counts) != 1 or not min(counts) or any(level.ndim != 4 for level in features):
-            raise InputError(f"A bank needs maps (K, C, h, w) of the same K >= 1 images, got {[tuple(f.shape) for f in features]}.")
+            raise InputError(
+                f"A bank needs maps (K, C, h, w) of the same K >= 1 images, got {[tuple(f.shape) for f in features]}."
+            )
         if not all(torch.isfinite(level).all() for level in features):
             raise InputError("The reference features hold NaN or infinite values.")
         (count,) = counts
         return cls(
             # A copy in every case: the caller's tensors may change later.
-            rows=[level.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).flatten(0, 2) for level in features],
+            rows=[
+                level.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).flatten(0, 2)
+                for level in features
+            ],
             images=[_image_of_each_patch(level, range(count)) for level in features],
             grids=[(level.shape[2], level.shape[3]) for level in features],
             num_images=count,
@@ -93,11 +100,13 @@ class ReferenceBank:
         """Find for every patch the bank row of highest cosine similarity, in bounded memory.
 
         Args:
-            features: Maps of the queries, one (B, C_l, h_l, w_l) per level. The grids may differ from those of the references.
-            exclude: Reference image that each of the B queries must not be matched with (one index for all, or one each).
+            features: Maps of the queries, one (B, C_l, h_l, w_l) per level. The grids may differ from those of the
+                references.
+            exclude: Reference image that each of the B queries must not be matched with (one index for all, or one
+                each).
 
         Returns:
-            The matched rows, not normalised, as maps of the shapes of the features.
+            The matched rows, not normalized, as maps of the shapes of the features.
 
         Raises:
             InputError: For maps of other channels than the bank's.
@@ -106,7 +115,10 @@ class ReferenceBank:
         found, expected = [level.shape[1] for level in features], [rows.shape[1] for rows in self.rows]
         if found != expected:
             raise InputError(f"The bank holds levels of {expected} channels, got features of {found}.")
-        return [self._match_level(level, index, self._excluded(level.shape[0], exclude)) for index, level in enumerate(features)]
+        return [
+            self._match_level(level, index, self._excluded(level.shape[0], exclude))
+            for index, level in enumerate(features)
+        ]
 
     def residuals(self, features: Sequence[Tensor], exclude: int | Sequence[int] | None = None) -> list[Tensor]:
         """Features minus their matched rows (equation 1 of the paper). Arguments, shapes and errors as in ``match``."""
@@ -119,10 +131,17 @@ class ReferenceBank:
             ReferencesError: After ``coreset``, which keeps no whole images.
         """
         if not self.complete:
-            raise ReferencesError("This bank is a coreset and holds no whole images. Set the references again without a coreset.")
-        return [rows.unflatten(0, (self.num_images, *grid)).permute(0, 3, 1, 2) for rows, grid in zip(self.rows, self.grids, strict=True)]
+            raise ReferencesError(
+                "This bank is a coreset and holds no whole images. Set the references again without a coreset."
+            )
+        return [
+            rows.unflatten(0, (self.num_images, *grid)).permute(0, 3, 1, 2)
+            for rows, grid in zip(self.rows, self.grids, strict=True)
+        ]
 
-    def leave_one_out(self, images: Sequence[int] | None = None, full: ReferenceBank | None = None) -> Iterator[list[Tensor]]:
+    def leave_one_out(
+        self, images: Sequence[int] | None = None, full: ReferenceBank | None = None
+    ) -> Iterator[list[Tensor]]:
         """Residuals of reference images, each against the rows of the others, in batches.
 
         Args:
@@ -136,7 +155,9 @@ class ReferenceBank:
             batch = list(images[start : start + 8])
             yield self.residuals([level[batch] for level in features], exclude=batch)
 
-    def check(self, model: str, img_size: tuple[int, int], channels: Sequence[int], fingerprint: Sequence[str], source: str) -> None:
+    def check(
+        self, model: str, img_size: tuple[int, int], channels: Sequence[int], fingerprint: Sequence[str], source: str
+    ) -> None:
         """Refuse to serve a model whose features are not those of the bank.
 
         Raises:
@@ -146,7 +167,9 @@ class ReferenceBank:
         if self.model not in (None, model):
             raise ReferencesError(f"{source} was made with {self.model}, not with {model}. {advice}")
         if self.img_size not in (None, img_size):
-            raise ReferencesError(f"{source} was made for images of {self.img_size} pixels (height, width), not {img_size}. {advice}")
+            raise ReferencesError(
+                f"{source} was made for images of {self.img_size} pixels (height, width), not {img_size}. {advice}"
+            )
         if [rows.shape[1] for rows in self.rows] != list(channels):
             raise ReferencesError(f"{source} holds features of other levels than those of {model}. {advice}")
         if self.fingerprint and not set(self.fingerprint) & set(fingerprint):
@@ -159,7 +182,9 @@ class ReferenceBank:
             ReferencesError: If the banks do not belong together.
         """
         if not (self.complete and other.complete) or self.grids != other.grids or self.model != other.model:
-            raise ReferencesError("Only whole banks of one model and one image size can be joined; set all references at once instead.")
+            raise ReferencesError(
+                "Only whole banks of one model and one image size can be joined; set all references at once instead."
+            )
         return dataclasses.replace(
             self,
             rows=[torch.cat(pair) for pair in zip(self.rows, other.rows, strict=True)],
@@ -174,7 +199,7 @@ class ReferenceBank:
         )
 
     def coreset(self, fraction: float, seed: int = 0) -> ReferenceBank:
-        """A smaller bank without threshold or scales: the rows that a greedy k-centre search picks.
+        """A smaller bank without threshold or scales: the rows that a greedy k-center search picks.
 
         Per level, in cosine distance, as Sener and Savarese (2018) do it in Euclidean distance.
 
@@ -217,7 +242,9 @@ class ReferenceBank:
         """
         banks = load_banks(path)
         if len(banks) != 1:
-            raise CheckpointError(f"{path} holds the banks of several products: {', '.join(banks)}. Load it with load_references.")
+            raise CheckpointError(
+                f"{path} holds the banks of several products: {', '.join(banks)}. Load it with load_references."
+            )
         return next(iter(banks.values()))
 
     def _excluded(self, batch: int, exclude: int | Sequence[int] | None) -> Sequence[int] | None:
@@ -225,7 +252,9 @@ class ReferenceBank:
             return None
         excluded = [exclude] * batch if isinstance(exclude, int) else [int(index) for index in exclude]
         if len(excluded) != batch or any(not 0 <= index < self.num_images for index in excluded):
-            raise InputError(f"exclude must name one of {self.num_images} references for each of {batch} images, got {exclude}.")
+            raise InputError(
+                f"exclude must name one of {self.num_images} references for each of {batch} images, got {exclude}."
+            )
         if self.num_images == 1:
             raise ReferencesError("With a single reference image nothing is left to match it with. Add a second one.")
         return excluded
@@ -235,7 +264,9 @@ class ReferenceBank:
         if excluded is not None and any((images == image).all() for image in set(excluded)):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
         chunks = queries.split(QUERIES_PER_CHUNK)
-        barred = [None] * len(chunks) if excluded is None else _image_of_each_patch(level, excluded).split(QUERIES_PER_CHUNK)
+        barred = (
+            [None] * len(chunks) if excluded is None else _image_of_each_patch(level, excluded).split(QUERIES_PER_CHUNK)
+        )
         nearest = torch.cat([_nearest(chunk, rows, images, own) for chunk, own in zip(chunks, barred, strict=True)])
         return rows[nearest].to(level.dtype).unflatten(0, (level.shape[0], *level.shape[2:])).permute(0, 3, 1, 2)
 
@@ -259,7 +290,7 @@ def _nearest(queries: Tensor, rows: Tensor, images: Tensor, barred: Tensor | Non
     nearest = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         chunk = rows[start : start + ROWS_PER_CHUNK].float()
-        # The length of the query does not change which row is nearest, so only the rows are normalised.
+        # The length of the query does not change which row is nearest, so only the rows are normalized.
         with torch.autocast(queries.device.type, enabled=False):
             similarity = queries @ F.normalize(chunk, dim=1).T
         if barred is not None:
@@ -300,7 +331,10 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
     facts = []
     for number, (product, bank) in enumerate(banks.items()):
         for level, (rows, images) in enumerate(zip(bank.rows, bank.images, strict=True)):
-            tensors[f"{number}.rows.{level}"], tensors[f"{number}.images.{level}"] = rows.contiguous(), images.contiguous()
+            tensors[f"{number}.rows.{level}"], tensors[f"{number}.images.{level}"] = (
+                rows.contiguous(),
+                images.contiguous(),
+            )
         if bank.scales is not None:
             tensors[f"{number}.scales"] = bank.scales.contiguous()
         facts.append({"product": product, **{name: getattr(bank, name) for name in _FACTS}})
@@ -315,21 +349,31 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
         CheckpointError: For a file that is missing, damaged or no bank.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"There is no reference bank {path}. Make one with: adfeatures fit --references DIR --bank {path}")
+        raise CheckpointError(
+            f"There is no reference bank {path}. Make one with: adfeatures fit --references DIR --bank {path}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not a reference bank. Make one with: adfeatures fit --references DIR --bank FILE")
+                raise CheckpointError(
+                    f"{path} is not a reference bank. Make one with: adfeatures fit --references DIR --bank FILE"
+                )
             if metadata.get("version") != "1":
-                raise CheckpointError(f"{path} was written by a newer version of adfeatures. Update the package: pip install -U adfeatures")
+                raise CheckpointError(
+                    f"{path} was written by a newer version of adfeatures. Update the package: pip install -U adfeatures"
+                )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         facts = json.loads(metadata["banks"])
         banks = {entry.pop("product"): _bank(number, entry, tensors) for number, entry in enumerate(facts)}
     except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit") from error
+        raise CheckpointError(
+            f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit"
+        ) from error
     if not all(torch.isfinite(rows).all() for bank in banks.values() for rows in bank.rows):
-        raise CheckpointError(f"The reference bank {path} holds NaN or infinite values. Make it again with: adfeatures fit")
+        raise CheckpointError(
+            f"The reference bank {path} holds NaN or infinite values. Make it again with: adfeatures fit"
+        )
     return banks
 
 

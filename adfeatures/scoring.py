@@ -14,8 +14,8 @@ from torch import Tensor
 from .errors import InputError
 
 SIGMA = 4.0
-# Tops of the fixed colour scale of maps where no threshold gives one. Of projected residuals, since training pushes anomalous patches above
-# 0.4 + 0.75; of direct residuals, as a multiple of what normal patches show.
+# Tops of the fixed color scale of maps where no threshold gives one. Of projected residuals, since training pushes
+# anomalous patches above 0.4 + 0.75; of direct residuals, as a multiple of what normal patches show.
 FEATURE_NORM_TOP = 1.15
 RESIDUAL_TOP = 4.0
 # Zero padding reaches about this far into the maps of a convolutional backbone.
@@ -46,7 +46,8 @@ def feature_norm_map(features: Sequence[Tensor], size: tuple[int, int], sigma: f
 def patch_norms(features: Tensor) -> Tensor:
     """Scores (B, h, w) of patches (B, C, h, w): sqrt(norm + 1) - 1.
 
-    The paper writes the pseudo-Huber form with the squared norm under the root; the published code, and so the published weights, do not.
+    The paper writes the pseudo-Huber form with the squared norm under the root; the published code, and so the
+    published weights, do not.
     """
     return (torch.linalg.vector_norm(features.float(), dim=1) + 1).sqrt() - 1
 
@@ -59,12 +60,15 @@ def cosine_distances(residuals: Tensor) -> Tensor:
 def ring_scales(distances: Sequence[Tensor]) -> Tensor:
     """Typical leave-one-out distances of normal patches, from maps (K, h_l, w_l): (levels, RINGS + 1), the interior last.
 
-    Zero padding makes the border of a map stand out: outer rings count by the square of their level over the interior's, never below 1.
+    Zero padding makes the border of a map stand out: outer rings count by the square of their level over the
+    interior's, never below 1.
     """
     scales = []
     for level in distances:
         ring = _rings(level.shape[-2], level.shape[-1], level.device)
-        means = torch.stack([level[:, ring == r].mean() if (ring == r).any() else level.mean() for r in range(RINGS + 1)])
+        means = torch.stack(
+            [level[:, ring == r].mean() if (ring == r).any() else level.mean() for r in range(RINGS + 1)]
+        )
         interior = means[-1].clamp_min(torch.finfo(means.dtype).eps)
         scales.append(interior * (means / interior).square().clamp_min(1))
     return torch.stack(scales)
@@ -84,7 +88,9 @@ def _rings(height: int, width: int, device: torch.device) -> Tensor:
 
 def fuse(patch_scores: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
     """Upsample the scores (B, h_l, w_l) of each level to ``size``, average the levels and smooth: (B, H, W)."""
-    levels = [F.interpolate(level[:, None], size=size, mode="bilinear", align_corners=True)[:, 0] for level in patch_scores]
+    levels = [
+        F.interpolate(level[:, None], size=size, mode="bilinear", align_corners=True)[:, 0] for level in patch_scores
+    ]
     return smooth(torch.stack(levels).mean(dim=0), sigma)
 
 
@@ -149,4 +155,6 @@ def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | Sequence
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     n_positive = int(positive.sum())
-    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * (positive.size - n_positive)))
+    return float(
+        (ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * (positive.size - n_positive))
+    )

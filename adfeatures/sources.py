@@ -39,7 +39,10 @@ def distinct(sources: Sequence[ImageSource], known: Sequence[str] = ()) -> dict[
         key = digest(source)
         if key in kept or key in known:
             # A copy would be found by its twin when it is left out, and make every threshold too low.
-            warnings.warn(f"The reference {name_of(source) or 'given in memory'} is a copy of another one and is left out.", stacklevel=2)
+            warnings.warn(
+                f"The reference {name_of(source) or 'given in memory'} is a copy of another one and is left out.",
+                stacklevel=2,
+            )
         else:
             kept[key] = source
     return kept

@@ -25,8 +25,9 @@ class TimmBackbone(nn.Module):
 
     Args:
         arch: Architecture in timm, without tag.
-        levels: Blocks or stages, counted from 1, whose outputs are returned. The default divides the depth of a transformer in four
-            equal parts, and takes the stages of a pyramid that have 4, 8 and 16 input pixels per cell.
+        levels: Blocks or stages, counted from 1, whose outputs are returned. The default divides the depth of a
+            transformer in four equal parts, and takes the stages of a pyramid that have 4, 8 and 16 input pixels per
+            cell.
         weights: State dict with timm's keys, or with others that timm converts. None leaves random weights.
         source: Where the weights came from, for error messages.
 
@@ -35,7 +36,9 @@ class TimmBackbone(nn.Module):
         CheckpointError: For weights that are not exactly those of the architecture.
     """
 
-    def __init__(self, arch: str, levels: Sequence[int] | None = None, weights: StateDict | None = None, source: str = "") -> None:
+    def __init__(
+        self, arch: str, levels: Sequence[int] | None = None, weights: StateDict | None = None, source: str = ""
+    ) -> None:
         super().__init__()
         self.model = _build(arch)
         stages = self.model.feature_info
@@ -59,11 +62,17 @@ class TimmBackbone(nn.Module):
             InputError: If a side is not a multiple of the coarsest reduction.
         """
         check_images(x, self.patch_size)
-        return self.model.forward_intermediates(x, indices=self._indices, norm=False, output_fmt="NCHW", intermediates_only=True)
+        return self.model.forward_intermediates(
+            x, indices=self._indices, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
 
 
-def find_timm(name: str, levels: Sequence[int] | None = None, img_size: tuple[int, int] | None = None) -> catalog.Backbone:
-    """Describe a timm model as a backbone. It is run on shapes alone, since timm's own description is not always what a model does.
+def find_timm(
+    name: str, levels: Sequence[int] | None = None, img_size: tuple[int, int] | None = None
+) -> catalog.Backbone:
+    """Describe a timm model as a backbone.
+
+    It is run on shapes alone, since timm's own description is not always what a model does.
 
     Args:
         name: Name of a timm model, with or without ``.tag``.
@@ -97,7 +106,11 @@ def find_timm(name: str, levels: Sequence[int] | None = None, img_size: tuple[in
         original_file="pytorch_model.bin",
         license=cfg.license or "see the model's page",
         origin=cfg.origin_url
-        or (f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else "https://github.com/huggingface/pytorch-image-models"),
+        or (
+            f"https://huggingface.co/{cfg.hf_hub_id}"
+            if cfg.hf_hub_id
+            else "https://github.com/huggingface/pytorch-image-models"
+        ),
         notes="Position embeddings are resized the way timm does.",
         img_size=size,
     )
@@ -109,7 +122,9 @@ def _build(arch: str) -> Any:
     except TypeError:  # most convolutional networks take any size and know no such argument
         model = timm.create_model(arch, pretrained=False)
     if not (hasattr(model, "forward_intermediates") and getattr(model, "feature_info", None)):
-        raise InputError(f"timm {timm.__version__} has no feature maps for {arch}. Choose a vision transformer or a convolutional pyramid.")
+        raise InputError(
+            f"timm {timm.__version__} has no feature maps for {arch}. Choose a vision transformer or a convolutional pyramid."
+        )
     return model
 
 
@@ -119,7 +134,9 @@ def _default_levels(arch: str, stages: Sequence[Mapping[str, Any]]) -> tuple[int
         return tuple(sorted({max(1, depth * i // 4) for i in (1, 2, 3, 4)}))
     levels = tuple(number for number, reduction in enumerate(reductions, start=1) if reduction in _PYRAMID)
     if not levels:
-        raise InputError(f"{arch} has no stages with 4, 8 or 16 pixels per cell, but {reductions}: choose levels from 1 to {depth}.")
+        raise InputError(
+            f"{arch} has no stages with 4, 8 or 16 pixels per cell, but {reductions}: choose levels from 1 to {depth}."
+        )
     return levels
 
 
@@ -127,7 +144,10 @@ def _try_out(
     arch: str, levels: Sequence[int] | None, size: tuple[int, int] | None, usual: Sequence[int]
 ) -> tuple[TimmBackbone, tuple[int, int]]:
     """A backbone that was seen to give maps of the described shapes, for images of a size, or else of the usual one."""
-    for device in ("meta", "cpu"):  # without memory first; but some models compute with values while they are built or run
+    for device in (
+        "meta",
+        "cpu",
+    ):  # without memory first; but some models compute with values while they are built or run
         try:
             with torch.device(device), torch.no_grad():
                 backbone = TimmBackbone(arch, levels).eval()
@@ -140,11 +160,18 @@ def _try_out(
             failure = error
     else:
         reason = str(failure).strip().partition("\n")[0].rstrip(".")
-        raise InputError(f"{arch} takes no images of {size or usual} pixels ({reason}). Choose another size or backbone.") from failure
-    expected = [(1, channels, height // r, width // r) for channels, r in zip(backbone.channels, backbone.reductions, strict=True)]
+        raise InputError(
+            f"{arch} takes no images of {size or usual} pixels ({reason}). Choose another size or backbone."
+        ) from failure
+    expected = [
+        (1, channels, height // r, width // r)
+        for channels, r in zip(backbone.channels, backbone.reductions, strict=True)
+    ]
     found = [tuple(level.shape) for level in maps]
     if found != expected:
-        raise InputError(f"{arch} gives maps of shape {found} instead of {expected}, so it cannot be used. Choose another backbone.")
+        raise InputError(
+            f"{arch} gives maps of shape {found} instead of {expected}, so it cannot be used. Choose another backbone."
+        )
     return backbone, (height, width)
 
 

@@ -1,7 +1,8 @@
 """TorchScript archives, the form in which OpenAI published CLIP, read as data: none of their code is compiled or run.
 
-An archive is a zip file. Its ``data.pkl`` describes a tree of modules, and the elements of each tensor lie in a storage beside it. The
-pickle is interpreted here on plain containers, without Python's unpickler, so that it can name objects but make none.
+An archive is a zip file. Its ``data.pkl`` describes a tree of modules, and the elements of each tensor lie in a storage
+beside it. The pickle is interpreted here on plain containers, without Python's unpickler, so that it can name objects
+but make none.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ class _Files:
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         found = self.storages[key]
         if found.dtype != dtype or len(found) != elements:
-            raise ArchiveError(f"storage {key} has {len(found)} elements of {found.dtype} instead of {elements} of {dtype}")
+            raise ArchiveError(
+                f"storage {key} has {len(found)} elements of {found.dtype} instead of {elements} of {dtype}"
+            )
         return found
 
     def state_names(self, kind: str) -> set[str] | None:

@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from models import write_photos
-from published import as_published
+from helpers.hub_server import HubServer
+from helpers.models import write_photos
+from helpers.published import as_published
 from safetensors.torch import save
 
 import adfeatures
@@ -45,7 +45,9 @@ def test_commands(workplace: Path) -> None:
 def test_python_blocks(workplace: Path, hub: HubServer) -> None:
     model = adfeatures.create_model("adpretrain_dinov2_base", pretrained=False)
     for kind in ("norm", "angle"):
-        hub.add("xcyao00/ADPretrain", f"dino-base/checkpoints_pro_{kind}.pth", as_published(model.projector.state_dict()))
+        hub.add(
+            "xcyao00/ADPretrain", f"dino-base/checkpoints_pro_{kind}.pth", as_published(model.projector.state_dict())
+        )
     hub.add("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors", save(model.backbone.state_dict()))
     del model
     namespace: dict[str, object] = {"CHECKOUT": str(Path(__file__).parents[1])}

@@ -1,1 +1,4 @@
-"""Reproduction of ADPretrain: pretraining on Real-IAD, evaluation, publishing. Run from a checkout: ``python -m training.<entry>``."""
+"""Reproduction of ADPretrain: pretraining on Real-IAD, evaluation, publishing.
+
+Run from a checkout: ``python -m training.<entry>``.
+"""

@@ -1,8 +1,8 @@
-"""Centres of the angle loss: ``python -m training.centers --root DIR --backbone NAME --output centers.safetensors``.
+"""Centers of the angle loss: ``python -m training.centers --root DIR --backbone NAME --output centers.safetensors``.
 
-The centre of a level is the mean residual of the patches of normal images, before any projector: each image against normal references of
-the same product and view, without augmentation and with the normalisation of the backbone. The command goes on where it was cut short, and
-then gives the same bytes as if it had not been.
+The center of a level is the mean residual of the patches of normal images, before any projector: each image against
+normal references of the same product and view, without augmentation and with the normalization of the backbone. The
+command resumes when it was interrupted, and then gives the same bytes as if it had not been.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ from adfeatures.loading import Encoder, load_backbone
 from adfeatures.references import weights_fingerprint
 
 from . import console
-from .config import add_options, from_options, option
+from .console import add_options, from_options, option
 from .data.images import ImageLoader
 from .data.items import NORMAL, Item, items_digest
-from .data.pretraining import KINDS, Draw, PretrainingDataset, read_items
 from .data.real_iad import reference_pool, split_by_sample
 from .data.transforms import MaskTransform
 from .distributed import processes, world_size
-from .features import batch_residuals
+from .pretraining.dataset import KINDS, Draw, PretrainingDataset, read_items
+from .pretraining.residuals import batch_residuals
 
 FORMAT = "adfeatures-centers"
-# Batches between two states to go on from.
+# Batches between two states to resume from.
 SAVE_EVERY = 50
 
 
 @dataclass(frozen=True)
 class CentersConfig:
-    """How centres are computed. The defaults are those of the published weights, on the images that ``training.pretrain`` trains on."""
+    """How centers are computed.
+
+    The defaults are those of the published weights, on the images that ``training.pretrain`` trains on.
+    """
 
     output: str = option("centers.safetensors", "file to write")
     data: str = option("real_iad", "what root holds", KINDS)
@@ -65,7 +68,7 @@ class CentersConfig:
 
     def __post_init__(self) -> None:
         if Path(self.output).suffix != ".safetensors":
-            raise InputError(f"Centres are written as .safetensors, not {self.output}.")
+            raise InputError(f"Centers are written as .safetensors, not {self.output}.")
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
 
@@ -86,8 +89,8 @@ def compute_centers(
 ) -> list[Tensor]:
     """Mean residual of all patches of the normal images, summed in float64 and written to a file with what it was computed from.
 
-    The state is kept beside the output, as ``<output>.partial.safetensors``: the same call goes on from there. A finished output of the
-    same call is returned as it is.
+    The state is kept beside the output, as ``<output>.partial.safetensors``: the same call resumes from there. A
+    finished output of the same call is returned as it is.
 
     Args:
         output: File to write, ``.safetensors``.
@@ -113,7 +116,9 @@ def compute_centers(
     """
     normal = [item for item in items if item.label == NORMAL]
     draws = _draws(len(normal), images, shots, seed, batch_size)
-    dataset = PretrainingDataset(normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(shots,))
+    dataset = PretrainingDataset(
+        normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(shots,)
+    )
     facts = {
         "format": FORMAT,
         **origin(backbone, transform, name=name),
@@ -131,19 +136,23 @@ def compute_centers(
     partial = output.with_suffix(f".partial{output.suffix}")
     total = _Total.load(partial, facts) if partial.exists() else _Total()
     # A generator of its own, so that torch's is left as it is.
-    loader = ImageLoader(dataset, batch_sampler=draws[total.batches :], num_workers=workers, generator=torch.Generator())
-    for batch in tqdm(loader, desc="centres", unit="batch", total=len(draws), initial=total.batches, disable=None):
+    loader = ImageLoader(
+        dataset, batch_sampler=draws[total.batches :], num_workers=workers, generator=torch.Generator()
+    )
+    for batch in tqdm(loader, desc="centers", unit="batch", total=len(draws), initial=total.batches, disable=None):
         total.add(_residuals(backbone, batch), batch["path"])
         if total.batches % SAVE_EVERY == 0:
             total.save(partial, facts)
     centers = total.means()
-    save_checkpoint(output, {f"center.{level}": center for level, center in enumerate(centers, start=1)}, metadata=facts)
+    save_checkpoint(
+        output, {f"center.{level}": center for level, center in enumerate(centers, start=1)}, metadata=facts
+    )
     partial.unlink(missing_ok=True)
     return centers
 
 
 def origin(backbone: Encoder, transform: ImageTransform, *, name: str) -> dict[str, str]:
-    """Which features centres are of: part of the metadata of their file. Arguments as for ``compute_centers``."""
+    """Which features centers are of: part of the metadata of their file. Arguments as for ``compute_centers``."""
     return {
         "backbone": name,
         "weights": json.dumps(weights_fingerprint(backbone.state_dict())),
@@ -154,8 +163,10 @@ def origin(backbone: Encoder, transform: ImageTransform, *, name: str) -> dict[s
     }
 
 
-def load_centers(path: str | os.PathLike[str], channels: Sequence[int], expected: Mapping[str, str] | None = None) -> list[Tensor]:
-    """Read centres that ``compute_centers`` wrote, or the original's ``.npy`` of shape (levels, C).
+def load_centers(
+    path: str | os.PathLike[str], channels: Sequence[int], expected: Mapping[str, str] | None = None
+) -> list[Tensor]:
+    """Read centers that ``compute_centers`` wrote, or the original's ``.npy`` of shape (levels, C).
 
     Args:
         path: The file.
@@ -166,7 +177,7 @@ def load_centers(path: str | os.PathLike[str], channels: Sequence[int], expected
         (C_l,) float32 per level.
 
     Raises:
-        CheckpointError: For a file that is missing, damaged, no centres, or of other features.
+        CheckpointError: For a file that is missing, damaged, no centers, or of other features.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -175,9 +186,13 @@ def load_centers(path: str | os.PathLike[str], channels: Sequence[int], expected
         centers, found = _read_centers(path)
         differences = [_difference(key, found[key], value) for key, value in (expected or {}).items()]
         if any(differences):
-            raise CheckpointError(f"{path} holds centres of other features: {'; '.join(filter(None, differences))}. {_ADVICE}")
+            raise CheckpointError(
+                f"{path} holds centers of other features: {'; '.join(filter(None, differences))}. {_ADVICE}"
+            )
     if (lengths := [len(center) for center in centers]) != list(channels):
-        raise CheckpointError(f"{path} holds centres of {lengths} channels, but the levels have {list(channels)}. {_ADVICE}")
+        raise CheckpointError(
+            f"{path} holds centers of {lengths} channels, but the levels have {list(channels)}. {_ADVICE}"
+        )
     return centers
 
 
@@ -204,7 +219,7 @@ class _Plain:
 def _draws(count: int, images: int | None, shots: int, seed: int, batch_size: int) -> list[list[Draw]]:
     """The batches: which images in which order, and with which seeds for their references; these do not depend on the batch size."""
     if not count:
-        raise InputError("There are no normal images to compute centres from.")
+        raise InputError("There are no normal images to compute centers from.")
     if seed < 0 or min(shots, batch_size, count if images is None else images) < 1:
         raise InputError(
             f"images, shots and batch_size must be at least 1 and the seed not negative: got {images}, {shots}, {batch_size} and {seed}."
@@ -234,7 +249,9 @@ class _Total:
     def add(self, residuals: Sequence[Tensor], paths: Sequence[str]) -> None:
         sums = [level.double().sum(dim=(0, 2, 3)).cpu() for level in residuals]
         if not all(level.isfinite().all() for level in sums):
-            raise AdfeaturesError(f"The backbone gives features that are not finite for one of {', '.join(paths)}. Check its weights.")
+            raise AdfeaturesError(
+                f"The backbone gives features that are not finite for one of {', '.join(paths)}. Check its weights."
+            )
         patches = [level.shape[0] * level.shape[2] * level.shape[3] for level in residuals]
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.batches else sums
         self.patches = [a + b for a, b in zip(self.patches, patches, strict=True)] if self.batches else patches
@@ -245,7 +262,11 @@ class _Total:
 
     def save(self, path: Path, facts: Mapping[str, str]) -> None:
         position = {"batches": str(self.batches), "patches": json.dumps(self.patches)}
-        save_checkpoint(path, {f"sum.{level}": values for level, values in enumerate(self.sums, start=1)}, metadata={**facts, **position})
+        save_checkpoint(
+            path,
+            {f"sum.{level}": values for level, values in enumerate(self.sums, start=1)},
+            metadata={**facts, **position},
+        )
 
     @classmethod
     def load(cls, path: Path, facts: Mapping[str, str]) -> _Total:
@@ -261,14 +282,18 @@ def _same_run(path: Path, facts: Mapping[str, str]) -> tuple[dict[str, Tensor], 
     checkpoint = load_checkpoint(path)
     differing = [key for key in facts if checkpoint.metadata.get(key) != facts[key]]
     if differing:
-        raise CheckpointError(f"{path} is of another run, with other {', '.join(differing)}. Remove it, or choose another output.")
+        raise CheckpointError(
+            f"{path} is of another run, with other {', '.join(differing)}. Remove it, or choose another output."
+        )
     return _by_level(checkpoint.state_dict), checkpoint.metadata
 
 
 def _read_centers(path: Path) -> tuple[list[Tensor], dict[str, str]]:
     checkpoint = load_checkpoint(path)
-    if checkpoint.metadata.get("format") != FORMAT or not all(key.startswith("center.") for key in checkpoint.state_dict):
-        raise CheckpointError(f"{path} holds no centres. {_ADVICE}")
+    if checkpoint.metadata.get("format") != FORMAT or not all(
+        key.startswith("center.") for key in checkpoint.state_dict
+    ):
+        raise CheckpointError(f"{path} holds no centers. {_ADVICE}")
     return [center.float() for center in _by_level(checkpoint.state_dict).values()], checkpoint.metadata
 
 
@@ -276,9 +301,9 @@ def _read_npy(path: Path) -> list[Tensor]:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read as centres: {error}. {_ADVICE}") from error
+        raise CheckpointError(f"{path} cannot be read as centers: {error}. {_ADVICE}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise CheckpointError(f"{path} does not hold finite centres of shape (levels, channels). {_ADVICE}")
+        raise CheckpointError(f"{path} does not hold finite centers of shape (levels, channels). {_ADVICE}")
     return list(torch.from_numpy(array.astype(np.float32)))
 
 
@@ -287,7 +312,9 @@ def _by_level(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.centers", description="Compute the centres of the angle loss.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.centers", description="Compute the centers of the angle loss."
+    )
     add_options(parser, CentersConfig)
     options = parser.parse_args(arguments)
 
@@ -295,7 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = from_options(options, CentersConfig)
         with processes(config.device) as device:
             if world_size() > 1:
-                raise InputError("Centres are computed by one process. Call python -m training.centers without torchrun.")
+                raise InputError(
+                    "Centers are computed by one process. Call python -m training.centers without torchrun."
+                )
             run(config, device)
         print(f"{config.output}: done")
 
@@ -303,13 +332,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: CentersConfig, device: torch.device) -> None:
-    """Compute the centres that a config asks for. Errors as in ``compute_centers``, and those of reading the data and the backbone."""
+    """Compute the centers that a config asks for.
+
+    Errors as in ``compute_centers``, and those of reading the data and the backbone.
+    """
     items = read_items(config.data, config.root, config.products or None, config.filter_list)
     train, _ = split_by_sample(items, config.held_out, config.seed)
     # Random weights, where they are asked for, are then those of the pretraining.
     torch.manual_seed(config.seed)
     size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
-    backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
+    backbone, entry = load_backbone(
+        config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None
+    )
     compute_centers(
         config.output,
         backbone.to(device),

@@ -1,4 +1,7 @@
-"""One process or many: everything that ranks have to agree on. Without ``torchrun`` there is one rank, and nothing here communicates."""
+"""One process or many: everything that ranks have to agree on.
+
+Without ``torchrun`` there is one rank, and nothing here communicates.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from adfeatures.errors import InputError
 def processes(device: str | None) -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` started, if it did, for the length of the block.
 
-    What holds on to their group, as DistributedDataParallel does, must not outlive the block: gloo's threads would run on, and a rank that
-    ends while they do may abort.
+    What holds on to their group, as DistributedDataParallel does, must not outlive the block: gloo's threads would run
+    on, and a rank that ends while they do may abort.
 
     Args:
         device: "cpu", "cuda" or None for cuda where there is one.
@@ -34,14 +37,17 @@ def processes(device: str | None) -> Iterator[torch.device]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.cuda.device_count() <= local_rank):
-        raise InputError(f"There is no device {kind!r} for local rank {local_rank}: torch sees {torch.cuda.device_count()} CUDA devices.")
+        raise InputError(
+            f"There is no device {kind!r} for local rank {local_rank}: torch sees {torch.cuda.device_count()} CUDA devices."
+        )
     own = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if "WORLD_SIZE" not in os.environ:
         yield own
         return
     if kind == "cuda":
         torch.cuda.set_device(own)
-    # Long enough for one rank to encode references or to validate while the others wait; torchrun ends them all when one fails.
+    # Long enough for one rank to encode references or to validate while the others wait; torchrun ends them all when
+    # one fails.
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
         yield own
@@ -70,8 +76,9 @@ def barrier() -> None:
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate the tensors of all ranks along their first dimension, on every rank; gradients flow back to the rank they belong to.
 
-    Where every rank computes the same loss of what was gathered, the gradient that reaches a rank is ``world_size`` times its own share,
-    so that the mean over the ranks, which DistributedDataParallel takes, is the gradient of one process.
+    Where every rank computes the same loss of what was gathered, the gradient that reaches a rank is ``world_size``
+    times its own share, so that the mean over the ranks, which DistributedDataParallel takes, is the gradient of one
+    process.
     """
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 

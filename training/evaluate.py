@@ -1,8 +1,9 @@
 """Evaluate a model on a data set: ``python -m training.evaluate --model M --method all --dataset mvtec --root DIR --output RUN``.
 
-Writes results.json, results.csv and results.md, and pictures in figures/. The same command goes on where a run was cut short, and adds
-products, methods or draws that are asked for later. For several devices, which share the products: ``torchrun --nproc-per-node=8 -m
-training.evaluate ...``. With ``--check DIR`` it only says what is missing or misnamed in a data set.
+Writes results.json, results.csv and results.md, and pictures in figures/. The same command resumes an interrupted run,
+and adds products, methods or draws that are asked for later. For several devices, which share the products: ``torchrun
+--nproc-per-node=8 -m training.evaluate ...``. With ``--check DIR`` it only says what is missing or misnamed in a data
+set.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from . import console
-from .config import add_options, from_options
+from .console import add_options, from_options
 from .data import DATASETS
 from .data.checks import report, tree_of
 from .distributed import barrier, processes, rank, world_size
@@ -35,7 +36,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "
 
 
 def evaluate(config: EvaluationConfig) -> int:
-    """Evaluate as the config says, or go on doing so, and print the means.
+    """Evaluate as the config says, or resume, and print the means.
 
     Returns:
         DONE; SOME_FAILED if a product or a method failed or could not be judged; NOTHING_DONE if nothing came out.
@@ -44,8 +45,8 @@ def evaluate(config: EvaluationConfig) -> int:
         InputError: For a folder that holds results of other settings, or a root that holds no products.
         UnknownNameError: For an unknown model or product.
         DownloadError, CheckpointError: If weights cannot be had.
-        AdfeaturesError: If a product has results of other images, the disk is full, or a folder cannot be written. What was finished is
-            kept.
+        AdfeaturesError: If a product has results of other images, the disk is full, or a folder cannot be written. What
+            was finished is kept.
     """
     products = find_products(str(config.dataset), str(config.root), config.products)
     with processes(config.device) as device:
@@ -57,7 +58,9 @@ def evaluate(config: EvaluationConfig) -> int:
             img_size=config.size,
             device=device,
         )
-        results = Results(config.output, {**config.settings(), "img_size": subject.img_size, "weights": subject.fingerprints})
+        results = Results(
+            config.output, {**config.settings(), "img_size": subject.img_size, "weights": subject.fingerprints}
+        )
         evaluation = Evaluation(config, subject, results)
         for product in tqdm(products[rank() :: world_size()], desc="products", disable=None):
             evaluation.evaluate_product(product)
@@ -94,13 +97,21 @@ def about(config: EvaluationConfig, subject: Subject, products: Sequence[str]) -
     """What the report says of program, model and data set."""
     known = tree_of(str(config.dataset)).products
     # A tree of other products in the layout of a known data set lacks none.
-    missing = [product for product in known if product not in products] if set(known) & set(products) and not config.products else []
-    weights = [{"name": entry.name, "source": entry.source, "stored": entry.stored} for entry in subject.weights.values()]
+    missing = (
+        [product for product in known if product not in products]
+        if set(known) & set(products) and not config.products
+        else []
+    )
+    weights = [
+        {"name": entry.name, "source": entry.source, "stored": entry.stored} for entry in subject.weights.values()
+    ]
     return {
         "title": f"{subject.name} on {DATASETS[str(config.dataset)]}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(subject.device),
-        "pretrained": "residuals of features of unit length, no projector" if subject.unit_length else "projected residuals",
+        "pretrained": "residuals of features of unit length, no projector"
+        if subject.unit_length
+        else "projected residuals",
         "weights": weights,
         **({"products not found": ", ".join(missing)} if missing else {}),
     }
@@ -116,7 +127,9 @@ def status(evaluation: Evaluation, products: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Evaluate a model on an anomaly detection data set.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description="Evaluate a model on an anomaly detection data set."
+    )
     parser.add_argument("--check", metavar="DIR", help="only say what is missing or misnamed in a data set")
     add_options(parser, EvaluationConfig)
     options = parser.parse_args(arguments)

@@ -1,8 +1,9 @@
 """The seven numbers of a class: AUROC, AP and F1-max of its images and of its pixels, and AUPRO, exact or as the original computes it.
 
-A mask value above 0 is a defect pixel, whatever its grey. Scores keep their precision (half becomes float32), so ties stay ties. Normal
-pixels are sorted in parts, so that a call needs little beyond its arguments: a byte per pixel, and 100 MB or, if more, 130 bytes per defect
-pixel.
+A mask value above 0 is a defect pixel, whatever its gray. Scores keep their precision (half becomes float32), so ties
+stay ties. Normal
+pixels are sorted in parts, so that a call needs little beyond its arguments: a byte per pixel, and 100 MB or, if more,
+130 bytes per defect pixel.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LIMIT = 0.3
 THRESHOLDS = 200
 # Smaller parts need less memory, but every threshold is looked up in each of them.
 PIXELS_PER_PART = 2**23
-EIGHT_NEIGHBOURS = np.ones((3, 3))
+EIGHT_NEIGHBORS = np.ones((3, 3))
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ def evaluate(maps: Array, masks: Array, labels: Array, scores: Array | None = No
     anomalous = _array(labels) > 0
     scores = maps.max(axis=(1, 2)) if scores is None else _array(scores)
     if not anomalous.shape == scores.shape == maps.shape[:1]:
-        raise InputError(f"{len(maps)} maps need as many labels and image scores, got shapes {anomalous.shape} and {scores.shape}.")
+        raise InputError(
+            f"{len(maps)} maps need as many labels and image scores, got shapes {anomalous.shape} and {scores.shape}."
+        )
     if not np.isfinite(scores).all():
-        raise InputError("Image scores hold NaN or infinite values. Look for them in the features or in the method that made the scores.")
+        raise InputError(
+            "Image scores hold NaN or infinite values. Look for them in the features or in the method that made the scores."
+        )
     images = _of_both_kinds("image_auroc, image_ap, image_f1", "image", anomalous)
     pixels = _of_both_kinds("pixel_auroc, pixel_ap, pixel_f1, aupro", "pixel", defect)
     return Metrics(
@@ -76,9 +81,10 @@ def evaluate(maps: Array, masks: Array, labels: Array, scores: Array | None = No
 def aupro(maps: Array, masks: Array, limit: float = LIMIT) -> float:
     """Exact area under the per-region-overlap curve up to a false positive rate, divided by that rate: in [0, 1].
 
-    Every distinct score is a threshold, equal scores being passed at once. PRO is the mean, over the 8-connected regions of all masks, of
-    the part detected; FPR the part of all other pixels that is. The curve starts at (0, 0), runs straight between neighbouring thresholds,
-    is interpolated at ``limit`` and integrated by the trapezoid rule. So maps of one value give limit / 2, the diagonal.
+    Every distinct score is a threshold, equal scores being passed at once. PRO is the mean, over the 8-connected
+    regions of all masks, of the part detected; FPR the part of all other pixels that is. The curve starts at (0, 0),
+    runs straight between neighboring thresholds, is interpolated at ``limit`` and integrated by the trapezoid rule. So
+    maps of one value give limit / 2, the diagonal.
 
     Args:
         maps, masks: As for ``evaluate``.
@@ -102,9 +108,9 @@ def aupro(maps: Array, masks: Array, limit: float = LIMIT) -> float:
 def aupro_original(maps: Array, masks: Array) -> float:
     """AUPRO as the original code approximates it, for comparison with published tables.
 
-    200 thresholds lie evenly from the lowest score up to, and without, the highest; points with FPR < 0.3 are kept and their FPR is
-    stretched to [0, 1]. Two points or fewer give 0.5. Where the original fails or divides by zero: maps of one value give 0.5, and kept
-    points of one FPR give their mean PRO.
+    200 thresholds lie evenly from the lowest score up to, and without, the highest; points with FPR < 0.3 are kept and
+    their FPR is stretched to [0, 1]. Two points or fewer give 0.5. Where the original fails or divides by zero: maps of
+    one value give 0.5, and kept points of one FPR give their mean PRO.
 
     Args, returns and raises as ``aupro``.
     """
@@ -115,8 +121,8 @@ def aupro_original(maps: Array, masks: Array) -> float:
     step = maps.dtype.type((high - low) / THRESHOLDS)
     if step == 0:
         return 0.5
-    # With the rounding of arange, whose first step is in the precision of the maps and which may add a threshold at the highest score: it
-    # shows in the sixth decimal of the result, or where there are few pixels before.
+    # With the rounding of arange, whose first step is in the precision of the maps and which may add a threshold at the
+    # highest score: it shows in the sixth decimal of the result, or where there are few pixels before.
     thresholds = np.arange(low, high, step)
     passed = thresholds.searchsorted(maps[defect], side="left")
     pro = np.bincount(passed, weights=_shares(defect), minlength=len(thresholds) + 1)[:0:-1].cumsum()[::-1]
@@ -138,7 +144,8 @@ def curves(maps: Array, masks: Array, rates: Array) -> tuple[np.ndarray, np.ndar
         rates: False positive rates (R,), 0 to 1.
 
     Returns:
-        Two arrays (R,); NaN, with an UndefinedMetricWarning, where no pixel or every pixel is defect. Raises as ``evaluate``.
+        Two arrays (R,); NaN, with an UndefinedMetricWarning, where no pixel or every pixel is defect. Raises as
+        ``evaluate``.
     """
     maps, defect = _checked(maps, masks)
     if not _of_both_kinds("curves", "pixel", defect):
@@ -174,7 +181,8 @@ def _pixel_metrics(maps: np.ndarray, defect: np.ndarray) -> tuple[float, float, 
 class _Ranking:
     """Pixels counted at the T distinct scores of defect pixels, from the highest down.
 
-    No other threshold matters: between two of them nothing but false positives is added, which raises no metric and bends no curve.
+    No other threshold matters: between two of them nothing but false positives is added, which raises no metric and
+    bends no curve.
 
     Attributes:
         order: The P defect pixels from the highest score down, as indices in the order of ``maps[defect]``.
@@ -210,7 +218,8 @@ class _Ranking:
     def curve(self, detected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """FPR from 0 to 1, and ``detected`` (T,) over it.
 
-        The curve is level from each score to the next one of a defect pixel, and a slope where normal pixels share that.
+        The curve is level from each score to the next one of a defect pixel, and a slope where normal pixels share
+        that.
         """
         x = np.stack([np.append(0, self.false), np.append(self.above, self.normal)], axis=1).ravel() / self.normal
         return x, np.append(0, detected).repeat(2)
@@ -227,7 +236,7 @@ def _shares(defect: np.ndarray) -> np.ndarray:
     """What each defect pixel, in the order of ``maps[defect]``, adds to PRO: 1 / (pixels of its region * number of regions), float64."""
     areas, area_of_pixels = [], []
     for mask in defect[defect.any(axis=(1, 2))]:
-        regions, _ = ndimage.label(mask, EIGHT_NEIGHBOURS)
+        regions, _ = ndimage.label(mask, EIGHT_NEIGHBORS)
         region_of_pixels = regions[mask] - 1
         areas.append(np.bincount(region_of_pixels))
         area_of_pixels.append(areas[-1][region_of_pixels])
@@ -248,19 +257,27 @@ def _of_both_kinds(metrics: str, unit: str, positive: np.ndarray) -> bool:
     some, every = positive.any(), positive.all()
     if some and not every:
         return True
-    warnings.warn(f"{metrics}: NaN, since {'every' if every else 'no'} {unit} is anomalous.", UndefinedMetricWarning, stacklevel=3)
+    warnings.warn(
+        f"{metrics}: NaN, since {'every' if every else 'no'} {unit} is anomalous.", UndefinedMetricWarning, stacklevel=3
+    )
     return False
 
 
 def _checked(maps: Array, masks: Array) -> tuple[np.ndarray, np.ndarray]:
     """Maps (N, H, W), float32 or float64, and where they lie over defects, bool."""
-    maps, masks = (array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array for array in (_array(maps), _array(masks)))
+    maps, masks = (
+        array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array for array in (_array(maps), _array(masks))
+    )
     if maps.ndim != 3 or not maps.size or maps.shape != masks.shape:
-        raise InputError(f"Maps and masks must be of one shape (N, H, W), not empty, got {maps.shape} and {masks.shape}. Resize the masks.")
+        raise InputError(
+            f"Maps and masks must be of one shape (N, H, W), not empty, got {maps.shape} and {masks.shape}. Resize the masks."
+        )
     maps = maps.astype(np.result_type(maps, np.float32), copy=False)
     # Both are NaN where any score is, and need no copy.
     if not np.isfinite([maps.min(), maps.max()]).all():
-        raise InputError("Maps hold NaN or infinite values. Look for them in the features or in the method that made the maps.")
+        raise InputError(
+            "Maps hold NaN or infinite values. Look for them in the features or in the method that made the maps."
+        )
     return maps, masks > 0
 
 

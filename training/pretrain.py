@@ -1,8 +1,9 @@
 """Pretrain the projectors: ``python -m training.pretrain --root DIR --output RUN``.
 
-The backbone is frozen and only the projectors learn, from residuals of two augmented views of every image against normal references of the
-same product and view (paper section 3). The same command goes on where a run was cut short. For several devices: ``torchrun
---nproc-per-node=8 -m training.pretrain ...``; the batch is that of all devices together, and so are the loss and its gradients.
+The backbone is frozen and only the projectors learn, from residuals of two augmented views of every image against
+normal references of the same product and view (paper section 3). The same command resumes an interrupted run. For
+several devices: ``torchrun --nproc-per-node=8 -m training.pretrain ...``; the batch is that of all devices together,
+and so are the loss and its gradients.
 """
 
 from __future__ import annotations
@@ -32,46 +33,52 @@ from adfeatures.references import weights_fingerprint
 
 from . import console
 from .centers import compute_centers, load_centers, origin
-from .config import PretrainConfig, add_options, from_options
+from .console import add_options, from_options
 from .data import real_iad
 from .data.images import ImageLoader
 from .data.items import ANOMALOUS, Item, items_digest
-from .data.pretraining import PretrainingDataset, StepSampler, read_items
 from .data.real_iad import reference_pool, split_by_sample
 from .data.transforms import MaskTransform, TwoViews
 from .distributed import barrier, processes, rank, world_size
-from .run import Run
-from .step import encode_images, train_step
-from .store import ReferenceStore, choose_pool
-from .validation import Validation, held_out_trials, mvtec_trials
+from .pretraining.config import PretrainConfig
+from .pretraining.dataset import PretrainingDataset, StepSampler, read_items
+from .pretraining.reference_store import ReferenceStore, choose_pool
+from .pretraining.run import Run
+from .pretraining.step import encode_images, train_step
+from .pretraining.validation import Validation, held_out_trials, mvtec_trials
 
 
 def pretrain(config: PretrainConfig, device: torch.device) -> Path:
-    """Pretrain as the config says, or go on doing so.
+    """Pretrain as the config says, or resume.
 
     Returns:
-        The folder of the run: the best checkpoints (``checkpoints_pro_norm.safetensors`` and so on), the last one, log and curves.
+        The folder of the run: the best checkpoints (``checkpoints_pro_norm.safetensors`` and so on), the last one, log
+            and curves.
 
     Raises:
         InputError: For a config, data or a run in the folder that do not fit together.
         ImageError: If the data set cannot be read.
-        CheckpointError: For centres or a state that cannot be used.
+        CheckpointError: For centers or a state that cannot be used.
         AdfeaturesError: If the loss is not finite, or the disk is full. What was saved before is kept.
     """
     run = Run(config)
     items = read_items(config.data, config.root, config.products or None, config.filter_list)
     train, held_out = split_by_sample(items, config.held_out, config.seed)
     if not any(item.label == ANOMALOUS for item in train):
-        raise InputError(f"None of the {len(train)} training images in {config.root} is anomalous, so there is nothing to contrast.")
+        raise InputError(
+            f"None of the {len(train)} training images in {config.root} is anomalous, so there is nothing to contrast."
+        )
     pool = reference_pool(train)
     if config.pool is not None:
         pool = choose_pool(pool, config.pool, config.seed)
     run.depend_on("images", items_digest([*train, *pool]))
 
-    # Random weights of a backbone, where they are asked for, are the same when the run goes on.
+    # Random weights of a backbone, where they are asked for, are the same when the run resumes.
     torch.manual_seed(config.seed)
     size = (config.img_size[0], config.img_size[-1]) if config.img_size else None
-    backbone, entry = load_backbone(config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None)
+    backbone, entry = load_backbone(
+        config.backbone, weights=config.backbone_weights, img_size=size, levels=config.levels or None
+    )
     backbone.to(device)
     fingerprint = weights_fingerprint(backbone.state_dict())
     run.depend_on("backbone weights", fingerprint[0])
@@ -82,9 +89,13 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     dataset = PretrainingDataset(
         train, pool, views, reference_transform, mask_transform, load_references=config.pool is None, shots=config.shots
     )
-    sampler = StepSampler(len(dataset), config.batch_size, config.seed, shots=config.shots, rank=rank(), world=world_size())
+    sampler = StepSampler(
+        len(dataset), config.batch_size, config.seed, shots=config.shots, rank=rank(), world=world_size()
+    )
     if config.batch_size // world_size() % config.accumulate:
-        raise InputError(f"{config.batch_size // world_size()} images a device cannot be divided into {config.accumulate} equal parts.")
+        raise InputError(
+            f"{config.batch_size // world_size()} images a device cannot be divided into {config.accumulate} equal parts."
+        )
     loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=device.type == "cuda")
     validation = _validation(config, backbone, entry, train, held_out)
 
@@ -93,7 +104,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     projector = ResidualProjector(entry.channels, config.num_heads, config.num_keys).to(device, dtype)
     optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     centers = [center.to(device) for center in _centers(config, backbone, entry, train, reference_transform)]
-    run.depend_on("centres", weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0])
+    run.depend_on(
+        "centers", weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0]
+    )
     run.resume(projector=projector, optimizer=optimizer)
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
 
@@ -110,7 +123,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     metadata = _metadata(config, entry, train)
     total = config.epochs * sampler.steps_per_epoch
     total = total if config.max_steps is None else min(total, config.max_steps)
-    with tqdm(total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None) as progress:
+    with tqdm(
+        total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None
+    ) as progress:
         while run.validated < total:
             lr = _learning_rate(config, run.epoch)
             for group in optimizer.param_groups:
@@ -128,7 +143,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 if run.step % config.save_every == 0:
                     run.save()
             if validation is not None:
-                # Validating takes long: a run that is cut short in it goes on from here.
+                # Validating takes long: a run that is interrupted in it resumes from here.
                 run.save()
             if run.step_of_epoch == sampler.steps_per_epoch:
                 run.epoch, run.step_of_epoch = run.epoch + 1, 0
@@ -145,12 +160,15 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
 
 
 def _learning_rate(config: PretrainConfig, epoch: int) -> float:
-    """A tenth from each milestone on; of the epoch alone, so that a run that goes on has nothing to catch up with."""
+    """A tenth from each milestone on; of the epoch alone, so that a resumed run has nothing to catch up with."""
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
 
 
 def _view_statistics(config: PretrainConfig, entry: catalog.Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for the augmented views. The published weights were made with CLIP's, for DINOv2 too."""
+    """Mean and standard deviation for the augmented views.
+
+    The published weights were made with CLIP's, for DINOv2 too.
+    """
     quirk = config.view_statistics == "original" and entry.family == "dinov2"
     return catalog.OPENAI_CLIP if quirk else entry.normalization
 
@@ -162,13 +180,17 @@ def _centers(
     train: Sequence[Item],
     transform: ImageTransform,
 ) -> list[Tensor]:
-    """The centres of the angle loss: from a file or, in a single process, computed now."""
+    """The centers of the angle loss: from a file or, in a single process, computed now."""
     path = config.centers or str(Path(config.output) / "centers.safetensors")
     if config.centers is None and world_size() == 1:
         pool = reference_pool(train)
-        return compute_centers(path, backbone, train, pool, transform, name=config.backbone, seed=config.seed, workers=config.workers)
+        return compute_centers(
+            path, backbone, train, pool, transform, name=config.backbone, seed=config.seed, workers=config.workers
+        )
     if not Path(path).exists():
-        raise InputError(f"There are no centres {path}. Run python -m training.centers in one process first, then give --centers FILE.")
+        raise InputError(
+            f"There are no centers {path}. Run python -m training.centers in one process first, then give --centers FILE."
+        )
     return load_centers(path, entry.channels, origin(backbone, transform, name=config.backbone))
 
 
@@ -185,14 +207,21 @@ def _validation(
     else:
         trials = held_out_trials(reference_pool(train), held_out, config.validation_images, config.seed)
     if not trials:
-        raise InputError("No product has held-out images of both labels to validate on. Raise --held-out, or say --validation none.")
-    return Validation(backbone, trials, img_size=entry.img_size, statistics=entry.normalization, workers=config.workers, **presets)
+        raise InputError(
+            "No product has held-out images of both labels to validate on. Raise --held-out, or say --validation none."
+        )
+    return Validation(
+        backbone, trials, img_size=entry.img_size, statistics=entry.normalization, workers=config.workers, **presets
+    )
 
 
 def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The tensors of a batch; the indices of references stay where their store is."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    return {key: value if key == "reference_indices" else value.to(device, non_blocking=True) for key, value in tensors.items()}
+    return {
+        key: value if key == "reference_indices" else value.to(device, non_blocking=True)
+        for key, value in tensors.items()
+    }
 
 
 def _tensors(projector: ResidualProjector) -> dict[str, Tensor]:
@@ -211,7 +240,13 @@ def _metadata(config: PretrainConfig, entry: catalog.Backbone, train: Sequence[I
     }
     if name not in catalog.MODELS or config.levels:
         mean, std = entry.normalization
-        facts = {"blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions, "mean": mean, "std": std}
+        facts = {
+            "blocks": entry.blocks,
+            "channels": entry.channels,
+            "reductions": entry.reductions,
+            "mean": mean,
+            "std": std,
+        }
         metadata["backbone"] = json.dumps({"timm_name": entry.timm_name, **facts})
     # Other data may come in the same layout.
     if config.data == "real_iad" and {item.product for item in train} <= set(real_iad.PRODUCTS):
@@ -220,7 +255,9 @@ def _metadata(config: PretrainConfig, entry: catalog.Backbone, train: Sequence[I
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.pretrain", description="Pretrain projectors on Real-IAD or on your own data.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.pretrain", description="Pretrain projectors on Real-IAD or on your own data."
+    )
     add_options(parser, PretrainConfig)
     options = parser.parse_args(arguments)
 

@@ -1,12 +1,15 @@
 """Publish a trained projector as a Hub repository in timm's format: ``python -m training.publish CHECKPOINT --repo owner/name``.
 
-The repository is private unless ``--public`` is said. It holds one model: config.json, model.safetensors and README.md, the model card. The
-backbone is published with the projector where ``--whole-model`` or ``--backbone-weights`` asks for it, or where the checkpoint holds it;
-otherwise a model loads the backbone's own published weights, whose terms and whose host stay those of their authors. A backbone of timm
-without published weights must come along. ImageBind's weights, which are not for commercial use, come along only when asked for.
+The repository is private unless ``--public`` is said. It holds one model: config.json, model.safetensors and README.md,
+the model card. The backbone is published with the projector where ``--whole-model`` or ``--backbone-weights`` asks for
+it, or where the checkpoint holds it; otherwise a model loads the backbone's own published weights, whose terms and
+whose host stay those of their authors. A backbone of timm without published weights must come along. ImageBind's
+weights, which are not for commercial use, come along only when asked for.
 
-``--folder DIR`` writes the same files to a folder, which ``local-dir:DIR`` loads; without ``--repo`` nothing is sent. Whatever breaks off
-is continued by the same command: files that the repository has are not sent again, and where it has them all there is no new commit.
+``--folder DIR`` writes the same files to a folder, which ``local-dir:DIR`` loads; without ``--repo`` nothing is sent.
+Whatever breaks off
+is continued by the same command: files that the repository has are not sent again, and where it has them all there is
+no new commit.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from adfeatures.hub import download
 from adfeatures.loading import BACKBONE, PROJECTOR, RANDOM, Trained, load_backbone, load_trained
 
 from . import console
-from .model_card import Publication, model_card
+from .publishing.model_card import Publication, model_card
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _OURS = {CONFIG, WEIGHTS, CARD, ".gitattributes"}
@@ -60,9 +63,9 @@ class Wish:
         name: Model that the weights are for, with or without tag, where the file does not say.
         whole_model: Publish the backbone as well.
         backbone_weights: The weights of the backbone that it was trained with, where those are not the published ones.
-        license: The Hub's identifier of the licence that the owner gives the weights.
+        license: The Hub's identifier of the license that the owner gives the weights.
         data: Name of the training data, where it is not what the file says.
-        data_license: Its licence.
+        data_license: Its license.
         repo: The repository, for the model card; None for a folder.
     """
 
@@ -77,7 +80,9 @@ class Wish:
 
 
 def write_repository(wish: Wish, folder: Path) -> list[Path]:
-    """Write the files of a repository: config.json, model.safetensors and README.md. The same wish always gives the same bytes.
+    """Write the files of a repository: config.json, model.safetensors and README.md.
+
+    The same wish always gives the same bytes.
 
     Raises:
         CheckpointError: If the checkpoint is not a trained projector.
@@ -88,7 +93,7 @@ def write_repository(wish: Wish, folder: Path) -> list[Path]:
     trained = load_trained(wish.checkpoint, (WEIGHTS,), None)
     arch, tag = _model(trained, wish.name)
     if tag and (wish.license or wish.data):
-        raise InputError(f"{arch}.{tag} was trained by others: leave its licence and its data as they are.")
+        raise InputError(f"{arch}.{tag} was trained by others: leave its license and its data as they are.")
     if wish.data_license and not wish.data:
         raise InputError("Say what data it is that has these terms: --data NAME.")
     name = f"{arch}.{tag}" if tag else arch
@@ -129,13 +134,17 @@ def _model(trained: Trained, name: str | None) -> tuple[str, str | None]:
             "--name adpretrain_dinov2_base.realiad_norm for a file of the authors of ADPretrain."
         )
     if found and asked and (found[0] != asked[0] or (found[1] and asked[1] and found[1] != asked[1])):
-        raise CheckpointError(f"{trained.source} is a checkpoint of {trained.checkpoint.metadata['model']}, not of {name}.")
+        raise CheckpointError(
+            f"{trained.source} is a checkpoint of {trained.checkpoint.metadata['model']}, not of {name}."
+        )
     arch, tag = asked or found  # type: ignore[misc]
     tag = tag or (found and found[1])
     if catalog.MODELS[arch].scoring != "feature_norm":
         raise InputError(f"{arch} has no projector, so there is nothing to publish.")
     if tag and _training(trained):
-        raise InputError(f"{trained.source} was trained by python -m training.pretrain, so it is not {arch}.{tag}: leave out the tag.")
+        raise InputError(
+            f"{trained.source} was trained by python -m training.pretrain, so it is not {arch}.{tag}: leave out the tag."
+        )
     return arch, tag
 
 
@@ -143,7 +152,9 @@ def _backbone_state(trained: Trained, name: str, entry: catalog.Backbone, wish: 
     """The weights of the backbone, empty where they are left to their own publisher."""
     given, used, published = wish.backbone_weights, _training(trained).get("backbone_weights"), (None, entry.tag)
     if given == RANDOM or (given is None and used == RANDOM):
-        raise InputError("A projector of a random backbone is of no use to others. Give the weights that it had: --backbone-weights PATH.")
+        raise InputError(
+            "A projector of a random backbone is of no use to others. Give the weights that it had: --backbone-weights PATH."
+        )
     if given is None and trained.backbone:
         weights: Any = trained
     elif given not in published:
@@ -170,12 +181,14 @@ def _training(trained: Trained) -> dict[str, Any]:
     """The config of the run that made a checkpoint, empty where it is not known."""
     facts = trained.fact("training")
     if facts is not None and not isinstance(facts, dict):
-        raise CheckpointError(f"{trained.source}: the training of its header must be the config of a run, got {facts!r}.")
+        raise CheckpointError(
+            f"{trained.source}: the training of its header must be the config of a run, got {facts!r}."
+        )
     return facts or {}
 
 
 def _training_data(trained: Trained, arch: str, tag: str | None, wish: Wish) -> tuple[str, str]:
-    """The name of the data and its licence, both "" where nobody said."""
+    """The name of the data and its license, both "" where nobody said."""
     if tag:
         return catalog.MODELS[arch].tags[tag].training_data, catalog.MODELS[arch].tags[tag].training_data_license
     data = wish.data or trained.checkpoint.metadata.get("training_data", "")
@@ -188,10 +201,21 @@ def _metadata(trained: Trained, name: str, tag: str | None, entry: catalog.Backb
     if tag:
         method = {"norm": "FeatureNorm", "angle": "PatchCore"}[tag.rpartition("_")[2]]
         origin = {"source": Path(trained.source).name, "source_sha256": sha256(trained.source)}
-        facts = {**origin, "selected_by": f"AUPRO of {method} on the test set of MVTec AD, by the authors of ADPretrain", **facts}
+        facts = {
+            **origin,
+            "selected_by": f"AUPRO of {method} on the test set of MVTec AD, by the authors of ADPretrain",
+            **facts,
+        }
     if training := _training(trained):
-        facts["training"] = json.dumps({key: Path(value).name if key in _LOCAL and value else value for key, value in training.items()})
-    ours = {"format": "adfeatures", "model": name, "num_heads": str(trained.num_heads), "img_size": json.dumps(entry.img_size)}
+        facts["training"] = json.dumps(
+            {key: Path(value).name if key in _LOCAL and value else value for key, value in training.items()}
+        )
+    ours = {
+        "format": "adfeatures",
+        "model": name,
+        "num_heads": str(trained.num_heads),
+        "img_size": json.dumps(entry.img_size),
+    }
     return {**facts, **ours}
 
 
@@ -199,8 +223,17 @@ def _config(published: Publication) -> dict[str, Any]:
     """The config.json of timm: its architecture is our entry point, and everything else is in the header of the weights."""
     cfg = timm_cfg(published.arch, published.tag, published.entry, published.entry.img_size)
     elsewhere = ("architecture", "hf_hub_id", "hf_hub_filename", "file")
-    kept = {key: value for key, value in {"license": published.license, **cfg}.items() if value is not None and key not in elsewhere}
-    return {"architecture": published.arch, "num_classes": 0, "num_features": published.entry.channels[-1], "pretrained_cfg": kept}
+    kept = {
+        key: value
+        for key, value in {"license": published.license, **cfg}.items()
+        if value is not None and key not in elsewhere
+    }
+    return {
+        "architecture": published.arch,
+        "num_classes": 0,
+        "num_features": published.entry.channels[-1],
+        "pretrained_cfg": kept,
+    }
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -220,7 +253,9 @@ def _check_folder(folder: Path, name: str) -> None:
 
 def _check_model(config: bytes, name: str, where: str) -> None:
     if (found := _model_of(config)) != name:
-        raise InputError(f"{where} holds {found}, which {name} would overwrite. Choose another name: one model a repository.")
+        raise InputError(
+            f"{where} holds {found}, which {name} would overwrite. Choose another name: one model a repository."
+        )
 
 
 def _model_of(config: bytes) -> str:
@@ -248,11 +283,14 @@ def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
         What was done.
 
     Raises:
-        PublishError: If the Hub refuses or cannot be reached, or the repository holds something else. Nothing is half published then.
+        PublishError: If the Hub refuses or cannot be reached, or the repository holds something else. Nothing is half
+            published then.
     """
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if get_token() is None:
-        raise PublishError(f"Publishing to {endpoint} needs a token with write access. Run `hf auth login`, or set HF_TOKEN.")
+        raise PublishError(
+            f"Publishing to {endpoint} needs a token with write access. Run `hf auth login`, or set HF_TOKEN."
+        )
     try:
         return _upload(HfApi(endpoint=endpoint), files, repo, public)
     except AdfeaturesError:
@@ -275,7 +313,9 @@ def _upload(api: HfApi, files: Sequence[Path], repo: str, public: bool) -> str:
     if not changed:
         return f"{repo} ({kind}) has it all: nothing was sent"
     operations = [CommitOperationAdd(path.name, str(path)) for path in changed]
-    api.create_commit(repo, operations, commit_message=f"Publish {', '.join(path.name for path in changed)}", parent_commit=info.sha)
+    api.create_commit(
+        repo, operations, commit_message=f"Publish {', '.join(path.name for path in changed)}", parent_commit=info.sha
+    )
     kept = ", private as it was: its settings page can make it public" if public and info.private else f", {kind}"
     return f"sent {', '.join(path.name for path in changed)} to {api.endpoint}/{repo}{kept}"
 
@@ -284,11 +324,17 @@ def _check_repository(info: ModelInfo, repo: str, files: Sequence[Path], public:
     names = {sibling.rfilename for sibling in info.siblings or []}
     if CONFIG in names:
         ours = next(path for path in files if path.name == CONFIG).read_bytes()
-        _check_model(download(repo, CONFIG, revision=info.sha or "main").read_bytes(), _model_of(ours), f"The repository {repo}")
+        _check_model(
+            download(repo, CONFIG, revision=info.sha or "main").read_bytes(), _model_of(ours), f"The repository {repo}"
+        )
     elif names - _OURS:
-        raise PublishError(f"The repository {repo} holds other things: {', '.join(sorted(names - _OURS)[:10])}. Choose another name.")
+        raise PublishError(
+            f"The repository {repo} holds other things: {', '.join(sorted(names - _OURS)[:10])}. Choose another name."
+        )
     if not (info.private or public):
-        raise PublishError(f"The repository {repo} is public. Say --public if that is meant, or make it private on its settings page.")
+        raise PublishError(
+            f"The repository {repo} is public. Say --public if that is meant, or make it private on its settings page."
+        )
 
 
 def _same(path: Path, sibling: Any) -> bool:
@@ -322,7 +368,8 @@ def _diagnose(error: BaseException, repo: str) -> tuple[str, str]:
         429: ("the Hub asks for fewer requests", f"Wait some minutes. {again}"),
     }
     reason, advice = reasons.get(
-        status, ("the Hub refuses", "Mend that, and run the same command again") if status < 500 else ("the Hub failed", again)
+        status,
+        ("the Hub refuses", "Mend that, and run the same command again") if status < 500 else ("the Hub failed", again),
     )
     said = " ".join(str(getattr(error, "server_message", None) or "").split())
     return f"{reason} (HTTP {status}{f': {said}' if said else ''})", advice
@@ -330,30 +377,41 @@ def _diagnose(error: BaseException, repo: str) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.publish", description="Publish a trained projector as a Hub repository in timm's format."
+        prog="python -m training.publish",
+        description="Publish a trained projector as a Hub repository in timm's format.",
     )
     parser.add_argument("checkpoint", help="path, local-dir:/folder or hf-hub:owner/repo[:path/in/repo]")
     parser.add_argument("--repo", metavar="OWNER/NAME", help="repository to publish to; without it nothing is sent")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="write the files to this folder (too)")
-    parser.add_argument("--dry-run", action="store_true", help="write the files and say what would be sent, but send nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="write the files and say what would be sent, but send nothing"
+    )
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", action="store_true", help="make the repository private (the default)")
     visibility.add_argument("--public", action="store_true", help="make the repository public")
     parser.add_argument(
-        "--name", metavar="MODEL", help="model of the weights, where the file does not say; with tag for the authors' files"
+        "--name",
+        metavar="MODEL",
+        help="model of the weights, where the file does not say; with tag for the authors' files",
     )
     parser.add_argument("--whole-model", action="store_true", help="publish the backbone as well")
-    parser.add_argument("--backbone-weights", metavar="WEIGHTS", help="weights of the backbone to publish, where not its published ones")
-    parser.add_argument("--license", metavar="ID", help="licence that you give the weights, as the Hub calls it: apache-2.0, say")
+    parser.add_argument(
+        "--backbone-weights", metavar="WEIGHTS", help="weights of the backbone to publish, where not its published ones"
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="license that you give the weights, as the Hub calls it: apache-2.0, say"
+    )
     parser.add_argument("--data", metavar="NAME", help="what the weights were trained on, where that is not Real-IAD")
-    parser.add_argument("--data-license", metavar="TERMS", help="its licence")
+    parser.add_argument("--data-license", metavar="TERMS", help="its license")
     options = parser.parse_args(arguments)
     return console.run("publish", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     if not (options.repo or options.folder or options.dry_run):
-        raise InputError("Say where to: --repo OWNER/NAME, or --folder DIR, or --dry-run to see what would be published.")
+        raise InputError(
+            "Say where to: --repo OWNER/NAME, or --folder DIR, or --dry-run to see what would be published."
+        )
     if options.repo:
         try:
             validate_repo_id(options.repo)

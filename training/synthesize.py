@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.synthesize",
         description=f"Render up to {len(PRODUCTS)} products with {len(DEFECTS)} kinds of defects, {VIEWS} views of each part and exact "
-        "masks, in the layout of Real-IAD. An interrupted run goes on where it was.",
+        "masks, in the layout of Real-IAD. An interrupted run resumes where it was.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(
@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"images of good and of bad parts, multiples of {VIEWS} (default: 100 80)",
     )
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other parts of the same products (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="other seeds give other parts of the same products (default: 0)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, each on one core (default: 1)")
     options = parser.parse_args(arguments)
     return run("synthesize", lambda: _synthesize(options))
@@ -54,9 +56,21 @@ def _synthesize(options: argparse.Namespace) -> None:
         products = int(products[0])
     torch.set_num_threads(1)
     start = time.perf_counter()
-    count = synthesize(options.output, products=products, good=good, bad=bad, size=options.size, seed=options.seed, workers=options.workers)
+    count = synthesize(
+        options.output,
+        products=products,
+        good=good,
+        bad=bad,
+        size=options.size,
+        seed=options.seed,
+        workers=options.workers,
+    )
     seconds = time.perf_counter() - start
-    rate = f" in {seconds:.1f} s, {count / seconds / options.workers:.1f} images/s per worker" if count else "; everything was there"
+    rate = (
+        f" in {seconds:.1f} s, {count / seconds / options.workers:.1f} images/s per worker"
+        if count
+        else "; everything was there"
+    )
     print(f"{options.output}: wrote {count} images{rate}.")
 
 

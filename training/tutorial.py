@@ -1,8 +1,8 @@
 """Everything once, small: ``python -m training.tutorial [--output runs/tutorial]``.
 
-Makes synthetic products, pretrains projectors on the embedded backbone with three seeds, and evaluates them by FeatureNorm on products that
-they have not seen, beside the untrained projectors and the residuals themselves. The projector of the first seed is published to a folder.
-The same command goes on where it was cut short.
+Makes synthetic products, pretrains projectors on the embedded backbone with three seeds, and evaluates them by
+FeatureNorm on products that they have not seen, beside the untrained projectors and the residuals themselves. The
+projector of the first seed is published to a folder. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from adfeatures.checkpoints import atomic_path, load_checkpoint
 from adfeatures.projector import ResidualProjector
 
 from . import centers, console, publish
-from .config import PretrainConfig
 from .data import real_iad, synthetic
 from .pretrain import pretrain
-from .validation import CRITERIA, Trial, Validation, held_out_trials
+from .pretraining.config import PretrainConfig
+from .pretraining.validation import CRITERIA, Trial, Validation, held_out_trials
 
 BACKBONE, SIDE, NUM_HEADS, NUM_KEYS = "efficientnet_lite", 160, 8, 256
 PRODUCTS = synthetic.PRODUCTS[:24]
@@ -81,7 +81,9 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         results["trained"].append(validation.run(_projector(config.seed, folder))["norm"])
     lines = _table(results, steps)
     with atomic_path(output / "results.json") as temporary:
-        temporary.write_text(json.dumps({"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}, indent=1))
+        temporary.write_text(
+            json.dumps({"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}, indent=1)
+        )
     with atomic_path(output / "results.md") as temporary:
         temporary.write_text(lines)
     checkpoint = str(Path(recipes[0].output) / "checkpoint_last.safetensors")
@@ -113,7 +115,11 @@ def _projector(seed: int, folder: Path | None = None) -> ResidualProjector:
 
 
 def _table(results: dict[str, list[dict[str, float]]], steps: int) -> str:
-    names = {"residual": "residuals, no projector", "untrained": "untrained projector", "trained": f"trained projector, {steps} steps"}
+    names = {
+        "residual": "residuals, no projector",
+        "untrained": "untrained projector",
+        "trained": f"trained projector, {steps} steps",
+    }
     lines = [f"| FeatureNorm on {len(UNSEEN)} unseen products | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|"]
     for key, scores in results.items():
         cells = (_mean_and_spread([100 * score[criterion] for score in scores]) for criterion in CRITERIA)
@@ -126,7 +132,9 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.tutorial", description="Synthesise, pretrain, evaluate, publish.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.tutorial", description="Synthesize, pretrain, evaluate, publish."
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/tutorial"), help="folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from golden_values import assert_near, fill, golden, shapes, value
+from helpers.golden_values import assert_near, fill, golden, shapes, value
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -84,8 +84,11 @@ KEYS = {
 
 
 def layer_norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+    centered = x - x.mean(-1, keepdim=True)
+    return (
+        centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
+        + state[f"{name}.bias"]
+    )
 
 
 def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
@@ -124,7 +127,9 @@ def plain_transformer(family: str, state: dict[str, Tensor], x: Tensor, blocks: 
         tokens = F.conv3d(torch.stack([x, x], dim=2), stem, stride=stem.shape[2:]).squeeze(2)
     else:
         tokens = F.conv2d(x, stem, bias, stride=patch)
-    tokens = torch.cat([state[keys["class"]].reshape(1, 1, width).expand(len(x), 1, width), tokens.flatten(2).transpose(1, 2)], dim=1)
+    tokens = torch.cat(
+        [state[keys["class"]].reshape(1, 1, width).expand(len(x), 1, width), tokens.flatten(2).transpose(1, 2)], dim=1
+    )
     tokens = tokens + resized_position(state[keys["position"]].reshape(-1, width), grid, family)
     if "first" in keys:
         tokens = layer_norm(tokens, state, keys["first"], eps)
@@ -136,7 +141,9 @@ def plain_transformer(family: str, state: dict[str, Tensor], x: Tensor, blocks: 
         own = {f"in_proj_{part}": block[packed + part] for part in ("weight", "bias")}
         attention.load_state_dict({**own, **{f"out_proj.{part}": block[out + part] for part in ("weight", "bias")}})
         normed = layer_norm(tokens, block, keys["norms"][0], eps)
-        tokens = tokens + attention(normed, normed, normed, need_weights=False)[0] * block.get("ls1.gamma", torch.tensor(1.0))
+        tokens = tokens + attention(normed, normed, normed, need_weights=False)[0] * block.get(
+            "ls1.gamma", torch.tensor(1.0)
+        )
         hidden = linear(layer_norm(tokens, block, keys["norms"][1], eps), block, keys["mlp"][0])
         gate = torch.sigmoid(1.702 * hidden) if family == "clip" else 0.5 * (1 + torch.erf(hidden / 2**0.5))
         tokens = tokens + linear(hidden * gate, block, keys["mlp"][1]) * block.get("ls2.gamma", torch.tensor(1.0))
@@ -198,7 +205,9 @@ def test_equal_to_timm_at_native_size() -> None:
     model.load_state_dict(weights)
     x = images(518, 518)
     expected = model.eval().forward_intermediates(x, norm=False, intermediates_only=True)
-    assert_near(create_backbone("dinov2_base", weights=weights, embed_dim=32, depth=2, num_heads=2, levels=(1, 2))(x), expected)
+    assert_near(
+        create_backbone("dinov2_base", weights=weights, embed_dim=32, depth=2, num_heads=2, levels=(1, 2))(x), expected
+    )
 
 
 def test_clip_of_full_width_equal_to_timm() -> None:
@@ -219,7 +228,11 @@ def test_full_size_keys_are_those_of_timm(arch: str) -> None:
     entry = catalog.BACKBONES[arch]
     with torch.device("meta"):
         backbone, model = create_backbone(arch), timm.create_model(str(entry.timm_name))
-    trunk = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(("norm.", "head.", "fc_norm."))}
+    trunk = {
+        key: tensor.shape
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(("norm.", "head.", "fc_norm."))
+    }
     assert {key: tensor.shape for key, tensor in backbone.state_dict().items()} == trunk
     assert [block.attn.num_heads for block in backbone.blocks] == [block.attn.num_heads for block in model.blocks]
 
@@ -249,9 +262,13 @@ def test_levels_and_channels_of_the_catalog(arch: str) -> None:
 def timm_state(family: str) -> dict[str, Tensor]:
     """The golden weights in timm's keys, converted by timm, with its classifier and final norm."""
     name = str(catalog.BACKBONES[ARCHS[family]].timm_name)
-    model = timm.create_model(name, embed_dim=64, depth=DEPTHS[family], num_heads=2, num_classes=32 if family == "clip" else 0)
+    model = timm.create_model(
+        name, embed_dim=64, depth=DEPTHS[family], num_heads=2, num_classes=32 if family == "clip" else 0
+    )
     state = original(family)
-    model.load_state_dict(checkpoint_filter_fn({f"visual.{k}": v for k, v in state.items()} if family == "clip" else state, model))
+    model.load_state_dict(
+        checkpoint_filter_fn({f"visual.{k}": v for k, v in state.items()} if family == "clip" else state, model)
+    )
     return model.state_dict()
 
 
@@ -307,7 +324,9 @@ def test_files(family: str, form: str, tmp_path: Path) -> None:
     maps = backbone(x)
     assert all(level.dtype == torch.float32 for level in maps)
     assert_near(maps, tiny(family, str(path))(x), 0)
-    expected = plain_transformer(family, {key: tensor.float() for key, tensor in state.items()}, x, blocks=DEPTHS[family])
+    expected = plain_transformer(
+        family, {key: tensor.float() for key, tensor in state.items()}, x, blocks=DEPTHS[family]
+    )
     assert_near(maps, [expected[level - 1] for level in backbone.levels])
 
 
@@ -332,7 +351,10 @@ class _Tower(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 16, 16, bias=False)
-        self.class_embedding, self.positional_embedding = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(197, width))
+        self.class_embedding, self.positional_embedding = (
+            nn.Parameter(torch.randn(width)),
+            nn.Parameter(torch.randn(197, width)),
+        )
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
@@ -444,11 +466,16 @@ def test_efficientnet_is_the_beginning_of_timms() -> None:
     maps = backbone(x)
     assert_near(maps, seen)
     expected = [
-        (2, channels, 96 // reduction, 160 // reduction) for channels, reduction in zip(entry.channels, entry.reductions, strict=True)
+        (2, channels, 96 // reduction, 160 // reduction)
+        for channels, reduction in zip(entry.channels, entry.reductions, strict=True)
     ]
     assert [tuple(level.shape) for level in maps] == expected
     assert isinstance(backbone, EfficientNet)
-    assert (backbone.channels, backbone.reductions, backbone.patch_size) == (entry.channels, entry.reductions, max(entry.reductions))
+    assert (backbone.channels, backbone.reductions, backbone.patch_size) == (
+        entry.channels,
+        entry.reductions,
+        max(entry.reductions),
+    )
     assert not backbone.training and not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
@@ -492,7 +519,9 @@ def _renamed(state: dict[str, Tensor], key: str) -> None:
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_refuses_weights_that_do_not_fit(family: str, spoil: Callable[[dict[str, Tensor], str], None], message: str) -> None:
+def test_refuses_weights_that_do_not_fit(
+    family: str, spoil: Callable[[dict[str, Tensor], str], None], message: str
+) -> None:
     state = original(family)
     spoil(state, f"{KEYS[family]['block'].format(1)}{KEYS[family]['mlp'][0]}.weight")
     with pytest.raises(CheckpointError, match=f"the given state dict.*{message}"):
@@ -510,7 +539,9 @@ def test_refuses_models_of_another_depth_or_width(family: str) -> None:
         tiny(family, original(family), embed_dim=128)
 
 
-@pytest.mark.parametrize(("arch", "other"), [("dinov2", "clip"), ("clip", "dinov2"), ("imagebind", "dinov2"), ("dinov2", "imagebind")])
+@pytest.mark.parametrize(
+    ("arch", "other"), [("dinov2", "clip"), ("clip", "dinov2"), ("imagebind", "dinov2"), ("dinov2", "imagebind")]
+)
 def test_refuses_weights_of_another_family(arch: str, other: str) -> None:
     with pytest.raises(CheckpointError, match="another model"):
         tiny(arch, original(other))
@@ -544,7 +575,12 @@ def test_refuses_inputs(family: str) -> None:
     backbone, patch = tiny(family), PATCHES[family]
     with pytest.raises(InputError, match=f"{4 * patch} and {5 * patch}"):
         backbone(torch.zeros(1, 3, 2 * patch, 4 * patch + 1))
-    for shape in [(3, 2 * patch, 2 * patch), (1, 1, 2 * patch, 2 * patch), (1, 4, 2 * patch, 2 * patch), (1, 1, 3, 2 * patch, 2 * patch)]:
+    for shape in [
+        (3, 2 * patch, 2 * patch),
+        (1, 1, 2 * patch, 2 * patch),
+        (1, 4, 2 * patch, 2 * patch),
+        (1, 1, 3, 2 * patch, 2 * patch),
+    ]:
         with pytest.raises(InputError, match="shape"):
             backbone(torch.zeros(shape))
 
@@ -597,7 +633,11 @@ def hooked(model: nn.Module, modules: list[str], x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("arch", "levels", "blocks", "prefix"),
-    [("test_vit", None, (0, 2, 3, 5), 1), ("test_vit4", (2, 5), (1, 4), 1), ("vit_little_patch16_reg4_gap_256", (1,), (0,), 4)],
+    [
+        ("test_vit", None, (0, 2, 3, 5), 1),
+        ("test_vit4", (2, 5), (1, 4), 1),
+        ("vit_little_patch16_reg4_gap_256", (1,), (0,), 4),
+    ],
 )
 @pytest.mark.parametrize("grid", [None, (3, 5)])
 def test_timm_transformers_give_raw_blocks_without_prefix_tokens(
@@ -631,7 +671,8 @@ def test_timm_pyramids_give_their_stages(
     maps, expected = backbone(x), hooked(whole, modules, x)
     assert_near(maps, expected)
     assert [tuple(level.shape[1:]) for level in maps] == [
-        (channels, 64 // reduction, 96 // reduction) for channels, reduction in zip(backbone.channels, reductions, strict=True)
+        (channels, 64 // reduction, 96 // reduction)
+        for channels, reduction in zip(backbone.channels, reductions, strict=True)
     ]
     assert (backbone.reductions, backbone.patch_size) == (reductions, max(reductions))
 
@@ -642,13 +683,18 @@ def test_timm_backbones_read_what_they_write_and_what_timm_converts() -> None:
     expected = backbone(x)
     assert_near(TimmBackbone("test_vit", None, backbone.state_dict(), "itself").eval()(x), expected, 0)
     openclip = {f"visual.trunk.{key}": tensor for key, tensor in state.items()}
-    assert_near(TimmBackbone("test_vit", None, {**openclip, "text.x": torch.ones(1)}, "open_clip").eval()(x), expected, 0)
+    assert_near(
+        TimmBackbone("test_vit", None, {**openclip, "text.x": torch.ones(1)}, "open_clip").eval()(x), expected, 0
+    )
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), [(_without, "missing"), (_longer, "has shape"), (_nan, "holds NaN"), (_renamed, r"unexpected something\.else")]
+    ("spoil", "message"),
+    [(_without, "missing"), (_longer, "has shape"), (_nan, "holds NaN"), (_renamed, r"unexpected something\.else")],
 )
-@pytest.mark.parametrize(("arch", "key"), [("test_vit", "blocks.1.mlp.fc1.weight"), ("test_resnet", "layer2.0.conv1.weight")])
+@pytest.mark.parametrize(
+    ("arch", "key"), [("test_vit", "blocks.1.mlp.fc1.weight"), ("test_resnet", "layer2.0.conv1.weight")]
+)
 def test_timm_backbones_refuse_weights_that_do_not_fit(
     arch: str, key: str, spoil: Callable[[dict[str, Tensor], str], None], message: str
 ) -> None:

@@ -1,4 +1,7 @@
-"""The measurements: both forms must agree, and the command must say what it measured. No time is asserted, since machines differ."""
+"""The measurements: both forms must agree, and the command must say what it measured.
+
+No time is asserted, since machines differ.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import tiny_extractor
+from helpers.models import tiny_extractor
 
 from adfeatures import bench
 from adfeatures.bench import NaiveExtractor, NaiveProjector, Sizes, naive_residuals
@@ -70,9 +73,9 @@ def test_default_sizes_are_those_of_the_catalog(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(FeatureExtractor, "set_references", lambda self, images: None)
     with torch.device("meta"):
         measured = bench.build_extractor(bench.FULL)
-        catalogued = bench.create_model(bench.MODEL, pretrained=False)
-    shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (measured, catalogued)]
-    assert shapes[0] == shapes[1] and measured.img_size == catalogued.img_size
+        cataloged = bench.create_model(bench.MODEL, pretrained=False)
+    shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (measured, cataloged)]
+    assert shapes[0] == shapes[1] and measured.img_size == cataloged.img_size
 
 
 def test_a_model_without_projector_has_no_published_form() -> None:
@@ -89,8 +92,15 @@ def test_table(capsys: pytest.CaptureFixture[str], threads: None) -> None:
     assert "quick run" in lines[1] and "300 rows" in lines[1]
     header, rows = lines[2], lines[3:]
     assert header.split()[:4] == ["what", "ours", "naive", "ratio"]
-    expected = ["projector, 4 levels of 64, batch 1", "projector, 4 levels of 64, batch 2", "adpretrain_dinov2_base, batch 1"]
-    expected += [f"adpretrain_dinov2_base: {s}" for s in ("decode and transform", "backbone", "matching", "projector", "map", "all stages")]
+    expected = [
+        "projector, 4 levels of 64, batch 1",
+        "projector, 4 levels of 64, batch 2",
+        "adpretrain_dinov2_base, batch 1",
+    ]
+    expected += [
+        f"adpretrain_dinov2_base: {s}"
+        for s in ("decode and transform", "backbone", "matching", "projector", "map", "all stages")
+    ]
     expected += ["residual_lite: backbone", "matching 6 x 40 rows of 64", "peak of a process: projector, batch 2"]
     expected += ["peak of a process: extractor, batch 2", "beyond the bank: 5 x 300 rows of 64"]
     for what in expected:

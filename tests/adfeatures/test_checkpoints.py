@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_values import FOLDER, value
+from helpers.golden_values import FOLDER, value
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -135,11 +135,18 @@ def rewrite(path: Path, old: bytes, new: bytes) -> None:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 class TestHarmfulFiles:
     @pytest.mark.parametrize("form", ["torch", "torch legacy", "pickle 2", "pickle 4", "pickle 5"])
-    @pytest.mark.parametrize(("function", "named"), [(os.system, f"{os.name}.system|posix.system"), (eval, "builtins.eval|eval")])
-    def test_global_is_named_and_not_run(self, tmp_path: Path, form: str, function: Callable[..., object], named: str) -> None:
+    @pytest.mark.parametrize(
+        ("function", "named"), [(os.system, f"{os.name}.system|posix.system"), (eval, "builtins.eval|eval")]
+    )
+    def test_global_is_named_and_not_run(
+        self, tmp_path: Path, form: str, function: Callable[..., object], named: str
+    ) -> None:
         path, mark = tmp_path / "harmful.pth", tmp_path / "executed"
         command = f"touch {mark}" if function is os.system else f"open({str(mark)!r}, 'w')"
-        content = {"projectors": {"a": torch.ones(2)} if form.startswith("torch") else {}, "img_auc": Harmful(function, command)}
+        content = {
+            "projectors": {"a": torch.ones(2)} if form.startswith("torch") else {},
+            "img_auc": Harmful(function, command),
+        }
         if form.startswith("torch"):
             torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
         else:
@@ -217,7 +224,10 @@ class TestDamagedFiles:
             (b"\x00" * 999, "fetch it again"),
             (b"PK\x03\x04 not really", "fetch it again"),
             (random.Random(0).randbytes(999), "fetch it again"),
-            (b"\x93" + random.Random(1).randbytes(999), "fetch it again"),  # reads as a pickle that names something without a name
+            (
+                b"\x93" + random.Random(1).randbytes(999),
+                "fetch it again",
+            ),  # reads as a pickle that names something without a name
         ],
     )
     def test_other_content(self, tmp_path: Path, suffix: str, content: bytes, advice: str) -> None:
@@ -238,7 +248,9 @@ class TestDamagedFiles:
     @pytest.mark.parametrize("zipped", [True, False])
     def test_random_damage_never_raises_anything_else(self, tmp_path: Path, zipped: bool) -> None:
         buffer = io.BytesIO()
-        torch.save({"projectors": {"a": torch.ones(2)}, "m": np.float64(1)}, buffer, _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"projectors": {"a": torch.ones(2)}, "m": np.float64(1)}, buffer, _use_new_zipfile_serialization=zipped
+        )
         random = np.random.RandomState(0)
         path = tmp_path / "damaged.pth"
         for _ in range(150):
@@ -262,12 +274,14 @@ class TestDamagedFiles:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    def test_first_tensor_that_is_not_finite_is_named(self, tmp_path: Path, suffix: str, dtype: torch.dtype, bad: float) -> None:
+    def test_first_tensor_that_is_not_finite_is_named(
+        self, tmp_path: Path, suffix: str, dtype: torch.dtype, bad: float
+    ) -> None:
         path = tmp_path / f"nan{suffix}"
-        spoilt = torch.tensor([1.0, float("nan") if dtype == torch.float8_e4m3fn else bad]).to(dtype)
-        tensors = {"fine": torch.ones(2).to(dtype), "spoilt": spoilt, "spoilt_too": spoilt.clone()}
+        spoiled = torch.tensor([1.0, float("nan") if dtype == torch.float8_e4m3fn else bad]).to(dtype)
+        tensors = {"fine": torch.ones(2).to(dtype), "spoiled": spoiled, "spoiled_too": spoiled.clone()}
         torch.save(tensors, path) if suffix == ".pth" else save_file(tensors, path)
-        with pytest.raises(CheckpointError, match="spoilt holds NaN"):
+        with pytest.raises(CheckpointError, match="spoiled holds NaN"):
             load_checkpoint(path)
 
     @pytest.mark.parametrize("metrics", ["[1]", "{", '{"img_auc": "high"}', '{"img_auc": null}'])
@@ -280,7 +294,12 @@ class TestDamagedFiles:
 class TestSaving:
     def test_round_trip(self, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
         path = tmp_path / "new" / "folder" / "w.safetensors"
-        save_checkpoint(path, weights, metrics={"pix_pro": 93.25, "n": 2}, metadata={"model": "adpretrain_dinov2_base", "note": "ä\n\x01"})
+        save_checkpoint(
+            path,
+            weights,
+            metrics={"pix_pro": 93.25, "n": 2},
+            metadata={"model": "adpretrain_dinov2_base", "note": "ä\n\x01"},
+        )
         checkpoint = load_checkpoint(path)
         assert same(dict(sorted(checkpoint.state_dict.items())), dict(sorted(weights.items())))
         assert checkpoint.metrics == {"pix_pro": 93.25, "n": 2.0}
@@ -292,14 +311,26 @@ class TestSaving:
     def test_same_content_same_bytes(self, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
         metadata = {name: name for name in "zyxwvuts"}
         for number in range(3):
-            save_checkpoint(tmp_path / f"{number}.safetensors", weights, metrics={"x": 1.0}, metadata=dict(reversed(metadata.items())))
+            save_checkpoint(
+                tmp_path / f"{number}.safetensors",
+                weights,
+                metrics={"x": 1.0},
+                metadata=dict(reversed(metadata.items())),
+            )
         assert len({sha256(tmp_path / f"{number}.safetensors") for number in range(3)}) == 1
         save_checkpoint(tmp_path / "plain.safetensors", weights)
         assert load_checkpoint(tmp_path / "plain.safetensors").metadata == {}
 
     def test_views_and_shared_tensors(self, tmp_path: Path) -> None:
         base = torch.arange(12.0).reshape(3, 4)
-        tensors = {"base": base, "same": base, "view": base[1:], "turned": base.T, "weight": torch.nn.Parameter(base), "none": base[:0]}
+        tensors = {
+            "base": base,
+            "same": base,
+            "view": base[1:],
+            "turned": base.T,
+            "weight": torch.nn.Parameter(base),
+            "none": base[:0],
+        }
         save_checkpoint(tmp_path / "w.safetensors", tensors)
         loaded = load_checkpoint(tmp_path / "w.safetensors").state_dict
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
@@ -307,7 +338,9 @@ class TestSaving:
     def test_permissions_follow_the_umask(self, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
         (tmp_path / "plain").touch()
         save_checkpoint(tmp_path / "w.safetensors", weights)
-        assert stat.S_IMODE(os.stat(tmp_path / "w.safetensors").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
+        assert stat.S_IMODE(os.stat(tmp_path / "w.safetensors").st_mode) == stat.S_IMODE(
+            os.stat(tmp_path / "plain").st_mode
+        )
 
     def test_what_cannot_be_saved(self, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
         for name in ("w.pth", "w"):
@@ -378,7 +411,9 @@ class TestConvert:
         assert converted.metadata == {"model": "adpretrain_dinov2_base", **facts}
         assert load_checkpoint(destination).metadata == converted.metadata
 
-    def test_again_is_a_no_op_and_other_files_are_not_overwritten(self, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    def test_again_is_a_no_op_and_other_files_are_not_overwritten(
+        self, tmp_path: Path, weights: dict[str, torch.Tensor]
+    ) -> None:
         destination = tmp_path / "out.safetensors"
         convert(GOLDEN, destination)
         before = destination.stat()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import photo, write_photos
+from helpers.models import photo, write_photos
 from PIL import Image
 
 import adfeatures
@@ -70,7 +70,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_info_shows_licences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_licenses(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "adpretrain_imagebind_huge", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["backbone_license"] == "CC-BY-NC-4.0" and facts["training_data_license"] == "CC-BY-NC-SA-4.0"
@@ -89,7 +89,9 @@ def test_score_writes_everything(photos: Path, capsys: pytest.CaptureFixture[str
     assert "4 of 4 images scored" in capsys.readouterr().out
     table = rows(photos)
     assert list(table[0]) == ["file", "score", "threshold", "decision", "error"]
-    assert [row["file"] for row in table] == [str(photos / "new" / f"{i:03d}.png") for i in range(10, 13)] + [str(photos / "good/000.png")]
+    assert [row["file"] for row in table] == [str(photos / "new" / f"{i:03d}.png") for i in range(10, 13)] + [
+        str(photos / "good/000.png")
+    ]
     lines = [json.loads(line) for line in (photos / "out" / "scores.jsonl").read_text().splitlines()]
     for row, line in zip(table, lines, strict=True):
         assert list(line) == list(row)
@@ -195,7 +197,9 @@ def test_sub_folders_are_products_only_when_asked(photos: Path) -> None:
     assert run("score", "--bank", bank, "--output", photos / "out", photos / "new") == 2
     assert run("score", "--bank", bank, "--product", "nut", "--output", photos / "out", photos / "new") == 0
     model = adfeatures.create_model(references=photos / "good" / "nut")
-    assert [float(row["score"]) for row in rows(photos)] == pytest.approx([p.score for p in model.score(photos / "new")], rel=1e-5)
+    assert [float(row["score"]) for row in rows(photos)] == pytest.approx(
+        [p.score for p in model.score(photos / "new")], rel=1e-5
+    )
     assert run("fit", "--references", photos / "new", "--bank", bank, "--products") == 2
 
 
@@ -210,18 +214,22 @@ def test_bit_depth_is_kept_with_the_bank(photos: Path) -> None:
     for folder in ("good16", "new16"):
         (photos / folder).mkdir()
     for seed in range(6):
-        grey = np.asarray(photo(seed).convert("L")).astype(np.uint16) * 16
-        Image.fromarray(grey).save(photos / ("good16" if seed < 4 else "new16") / f"{seed}.png")
+        gray = np.asarray(photo(seed).convert("L")).astype(np.uint16) * 16
+        Image.fromarray(gray).save(photos / ("good16" if seed < 4 else "new16") / f"{seed}.png")
     bank = photos / "b.safetensors"
     assert run("fit", "--references", photos / "good16", "--bank", bank, "--bit-depth", 12) == 0
     assert run("score", "--bank", bank, "--output", photos / "out", photos / "new16") == 0
     model = adfeatures.create_model()
     model.bit_depth = 12
     model.set_references(photos / "good16")
-    assert [float(row["score"]) for row in rows(photos)] == pytest.approx([p.score for p in model.score(photos / "new16")], rel=1e-5)
+    assert [float(row["score"]) for row in rows(photos)] == pytest.approx(
+        [p.score for p in model.score(photos / "new16")], rel=1e-5
+    )
 
 
-def test_an_interrupted_run_keeps_its_rows(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_keeps_its_rows(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     original = adfeatures.FeatureExtractor.score
 
     def interrupted(self: adfeatures.FeatureExtractor, files: list[str], *args: object, **kwargs: object) -> object:
@@ -239,8 +247,14 @@ def test_overlay_names_are_unique_and_stay_below_the_output(tmp_path: Path) -> N
     names = _picture_names(["a/1.png", "a/1.jpg", "b/1.png", "b/c/1.png", str(tmp_path / "x.png")])
     assert len(set(names.values())) == 5
     assert all(name.parts[0] == "overlays" and ".." not in name.parts for name in names.values())
-    assert list(_picture_names(["cam1/1.png", "cam2/1.png"]).values()) == [Path("overlays/cam1/1.png"), Path("overlays/cam2/1.png")]
-    assert list(_picture_names(["x/1.png", "x/1.jpg"]).values()) == [Path("overlays/1.png"), Path("overlays/1.jpg-2.png")]
+    assert list(_picture_names(["cam1/1.png", "cam2/1.png"]).values()) == [
+        Path("overlays/cam1/1.png"),
+        Path("overlays/cam2/1.png"),
+    ]
+    assert list(_picture_names(["x/1.png", "x/1.jpg"]).values()) == [
+        Path("overlays/1.png"),
+        Path("overlays/1.jpg-2.png"),
+    ]
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_values import golden, value
+from helpers.golden_values import golden, value
+from helpers.models import CFG, photo, tiny_extractor, write_photos
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CFG, photo, tiny_extractor, write_photos
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,12 +40,15 @@ def model() -> FeatureExtractor:
 
 def golden_extractor() -> FeatureExtractor:
     state = {
-        key: value(f"dinov2.{key}", tensor.shape, 0.05) + float("norm" in key and key.endswith("weight") or key.endswith("gamma"))
+        key: value(f"dinov2.{key}", tensor.shape, 0.05)
+        + float("norm" in key and key.endswith("weight") or key.endswith("gamma"))
         for key, tensor in create_backbone("dinov2_base", embed_dim=64, depth=4, num_heads=2).state_dict().items()
     }
     backbone = create_backbone("dinov2_base", weights=state, embed_dim=64, depth=4, num_heads=2)
     projector = ResidualProjector(backbone.channels)
-    projector.load_state_dict({k: value(f"e2e.projector.{k}", v.shape, 0.05) for k, v in projector.state_dict().items()})
+    projector.load_state_dict(
+        {k: value(f"e2e.projector.{k}", v.shape, 0.05) for k, v in projector.state_dict().items()}
+    )
     return FeatureExtractor(backbone, projector, name="golden", img_size=(224, 224), pretrained_cfg=CFG)
 
 
@@ -150,7 +153,8 @@ class TestForwardIntermediates:
         assert len(model.forward_intermediates(images(2, 1), attn_mask=None, intermediates_only=True)) == 4
 
     @pytest.mark.parametrize(
-        "argument", [{"norm": True}, {"return_prefix_tokens": True}, {"attn_mask": torch.ones(1)}, {"output_fmt": "NHWC"}]
+        "argument",
+        [{"norm": True}, {"return_prefix_tokens": True}, {"attn_mask": torch.ones(1)}, {"output_fmt": "NHWC"}],
     )
     def test_what_cannot_be_met_is_refused_by_name(self, model: FeatureExtractor, argument: dict[str, object]) -> None:
         with pytest.raises(InputError, match=next(iter(argument))):
@@ -172,7 +176,9 @@ class TestProducts:
         for i, product in enumerate(products):
             for all_images, alone in zip(together, model(x[i : i + 1], product), strict=True):
                 torch.testing.assert_close(all_images[i], alone[0], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(maps.maps[i], model.anomaly_map(x[i : i + 1], product).maps[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                maps.maps[i], model.anomaly_map(x[i : i + 1], product).maps[0], atol=1e-5, rtol=1e-4
+            )
         assert not torch.allclose(model(x, "bolt")[0], model(x, "v1.2 nut")[0])
 
     def test_the_product_must_be_named_and_known(self, model: FeatureExtractor) -> None:
@@ -315,7 +321,13 @@ class TestSavedReferences:
         model.save_references(tmp_path / "bank.safetensors")
         bank = adfeatures.ReferenceBank.load(tmp_path / "bank.safetensors")
         assert bank.num_images == 3 and bank.files == [str(path) for path in paths] and len(bank.sha256s) == 3
-        assert (bank.model, bank.preset, bank.threshold, bank.quantile, bank.bit_depth) == ("tiny", "squash", threshold, 0.9, 12)
+        assert (bank.model, bank.preset, bank.threshold, bank.quantile, bank.bit_depth) == (
+            "tiny",
+            "squash",
+            threshold,
+            0.9,
+            12,
+        )
         fresh = tiny_extractor()
         fresh.load_references(tmp_path / "bank.safetensors")
         assert fresh.threshold() == threshold and fresh.bit_depth == 12
@@ -333,13 +345,17 @@ class TestSavedReferences:
             (lambda: golden_extractor(), "made with tiny, not with golden"),
         ],
     )
-    def test_of_another_model_are_refused(self, model: FeatureExtractor, tmp_path: Path, other: object, says: str) -> None:
+    def test_of_another_model_are_refused(
+        self, model: FeatureExtractor, tmp_path: Path, other: object, says: str
+    ) -> None:
         model.save_references(tmp_path / "bank.safetensors")
         with pytest.raises(ReferencesError, match=says):
             other().load_references(tmp_path / "bank.safetensors")  # type: ignore[operator]
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_serve_the_same_model_in_half_precision(self, model: FeatureExtractor, tmp_path: Path, dtype: torch.dtype) -> None:
+    def test_serve_the_same_model_in_half_precision(
+        self, model: FeatureExtractor, tmp_path: Path, dtype: torch.dtype
+    ) -> None:
         model.save_references(tmp_path / "bank.safetensors")
         half = tiny_extractor().to(dtype)
         half.load_references(tmp_path / "bank.safetensors")
@@ -449,7 +465,9 @@ class TestScores:
         paths = []
         for seed in range(8):
             noise = np.random.RandomState(seed).randint(-3, 4, (60, 80, 3))
-            Image.fromarray((np.asarray(photo(1)) * 0.9 + 5 + noise).clip(0, 255).astype(np.uint8)).save(tmp_path / f"{seed}.png")
+            Image.fromarray((np.asarray(photo(1)) * 0.9 + 5 + noise).clip(0, 255).astype(np.uint8)).save(
+                tmp_path / f"{seed}.png"
+            )
             paths.append(tmp_path / f"{seed}.png")
         photo(99).save(paths[5])
         model = tiny_extractor()
@@ -473,7 +491,7 @@ class TestScores:
         with pytest.raises(InputError, match="anomaly_map"):
             model.score(images(0, 1))
 
-    def test_colours_of_a_bgr_mix_up_would_show(self, model: FeatureExtractor) -> None:
+    def test_colors_of_a_bgr_mix_up_would_show(self, model: FeatureExtractor) -> None:
         picture = photo(4)
         swapped = Image.fromarray(np.asarray(picture)[:, :, ::-1].copy())
         assert model.score(picture)[0].score != model.score(swapped)[0].score

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import HubServer
-from models import photo, write_photos
-from published import as_published
+from helpers.hub_server import HubServer
+from helpers.models import photo, write_photos
+from helpers.published import as_published
 from safetensors.torch import load, save
 
 import adfeatures
@@ -37,9 +37,13 @@ class Published:
         torch.manual_seed(0)
         model = adfeatures.create_model(CLIP, pretrained=False)
         model.projector.load_state_dict({key: value.bfloat16() for key, value in model.projector.state_dict().items()})
-        self.backbone = save({**model.backbone.state_dict(), "norm.weight": torch.ones(768), "head.weight": torch.ones(512, 768)})
+        self.backbone = save(
+            {**model.backbone.state_dict(), "norm.weight": torch.ones(768), "head.weight": torch.ones(512, 768)}
+        )
         self.projector = as_published(model.projector.state_dict())
-        self.safetensors = save({f"projector.{key}": value for key, value in model.projector.state_dict().items()}, {"model": CLIP})
+        self.safetensors = save(
+            {f"projector.{key}": value for key, value in model.projector.state_dict().items()}, {"model": CLIP}
+        )
         self.references, self.x = torch.randn(2, 3, 224, 224), torch.randn(1, 3, 224, 224)
         self.features = self.of(model)
 
@@ -76,7 +80,9 @@ class TestFromTheHub:
         published.is_served_by(model)
         assert model.name == f"{CLIP}.realiad_norm" and not model.training
 
-    def test_timm_and_torch_hub_return_the_same(self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_timm_and_torch_hub_return_the_same(
+        self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         adfeatures.register_with_timm()
         published.is_served_by(timm.create_model(CLIP, pretrained=True, features_only=True))
         published.is_served_by(timm.create_model(f"{CLIP}.realiad_norm", pretrained=True))
@@ -85,7 +91,11 @@ class TestFromTheHub:
         published.is_served_by(torch.hub.load(str(REPOSITORY), CLIP, source="local", weights="realiad_norm"))
 
     def test_own_repository_and_any_file_in_one(self, full_hub: HubServer, published: Published) -> None:
-        for weights in ("hf-hub:owner/repo", "hf-hub:owner/repo@main", f"hf-hub:{REPO}:clip-base/checkpoints_pro_norm.pth"):
+        for weights in (
+            "hf-hub:owner/repo",
+            "hf-hub:owner/repo@main",
+            f"hf-hub:{REPO}:clip-base/checkpoints_pro_norm.pth",
+        ):
             published.is_served_by(adfeatures.create_model(CLIP, weights=weights))
 
     def test_a_missing_tag_lists_what_is_there(self, full_hub: HubServer) -> None:
@@ -100,7 +110,11 @@ class TestFromTheHub:
             adfeatures.create_model(CLIP, backbone_weights="openai")
 
     def test_download_command_makes_it_work_offline(
-        self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        full_hub: HubServer,
+        published: Published,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         from adfeatures.cli import main
 
@@ -132,24 +146,36 @@ class TestFromDisk:
         source = disk / "clip-base" / "checkpoints_pro_norm.pth"
         checkpoint = convert_checkpoint(source, tmp_path / "c.safetensors", f"{CLIP}.realiad_norm")
         assert checkpoint.metrics == {"img_auc": 0.9, "pix_auc": 0.8, "pix_pro": 0.7}
-        model = adfeatures.create_model(CLIP, weights=tmp_path / "c.safetensors", backbone_weights=disk / "backbone.safetensors")
+        model = adfeatures.create_model(
+            CLIP, weights=tmp_path / "c.safetensors", backbone_weights=disk / "backbone.safetensors"
+        )
         published.is_served_by(model)
-        with pytest.raises(CheckpointError, match="checkpoint of adpretrain_clip_base.realiad_norm, not of adpretrain_dinov2_base"):
-            adfeatures.create_model("adpretrain_dinov2_base", weights=tmp_path / "c.safetensors", backbone_weights="random")
+        with pytest.raises(
+            CheckpointError, match="checkpoint of adpretrain_clip_base.realiad_norm, not of adpretrain_dinov2_base"
+        ):
+            adfeatures.create_model(
+                "adpretrain_dinov2_base", weights=tmp_path / "c.safetensors", backbone_weights="random"
+            )
 
     def test_whole_model_in_one_file(self, published: Published, tmp_path: Path) -> None:
         unused = ("norm.", "head.")
-        whole = {f"backbone.{key}": value for key, value in load(published.backbone).items() if not key.startswith(unused)}
+        whole = {
+            f"backbone.{key}": value for key, value in load(published.backbone).items() if not key.startswith(unused)
+        }
         (tmp_path / "model.safetensors").write_bytes(save({**whole, **load(published.safetensors)}))
         published.is_served_by(adfeatures.create_model(CLIP, pretrained=False, weights=f"local-dir:{tmp_path}"))
 
     def test_a_checkpoint_of_another_backbone_is_refused(self, disk: Path) -> None:
         with pytest.raises(CheckpointError, match=r"checkpoints_pro_norm\.pth does not fit.*instead of.*another model"):
             adfeatures.create_model(
-                "adpretrain_dinov2_large", weights=disk / "clip-base" / "checkpoints_pro_norm.pth", backbone_weights="random"
+                "adpretrain_dinov2_large",
+                weights=disk / "clip-base" / "checkpoints_pro_norm.pth",
+                backbone_weights="random",
             )
         with pytest.raises(CheckpointError, match=r"backbone\.safetensors does not fit"):
-            adfeatures.create_model("adpretrain_dinov2_base", pretrained=False, backbone_weights=disk / "backbone.safetensors")
+            adfeatures.create_model(
+                "adpretrain_dinov2_base", pretrained=False, backbone_weights=disk / "backbone.safetensors"
+            )
 
     def test_a_trained_projector_on_a_random_backbone_must_be_meant(self, disk: Path) -> None:
         projector = disk / "clip-base" / "checkpoints_pro_norm.pth"
@@ -197,7 +223,9 @@ class TestNames:
                 cfg = timm.get_pretrained_cfg(f"{entry.timm_name}.{entry.tag}")
                 assert (cfg.hf_hub_id, (cfg.mean, cfg.std)) == (entry.hub_file[0], entry.normalization)
 
-    def test_imagebind_is_never_fetched_and_shows_its_licence(self, hub: HubServer, caplog: pytest.LogCaptureFixture) -> None:
+    def test_imagebind_is_never_fetched_and_shows_its_license(
+        self, hub: HubServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with pytest.raises(InputError, match=r"CC-BY-NC-4\.0.*imagebind_huge\.pth"):
             adfeatures.create_model("adpretrain_imagebind_huge")
         assert not hub.requests
@@ -209,7 +237,12 @@ class TestSizesAndReferences:
         model = adfeatures.create_model(CLIP, pretrained=False, img_size=size)  # type: ignore[arg-type]
         transform = adfeatures.create_transform(model)
         x = transform(photo(1, (300, 100)))[None]
-        assert tuple(x.shape[2:]) == (16 * grid[0], 16 * grid[1]) == model.img_size == model.pretrained_cfg["input_size"][1:]
+        assert (
+            tuple(x.shape[2:])
+            == (16 * grid[0], 16 * grid[1])
+            == model.img_size
+            == model.pretrained_cfg["input_size"][1:]
+        )
         assert tuple(model.backbone_features(x)[0].shape[2:]) == grid
 
     def test_impossible_size_names_the_nearest(self) -> None:
@@ -274,7 +307,10 @@ class Own:
         for parameter in projector.parameters():
             parameter.data = torch.randn_like(parameter) * 0.3
         self.tensors = {f"projector.{key}": value for key, value in projector.state_dict().items()}
-        self.tensors_of_all = {**self.tensors, **{f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}}
+        self.tensors_of_all = {
+            **self.tensors,
+            **{f"backbone.{key}": value for key, value in self.backbone.state_dict().items()},
+        }
         self.facts = {
             "timm_name": self.entry.timm_name,
             "blocks": self.entry.blocks,
@@ -334,14 +370,22 @@ class TestTimmBackbones:
             adfeatures.create_model(weights=path, pretrained=False)
         (tmp_path / "backbone.safetensors").write_bytes(save(own.whole))
         with hub.counting() as requests:
-            own.is_served_by(adfeatures.create_model(weights=path, pretrained=False, backbone_weights=tmp_path / "backbone.safetensors"))
             own.is_served_by(
-                adfeatures.create_model(weights=path, backbone_weights=f"local-dir:{own.write(tmp_path / 'model.safetensors')}")
+                adfeatures.create_model(
+                    weights=path, pretrained=False, backbone_weights=tmp_path / "backbone.safetensors"
+                )
+            )
+            own.is_served_by(
+                adfeatures.create_model(
+                    weights=path, backbone_weights=f"local-dir:{own.write(tmp_path / 'model.safetensors')}"
+                )
             )
         assert not requests
 
     def test_repository_through_timm(self, own: Own, hub: HubServer, tmp_path: Path) -> None:
-        config = json.dumps({"architecture": "adpretrain_timm", "num_classes": 0, "pretrained_cfg": {"num_classes": 0}}).encode()
+        config = json.dumps(
+            {"architecture": "adpretrain_timm", "num_classes": 0, "pretrained_cfg": {"num_classes": 0}}
+        ).encode()
         hub.add("owner/repo", "config.json", config, lfs=False)
         hub.add("owner/repo", "model.safetensors", own.write(tmp_path / "model.safetensors").read_bytes())
         (tmp_path / "config.json").write_bytes(config)
@@ -354,10 +398,22 @@ class TestTimmBackbones:
         _, entry = load_backbone("dinov2_base", weights="random", levels=(1, 2))
         assert (entry.blocks, entry.channels, entry.reductions) == ((1, 2), (768, 768), (14, 14))
         mean, std = entry.normalization
-        facts = {"timm_name": entry.timm_name, "blocks": (1, 2), "channels": (768, 768), "reductions": (14, 14), "mean": mean, "std": std}
+        facts = {
+            "timm_name": entry.timm_name,
+            "blocks": (1, 2),
+            "channels": (768, 768),
+            "reductions": (14, 14),
+            "mean": mean,
+            "std": std,
+        }
         projector = ResidualProjector(entry.channels, num_keys=8)
         tensors = {f"projector.{key}": value for key, value in projector.state_dict().items()}
-        header = {"model": "adpretrain_dinov2_base", "num_heads": "16", "img_size": "[28, 42]", "backbone": json.dumps(facts)}
+        header = {
+            "model": "adpretrain_dinov2_base",
+            "num_heads": "16",
+            "img_size": "[28, 42]",
+            "backbone": json.dumps(facts),
+        }
         save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
         model = adfeatures.create_model(weights=tmp_path / "own.safetensors", backbone_weights="random")
         assert model.levels == (1, 2) and model.img_size == (28, 42)
@@ -491,7 +547,9 @@ def test_hubconf_has_one_entry_per_model() -> None:
     assert entries == set(catalog.MODELS)
 
 
-def test_noncommercial_weights_are_announced(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_noncommercial_weights_are_announced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from adfeatures import loading
 
     monkeypatch.setattr(loading, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())

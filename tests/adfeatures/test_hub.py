@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 
 from adfeatures import hub as hub_module
 from adfeatures.errors import DownloadError, InputError
@@ -27,10 +27,18 @@ class TestLocalSpecifications:
     def test_existing_file_is_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "w.pth").write_bytes(b"x")
-        for spec in ("w.pth", tmp_path / "w.pth", str(tmp_path / "w.pth"), "local-dir:w.pth", f"local-dir:{tmp_path}/w.pth"):
+        for spec in (
+            "w.pth",
+            tmp_path / "w.pth",
+            str(tmp_path / "w.pth"),
+            "local-dir:w.pth",
+            f"local-dir:{tmp_path}/w.pth",
+        ):
             assert resolve(spec).samefile(tmp_path / "w.pth")
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert resolve("~/w.pth").samefile(tmp_path / "w.pth") and resolve("local-dir:~/w.pth").samefile(tmp_path / "w.pth")
+        assert resolve("~/w.pth").samefile(tmp_path / "w.pth") and resolve("local-dir:~/w.pth").samefile(
+            tmp_path / "w.pth"
+        )
 
     def test_path_after_the_colon_is_opaque(self, tmp_path: Path) -> None:
         folder = tmp_path / "a:b@c"
@@ -63,7 +71,16 @@ class TestLocalSpecifications:
                 resolve(spec)
 
     @pytest.mark.parametrize(
-        "spec", ["weights/missing.pth", "missing.safetensors", r"C:\weights\w.pth", "timm/vit_base", "/no/such", "x" * 5000, ""]
+        "spec",
+        [
+            "weights/missing.pth",
+            "missing.safetensors",
+            r"C:\weights\w.pth",
+            "timm/vit_base",
+            "/no/such",
+            "x" * 5000,
+            "",
+        ],
     )
     def test_missing_file_names_both_spellings(self, spec: str) -> None:
         with pytest.raises(DownloadError, match=r"local-dir:(?s:.*)hf-hub:") as caught:
@@ -71,14 +88,16 @@ class TestLocalSpecifications:
         assert ("hf-hub:timm/vit_base" in str(caught.value)) == (spec == "timm/vit_base")
 
     @pytest.mark.parametrize(
-        "spec", ["hf-hub:", "hf-hub:name", "hf-hub:a/b/c", "hf-hub:a/b:", "hf-hub:a/b@", "hf-hub:a/b@:f", "hf-hub:https://x/y"]
+        "spec",
+        ["hf-hub:", "hf-hub:name", "hf-hub:a/b/c", "hf-hub:a/b:", "hf-hub:a/b@", "hf-hub:a/b@:f", "hf-hub:https://x/y"],
     )
     def test_malformed_hub_specification(self, spec: str) -> None:
         with pytest.raises(InputError, match=r"owner/repo\[@revision\]"):
             resolve(spec)
 
     @pytest.mark.parametrize(
-        "spec", ["hf-hub:a/b:../../secret", "hf-hub:a/b@../x:f", "hf-hub:a/b:/etc/passwd", "hf-hub:a/-b", "hf-hub:a/b--c"]
+        "spec",
+        ["hf-hub:a/b:../../secret", "hf-hub:a/b@../x:f", "hf-hub:a/b:/etc/passwd", "hf-hub:a/-b", "hf-hub:a/b--c"],
     )
     def test_names_that_the_hub_cannot_have(self, spec: str) -> None:
         with pytest.raises(InputError):
@@ -134,7 +153,9 @@ class TestDownload:
         with pytest.raises(InputError, match="HF_ENDPOINT"):
             download(REPO, FILE)
 
-    def test_token_goes_to_the_hub_and_not_to_its_storage(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_token_goes_to_the_hub_and_not_to_its_storage(
+        self, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         hub.add(REPO, FILE, CONTENT)
         hub.require_token(REPO, "hf_secret")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -146,14 +167,19 @@ class TestDownload:
         hub.fault(origin="storage", delay=1.0)
         code = f"from adfeatures.hub import download; print(download({REPO!r}, {FILE!r}))"
         root = Path(__file__).parents[2]
-        processes = [subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        processes = [
+            subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
         paths = {process.communicate(timeout=30)[0].strip() for process in processes}
         assert [process.returncode for process in processes] == [0, 0, 0] and len(paths) == 1
         assert Path(paths.pop()).read_bytes() == CONTENT
 
     def test_import_is_cheap(self) -> None:
         code = "import sys, adfeatures.checkpoints; print({'torch', 'huggingface_hub', 'numpy', 'safetensors'} & set(sys.modules))"
-        found = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        )
         assert found.stdout.strip() == "set()"
 
 
@@ -187,7 +213,9 @@ class TestOffline:
         monkeypatch.setenv(variable, "1")
         assert download(REPO, FILE) == path
 
-    def test_offline_mode_of_huggingface_hub(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offline_mode_of_huggingface_hub(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         self.check(refusal(lambda: download(REPO, FILE)), hub, tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -219,7 +247,9 @@ class TestOffline:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         self.check(refusal(lambda: download(REPO, FILE), limit=30), hub, tmp_path)
 
-    def test_cache_copied_from_another_machine(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cache_copied_from_another_machine(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         hub.add(REPO, FILE, CONTENT)
         download(REPO, FILE)
         os.rename(tmp_path / "hf", tmp_path / "stick")
@@ -270,7 +300,11 @@ class TestRefusals:
         hub.add(REPO, FILE, CONTENT)
         hub.require_token(REPO, "hf_secret", gated=gated)
         message = refusal(lambda: download(REPO, FILE))
-        assert names_everything(message, hub, tmp_path / "hf" / "hub") and "hf auth login" in message and "gated" in message
+        assert (
+            names_everything(message, hub, tmp_path / "hf" / "hub")
+            and "hf auth login" in message
+            and "gated" in message
+        )
 
     def test_missing_revision(self, hub: HubServer, tmp_path: Path) -> None:
         hub.add(REPO, FILE, CONTENT)
@@ -300,7 +334,9 @@ class TestRefusals:
 class TestBrokenTransfers:
     def nothing_kept(self, cache: Path) -> bool:
         return not [
-            path for path in cache.rglob("*") if path.is_file() and path.suffix not in (".lock", ".TAG") and "refs" not in path.parts
+            path
+            for path in cache.rglob("*")
+            if path.is_file() and path.suffix not in (".lock", ".TAG") and "refs" not in path.parts
         ]
 
     def test_half_a_file_is_not_kept(self, hub: HubServer, tmp_path: Path) -> None:
@@ -319,7 +355,9 @@ class TestBrokenTransfers:
         hub.fault(method="GET", ignore_range=ignore_range)
         assert download(REPO, FILE).read_bytes() == CONTENT
 
-    def test_server_that_begins_again_for_ever(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_server_that_begins_again_for_ever(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         hub.add(REPO, FILE, bytes(12 << 20))
         hub.fault(method="GET", cut=11 << 20, ignore_range=True)
         monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.4")
@@ -364,7 +402,9 @@ class TestBrokenTransfers:
         monkeypatch.delenv("HF_HUB_OFFLINE")
         assert download(REPO, FILE).read_bytes() == CONTENT
 
-    def test_cache_without_symbolic_links(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cache_without_symbolic_links(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_SYMLINKS", True)
         hub.add(REPO, FILE, CONTENT)
         hub.fault(method="GET", body=bytes(len(CONTENT)))
@@ -410,7 +450,9 @@ class TestUnusableCaches:
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
     @pytest.mark.parametrize("where", ["makedirs", "replace"])
-    def test_full_or_read_only(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str) -> None:
+    def test_full_or_read_only(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+    ) -> None:
         hub.add(REPO, FILE, CONTENT)
 
         def fail(*arguments: object, **options: object) -> None:

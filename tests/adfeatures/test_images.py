@@ -64,20 +64,28 @@ def tiff(strips, size, bits, photometric, *, order="<", planar=1, extra=()):
     return head + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + tail
 
 
-def png_file(width, height, bits, colour, rows, *chunks):
+def png_file(width, height, bits, color, rows, *chunks):
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*c) for c in chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + b"".join(chunk(*c) for c in chunks)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def scaled(values, bit_depth):
     """The stated rule in exact arithmetic. No value lies halfway, since 2**n - 1 is odd."""
-    return np.array([round(Fraction(int(v) * 255, 2**bit_depth - 1)) for v in values.flat], np.uint8).reshape(values.shape)
+    return np.array([round(Fraction(int(v) * 255, 2**bit_depth - 1)) for v in values.flat], np.uint8).reshape(
+        values.shape
+    )
 
 
-def grey(values):
+def gray(values):
     return np.repeat(values[..., None], 3, 2)
 
 
@@ -122,8 +130,8 @@ def test_lossy_files_are_close(write, kind):
 def test_arrays():
     assert (pixels(read_image(NOISE)) == NOISE).all()
     assert (pixels(read_image(NOISE[::2, ::-1])) == NOISE[::2, ::-1]).all()
-    assert (pixels(read_image(NOISE[..., 0])) == grey(NOISE[..., 0])).all()
-    assert (pixels(read_image(NOISE[..., :1])) == grey(NOISE[..., 0])).all()
+    assert (pixels(read_image(NOISE[..., 0])) == gray(NOISE[..., 0])).all()
+    assert (pixels(read_image(NOISE[..., :1])) == gray(NOISE[..., 0])).all()
     assert pixels(read_image(NOISE[:1, :1])).shape == (1, 1, 3)
 
 
@@ -131,7 +139,7 @@ def test_the_result_is_independent_of_the_source():
     array = NOISE[..., 0].copy()
     read = read_image(array)
     array[:] = 0
-    assert (pixels(read) == grey(NOISE[..., 0])).all()
+    assert (pixels(read) == gray(NOISE[..., 0])).all()
     source = PICTURE.copy()
     read_image(source).putpixel((0, 0), tuple(255 - NOISE[0, 0]))
     assert (np.asarray(source) == NOISE).all()
@@ -149,14 +157,16 @@ def test_alpha_is_laid_over_the_background(write):
         assert tuple(read[0, 0]) == BACKGROUND and (read[0, 1] == rgba[0, 1, :3]).all()
 
 
-def test_grey_with_alpha(write):
+def test_gray_with_alpha(write):
     values, alpha = RNG.integers(0, 256, (2, 8, 8), dtype=np.uint8)
     image = Image.merge("LA", [Image.fromarray(values), Image.fromarray(alpha)])
-    expected = grey(values * (alpha / 255) + 255 * (1 - alpha / 255))
+    expected = gray(values * (alpha / 255) + 255 * (1 - alpha / 255))
     assert np.abs(pixels(read_image(image)) - expected).max() <= 1
     assert np.abs(pixels(read_image(write(encoded(image, "PNG")))) - expected).max() <= 1
     premultiplied = pixels(read_image(image.convert("La")))
-    assert np.abs(premultiplied[alpha > 32] - expected[alpha > 32]).max() <= 5  # Division by a small alpha magnifies rounding.
+    assert (
+        np.abs(premultiplied[alpha > 32] - expected[alpha > 32]).max() <= 5
+    )  # Division by a small alpha magnifies rounding.
 
 
 @pytest.mark.parametrize("transparent", [None, 3, bytes([0, 255, 128, 64])])
@@ -165,14 +175,16 @@ def test_palettes(write, transparent):
     palette = np.array([[200, 10, 10], [10, 200, 10], [10, 10, 200], [90, 90, 90]], np.uint8)
     image = Image.fromarray(indices)
     image.putpalette(palette.tobytes())
-    alpha = {None: [255] * 4, 3: [255, 255, 255, 0]}.get(transparent, list(transparent) if isinstance(transparent, bytes) else None)
+    alpha = {None: [255] * 4, 3: [255, 255, 255, 0]}.get(
+        transparent, list(transparent) if isinstance(transparent, bytes) else None
+    )
     weight = np.array(alpha)[indices][..., None] / 255
     options = {} if transparent is None else {"transparency": transparent}
     read = pixels(read_image(write(encoded(image, "PNG", **options))))
     assert np.abs(read - (palette[indices] * weight + 255 * (1 - weight))).max() <= 1
 
 
-def test_a_transparent_colour_is_background(write):
+def test_a_transparent_color_is_background(write):
     array = np.full((4, 4, 3), 7, np.uint8)
     array[1, 2] = (1, 2, 3)
     read = pixels(read_image(write(encoded(Image.fromarray(array), "PNG", transparency=(1, 2, 3)))))
@@ -199,7 +211,7 @@ def test_cmyk(write):
     assert np.abs(pixels(read_image(write(encoded(flat, "JPEG", quality=95)))) - expected).max() <= 4
 
 
-def test_other_colour_modes():
+def test_other_color_modes():
     y, cb, cr = 120, 90, 160
     expected = (y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128))
     assert np.abs(pixels(read_image(Image.new("YCbCr", (2, 2), (y, cb, cr)))) - expected).max() <= 2
@@ -208,7 +220,7 @@ def test_other_colour_modes():
     assert pixels(read_image(Image.new("HSV", (1, 1), (0, 255, 255)))).tolist() == [[[255, 0, 0]]]
 
 
-@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no colour management")
+@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no color management")
 def test_lab():
     assert np.abs(pixels(read_image(Image.new("LAB", (2, 2), (255, 128, 128)))).astype(int) - 255).max() <= 3
     red = pixels(read_image(Image.new("LAB", (2, 2), (136, 208, 195))))[0, 0].astype(int)  # L* 53.2, a* 80, b* 67
@@ -221,7 +233,7 @@ def test_lab():
 @pytest.mark.parametrize("bit_depth", range(9, 17))
 def test_every_16_bit_value_has_its_fixed_place(bit_depth):
     values = np.arange(2**bit_depth, dtype=np.uint16).reshape(-1, 2 ** (bit_depth // 2))
-    expected = grey(scaled(values, bit_depth))
+    expected = gray(scaled(values, bit_depth))
     assert (pixels(read_image(values, bit_depth=bit_depth)) == expected).all()
     assert (pixels(read_image(values.astype(">u2"), bit_depth=bit_depth)) == expected).all()
     assert expected.min() == 0 and expected.max() == 255
@@ -235,7 +247,7 @@ def test_the_scale_does_not_depend_on_the_image():
 
 
 @pytest.mark.parametrize("bit_depth", [10, 12, 16])
-def test_16_bit_grey_files(write, bit_depth):
+def test_16_bit_gray_files(write, bit_depth):
     values = RNG.integers(0, 2**bit_depth, (7, 5)).astype(np.uint16)
     little, big = values.tobytes(), values.astype(">u2").tobytes()
     files = {
@@ -247,18 +259,18 @@ def test_16_bit_grey_files(write, bit_depth):
         "pgm": b"P5 5 7 65535\n" + big,
     }
     for name, data in files.items():
-        assert (pixels(read_image(write(data), bit_depth=bit_depth)) == grey(scaled(values, bit_depth))).all(), name
+        assert (pixels(read_image(write(data), bit_depth=bit_depth)) == gray(scaled(values, bit_depth))).all(), name
     inverted = tiff([(2**bit_depth - 1 - values).astype("<u2").tobytes()], (5, 7), [16], 0)
-    assert (pixels(read_image(write(inverted), bit_depth=bit_depth)) == grey(scaled(values, bit_depth))).all()
+    assert (pixels(read_image(write(inverted), bit_depth=bit_depth)) == gray(scaled(values, bit_depth))).all()
     as_integers = Image.fromarray(values.astype(np.int32))
     assert as_integers.mode == "I"
-    assert (pixels(read_image(as_integers, bit_depth=bit_depth)) == grey(scaled(values, bit_depth))).all()
+    assert (pixels(read_image(as_integers, bit_depth=bit_depth)) == gray(scaled(values, bit_depth))).all()
 
 
 @pytest.mark.parametrize("bit_depth", [9, 12, 16])
 def test_files_that_state_their_own_maximum(write, bit_depth):
     values = RNG.integers(0, 4096, (4, 6)).astype(np.uint16)
-    expected = grey(scaled(values, 12))
+    expected = gray(scaled(values, 12))
     pairs = values.reshape(-1, 2).astype(int)
     packed = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in pairs.tolist())
     plain = "P2 6 4 4095\n" + " ".join(map(str, values.flat))
@@ -267,14 +279,14 @@ def test_files_that_state_their_own_maximum(write, bit_depth):
         assert np.abs(read - expected).max() <= 1  # Pillow rounds to 16 bits in between.
 
 
-def test_transparent_grey_of_16_bits(write):
+def test_transparent_gray_of_16_bits(write):
     values = np.array([[0, 513], [514, 65535]], np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     png = png_file(2, 2, 16, 0, rows, (b"tRNS", struct.pack(">H", 513)))
     assert pixels(read_image(write(png)))[..., 0].tolist() == [[0, 255], [2, 255]]
 
 
-def deep_colour_files():
+def deep_color_files():
     values = RNG.integers(0, 65536, (4, 4, 3)).astype(np.uint16)
     rgba = np.concatenate([values, np.full((4, 4, 1), 65535, np.uint16)], 2)
     ppm = b"P6 4 4 65535\n" + values.astype(">u2").tobytes()
@@ -289,8 +301,8 @@ def deep_colour_files():
     return values, files
 
 
-def test_16_bit_colour_is_read_at_full_scale_only(write):
-    values, files = deep_colour_files()
+def test_16_bit_color_is_read_at_full_scale_only(write):
+    values, files = deep_color_files()
     for name, data in files.items():
         read = pixels(read_image(write(data))).astype(float)
         assert np.abs(read - values / 65535 * 255).max() <= 1, name
@@ -300,7 +312,7 @@ def test_16_bit_colour_is_read_at_full_scale_only(write):
             read_image(opened, bit_depth=12)
 
 
-def test_16_bit_colour_with_a_transparent_colour_is_refused(write):
+def test_16_bit_color_with_a_transparent_color_is_refused(write):
     rows = b"".join(b"\0" + bytes(6) for _ in range(2))
     assert pixels(read_image(write(png_file(1, 2, 16, 2, rows)))).max() == 0
     with pytest.raises(ImageError, match="transparent"):
@@ -327,10 +339,10 @@ def test_values_above_the_bit_depth_are_refused(write):
             read_image(Image.fromarray(np.array([[0, value]], np.int32)))
 
 
-def test_16_bit_colour_arrays_are_scaled_exactly():
+def test_16_bit_color_arrays_are_scaled_exactly():
     values = RNG.integers(0, 4096, (5, 4, 3)).astype(np.uint16)
     assert (pixels(read_image(values, bit_depth=12)) == scaled(values, 12)).all()
-    assert (pixels(read_image(values[..., :1], bit_depth=12)) == grey(scaled(values[..., 0], 12))).all()
+    assert (pixels(read_image(values[..., :1], bit_depth=12)) == gray(scaled(values[..., 0], 12))).all()
 
 
 @pytest.mark.parametrize("bit_depth", [0, 8, 17, -1, 12.5, None, "12"])
@@ -363,11 +375,17 @@ def test_exif_orientation(write, kind, orientation):
     if (kind, orientation) == ("TIFF lzw", 9):
         pytest.skip("libtiff does not write it")
     if kind == "16-bit PNG":
-        image, stored = Image.fromarray(stored[..., 0].astype(np.uint16) * 257), grey(stored[..., 0])
-    options = {"TIFF lzw": {"compression": "tiff_lzw"}, "WEBP": {"lossless": True}, "JPEG": {"quality": 98, "subsampling": 0}}
+        image, stored = Image.fromarray(stored[..., 0].astype(np.uint16) * 257), gray(stored[..., 0])
+    options = {
+        "TIFF lzw": {"compression": "tiff_lzw"},
+        "WEBP": {"lossless": True},
+        "JPEG": {"quality": 98, "subsampling": 0},
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = write(encoded(image, kind.split()[-1] if "PNG" in kind else kind.split()[0], exif=exif, **options.get(kind, {})))
+    path = write(
+        encoded(image, kind.split()[-1] if "PNG" in kind else kind.split()[0], exif=exif, **options.get(kind, {}))
+    )
     expected = UPRIGHT[orientation](stored).astype(int)
     read = read_image(path)
     assert read.size == expected.shape[1::-1]
@@ -378,7 +396,9 @@ def test_exif_orientation(write, kind, orientation):
         assert (pixels(read_image(opened)) == pixels(read)).all()
 
 
-@pytest.mark.parametrize("blob", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0"])
+@pytest.mark.parametrize(
+    "blob", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0"]
+)
 def test_damaged_exif_leaves_the_picture_as_it_is(write, blob):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -387,7 +407,7 @@ def test_damaged_exif_leaves_the_picture_as_it_is(write, blob):
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
 def test_the_first_of_several_frames(write, kind):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime")]
     path = write(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert np.abs(pixels(read_image(path)).astype(int) - (255, 0, 0)).max() <= 3
 
@@ -485,29 +505,32 @@ def test_no_file_is_left_open(write):
 
 
 def real_files():
-    colour, values = Image.fromarray(np.kron(NOISE, np.ones((2, 2, 1), np.uint8))), Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257)
-    indexed = colour.quantize(16)
+    color, values = (
+        Image.fromarray(np.kron(NOISE, np.ones((2, 2, 1), np.uint8))),
+        Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257),
+    )
+    indexed = color.quantize(16)
     exif = Image.Exif()
     exif[0x0112] = 6
     return {
-        "png": encoded(colour, "PNG", exif=exif),
+        "png": encoded(color, "PNG", exif=exif),
         "png palette": encoded(indexed, "PNG", transparency=3),
-        "png alpha": encoded(colour.convert("RGBA"), "PNG"),
+        "png alpha": encoded(color.convert("RGBA"), "PNG"),
         "png 16": encoded(values, "PNG"),
-        "jpeg": encoded(colour, "JPEG", exif=exif),
-        "jpeg progressive": encoded(colour, "JPEG", progressive=True),
-        "jpeg cmyk": encoded(colour.convert("CMYK"), "JPEG"),
-        "tiff": encoded(colour, "TIFF", exif=exif),
+        "jpeg": encoded(color, "JPEG", exif=exif),
+        "jpeg progressive": encoded(color, "JPEG", progressive=True),
+        "jpeg cmyk": encoded(color.convert("CMYK"), "JPEG"),
+        "tiff": encoded(color, "TIFF", exif=exif),
         "tiff 16": encoded(values, "TIFF"),
-        "tiff lzw": encoded(colour, "TIFF", compression="tiff_lzw"),
+        "tiff lzw": encoded(color, "TIFF", compression="tiff_lzw"),
         "tiff deflate": encoded(values, "TIFF", compression="tiff_adobe_deflate"),
-        "bmp": encoded(colour, "BMP"),
+        "bmp": encoded(color, "BMP"),
         "bmp palette": encoded(indexed, "BMP"),
-        "webp": encoded(colour, "WEBP", exif=exif),
-        "webp lossless": encoded(colour.convert("RGBA"), "WEBP", lossless=True),
+        "webp": encoded(color, "WEBP", exif=exif),
+        "webp lossless": encoded(color.convert("RGBA"), "WEBP", lossless=True),
         "gif": encoded(indexed, "GIF"),
         "gif animated": encoded(indexed, "GIF", save_all=True, append_images=[indexed.rotate(90)]),
-        "ppm": encoded(colour, "PPM"),
+        "ppm": encoded(color, "PPM"),
         "pgm": b"P5 13 9 4095\n" + (NOISE[..., 0].astype(">u2")).tobytes(),
     }
 
@@ -538,7 +561,18 @@ def test_a_file_cut_anywhere_is_refused_or_whole(scratch, name):
 
 RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 MAGIC = st.sampled_from(
-    [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF0000WEBP", b"P6 ", b"P2 2 2 "]
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"BM",
+        b"GIF89a",
+        b"II*\0",
+        b"MM\0*",
+        b"RIFF0000WEBP",
+        b"P6 ",
+        b"P2 2 2 ",
+    ]
 )
 
 
@@ -573,7 +607,17 @@ def test_every_mode_of_pillow_keeps_its_size(mode, width, height):
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("b.PNG", "a.jpg", "c.tiff", ".hidden.png", "notes.txt", "sub/z.bmp", "sub/.x.png", ".cache/y.png", "sub/deep/w.webp"):
+    for name in (
+        "b.PNG",
+        "a.jpg",
+        "c.tiff",
+        ".hidden.png",
+        "notes.txt",
+        "sub/z.bmp",
+        "sub/.x.png",
+        ".cache/y.png",
+        "sub/deep/w.webp",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -615,7 +659,7 @@ def test_folders_without_images(tmp_path):
 # --- transforms
 
 
-def normalised(image):
+def normalized(image):
     values = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
     return (values - np.array(MEAN, np.float32)[:, None, None]) / np.array(STD, np.float32)[:, None, None]
 
@@ -624,9 +668,9 @@ def test_squash_is_the_plain_bicubic_resize():
     image = Image.fromarray(RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8))
     tensor = build_transform((28, 42), MEAN, STD)(image)
     assert tensor.dtype == torch.float32 and tensor.shape == (3, 28, 42)
-    np.testing.assert_allclose(tensor, normalised(image.resize((42, 28), Image.Resampling.BICUBIC)), atol=1e-6)
+    np.testing.assert_allclose(tensor, normalized(image.resize((42, 28), Image.Resampling.BICUBIC)), atol=1e-6)
     same = build_transform((61, 97), MEAN, STD)(image)
-    np.testing.assert_allclose(same, normalised(image), atol=1e-6)
+    np.testing.assert_allclose(same, normalized(image), atol=1e-6)
 
 
 @settings(RELAXED, max_examples=25)
@@ -643,7 +687,7 @@ def test_crop_presets(preset, width, height):
     resized = image.resize((sides[width], sides[height]), Image.Resampling.BICUBIC)
     left, top = int(round((resized.width - 224) / 2.0)), int(round((resized.height - 224) / 2.0))
     tensor = build_transform((224, 224), MEAN, STD, preset=preset)(image)
-    np.testing.assert_allclose(tensor, normalised(resized.crop((left, top, left + 224, top + 224))), atol=1e-6)
+    np.testing.assert_allclose(tensor, normalized(resized.crop((left, top, left + 224, top + 224))), atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", PRESETS[1:])
@@ -663,7 +707,7 @@ def test_transforms_take_any_mode_and_travel(preset):
     assert pickle.loads(pickle.dumps(transform)) == transform and preset in repr(transform) and "224" in repr(transform)
     rgba = Image.new("RGBA", (30, 40), (10, 20, 30, 0))
     white = Image.new("RGB", (224, 224), BACKGROUND)
-    np.testing.assert_allclose(transform(rgba), normalised(white), atol=1e-6)
+    np.testing.assert_allclose(transform(rgba), normalized(white), atol=1e-6)
 
 
 def test_extreme_aspect_ratios():
@@ -681,34 +725,34 @@ def test_bad_transforms():
             build_transform(size, MEAN, STD)
 
 
-# --- colours
+# --- colors
 
 
-def lightness(colours):
-    """CIE L* of sRGB colours."""
-    linear = np.where(colours / 255 <= 0.04045, colours / 255 / 12.92, ((colours / 255 + 0.055) / 1.055) ** 2.4)
+def lightness(colors):
+    """CIE L* of sRGB colors."""
+    linear = np.where(colors / 255 <= 0.04045, colors / 255 / 12.92, ((colors / 255 + 0.055) / 1.055) ** 2.4)
     return 116 * np.cbrt(linear @ (0.2126, 0.7152, 0.0722)) - 16
 
 
-def test_colours_rise_evenly_to_red():
-    colours = colorize(np.linspace(0, 1, 256)[None], (0, 1))[0].astype(int)
-    assert colours.shape == (256, 3) and len(np.unique(colours, axis=0)) > 200
-    assert (np.diff(colours[:, 0]) >= 0).all()
-    steps = np.diff(lightness(colours)[::15])
+def test_colors_rise_evenly_to_red():
+    colors = colorize(np.linspace(0, 1, 256)[None], (0, 1))[0].astype(int)
+    assert colors.shape == (256, 3) and len(np.unique(colors, axis=0)) > 200
+    assert (np.diff(colors[:, 0]) >= 0).all()
+    steps = np.diff(lightness(colors)[::15])
     assert (steps > 0).all() and steps.max() < 3 * steps.min()
-    low, high = colours[0], colours[-1]
+    low, high = colors[0], colors[-1]
     assert high[0] > 240 and high[1:].max() < 40
     assert low.argmax() == 2 and low.max() < 100
 
 
 def test_the_scale_is_fixed_and_clips():
     values = np.array([[-5.0, 0.0, 1.0, 2.0, 9.0, np.inf, -np.inf]])
-    colours = colorize(values, (0, 2))
-    assert colours.dtype == np.uint8 and colours.shape == (1, 7, 3)
-    assert (colours[0, 0] == colours[0, 1]).all() and (colours[0, 6] == colours[0, 1]).all()
-    assert (colours[0, 4] == colours[0, 3]).all() and (colours[0, 5] == colours[0, 3]).all()
-    assert (colorize(values[:, 2:3], (0, 2))[0, 0] == colours[0, 2]).all()
-    assert (colorize(torch.from_numpy(values), (0, 2)) == colours).all()
+    colors = colorize(values, (0, 2))
+    assert colors.dtype == np.uint8 and colors.shape == (1, 7, 3)
+    assert (colors[0, 0] == colors[0, 1]).all() and (colors[0, 6] == colors[0, 1]).all()
+    assert (colors[0, 4] == colors[0, 3]).all() and (colors[0, 5] == colors[0, 3]).all()
+    assert (colorize(values[:, 2:3], (0, 2))[0, 0] == colors[0, 2]).all()
+    assert (colorize(torch.from_numpy(values), (0, 2)) == colors).all()
 
 
 @pytest.mark.parametrize("scale", [(1, 1), (2, 1), (0, float("nan")), (float("-inf"), 1)])
@@ -753,7 +797,9 @@ def test_overlays_leave_normal_regions_and_cover_nothing(size, caption):
 
 def test_a_long_caption_is_wrapped_not_cut():
     short = overlay(np.zeros((64, 64), np.uint8), np.zeros((64, 64)), scale=(0, 1), caption="x")
-    long = overlay(np.zeros((64, 64), np.uint8), np.zeros((64, 64)), scale=(0, 1), caption="many words in one caption " * 5)
+    long = overlay(
+        np.zeros((64, 64), np.uint8), np.zeros((64, 64)), scale=(0, 1), caption="many words in one caption " * 5
+    )
     assert long.width == short.width and long.height > short.height + 40
 
 
@@ -796,18 +842,18 @@ def test_no_contour_where_nothing_crosses():
         assert overlay(image, values, scale=(0, 1), threshold=threshold).crop((0, 0, 64, 64)) == plain
 
 
-def test_the_legend_shows_the_colours_and_the_tick():
+def test_the_legend_shows_the_colors_and_the_tick():
     image, values = np.full((320, 320), 90, np.uint8), np.zeros((320, 320))
     plain, ticked = (np.asarray(overlay(image, values, scale=(0, 1), threshold=t)).astype(int) for t in (None, 0.25))
     column = plain[:, 320:].reshape(320, -1, 3)
     x = 320 + int(np.argmax((np.abs(column - (255, 24, 24)).sum(2) < 20).any(0))) + 2
     bar = plain[:, x]
-    coloured = np.flatnonzero((bar != 255).any(1))
-    assert bar[coloured[0], 0] > 240 and bar[coloured[-1], 0] < 30 and len(coloured) > 250
-    tick = np.flatnonzero((ticked[coloured[0] : coloured[-1] + 1, x] == 255).all(1)) / len(coloured)
+    colored = np.flatnonzero((bar != 255).any(1))
+    assert bar[colored[0], 0] > 240 and bar[colored[-1], 0] < 30 and len(colored) > 250
+    tick = np.flatnonzero((ticked[colored[0] : colored[-1] + 1, x] == 255).all(1)) / len(colored)
     assert len(tick) and np.abs(tick - 0.75).max() < 0.02
     beyond = np.asarray(overlay(image, values, scale=(0, 1), threshold=7.0))
-    assert beyond.shape[0] == 320 and (beyond[coloured[0], x] == 255).all()
+    assert beyond.shape[0] == 320 and (beyond[colored[0], x] == 255).all()
 
 
 def test_bad_overlays():
@@ -824,14 +870,14 @@ def test_bad_overlays():
 
 
 def test_contact_sheet_places_tiles_with_equal_margins():
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90), (0, 90, 90)]
-    sheet = pixels(contact_sheet([Image.new("RGB", (60, 30), colour) for colour in colours], columns=3, tile_width=240))
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90), (0, 90, 90)]
+    sheet = pixels(contact_sheet([Image.new("RGB", (60, 30), color) for color in colors], columns=3, tile_width=240))
     margin = 10
     assert sheet.shape == (3 * margin + 2 * 120, 4 * margin + 3 * 240, 3)
     expected = np.full_like(sheet, 255)
-    for i, colour in enumerate(colours):
+    for i, color in enumerate(colors):
         y, x = margin + i // 3 * (120 + margin), margin + i % 3 * (240 + margin)
-        expected[y : y + 120, x : x + 240] = colour
+        expected[y : y + 120, x : x + 240] = color
     assert (sheet == expected).all()
 
 

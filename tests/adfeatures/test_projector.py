@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_values import FOLDER, assert_near, fill, golden, shapes, value
+from helpers.golden_values import FOLDER, assert_near, fill, golden, shapes, value
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -42,10 +42,16 @@ def golden_inputs() -> list[Tensor]:
 
 def published(state: dict[str, Tensor], x: Tensor, level: int, heads: int) -> Tensor:
     """Method section 2, image by image, keys and values computed for each, attention weights and all."""
-    own = {key.removeprefix(f"l{level}_proj."): tensor for key, tensor in state.items() if key.startswith(f"l{level}_proj.")}
+    own = {
+        key.removeprefix(f"l{level}_proj."): tensor
+        for key, tensor in state.items()
+        if key.startswith(f"l{level}_proj.")
+    }
     layer = {key.removeprefix("layers.0."): tensor for key, tensor in own.items()}
     attention = nn.MultiheadAttention(x.shape[1], heads, batch_first=True)
-    attention_state = {key.removeprefix("cross_attn."): tensor for key, tensor in layer.items() if key.startswith("cross_attn.")}
+    attention_state = {
+        key.removeprefix("cross_attn."): tensor for key, tensor in layer.items() if key.startswith("cross_attn.")
+    }
 
     def linear(t: Tensor, name: str) -> Tensor:
         return F.linear(t, layer[f"mlp.{name}.weight"], layer[f"mlp.{name}.bias"])
@@ -53,7 +59,9 @@ def published(state: dict[str, Tensor], x: Tensor, level: int, heads: int) -> Te
     images = []
     for image in x:
         tokens = image.flatten(1).T[None]
-        ref = F.conv1d(own["x_ref"].transpose(1, 2), own["ref_proj.project.weight"], own["ref_proj.project.bias"]).transpose(1, 2)
+        ref = F.conv1d(
+            own["x_ref"].transpose(1, 2), own["ref_proj.project.weight"], own["ref_proj.project.bias"]
+        ).transpose(1, 2)
         y = tokens - functional_call(attention, attention_state, (tokens, ref, ref), strict=True)[0]
         hidden = linear(y, "fc1")
         gate = torch.sigmoid(linear(F.relu(linear(hidden.mean(dim=1, keepdim=True), "se.fc1")), "se.fc2"))
@@ -66,7 +74,8 @@ def expected(model: ResidualProjector, x: list[Tensor]) -> list[Tensor]:
     state = model.state_dict()
     with torch.no_grad():
         return [
-            published(state, level, number, heads) for number, (level, heads) in enumerate(zip(x, model.num_heads, strict=True), start=1)
+            published(state, level, number, heads)
+            for number, (level, heads) in enumerate(zip(x, model.num_heads, strict=True), start=1)
         ]
 
 
@@ -132,7 +141,10 @@ def test_gradients_of_the_published_form() -> None:
     model = projector()
     inputs, others = ([level.requires_grad_() for level in residuals()] for _ in range(2))
     state = {key: parameter.detach().clone().requires_grad_() for key, parameter in model.named_parameters()}
-    forms = (published(state, level, i, heads) for i, (level, heads) in enumerate(zip(others, model.num_heads, strict=True), start=1))
+    forms = (
+        published(state, level, i, heads)
+        for i, (level, heads) in enumerate(zip(others, model.num_heads, strict=True), start=1)
+    )
     for maps in (model(inputs), forms):
         torch.stack([level.square().mean() for level in maps]).sum().backward()
     assert_near([level.grad for level in inputs], [level.grad for level in others])
@@ -142,7 +154,9 @@ def test_gradients_of_the_published_form() -> None:
 
 def test_images_do_not_depend_on_their_batch() -> None:
     model, x = projector().requires_grad_(False), residuals(batch=4)
-    alone = [torch.cat(level) for level in zip(*(model([level[i : i + 1] for level in x]) for i in range(4)), strict=True)]
+    alone = [
+        torch.cat(level) for level in zip(*(model([level[i : i + 1] for level in x]) for i in range(4)), strict=True)
+    ]
     assert_near(model(x), alone)
 
 
@@ -165,23 +179,26 @@ def test_full_size(channels: int, millions: float) -> None:
     assert model.num_heads == (16,) * 4
 
 
-@pytest.mark.parametrize("key", ["l1_proj.x_ref", "l2_proj.layers.0.mlp.se.fc2.bias", "l3_proj.ref_proj.project.weight"])
+@pytest.mark.parametrize(
+    "key", ["l1_proj.x_ref", "l2_proj.layers.0.mlp.se.fc2.bias", "l3_proj.ref_proj.project.weight"]
+)
 def test_loads_strictly(key: str) -> None:
     state = projector().state_dict()
-    for spoilt in (
+    for spoiled in (
         {other: tensor for other, tensor in state.items() if other != key},
         {**state, f"{key}.more": state[key]},
         {**state, key: torch.zeros(3)},
         {**state, key: torch.full_like(state[key], torch.nan)},
     ):
         with pytest.raises(CheckpointError, match=rf"some\.pth does not fit.*{key}"):
-            load_strictly(projector(), spoilt, "some.pth")
+            load_strictly(projector(), spoiled, "some.pth")
     with pytest.raises(CheckpointError, match="unexpected l3_proj"):
         load_strictly(projector(CHANNELS[:2]), state, "some.pth")
 
 
 @pytest.mark.parametrize(
-    ("channels", "heads"), [(32, 16), (40, 10), (48, 16), (112, 16), (80, 16), (34, 2), (7, 7), (12, 12), (1, 1), (17, 1)]
+    ("channels", "heads"),
+    [(32, 16), (40, 10), (48, 16), (112, 16), (80, 16), (34, 2), (7, 7), (12, 12), (1, 1), (17, 1)],
 )
 def test_heads(channels: int, heads: int) -> None:
     model, x = projector((channels,)), [value("heads", (1, channels, 2, 2))]
@@ -192,7 +209,10 @@ def test_heads(channels: int, heads: int) -> None:
 @pytest.mark.parametrize(("channels", "width"), [(16, 8), (20, 8), (40, 16), (48, 16), (72, 24), (80, 24), (112, 32)])
 def test_squeeze_width(channels: int, width: int) -> None:
     """A quarter of the channels as the nearest multiple of 8, at least 8, and the next one where that is less than nine tenths."""
-    assert ResidualProjector([channels], num_keys=1).state_dict()["l1_proj.layers.0.mlp.se.fc1.weight"].shape == (width, 4 * channels)
+    assert ResidualProjector([channels], num_keys=1).state_dict()["l1_proj.layers.0.mlp.se.fc1.weight"].shape == (
+        width,
+        4 * channels,
+    )
 
 
 def test_heads_can_be_given() -> None:
@@ -393,7 +413,9 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("look", ["before forward", "before backward", "before step"])
-def test_frozen_form_follows_an_optimiser(optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], look: str) -> None:
+def test_frozen_form_follows_an_optimizer(
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], look: str
+) -> None:
     """Wherever the frozen form was last used before a step: validation after it sees the new weights."""
     model, x = projector(), residuals()
     steps = optimizer(list(model.parameters()))
@@ -440,7 +462,9 @@ def test_inference_mode_then_gradients() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("trainable", [True, False])
 def test_copies_go_their_own_way(duplicate: Callable[[ResidualProjector], ResidualProjector], trainable: bool) -> None:
     model, x = projector().requires_grad_(trainable), residuals()

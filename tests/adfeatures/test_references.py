@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_values import assert_near, golden, value
+from helpers.golden_values import assert_near, golden, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -30,7 +30,9 @@ from adfeatures.references import ReferenceBank, load_banks, save_banks, weights
 def maps(
     name: str, count: int = 4, channels: tuple[int, ...] = (6, 5), grids: tuple[tuple[int, int], ...] = ((3, 4), (2, 3))
 ) -> list[Tensor]:
-    return [value(f"{name}.{level}", (count, c, *grid)) for level, (c, grid) in enumerate(zip(channels, grids, strict=True))]
+    return [
+        value(f"{name}.{level}", (count, c, *grid)) for level, (c, grid) in enumerate(zip(channels, grids, strict=True))
+    ]
 
 
 def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:
@@ -89,13 +91,19 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
         return queries, references, None, [None] * batch, chunks
     excluded = draw(st.one_of(st.none(), indices, st.lists(indices, min_size=batch, max_size=batch)))
     per_image: list[int | None] = list(excluded) if isinstance(excluded, list) else [excluded] * batch
-    form = draw(st.sampled_from([list, tuple, torch.tensor, np.array])) if isinstance(excluded, list) else lambda unchanged: unchanged
+    form = (
+        draw(st.sampled_from([list, tuple, torch.tensor, np.array]))
+        if isinstance(excluded, list)
+        else lambda unchanged: unchanged
+    )
     return queries, references, form(excluded), per_image, chunks
 
 
 @settings(max_examples=200)
 @given(cases())
-def test_matching_is_brute_force(case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]) -> None:
+def test_matching_is_brute_force(
+    case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]],
+) -> None:
     queries, kept, exclude, barred, chunks = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(references, "QUERIES_PER_CHUNK", chunks[0])
@@ -148,7 +156,10 @@ def test_queries_of_another_grid_and_no_queries() -> None:
     queries = maps("queries", count=2, grids=((5, 2), (1, 7)))
     for query, level, match in zip(queries, maps("references"), bank.match(queries), strict=True):
         brute_force(query, level, [None, None], match)
-    assert [tuple(level.shape) for level in bank.match([level[:0] for level in queries])] == [(0, 6, 5, 2), (0, 5, 1, 7)]
+    assert [tuple(level.shape) for level in bank.match([level[:0] for level in queries])] == [
+        (0, 6, 5, 2),
+        (0, 5, 1, 7),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -183,7 +194,9 @@ class _Largest(TorchDispatchMode):
 
     bytes = 0
 
-    def __torch_dispatch__(self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not func._schema.returns[0].alias_info:  # type: ignore[attr-defined]
             self.bytes = max(self.bytes, result.nbytes)
@@ -198,7 +211,8 @@ def test_nothing_as_large_as_the_bank_is_made(exclude: int | None, monkeypatch: 
     query = value("memory.query", (1, 8, 8, 8)).half()
     with _Largest() as largest:
         bank.match([query], exclude)
-    # The largest pieces are one block of similarities, one of the bank, and whatever has the size of the queries or of the bank's index.
+    # The largest pieces are one block of similarities, one of the bank, and whatever has the size of the queries or of
+    # the bank's index.
     assert largest.bytes <= max(16 * 32 * 4, 32 * 8 * 4, query.nbytes * 4, bank.images[0].numel())
 
 
@@ -273,11 +287,17 @@ def test_leave_one_out_finds_twins() -> None:
     assert [[bool(image.any()) for image in level] for level in found] == [[True, False, True, True, False]] * 2
 
 
-@pytest.mark.parametrize(("count", "taken"), [(4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 4, 5]), (21, [0, 5, 10, 15, 20])])
-def test_leave_one_out_of_many_takes_some_of_them(count: int, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("count", "taken"), [(4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 4, 5]), (21, [0, 5, 10, 15, 20])]
+)
+def test_leave_one_out_of_many_takes_some_of_them(
+    count: int, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(references, "LEAVE_ONE_OUT_IMAGES", 5)
     bank = ReferenceBank.from_features(maps("references", count=count))
-    found, expected = ([torch.cat(level) for level in zip(*bank.leave_one_out(images), strict=True)] for images in (None, taken))
+    found, expected = (
+        [torch.cat(level) for level in zip(*bank.leave_one_out(images), strict=True)] for images in (None, taken)
+    )
     assert_near(found, expected, 0)
 
 
@@ -358,7 +378,11 @@ def test_extended() -> None:
     whole = ReferenceBank.from_features([torch.cat(pair) for pair in zip(features, more, strict=True)])
     assert_near(both.rows, whole.rows, 0)
     assert_near(both.images, whole.images, 0)
-    assert (both.num_images, both.files, both.sha256s) == (7, FACTS["files"] + ["x", "y", "z"], FACTS["sha256s"] + ["7", "8", "9"])
+    assert (both.num_images, both.files, both.sha256s) == (
+        7,
+        FACTS["files"] + ["x", "y", "z"],
+        FACTS["sha256s"] + ["7", "8", "9"],
+    )
     assert (both.model, both.img_size, both.preset, both.bit_depth) == (first.model, first.img_size, "squash", 12)
     assert (both.threshold, both.quantile, both.normal_scores, both.scales) == (None, None, [], None)
     queries = [level[:4] for level in more]
@@ -382,7 +406,7 @@ def test_extended_refuses_what_does_not_belong_together() -> None:
 
 
 def greedy(units: Tensor, first: int, count: int) -> list[int]:
-    """The k-centre search of Sener and Savarese, one distance at a time."""
+    """The k-center search of Sener and Savarese, one distance at a time."""
     chosen = [first]
     while len(chosen) < count:
         distances = [min(1 - float(unit @ units[other]) for other in chosen) for unit in units]
@@ -409,7 +433,9 @@ def single_patches(rows: Tensor) -> ReferenceBank:
     twins=st.booleans(),
     start=st.integers(0, 2**31),
 )
-def test_coreset_is_the_greedy_one(seed: int, count: int, channels: int, fraction: float, twins: bool, start: int) -> None:
+def test_coreset_is_the_greedy_one(
+    seed: int, count: int, channels: int, fraction: float, twins: bool, start: int
+) -> None:
     rows = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
     if twins:
         rows[count // 2 :] = rows[: count - count // 2] * 2
@@ -451,7 +477,13 @@ def test_coreset_keeps_facts_and_drops_what_no_longer_holds() -> None:
     assert [len(rows) for rows in small.rows] == [12, 6]
     for name in ("files", "sha256s", "model", "fingerprint", "img_size", "preset", "bit_depth", "num_images", "grids"):
         assert getattr(small, name) == getattr(bank, name)
-    assert (small.threshold, small.quantile, small.normal_scores, small.scales, small.complete) == (None, None, [], None, False)
+    assert (small.threshold, small.quantile, small.normal_scores, small.scales, small.complete) == (
+        None,
+        None,
+        [],
+        None,
+        False,
+    )
     for rows, images, whole, owners in zip(small.rows, small.images, bank.rows, bank.images, strict=True):
         for row, image in zip(rows, images, strict=True):
             assert (whole[owners == image] == row).all(dim=1).any()
@@ -521,7 +553,11 @@ def test_bare_bank_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_banks_of_several_products(tmp_path: Path) -> None:
     path = tmp_path / "banks.safetensors"
-    banks = {"screw": full_bank(), "Flügel 0.1": ReferenceBank.from_features(maps("more", count=2)), "": full_bank(threshold=None)}
+    banks = {
+        "screw": full_bank(),
+        "Flügel 0.1": ReferenceBank.from_features(maps("more", count=2)),
+        "": full_bank(threshold=None),
+    }
     save_banks(path, banks)
     loaded = load_banks(path)
     assert list(loaded) == list(banks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_values import assert_near, fill, golden, shapes, value
+from helpers.golden_values import assert_near, fill, golden, shapes, value
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
@@ -28,7 +28,9 @@ def features(count: int = 2) -> list[Tensor]:
 
 def test_golden_feature_norm() -> None:
     expected = golden("feature_norm")
-    maps = scoring.feature_norm_map([value(f"scoring.features.{level}", (3, 32, 16, 16), 0.3) for level in range(4)], (224, 224))
+    maps = scoring.feature_norm_map(
+        [value(f"scoring.features.{level}", (3, 32, 16, 16), 0.3) for level in range(4)], (224, 224)
+    )
     assert_near(maps, expected["score_map"])
     assert_near(maps.amax(dim=(1, 2)), expected["image_score"])
 
@@ -39,7 +41,9 @@ def test_golden_end_to_end() -> None:
     weights = fill(shapes("backbone_dinov2"), "dinov2.")
     backbone = create_backbone("dinov2_base", weights=weights, embed_dim=64, depth=4, num_heads=2)
     projector = ResidualProjector([64] * 4)
-    projector.load_state_dict(fill({key: list(tensor.shape) for key, tensor in projector.state_dict().items()}, "e2e.projector."))
+    projector.load_state_dict(
+        fill({key: list(tensor.shape) for key, tensor in projector.state_dict().items()}, "e2e.projector.")
+    )
     bank = ReferenceBank.from_features(backbone(value("e2e.references", (8, 3, 224, 224))))
     projected = projector(bank.residuals(backbone(value("e2e.query", (2, 3, 224, 224)))))
     expected = golden("end_to_end")
@@ -74,7 +78,10 @@ def upsampled(level: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Bilinear interpolation with aligned corners, one pixel at a time."""
     result = np.zeros((len(level), *size))
     for y, x in np.ndindex(*size):
-        at = [place * (cells - 1) / (pixels - 1) for place, cells, pixels in zip((y, x), level.shape[1:], size, strict=True)]
+        at = [
+            place * (cells - 1) / (pixels - 1)
+            for place, cells, pixels in zip((y, x), level.shape[1:], size, strict=True)
+        ]
         for row, column in np.ndindex(*level.shape[1:]):
             weight = max(1 - abs(at[0] - row), 0) * max(1 - abs(at[1] - column), 0)
             result[:, y, x] += weight * level[:, row, column].double().numpy()
@@ -200,7 +207,15 @@ def test_normal_quantile_of_all_is_the_largest() -> None:
 
 @pytest.mark.parametrize(
     ("values", "quantile"),
-    [([1.0], 0), ([1.0], -0.1), ([1.0], 1.01), ([1.0], float("nan")), ([], 0.5), ([1.0, float("nan")], 0.5), ([float("inf")], 0.5)],
+    [
+        ([1.0], 0),
+        ([1.0], -0.1),
+        ([1.0], 1.01),
+        ([1.0], float("nan")),
+        ([], 0.5),
+        ([1.0, float("nan")], 0.5),
+        ([float("inf")], 0.5),
+    ],
 )
 def test_normal_quantile_refuses(values: list[float], quantile: float) -> None:
     with pytest.raises(InputError):
@@ -227,39 +242,60 @@ def test_outliers(values: list[float], found: list[int]) -> None:
 
 @given(scores)
 def test_outliers_by_definition(values: list[float]) -> None:
-    median = sorted(values)[len(values) // 2] if len(values) % 2 else sum(sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]) / 2
+    median = (
+        sorted(values)[len(values) // 2]
+        if len(values) % 2
+        else sum(sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]) / 2
+    )
     deviations = sorted(abs(v - median) for v in values)
     half = len(values) // 2
     spread = 1.4826 * (deviations[half] if len(values) % 2 else (deviations[half - 1] + deviations[half]) / 2)
-    assert scoring.outliers(values) == [i for i, v in enumerate(values) if v > 1.5 * median and v > median + 3.5 * spread]
+    assert scoring.outliers(values) == [
+        i for i, v in enumerate(values) if v > 1.5 * median and v > median + 3.5 * spread
+    ]
 
 
 @st.composite
-def labelled(draw: st.DrawFn) -> tuple[list[float], list[int]]:
-    labels = draw(st.lists(st.integers(0, 1), min_size=2, max_size=60).filter(lambda found: 0 < sum(found) < len(found)))
+def labeled(draw: st.DrawFn) -> tuple[list[float], list[int]]:
+    labels = draw(
+        st.lists(st.integers(0, 1), min_size=2, max_size=60).filter(lambda found: 0 < sum(found) < len(found))
+    )
     some = draw(st.sampled_from([st.integers(0, 3).map(float), st.floats(-1e3, 1e3)]))
     return draw(st.lists(some, min_size=len(labels), max_size=len(labels))), labels
 
 
-@given(labelled())
+@given(labeled())
 def test_auroc_is_sklearns(case: tuple[list[float], list[int]]) -> None:
     values, labels = case
     assert scoring.auroc(values, labels) == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
     normal, anomalous = ([v for v, label in zip(values, labels, strict=True) if label == kind] for kind in (0, 1))
     wins = sum((a > n) + 0.5 * (a == n) for a in anomalous for n in normal)
-    assert scoring.auroc(np.array(values), np.array(labels, dtype=bool)) == pytest.approx(wins / len(normal) / len(anomalous), abs=1e-12)
+    assert scoring.auroc(np.array(values), np.array(labels, dtype=bool)) == pytest.approx(
+        wins / len(normal) / len(anomalous), abs=1e-12
+    )
 
 
 def test_auroc_of_maps_and_of_many() -> None:
     random = np.random.RandomState(0)
     values, labels = random.randint(0, 50, (4, 100, 100)) / 50, random.rand(4, 100, 100) > 0.97
     assert scoring.auroc(values, labels) == pytest.approx(roc_auc_score(labels.ravel(), values.ravel()), abs=1e-12)
-    assert scoring.auroc([0, 1], [False, True]) == 1 and scoring.auroc([1, 0], [0, 1]) == 0 and scoring.auroc([1, 1], [0, 1]) == 0.5
+    assert (
+        scoring.auroc([0, 1], [False, True]) == 1
+        and scoring.auroc([1, 0], [0, 1]) == 0
+        and scoring.auroc([1, 1], [0, 1]) == 0.5
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "labels"),
-    [([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]), ([], []), ([1.0], [0, 1]), ([1.0, float("nan")], [0, 1]), ([float("inf"), 0.0], [1, 0])],
+    [
+        ([1.0, 2.0], [1, 1]),
+        ([1.0, 2.0], [0, 0]),
+        ([], []),
+        ([1.0], [0, 1]),
+        ([1.0, float("nan")], [0, 1]),
+        ([float("inf"), 0.0], [1, 0]),
+    ],
 )
 def test_auroc_refuses(values: list[float], labels: list[int]) -> None:
     with pytest.raises(InputError, match="AUROC"):

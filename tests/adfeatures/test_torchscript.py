@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_values import fill, golden, shapes, value
+from helpers.golden_values import fill, golden, shapes, value
 from torch import Tensor, nn
 
 from adfeatures.backbones import create_backbone
@@ -61,7 +61,9 @@ def save(module: nn.Module, path: Path, example: Tensor | None = None) -> Path:
     return path
 
 
-def rewrite(path: Path, change: Callable[[bytes], bytes], entry: str = "data.pkl", compression: int = zipfile.ZIP_STORED) -> None:
+def rewrite(
+    path: Path, change: Callable[[bytes], bytes], entry: str = "data.pkl", compression: int = zipfile.ZIP_STORED
+) -> None:
     """Change one file within an archive."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -85,7 +87,9 @@ class TestHonestArchives:
         assert checkpoint.metrics == {} and checkpoint.metadata == {}
 
     def test_traced_module(self, tmp_path: Path) -> None:
-        path = save(nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).eval(), tmp_path / "traced.pth", torch.ones(1, 3, 4, 4))
+        path = save(
+            nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).eval(), tmp_path / "traced.pth", torch.ones(1, 3, 4, 4)
+        )
         assert_equal(load_checkpoint(path).state_dict, torch.jit.load(path).state_dict())
 
     def test_without_warnings(self, tmp_path: Path) -> None:
@@ -174,7 +178,9 @@ class TestHostileArchives:
             load_checkpoint(path)
         assert time.monotonic() - start < 10
 
-    @pytest.mark.parametrize("name", [b"os\nsystem", b"builtins\neval", b"torch\nload", b"torch._utils\n_rebuild_parameter"])
+    @pytest.mark.parametrize(
+        "name", [b"os\nsystem", b"builtins\neval", b"torch\nload", b"torch._utils\n_rebuild_parameter"]
+    )
     def test_names_that_are_no_modules_are_refused(self, tmp_path: Path, name: bytes) -> None:
         path = save(nn.Linear(2, 2), tmp_path / "model.pt")
         rewrite(path, lambda data: data.replace(b"collections\nOrderedDict", name))

@@ -1,4 +1,4 @@
-"""Centres: against a naive loop over every patch, interrupted and resumed, and files that do not fit."""
+"""Centers: against a naive loop over every patch, interrupted and resumed, and files that do not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from real_iad_tree import write_real_iad
+from helpers.real_iad_tree import write_real_iad
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,7 +51,9 @@ def backbone() -> nn.Module:
     return backbone
 
 
-def compute(output: Path, backbone: nn.Module, items: list[Item], pool: list[Item] | None = None, **settings: object) -> list[Tensor]:
+def compute(
+    output: Path, backbone: nn.Module, items: list[Item], pool: list[Item] | None = None, **settings: object
+) -> list[Tensor]:
     pool = real_iad.reference_pool(items) if pool is None else pool
     settings = {"name": "tiny", "batch_size": 3, "shots": 4, **settings}
     return compute_centers(output, backbone, items, pool, TRANSFORM, **settings)  # type: ignore[arg-type]
@@ -66,7 +68,9 @@ def patches(backbone: nn.Module, item: Item) -> list[np.ndarray]:
 
 def naive_mean(backbone: nn.Module, item: Item, references: list[Item]) -> list[np.ndarray]:
     """Mean residual of an image per level, one patch after the other."""
-    banks = [np.concatenate(level) for level in zip(*(patches(backbone, reference) for reference in references), strict=True)]
+    banks = [
+        np.concatenate(level) for level in zip(*(patches(backbone, reference) for reference in references), strict=True)
+    ]
     means = []
     for level, bank in zip(patches(backbone, item), banks, strict=True):
         residuals = []
@@ -81,12 +85,16 @@ def of_group(pool: list[Item], item: Item) -> list[Item]:
     return [reference for reference in pool if (reference.product, reference.view) == (item.product, item.view)]
 
 
-def test_centres_are_the_mean_over_every_patch_of_every_normal_image(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
+def test_centers_are_the_mean_over_every_patch_of_every_normal_image(
+    tmp_path: Path, backbone: nn.Module, items: list[Item]
+) -> None:
     """Two references of each group in the pool, and so many draws that both are among them: the bank is known."""
     pool = [item for item in real_iad.reference_pool(items) if not item.sample.endswith("S0300")]
     assert all(len(of_group(pool, item)) == 2 for item in items)
     normal = [item for item in items if item.label == 0]
-    assert len(normal) == 2 * (3 * 2 + 4)  # of the OK tree, and the sides of defective parts that do not show the defect
+    assert len(normal) == 2 * (
+        3 * 2 + 4
+    )  # of the OK tree, and the sides of defective parts that do not show the defect
     means = [naive_mean(backbone, item, of_group(pool, item)) for item in normal]
     found = compute(tmp_path / "centers.safetensors", backbone, items, pool, shots=40)
     assert [center.shape for center in found] == [(16,), (16,)]
@@ -100,7 +108,9 @@ def test_a_subset_is_of_so_many_different_images(tmp_path: Path, backbone: nn.Mo
     pool = real_iad.reference_pool(items)[:1]
     normal = [item for item in items if item.label == 0]
     means = [naive_mean(backbone, item, pool)[1] for item in normal]
-    found = [compute(tmp_path / f"{seed}.safetensors", backbone, items, pool, images=2, seed=seed)[1] for seed in range(8)]
+    found = [
+        compute(tmp_path / f"{seed}.safetensors", backbone, items, pool, images=2, seed=seed)[1] for seed in range(8)
+    ]
     pairs = [np.mean(pair, axis=0) for pair in itertools.combinations(means, 2)]
     errors = np.array([[np.abs(center.double().numpy() - pair).max() for pair in pairs] for center in found])
     assert len(normal) == 3 and (errors.min(axis=1) < 1e-5).all()
@@ -109,7 +119,9 @@ def test_a_subset_is_of_so_many_different_images(tmp_path: Path, backbone: nn.Mo
 
 def test_seed_decides_workers_do_not(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
     runs = {"first": {}, "again": {}, "workers": {"workers": 2}, "seed": {"seed": 1}}
-    found = {name: compute(tmp_path / f"{name}.safetensors", backbone, items, **settings) for name, settings in runs.items()}
+    found = {
+        name: compute(tmp_path / f"{name}.safetensors", backbone, items, **settings) for name, settings in runs.items()
+    }
     contents = {name: (tmp_path / f"{name}.safetensors").read_bytes() for name in runs}
     assert contents["first"] == contents["again"] == contents["workers"]
     assert not torch.equal(found["first"][0], found["seed"][0])
@@ -151,14 +163,23 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
 
 
-def test_a_finished_file_is_returned_and_another_run_refused(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
+def test_a_finished_file_is_returned_and_another_run_refused(
+    tmp_path: Path, backbone: nn.Module, items: list[Item]
+) -> None:
     output = tmp_path / "centers.safetensors"
     first = compute(output, backbone, items)
     again = compute(output, Breaking(backbone, 0), items)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     before = output.read_bytes()
-    for settings, differing in (({"seed": 1}, "seed"), ({"shots": 2}, "shots"), ({"images": 5}, "images"), ({"name": "other"}, "backbone")):
-        with pytest.raises(CheckpointError, match=f"centers.safetensors is of another run, with other {differing}\\. Remove it"):
+    for settings, differing in (
+        ({"seed": 1}, "seed"),
+        ({"shots": 2}, "shots"),
+        ({"images": 5}, "images"),
+        ({"name": "other"}, "backbone"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=f"centers.safetensors is of another run, with other {differing}\\. Remove it"
+        ):
             compute(output, backbone, items, **settings)
     with pytest.raises(CheckpointError, match="products, normal_images, references, images"):
         compute(output, backbone, [item for item in items if item.product == "rivet"])
@@ -179,13 +200,19 @@ def test_the_state_of_another_run_is_refused(
         compute(output, other, items)
 
 
-def test_the_file_says_what_it_was_computed_from(tmp_path: Path, backbone: nn.Module, items: list[Item], root: Path) -> None:
+def test_the_file_says_what_it_was_computed_from(
+    tmp_path: Path, backbone: nn.Module, items: list[Item], root: Path
+) -> None:
     path = tmp_path / "centers.safetensors"
     found = compute(path, backbone, items)
     facts = load_checkpoint(path).metadata
     assert facts["backbone"] == "tiny"
     assert json.loads(facts["weights"]) == weights_fingerprint(backbone.state_dict())
-    assert (json.loads(facts["levels"]), json.loads(facts["img_size"]), json.loads(facts["products"])) == ([1, 4], [28, 42], list(PRODUCTS))
+    assert (json.loads(facts["levels"]), json.loads(facts["img_size"]), json.loads(facts["products"])) == (
+        [1, 4],
+        [28, 42],
+        list(PRODUCTS),
+    )
     assert (facts["images"], facts["shots"], facts["seed"]) == ("20", "4", "42")
     assert str(root) not in path.read_bytes().decode("latin-1")
     stored = load_file(path)
@@ -195,7 +222,7 @@ def test_the_file_says_what_it_was_computed_from(tmp_path: Path, backbone: nn.Mo
         assert torch.equal(one, other) and torch.equal(one, third) and one.dtype == torch.float32
 
 
-def test_centres_of_other_features_are_refused(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
+def test_centers_of_other_features_are_refused(tmp_path: Path, backbone: nn.Module, items: list[Item]) -> None:
     path = tmp_path / "centers.safetensors"
     compute(path, backbone, items, images=3)
     with pytest.raises(CheckpointError, match=r"\[16, 16\] channels, but the levels have \[16, 32\]"):
@@ -213,7 +240,7 @@ def test_centres_of_other_features_are_refused(tmp_path: Path, backbone: nn.Modu
     # Weights in half precision are the same ones.
     load_centers(path, [16, 16], {"weights": json.dumps([json.loads(own["weights"])[0], "1"])})
     save_checkpoint(tmp_path / "projector.safetensors", {"projector.weight": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="holds no centres"):
+    with pytest.raises(CheckpointError, match="holds no centers"):
         load_centers(tmp_path / "projector.safetensors", [16])
     for name in ("missing.safetensors", "missing.npy"):
         with pytest.raises(CheckpointError, match=name):
@@ -223,15 +250,19 @@ def test_centres_of_other_features_are_refused(tmp_path: Path, backbone: nn.Modu
 def test_the_original_form_is_read(tmp_path: Path) -> None:
     array = np.random.RandomState(0).randn(4, 6).astype(np.float32)
     np.save(tmp_path / "centers.npy", array)
-    assert np.array_equal(torch.stack(load_centers(tmp_path / "centers.npy", [6] * 4, {"backbone": "dinov2_base"})), array)
+    assert np.array_equal(
+        torch.stack(load_centers(tmp_path / "centers.npy", [6] * 4, {"backbone": "dinov2_base"})), array
+    )
     with pytest.raises(CheckpointError, match=r"\[6, 6, 6, 6\] channels, but the levels have \[6, 6\]"):
         load_centers(tmp_path / "centers.npy", [6, 6])
 
 
 @pytest.mark.parametrize(
-    "array", [np.ones(4), np.full((4, 6), np.nan), np.array([[{}]]), np.ones((4, 6), int)], ids=["flat", "nan", "pickle", "integers"]
+    "array",
+    [np.ones(4), np.full((4, 6), np.nan), np.array([[{}]]), np.ones((4, 6), int)],
+    ids=["flat", "nan", "pickle", "integers"],
 )
-def test_arrays_that_are_no_centres(tmp_path: Path, array: np.ndarray) -> None:
+def test_arrays_that_are_no_centers(tmp_path: Path, array: np.ndarray) -> None:
     np.save(tmp_path / "centers.npy", array, allow_pickle=True)
     with pytest.raises(CheckpointError, match="centers.npy"):
         load_centers(tmp_path / "centers.npy", [6] * 4)
@@ -254,11 +285,22 @@ def test_senseless_numbers(tmp_path: Path, backbone: nn.Module, items: list[Item
         compute(tmp_path / "centers.safetensors", backbone, [item for item in items if item.label])
 
 
-def test_the_command_writes_the_centres_of_what_the_pretraining_sees(
+def test_the_command_writes_the_centers_of_what_the_pretraining_sees(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "centers.safetensors"
-    arguments = ["--root", str(root), "--backbone", "efficientnet_lite", "--img-size", "32", "48", "--held-out", "0.4", *HERE]
+    arguments = [
+        "--root",
+        str(root),
+        "--backbone",
+        "efficientnet_lite",
+        "--img-size",
+        "32",
+        "48",
+        "--held-out",
+        "0.4",
+        *HERE,
+    ]
     assert main([*arguments, "--output", str(output)]) == 0
     assert "done" in capsys.readouterr().out
     backbone, entry = load_backbone("efficientnet_lite", img_size=(32, 48))
@@ -267,7 +309,9 @@ def test_the_command_writes_the_centres_of_what_the_pretraining_sees(
     assert held_out
     transform = build_transform((32, 48), *entry.normalization)
     pool = real_iad.reference_pool(train)
-    expected = compute_centers(tmp_path / "expected.safetensors", backbone, train, pool, transform, name="efficientnet_lite", batch_size=16)
+    expected = compute_centers(
+        tmp_path / "expected.safetensors", backbone, train, pool, transform, name="efficientnet_lite", batch_size=16
+    )
     found = load_centers(output, entry.channels)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
@@ -284,7 +328,18 @@ def test_errors_in_workers_read_as_any_other(root: Path, tmp_path: Path, capsys:
     broken = write_real_iad(tmp_path, PRODUCTS, ok=3, ng=1, views=1)
     for path in broken.rglob("*_OK_*.jpg"):
         path.write_bytes(b"no image")
-    arguments = ["--root", str(broken), "--backbone", "efficientnet_lite", "--img-size", "32", "--device", "cpu", "--workers", "1"]
+    arguments = [
+        "--root",
+        str(broken),
+        "--backbone",
+        "efficientnet_lite",
+        "--img-size",
+        "32",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     assert main([*arguments, "--output", str(tmp_path / "centers.safetensors")]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("training.centers: error: 10 images in a row could not be read")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 
 from adfeatures.errors import InputError
 from training.distributed import barrier, gather, gather_objects, processes, rank, world_size

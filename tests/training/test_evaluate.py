@@ -14,13 +14,13 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
+from helpers.hub_server import HubServer
+from helpers.published import as_published
+from helpers.ranks import run_ranks
+from helpers.real_iad_tree import write_real_iad
+from helpers.trees import write_btad, write_mvtec
 from PIL import Image
-from published import as_published
-from ranks import run_ranks
-from real_iad_tree import write_real_iad
 from sklearn.metrics import average_precision_score, roc_auc_score
-from trees import write_btad, write_mvtec
 
 import adfeatures
 from adfeatures import catalog
@@ -73,9 +73,19 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     projector = ResidualProjector((40, 80, 112), num_heads=4, num_keys=16)
     path = tmp_path_factory.mktemp("weights") / "checkpoints_pro_norm.safetensors"
-    header = {"format": "adfeatures", "model": "adpretrain_efficientnet_lite", "num_heads": "4", "img_size": f"[{SIZE}, {SIZE}]"}
+    header = {
+        "format": "adfeatures",
+        "model": "adpretrain_efficientnet_lite",
+        "num_heads": "4",
+        "img_size": f"[{SIZE}, {SIZE}]",
+    }
     stored = {"img_auc": 0.9123, "pix_auc": 0.8234, "pix_pro": 0.7345}
-    save_checkpoint(path, {f"projector.{key}": value for key, value in projector.state_dict().items()}, metrics=stored, metadata=header)
+    save_checkpoint(
+        path,
+        {f"projector.{key}": value for key, value in projector.state_dict().items()},
+        metrics=stored,
+        metadata=header,
+    )
     return path
 
 
@@ -135,7 +145,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class TestNumbers:
-    def test_feature_norm_is_that_of_the_installed_package(self, run: Evaluate, root: Path, tmp_path: Path, weights: Path) -> None:
+    def test_feature_norm_is_that_of_the_installed_package(
+        self, run: Evaluate, root: Path, tmp_path: Path, weights: Path
+    ) -> None:
         assert run(model=weights, img_size=None, draws=2) == 0
         model = adfeatures.create_model(weights=weights)
         transform = adfeatures.create_transform(model)
@@ -145,13 +157,17 @@ class TestNumbers:
                 items = dataset("mvtec").find_items(root, "test", [product])
                 maps, scores = model.anomaly_map(torch.stack([transform(read_image(item.image)) for item in items]))
                 labels = [item.label for item in items]
-                masks = [np.zeros((SIZE, SIZE)) if item.mask is None else np.asarray(Image.open(item.mask)) for item in items]
+                masks = [
+                    np.zeros((SIZE, SIZE)) if item.mask is None else np.asarray(Image.open(item.mask)) for item in items
+                ]
                 (found,) = records(tmp_path / "run", product=product, features="pretrained", draw=draw)
                 assert found["metrics"]["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
                 assert found["metrics"]["image_ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-6)
                 pixels = (np.array(masks) > 0).ravel()
                 assert found["metrics"]["pixel_auroc"] == pytest.approx(roc_auc_score(pixels, maps.flatten()), abs=1e-4)
-                assert found["metrics"]["pixel_ap"] == pytest.approx(average_precision_score(pixels, maps.flatten()), abs=1e-4)
+                assert found["metrics"]["pixel_ap"] == pytest.approx(
+                    average_precision_score(pixels, maps.flatten()), abs=1e-4
+                )
 
     def test_raw_features_have_no_references(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
         assert run(method="patchcore") == 0
@@ -174,7 +190,10 @@ class TestNumbers:
         found = numbers(tmp_path / "run")
         table = {(r["product"], r["features"]): r for r in report(tmp_path / "run")["table"]}
         for name in ("image_auroc", "aupro"):
-            draws = [np.mean([found[p, "feature_norm", "pretrained", d][name] for p in ("bottle", "cable")]) for d in range(2)]
+            draws = [
+                np.mean([found[p, "feature_norm", "pretrained", d][name] for p in ("bottle", "cable")])
+                for d in range(2)
+            ]
             raw = np.mean([found[p, "feature_norm", "raw", None][name] for p in ("bottle", "cable")])
             assert table["mean", "pretrained"]["values"][name] == pytest.approx(np.mean(draws))
             assert table["mean", "pretrained"]["spreads"][name] == pytest.approx(np.std(draws, ddof=1))
@@ -201,7 +220,9 @@ class TestNumbers:
         assert "## FeatureNorm (retrieved)" in (tmp_path / "run/results.md").read_text()
         (record,) = records(tmp_path / "run", product="bottle", method="feature_norm_retrieved", features="pretrained")
         train = {str(path) for path in (root / "bottle/train/good").iterdir()}
-        assert set(record["retrieved"]) == {item.image for item in dataset("mvtec").find_items(root, "test", ["bottle"])}
+        assert set(record["retrieved"]) == {
+            item.image for item in dataset("mvtec").find_items(root, "test", ["bottle"])
+        }
         assert all(set(paths) == train for paths in record["retrieved"].values())
 
     def test_oracle_is_the_best_of_all_epochs(self, run: Evaluate, tmp_path: Path) -> None:
@@ -243,7 +264,10 @@ class TestReferences:
     def test_draws_do_not_begin_anew(self, run: Evaluate, tmp_path: Path) -> None:
         assert run(draws=3) == 1
         (failed,) = records(tmp_path / "run", product="bottle", draw=2)
-        assert "Draw 3 of 2 references needs 6 normal training images, bottle has 5. Lower --shots or --draws." in failed["error"]
+        assert (
+            "Draw 3 of 2 references needs 6 normal training images, bottle has 5. Lower --shots or --draws."
+            in failed["error"]
+        )
         assert len(records(tmp_path / "run", product="bottle", features="pretrained")) == 3
         assert records(tmp_path / "run", product="bottle", draw=1)[0]["metrics"]
 
@@ -263,7 +287,10 @@ class TestReferences:
         (failed,) = records(tmp_path / "run", product="cable", features="pretrained")
         assert f"There are no references of cable in {tmp_path / '8shot'}" in failed["error"]
         assert run(references=tmp_path / "8shot", shots=6, output=tmp_path / "other", products="bottle") == 1
-        assert "holds 5 images, 6 references were asked for" in records(tmp_path / "other", features="pretrained")[0]["error"]
+        assert (
+            "holds 5 images, 6 references were asked for"
+            in records(tmp_path / "other", features="pretrained")[0]["error"]
+        )
 
     @pytest.mark.parametrize(("protocol", "zero"), [("sound", False), ("original", True)])
     def test_references_that_are_trained_on(
@@ -276,13 +303,18 @@ class TestReferences:
         def spy(self: FeatureNorm, loader: object) -> FeatureNorm:
             for batch in loader:  # type: ignore[attr-defined]
                 for row, path in enumerate(batch["path"]):
-                    largest.setdefault(path, []).append(max(float(level[row].abs().max()) for level in self.extractor(batch)))
+                    largest.setdefault(path, []).append(
+                        max(float(level[row].abs().max()) for level in self.extractor(batch))
+                    )
             return fit(self, loader)  # type: ignore[arg-type]
 
         monkeypatch.setattr(FeatureNorm, "fit", spy)
         source = tmp_path / "mvtec/bottle/train/good"
         shutil.copytree(source, tmp_path / "8shot/bottle")
-        assert run(products="bottle", references=tmp_path / "8shot", protocol=protocol, img_size=None if zero else SIZE) == 0
+        assert (
+            run(products="bottle", references=tmp_path / "8shot", protocol=protocol, img_size=None if zero else SIZE)
+            == 0
+        )
         # Of the two runs, that on raw features never sees zeros.
         assert [min(largest[str(path)]) == 0 for path in sorted(source.iterdir())] == [zero, zero, False, False, False]
 
@@ -307,12 +339,16 @@ class TestReferences:
 
 
 class TestProtocol:
-    def test_original_geometry_is_that_of_method_data_set_and_role(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+    def test_original_geometry_is_that_of_method_data_set_and_role(
+        self, run: Evaluate, root: Path, tmp_path: Path
+    ) -> None:
         write_btad(tmp_path / "btad", ("01",), good=4)
         options = {"img_size": None, "protocol": "original", "method": ["feature_norm", "patchcore"]}
         assert run(**options, products="bottle") == 0
         assert run(**options, dataset="btad", root=tmp_path / "btad", output=tmp_path / "btad_run") == 0
-        found = {(folder, r["method"]): r["geometry"] for folder in ("run", "btad_run") for r in records(tmp_path / folder)}
+        found = {
+            (folder, r["method"]): r["geometry"] for folder in ("run", "btad_run") for r in records(tmp_path / folder)
+        }
         small, large = "resize224_crop224", "resize256_crop224"
         assert found == {
             ("run", "feature_norm"): {"images": small, "references": small},
@@ -322,7 +358,9 @@ class TestProtocol:
         }
         assert report(tmp_path / "run")["settings"]["img_size"] == [224, 224]
 
-    def test_the_approximate_aupro_is_beside_the_exact_one(self, run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_approximate_aupro_is_beside_the_exact_one(
+        self, run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         kept: list[tuple[np.ndarray, np.ndarray]] = []
         judge = metrics.evaluate
 
@@ -344,7 +382,9 @@ class TestProtocol:
 
 
 class TestGoingOn:
-    def test_nothing_is_computed_twice(self, run: Evaluate, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_computed_twice(
+        self, run: Evaluate, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert run(method=["feature_norm", "patchcore"], draws=2) == 0
         # Five training and six test images of either product.
         assert sum(encoded) == 2 * (5 + 6)
@@ -373,10 +413,16 @@ class TestGoingOn:
         assert sum("/train/" in path for path in read) == 10 and len(read) == 10 + 6 + 12
         assert set(numbers(tmp_path / "run")) == {
             *(("bottle", "feature_norm", *rest) for rest in (("raw", None), ("pretrained", 0))),
-            *((p, "patchcore", *rest) for p in ("bottle", "cable") for rest in (("raw", None), ("pretrained", 0), ("pretrained", 1))),
+            *(
+                (p, "patchcore", *rest)
+                for p in ("bottle", "cable")
+                for rest in (("raw", None), ("pretrained", 0), ("pretrained", 1))
+            ),
         }
 
-    def test_the_cache_serves_other_outputs_and_may_be_deleted(self, run: Evaluate, tmp_path: Path, encoded: list[int]) -> None:
+    def test_the_cache_serves_other_outputs_and_may_be_deleted(
+        self, run: Evaluate, tmp_path: Path, encoded: list[int]
+    ) -> None:
         for number, output in enumerate(("one", "two")):
             assert run(output=tmp_path / output, cache=tmp_path / "cache", shots=2 + number) == 0
         assert sum(encoded) == 22
@@ -391,7 +437,9 @@ class TestGoingOn:
         (folder,) = (tmp_path / "run/cache").iterdir()
         assert json.loads((folder / "identity.json").read_text())["preset"] == "squash"
 
-    def test_interrupted(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_interrupted(
+        self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert run(method=["patchcore", "uniad"], epochs=1, output=tmp_path / "whole") == 0
         fit, calls = PatchCore.fit, []
 
@@ -403,7 +451,7 @@ class TestGoingOn:
 
         monkeypatch.setattr(PatchCore, "fit", stop)
         assert run(method=["patchcore", "uniad"], epochs=1) == 130
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "the same command resumes" in capsys.readouterr().err
         assert len(list((tmp_path / "run/results/bottle").iterdir())) == 2
         assert run(method=["patchcore", "uniad"], epochs=1) == 0
         assert len(calls) == 5
@@ -432,7 +480,9 @@ class TestGoingOn:
         assert run(model=path, img_size=None) == 2
         assert "weights of feature_norm was" in capsys.readouterr().err
 
-    def test_other_images_are_refused(self, run: Evaluate, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_other_images_are_refused(
+        self, run: Evaluate, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert run() == 0
         before = numbers(tmp_path / "run")
         moved = shutil.copytree(root, tmp_path / "moved")
@@ -458,7 +508,9 @@ class TestGoingOn:
         assert run(method="uniad", epochs=1) == 0
         assert {tuple(r["trained_on"]) for r in records(tmp_path / "run")} == {("bottle", "cable")}
 
-    def test_evaluations_at_the_same_time_share_the_cache(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_evaluations_at_the_same_time_share_the_cache(
+        self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert run(method="patchcore", cache=tmp_path / "cache", output=tmp_path / "alone") == 0
         fit, kept = PatchCore.fit, []
 
@@ -523,7 +575,9 @@ class TestBadInput:
             ("feature_norm", ("cable",)),
             ("uniad", ("cable",)),
         }
-        assert f"| bottle | all | {failed['error'].replace(chr(10), ' ')} |" in (tmp_path / "run/results.md").read_text()
+        assert (
+            f"| bottle | all | {failed['error'].replace(chr(10), ' ')} |" in (tmp_path / "run/results.md").read_text()
+        )
 
     def test_a_product_that_was_repaired(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
         whole = (root / "bottle/test/good/001.png").read_bytes()
@@ -558,7 +612,9 @@ class TestBadInput:
                 picture.putpixel((1, 1), 255)
             picture.save(root / name)
         assert run(products="bottle") == 0
-        assert all("1 masks are empty at the size of the model's input" in r["warnings"][-1] for r in records(tmp_path / "run"))
+        assert all(
+            "1 masks are empty at the size of the model's input" in r["warnings"][-1] for r in records(tmp_path / "run")
+        )
 
     def test_a_single_image(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
         for number in range(1, 5):
@@ -590,12 +646,12 @@ class TestBadInput:
         monkeypatch.setattr(UniAD, "fit", lambda *_: pytest.fail("computed again"))
         assert run(**options) == 1
 
-    def test_grey_masks_count_above_zero(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+    def test_gray_masks_count_above_zero(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
         assert run(products="bottle") == 0
         for path in (root / "bottle/ground_truth/broken").iterdir():
             Image.open(path).point(lambda value: value and 3).save(path)
-        assert run(products="bottle", output=tmp_path / "grey") == 0
-        assert numbers(tmp_path / "grey") == numbers(tmp_path / "run")
+        assert run(products="bottle", output=tmp_path / "gray") == 0
+        assert numbers(tmp_path / "gray") == numbers(tmp_path / "run")
 
     def test_scores_that_are_not_finite(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         predict = PatchCore.predict
@@ -613,7 +669,9 @@ class TestBadInput:
         }
         assert all("metrics" in r for r in records(tmp_path / "run", method="feature_norm"))
 
-    def test_out_of_memory_is_named_and_bugs_are_not_hidden(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_out_of_memory_is_named_and_bugs_are_not_hidden(
+        self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def fail(error: Exception) -> Callable[..., None]:
             def raising(*_: object) -> None:
                 raise error
@@ -622,12 +680,16 @@ class TestBadInput:
 
         monkeypatch.setattr(PatchCore, "fit", fail(torch.OutOfMemoryError("CUDA out of memory")))
         assert run(method=["patchcore", "feature_norm"], products="bottle") == 1
-        assert {r["error"] for r in records(tmp_path / "run", method="patchcore")} == {"OutOfMemoryError: CUDA out of memory"}
+        assert {r["error"] for r in records(tmp_path / "run", method="patchcore")} == {
+            "OutOfMemoryError: CUDA out of memory"
+        }
         monkeypatch.setattr(PatchCore, "fit", fail(TypeError("a bug")))
         with pytest.raises(TypeError, match="a bug"):
             run(method="patchcore", products="bottle")
 
-    def test_warnings_of_libraries_are_not_reported(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_warnings_of_libraries_are_not_reported(
+        self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         fit = FeatureNorm.fit
         repository = Path(evaluate.__file__).parents[1]
 
@@ -642,7 +704,10 @@ class TestBadInput:
 
     def test_a_data_set_of_which_some_products_are_there(self, run: Evaluate, tmp_path: Path) -> None:
         write_real_iad(tmp_path / "iad", ("pcb", "usb"), ok=6, ng=2)
-        for name, root, there in (("real_iad", tmp_path / "iad", ("pcb", "usb")), ("mvtec", tmp_path / "mvtec", ("bottle", "cable"))):
+        for name, root, there in (
+            ("real_iad", tmp_path / "iad", ("pcb", "usb")),
+            ("mvtec", tmp_path / "mvtec", ("bottle", "cable")),
+        ):
             output = tmp_path / f"{name}_run"
             assert run(dataset=name, root=root, output=output) == 0
             assert {r["product"] for r in records(output)} == set(there)
@@ -675,7 +740,9 @@ class TestBadInput:
             ({"root": None}, "An evaluation needs --root"),
         ],
     )
-    def test_what_cannot_be_done(self, run: Evaluate, capsys: pytest.CaptureFixture[str], options: Mapping[str, object], text: str) -> None:
+    def test_what_cannot_be_done(
+        self, run: Evaluate, capsys: pytest.CaptureFixture[str], options: Mapping[str, object], text: str
+    ) -> None:
         assert run(**options) == 2
         error = capsys.readouterr().err
         assert error.startswith("training.evaluate: error: ") and text in error
@@ -684,7 +751,9 @@ class TestBadInput:
         assert run(root=root.parent) == 2
         assert f"Give {root} instead" in capsys.readouterr().err
 
-    def test_full_disk(self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_full_disk(
+        self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert run(products="bottle") == 0
         before = numbers(tmp_path / "run")
 
@@ -720,10 +789,16 @@ class TestWeights:
         for seed, kind in enumerate(("norm", "angle")):
             torch.manual_seed(seed)
             projectors[f"realiad_{kind}"] = ResidualProjector((40, 80, 112))
-            hub.add("owner/repo", f"tiny/checkpoints_pro_{kind}.pth", as_published(projectors[f"realiad_{kind}"].state_dict()))
+            hub.add(
+                "owner/repo",
+                f"tiny/checkpoints_pro_{kind}.pth",
+                as_published(projectors[f"realiad_{kind}"].state_dict()),
+            )
         like = catalog.MODELS["adpretrain_dinov2_base"]
         tags = {
-            tag: dataclasses.replace(entry, hub_file=("owner/repo", f"tiny/checkpoints_pro_{tag.removeprefix('realiad_')}.pth"))
+            tag: dataclasses.replace(
+                entry, hub_file=("owner/repo", f"tiny/checkpoints_pro_{tag.removeprefix('realiad_')}.pth")
+            )
             for tag, entry in like.tags.items()
         }
         model = dataclasses.replace(like, backbone="efficientnet_lite", tags=tags)
@@ -752,7 +827,9 @@ class TestWeights:
 
     @pytest.mark.parametrize("options", [{"model": "adpretrain_tiny.realiad_angle"}, {"weights": "realiad_angle"}])
     def test_a_tag_forces_it(self, published: dict[str, ResidualProjector], options: Mapping[str, str]) -> None:
-        model = load_subject(**{"model": "adpretrain_tiny", "methods": ("feature_norm", "patchcore"), "img_size": SIZE, **options})
+        model = load_subject(
+            **{"model": "adpretrain_tiny", "methods": ("feature_norm", "patchcore"), "img_size": SIZE, **options}
+        )
         assert set(model.weights) == {"realiad_angle"} and set(model.tags.values()) == {"realiad_angle"}
         assert model.name == "adpretrain_tiny.realiad_angle"
 
@@ -762,7 +839,10 @@ class TestWeights:
         assert run(model="adpretrain_tiny", method=["feature_norm", "patchcore"], products="bottle") == 0
         printed = capsys.readouterr().out
         own = {r["method"]: r["metrics"] for r in records(tmp_path / "run", features="pretrained")}
-        for tag, method, title in (("realiad_norm", "feature_norm", "FeatureNorm"), ("realiad_angle", "patchcore", "PatchCore")):
+        for tag, method, title in (
+            ("realiad_norm", "feature_norm", "FeatureNorm"),
+            ("realiad_angle", "patchcore", "PatchCore"),
+        ):
             cells = f"| adpretrain_tiny.{tag} | img_auc | 90.00 | {title} | Image AUROC | {100 * own[method]['image_auroc']:.2f} |"
             assert cells in printed
 
@@ -802,7 +882,11 @@ def test_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_pictures(run: Evaluate, tmp_path: Path) -> None:
     assert run(method="patchcore", draws=2, products="bottle") == 0
     folder = tmp_path / "run/figures/bottle"
-    assert {path.name for path in folder.iterdir()} == {"patchcore-raw-maps.png", "patchcore-pretrained-0-maps.png", "patchcore-curves.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "patchcore-raw-maps.png",
+        "patchcore-pretrained-0-maps.png",
+        "patchcore-curves.png",
+    }
     for path in folder.iterdir():
         assert np.asarray(read_image(path)).std() > 5
 
@@ -813,8 +897,33 @@ def test_processes_share_the_products(run: Evaluate, root: Path, tmp_path: Path)
     corrupt_image(root)
     options = {"method": ["feature_norm", "uniad"], "epochs": 1, "draws": 2}
     assert run(**options, output=tmp_path / "one") == 1
-    words = ["--model", "residual_lite", "--img-size", SIZE, "--dataset", "mvtec", "--root", root, "--output", tmp_path / "many"]
-    words += ["--shots", 2, "--workers", 0, "--device", "cpu", "--method", "feature_norm", "uniad", "--epochs", 1, "--draws", 2]
+    words = [
+        "--model",
+        "residual_lite",
+        "--img-size",
+        SIZE,
+        "--dataset",
+        "mvtec",
+        "--root",
+        root,
+        "--output",
+        tmp_path / "many",
+    ]
+    words += [
+        "--shots",
+        2,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--method",
+        "feature_norm",
+        "uniad",
+        "--epochs",
+        1,
+        "--draws",
+        2,
+    ]
     done = run_ranks(2, "-m", "training.evaluate", *words)
     assert "mean of 2" in done.stdout, done.stderr
     one, many = (

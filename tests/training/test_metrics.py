@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from golden_values import golden
+from helpers.golden_values import golden
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -29,11 +29,17 @@ from training.metrics import Metrics, aupro, aupro_original, curves, evaluate
 
 def pro_by_formula(maps: np.ndarray, masks: np.ndarray) -> list[tuple[float, float]]:
     """(FPR, PRO) at each distinct score, after (0, 0)."""
-    regions = [(image, region.coords) for image, mask in enumerate(masks) for region in regionprops(label(mask > 0, connectivity=2))]
+    regions = [
+        (image, region.coords)
+        for image, mask in enumerate(masks)
+        for region in regionprops(label(mask > 0, connectivity=2))
+    ]
     normal = maps[masks == 0]
     curve = [(0.0, 0.0)]
     for threshold in sorted(set(maps.ravel().tolist()), reverse=True):
-        overlaps = [np.mean([maps[image, row, column] >= threshold for row, column in pixels]) for image, pixels in regions]
+        overlaps = [
+            np.mean([maps[image, row, column] >= threshold for row, column in pixels]) for image, pixels in regions
+        ]
         curve.append((float(np.mean(normal >= threshold)), float(np.mean(overlaps))))
     return curve
 
@@ -87,7 +93,9 @@ class TestGolden:
         assert astuple(found)[:6] == pytest.approx(stored["values"][:6].tolist(), abs=5.1e-6)
         assert aupro_original(stored["scores"], stored["masks"]) == pytest.approx(float(stored["values"][6]), abs=1e-9)
         maps, masks = stored["scores"].numpy()[:, ::4, ::4], stored["masks"].numpy()[:, ::4, ::4]
-        assert evaluate(maps, masks, stored["labels"]).aupro == pytest.approx(aupro_by_formula(maps, masks, 0.3), abs=1e-12)
+        assert evaluate(maps, masks, stored["labels"]).aupro == pytest.approx(
+            aupro_by_formula(maps, masks, 0.3), abs=1e-12
+        )
 
     def test_order_and_type_of_the_fields(self) -> None:
         names = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"]
@@ -115,8 +123,8 @@ class TestAupro:
         assert aupro(transform(maps.astype(np.float64)), masks) == pytest.approx(aupro(maps, masks), abs=1e-12)
 
     def test_by_hand(self) -> None:
-        # Two regions, for corners join: {4, 2} and {1}. Normal pixels: 3, 2, 0, 0, 0. Points (FPR, PRO) as the threshold falls:
-        # 4 (0, 1/4), 3 (1/5, 1/4), 2 (2/5, 1/2), 1 (2/5, 1), 0 (1, 1).
+        # Two regions, for corners join: {4, 2} and {1}. Normal pixels: 3, 2, 0, 0, 0. Points (FPR, PRO) as the
+        # threshold falls: 4 (0, 1/4), 3 (1/5, 1/4), 2 (2/5, 1/2), 1 (2/5, 1), 0 (1, 1).
         maps = np.array([[[4.0, 3, 0, 1], [2, 2, 0, 0]]])
         masks = np.array([[[1, 0, 0, 1], [0, 1, 0, 0]]])
         assert aupro(maps, masks, 0.2) == pytest.approx(1 / 4)
@@ -147,17 +155,22 @@ class TestAuproOriginal:
         _, masks, _ = some_maps()
         assert aupro_original(np.full(masks.shape, 3.0), masks) == 0.5
 
-    @pytest.mark.parametrize(("lowest", "times"), [(0.2525, 51), (0.0, 0)], ids=["above all normal pixels", "as low as they are"])
+    @pytest.mark.parametrize(
+        ("lowest", "times"), [(0.2525, 51), (0.0, 0)], ids=["above all normal pixels", "as low as they are"]
+    )
     def test_kept_points_of_one_rate(self, lowest: float, times: int) -> None:
-        # No normal pixel is ever above a threshold 0, 0.005, ... 0.995, and the 4 defect pixels are above so many of these:
+        # No normal pixel is ever above a threshold 0, 0.005, ... 0.995, and the 4 defect pixels are above so many of
+        # these:
         maps, masks = np.zeros((1, 4, 4)), np.zeros((1, 4, 4))
         maps[0, 0], masks[0, 0] = [lowest, 0.5025, 0.7525, 1], 1
         assert aupro_original(maps, masks) == pytest.approx((times + 101 + 151 + 200) / 4 / 200)
 
-    @pytest.mark.parametrize(("normal", "kept", "expected"), [(1, 0, 0.5), (0.992, 1, 0.5), (0.987, 2, 0.5), (0.983, 3, 0.75)])
+    @pytest.mark.parametrize(
+        ("normal", "kept", "expected"), [(1, 0, 0.5), (0.992, 1, 0.5), (0.987, 2, 0.5), (0.983, 3, 0.75)]
+    )
     def test_two_points_or_fewer(self, normal: float, kept: int, expected: float) -> None:
-        # FPR is 0 at those of the thresholds 0.985, 0.99, 0.995 that no normal pixel is above, 1 at all others; 3 of 4 defect pixels are
-        # always found.
+        # FPR is 0 at those of the thresholds 0.985, 0.99, 0.995 that no normal pixel is above, 1 at all others; 3 of 4
+        # defect pixels are always found.
         maps, masks = np.full((1, 4, 4), normal), np.zeros((1, 4, 4))
         maps[0, 0], masks[0, 0] = [1, 1, 1, 0], 1
         assert sum(normal <= threshold for threshold in (0.98, 0.985, 0.99, 0.995)) == kept
@@ -188,7 +201,11 @@ class TestRanking:
 
     @given(arrays(np.int8, st.integers(2, 12), elements=st.integers(-3, 5)), st.data())
     def test_images_as_scikit_learn(self, scores: np.ndarray, data: st.DataObject) -> None:
-        labels = data.draw(arrays(np.int64, len(scores), elements=st.integers(0, 1)).filter(lambda labels: 0 < labels.sum() < len(labels)))
+        labels = data.draw(
+            arrays(np.int64, len(scores), elements=st.integers(0, 1)).filter(
+                lambda labels: 0 < labels.sum() < len(labels)
+            )
+        )
         maps = np.zeros((len(scores), 2, 2))
         masks = np.zeros_like(maps)
         maps[:, 0, 1], masks[:, 0, 0] = scores, labels
@@ -260,14 +277,14 @@ class TestArguments:
         for used, fresh in zip(arguments, some_maps(), strict=True):
             np.testing.assert_array_equal(used, fresh)
 
-    @pytest.mark.parametrize("grey", [0.01, 1 / 255, 37, 255])
-    def test_every_grey_is_a_defect(self, grey: float) -> None:
+    @pytest.mark.parametrize("gray", [0.01, 1 / 255, 37, 255])
+    def test_every_gray_is_a_defect(self, gray: float) -> None:
         maps, masks, labels = some_maps()
-        # Two greys that touch are one region.
-        greys = masks * np.where(np.arange(32) % 2, 1.0, grey)
-        assert evaluate(maps, greys, labels) == evaluate(maps, masks, labels)
-        assert aupro(maps, greys) == aupro(maps, masks)
-        assert aupro_original(maps, greys) == aupro_original(maps, masks)
+        # Two grays that touch are one region.
+        grays = masks * np.where(np.arange(32) % 2, 1.0, gray)
+        assert evaluate(maps, grays, labels) == evaluate(maps, masks, labels)
+        assert aupro(maps, grays) == aupro(maps, masks)
+        assert aupro_original(maps, grays) == aupro_original(maps, masks)
 
     def test_defined_metrics_come_without_a_warning(self) -> None:
         with warnings.catch_warnings():
@@ -323,14 +340,17 @@ class TestRefused:
                 function(maps, masks)
 
     @pytest.mark.parametrize(
-        ("maps", "masks"), [((2, 4, 4), (2, 4, 5)), ((2, 4, 4), (3, 4, 4)), ((4, 4), (4, 4)), ((2, 2, 4, 4),) * 2, ((0, 4, 4),) * 2]
+        ("maps", "masks"),
+        [((2, 4, 4), (2, 4, 5)), ((2, 4, 4), (3, 4, 4)), ((4, 4), (4, 4)), ((2, 2, 4, 4),) * 2, ((0, 4, 4),) * 2],
     )
     def test_shapes_of_maps_and_masks(self, maps: tuple[int, ...], masks: tuple[int, ...]) -> None:
         for function in (aupro, aupro_original, lambda maps, masks: evaluate(maps, masks, np.zeros(2))):
             with pytest.raises(InputError, match=r"one shape \(N, H, W\)"):
                 function(np.zeros(maps), np.zeros(masks))
 
-    @pytest.mark.parametrize(("labels", "scores"), [((9,), (10,)), ((10,), (9,)), ((10, 1), (10,)), ((10,), (10, 1)), ((), (10,))])
+    @pytest.mark.parametrize(
+        ("labels", "scores"), [((9,), (10,)), ((10,), (9,)), ((10, 1), (10,)), ((10,), (10, 1)), ((), (10,))]
+    )
     def test_shapes_of_labels_and_scores(self, labels: tuple[int, ...], scores: tuple[int, ...]) -> None:
         with pytest.raises(InputError, match="as many labels and image scores"):
             evaluate(*some_maps()[:2], np.ones(labels), np.zeros(scores))

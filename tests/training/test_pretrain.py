@@ -1,4 +1,4 @@
-"""Whole runs of the pretraining on a tiny tree: what they leave, how they go on, and what stops them."""
+"""Whole runs of the pretraining on a tiny tree: what they leave, how they resume, and what stops them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from full_disk import full_disk
+from helpers.full_disk import full_disk
+from helpers.ranks import ROOT, run_ranks
+from helpers.real_iad_tree import write_real_iad
+from helpers.trees import write_mvtec
 from PIL import Image
-from ranks import ROOT, run_ranks
-from real_iad_tree import write_real_iad
-from trees import write_mvtec
 
 import adfeatures
 from adfeatures.checkpoints import load_checkpoint
 from adfeatures.errors import AdfeaturesError, CheckpointError, ImageError, InputError
-from training import run as run_module
-from training.config import PretrainConfig
-from training.curves import read_log
 from training.data import mvtec
 from training.data.items import Item
-from training.data.pretraining import StepSampler
 from training.pretrain import _learning_rate, _on_device, main, pretrain
-from training.run import Run
+from training.pretraining import run as run_module
+from training.pretraining.config import PretrainConfig
+from training.pretraining.curves import read_log
+from training.pretraining.dataset import StepSampler
+from training.pretraining.run import Run
 
 CPU = torch.device("cpu")
 FAST = {
@@ -84,7 +84,9 @@ def test_a_run_leaves_checkpoints_log_and_curves(tree: Path, tmp_path: Path) -> 
         for method in ("norm", "angle"):
             kept = load_checkpoint(folder / f"checkpoints_{criterion}_{method}.safetensors")
             assert kept.metrics[key] == max(line[method][criterion] for line in validations)
-            assert {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}[criterion] in kept.metadata["selected_by"]
+            assert {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}[criterion] in kept.metadata[
+                "selected_by"
+            ]
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
@@ -116,7 +118,9 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(tree: Path, tmp_p
     assert all(torch.equal(value, weights(two)[key]) for key, value in weights(one).items())
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"validation": "held_out", "save_every": 2, "milestones": (1,)}
     whole = pretrain(config(tree, tmp_path / "whole", **changes), CPU)
     calls = 0
@@ -195,7 +199,9 @@ def test_runs_killed_before_any_write_end_with_the_same_bits(tree: Path, tmp_pat
         assert one.metrics == other.metrics
 
 
-def test_a_validation_that_was_cut_short_costs_no_steps(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_that_was_cut_short_costs_no_steps(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = config(tree, tmp_path / "run", validation="held_out", epochs=1)
     with monkeypatch.context() as patch:
         patch.setattr("training.pretrain.Validation.run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -248,7 +254,8 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     for key, value in weights(one).items():
         difference = (weights(two)[key] - value).abs()
         if key.endswith("in_proj_bias"):
-            # The softmax ignores what is added to all keys, so the gradient there is noise, which Adam makes as long as any other.
+            # The softmax ignores what is added to all keys, so the gradient there is noise, which Adam makes as long as
+            # any other.
             difference[len(difference) // 3 : 2 * len(difference) // 3] = 0
         assert difference.max() < 1e-5 * max(1, value.abs().max()), key
     found, expected = (read_log(folder / "log.jsonl")[-1] for folder in (two, one))
@@ -260,7 +267,13 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_indices_of_references_stay_on_the_cpu() -> None:
-    batch = {"views": torch.ones(1), "mask": torch.ones(1), "label": torch.ones(1), "reference_indices": torch.ones(1), "path": ["a"]}
+    batch = {
+        "views": torch.ones(1),
+        "mask": torch.ones(1),
+        "label": torch.ones(1),
+        "reference_indices": torch.ones(1),
+        "path": ["a"],
+    }
     devices = {key: value.device.type for key, value in _on_device(batch, torch.device("meta")).items()}
     assert devices == {"views": "meta", "mask": "meta", "label": "meta", "reference_indices": "cpu"}
 
@@ -288,7 +301,10 @@ def test_validation_on_mvtec(tree: Path, tmp_path: Path) -> None:
     root = write_mvtec(tmp_path / "mvtec", mvtec.PRODUCTS, good=2, test_good=1, bad=1, size=(32, 32))
     changes = {"held_out": 0.0, "validation": "mvtec", "max_steps": 1}
     folder = pretrain(config(tree, tmp_path / "run", validation_root=str(root), **changes), CPU)
-    assert "test set of MVTec AD, after step 1" in load_checkpoint(folder / "checkpoints_pix_norm.safetensors").metadata["selected_by"]
+    assert (
+        "test set of MVTec AD, after step 1"
+        in load_checkpoint(folder / "checkpoints_pix_norm.safetensors").metadata["selected_by"]
+    )
     with pytest.raises(InputError, match="no product of MVTec AD"):
         pretrain(config(tree, tmp_path / "other", validation_root=str(tree), **changes), CPU)
     # It is said before anything is computed.
@@ -367,7 +383,9 @@ def test_accumulation_trains_on_parts(tree: Path, tmp_path: Path) -> None:
 
 def test_a_timm_backbone(tree: Path, tmp_path: Path) -> None:
     for number, (name, size) in enumerate({"resnet10t": 64, "vit_tiny_patch16_224": 32}.items()):
-        given = config(tree, tmp_path / str(number), backbone=name, backbone_weights="random", img_size=(size,), max_steps=1)
+        given = config(
+            tree, tmp_path / str(number), backbone=name, backbone_weights="random", img_size=(size,), max_steps=1
+        )
         folder = pretrain(given, CPU)
         facts = json.loads(load_checkpoint(folder / "checkpoint_last.safetensors").metadata["backbone"])
         assert facts["timm_name"].startswith(name)
@@ -450,7 +468,9 @@ def test_a_damaged_state_is_refused(tree: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
     before = (tmp_path / "run" / "state.pt").read_bytes()
-    monkeypatch.setattr("training.step.norm_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        "training.pretraining.step.norm_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)
+    )
     with pytest.raises(AdfeaturesError, match="not finite.*--lr"):
         pretrain(config(tree, tmp_path / "run", max_steps=2), CPU)
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
@@ -459,7 +479,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tree: Path, tmp_path: Path, mon
 def test_a_full_disk_keeps_the_last_state(tree: Path, tmp_path: Path) -> None:
     folder = pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
     before = (folder / "state.pt").read_bytes()
-    with full_disk(len(before) // 2), pytest.raises(AdfeaturesError, match="Cannot write .*state.pt: .*File too large.*Free some space"):
+    with (
+        full_disk(len(before) // 2),
+        pytest.raises(AdfeaturesError, match="Cannot write .*state.pt: .*File too large.*Free some space"),
+    ):
         pretrain(config(tree, folder, max_steps=2), CPU)
     assert (folder / "state.pt").read_bytes() == before
     assert not list(folder.glob(".*"))
@@ -494,14 +517,20 @@ class Board:
         self.flushed = len(self.scalars)
 
 
-def test_tensorboard_is_written_where_it_is_installed(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_written_where_it_is_installed(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
     for stop in (2, 3):
         folder = pretrain(config(tree, tmp_path / "run", max_steps=stop, validation="held_out"), CPU)
     first, second = Board.made
-    # What a process logged after the state that the next one goes on from is hidden.
+    # What a process logged after the state that the next one resumes from is hidden.
     assert (first.purge_step, second.purge_step) == (1, 3)
-    logged = [(f"step/{name}", value, 3) for name, value in steps(folder)[-1].items() if name in ("angle", "norm", "loss", "lr")]
+    logged = [
+        (f"step/{name}", value, 3)
+        for name, value in steps(folder)[-1].items()
+        if name in ("angle", "norm", "loss", "lr")
+    ]
     assert set(logged) <= set(second.scalars)
     last = read_log(folder / "log.jsonl")[-1]
     assert ("validation/angle/pro", last["angle"]["pro"], 3) in second.scalars

@@ -1,9 +1,9 @@
 """Every method tells rendered defects from rendered good parts, and does not tell good parts from good parts.
 
-The product is one of the procedural data set, sheets of vinyl: 40 normal images to learn from, of which 8 are the references, 40 normal
-test images, 40 with defects of all kinds, and 40 more normal ones that are called anomalous. The features are residuals of the embedded
-backbone at 128 x 128 pixels, in the batches and with the settings of the evaluation. Only the numbers of epochs are smaller than the
-paper's, as stated below.
+The product is one of the procedural data set, sheets of vinyl: 40 normal images to learn from, of which 8 are the
+references, 40 normal test images, 40 with defects of all kinds, and 40 more normal ones that are called anomalous. The
+features are residuals of the embedded backbone at 128 x 128 pixels, in the batches and with the settings of the
+evaluation. Only the numbers of epochs are smaller than the paper's, as stated below.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from adfeatures.scoring import auroc
 from training.data import dataset
 from training.data.items import ANOMALOUS, NORMAL
 from training.data.synthetic import DEFECTS, render
-from training.evaluation.conditioned import Features, Geometry, residual_features
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.draws import draw_references
 from training.evaluation.inputs import Product, RawFeatures
+from training.evaluation.pretrained_features import Features, Geometry, residual_features
 from training.evaluation.recipes import RECIPES, known_loader, settings, train_loader
 from training.evaluation.results import PRETRAINED
 from training.evaluation.subject import load_subject
@@ -70,9 +70,13 @@ def data(root: Path) -> tuple[RawFeatures, Product, Product, Features]:
     "method",
     [pytest.param(method, marks=[pytest.mark.slow] if method in EPOCHS else []) for method in METHODS],
 )
-def test_method_finds_defects_and_nothing_else(method: str, data: tuple[RawFeatures, Product, Product, Features]) -> None:
+def test_method_finds_defects_and_nothing_else(
+    method: str, data: tuple[RawFeatures, Product, Product, Features]
+) -> None:
     raw, easy, control, features = data
-    assert [len([i for i in p.test if i.label == label]) for p in (easy, control) for label in (NORMAL, ANOMALOUS)] == [COUNT] * 4
+    assert [len([i for i in p.test if i.label == label]) for p in (easy, control) for label in (NORMAL, ANOMALOUS)] == [
+        COUNT
+    ] * 4
     config = EvaluationConfig(model="residual_lite", dataset="folder", root="", output="", epochs=EPOCHS.get(method))
     chosen = settings(method, PRETRAINED, config, raw.subject, "squash", ["easy"])
     if method in EPOCHS:

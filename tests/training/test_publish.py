@@ -1,4 +1,4 @@
-"""Publishing over HTTP to the loopback Hub: what was pushed loads back, breaks off and goes on, and is refused where it must be."""
+"""Publishing over HTTP to the loopback Hub: what was pushed loads back, breaks off and resumes, and is refused where it must be."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import HubServer
-from models import write_photos
-from published import as_published
+from helpers.hub_server import HubServer
+from helpers.models import write_photos
+from helpers.published import as_published
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -25,8 +25,8 @@ from adfeatures.checkpoints import load_checkpoint, save_checkpoint
 from adfeatures.loading import load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.timm_backbones import find_timm
-from training.model_card import PAPER
 from training.publish import main
+from training.publishing.model_card import PAPER
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "upstream_checkpoint.pth"
@@ -47,7 +47,12 @@ class Trained:
         for parameter in self.projector.parameters():
             parameter.data = torch.randn_like(parameter) * 0.3
         mean, std = entry.normalization
-        facts = {"timm_name": entry.timm_name, "blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions}
+        facts = {
+            "timm_name": entry.timm_name,
+            "blocks": entry.blocks,
+            "channels": entry.channels,
+            "reductions": entry.reductions,
+        }
         self.header = {"format": "adfeatures", "model": "adpretrain_timm", "num_heads": "4", "img_size": "[48, 80]"}
         self.header |= {"backbone": json.dumps({**facts, "mean": mean, "std": std}), "training": json.dumps(TRAINING)}
         self.header |= {
@@ -99,7 +104,9 @@ def written(hub: HubServer, repo: str = REPO) -> dict[str, bytes]:
 
 
 class TestRoundTrip:
-    def test_what_was_pushed_loads_back(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_was_pushed_loads_back(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert publish(trained, "--repo", REPO) == 0
         assert f"{writable.url}/{REPO}, private" in capsys.readouterr().out
         assert written(writable).keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
@@ -108,20 +115,28 @@ class TestRoundTrip:
         trained.is_served_by(timm.create_model(f"hf-hub:{REPO}", pretrained=True))
         trained.is_served_by(timm.create_model(f"hf-hub:{REPO}", pretrained=True, features_only=True))
 
-    def test_only_the_projector_goes_out_with_its_header(self, trained: Trained, writable: HubServer, tmp_path: Path) -> None:
+    def test_only_the_projector_goes_out_with_its_header(
+        self, trained: Trained, writable: HubServer, tmp_path: Path
+    ) -> None:
         assert publish(trained, "--repo", REPO, "--folder", tmp_path) == 0
-        assert {name: (tmp_path / name).read_bytes() for name in ("config.json", "README.md", "model.safetensors")}.items() <= written(
-            writable
-        ).items()
+        assert {
+            name: (tmp_path / name).read_bytes() for name in ("config.json", "README.md", "model.safetensors")
+        }.items() <= written(writable).items()
         checkpoint = load_checkpoint(tmp_path / "model.safetensors")
         assert checkpoint.state_dict.keys() == {f"projector.{key}" for key in trained.projector.state_dict()}
         assert checkpoint.metrics == {"img_auc": 0.9123, "pix_pro": 0.8}
         training = {**TRAINING, "root": "Real-IAD", "output": "run"}
-        assert {**checkpoint.metadata, "training": json.loads(checkpoint.metadata["training"])} == {**trained.header, "training": training}
+        assert {**checkpoint.metadata, "training": json.loads(checkpoint.metadata["training"])} == {
+            **trained.header,
+            "training": training,
+        }
 
     @pytest.mark.parametrize("way", ["--whole-model", "--backbone-weights"])
     def test_whole_model_needs_nothing_else(self, trained: Trained, writable: HubServer, way: str) -> None:
-        assert publish(trained, "--repo", REPO, way, *([trained.save_backbone()] if way == "--backbone-weights" else [])) == 0
+        assert (
+            publish(trained, "--repo", REPO, way, *([trained.save_backbone()] if way == "--backbone-weights" else []))
+            == 0
+        )
         asked_before = len(writable.requests)
         trained.is_served_by(adfeatures.create_model(weights=f"hf-hub:{REPO}", pretrained=False))
         trained.is_served_by(timm.create_model(f"hf-hub:{REPO}", pretrained=True))
@@ -134,8 +149,17 @@ class TestRoundTrip:
         backbone, entry = load_backbone("resnet18", weights=whole)
         projector = ResidualProjector(entry.channels, num_keys=8)
         mean, std = entry.normalization
-        facts = {"timm_name": entry.timm_name, "blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions}
-        header = {"model": "adpretrain_timm", "num_heads": "16", "backbone": json.dumps({**facts, "mean": mean, "std": std})}
+        facts = {
+            "timm_name": entry.timm_name,
+            "blocks": entry.blocks,
+            "channels": entry.channels,
+            "reductions": entry.reductions,
+        }
+        header = {
+            "model": "adpretrain_timm",
+            "num_heads": "16",
+            "backbone": json.dumps({**facts, "mean": mean, "std": std}),
+        }
         header["img_size"] = "[64, 64]"
         tensors = {f"projector.{key}": value for key, value in projector.state_dict().items()}
         save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
@@ -167,7 +191,12 @@ class TestRoundTrip:
 class TestVisibility:
     @pytest.mark.parametrize(("option", "private"), [((), True), (("--private",), True), (("--public",), False)])
     def test_private_unless_public_is_said(
-        self, trained: Trained, writable: HubServer, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], private: bool
+        self,
+        trained: Trained,
+        writable: HubServer,
+        monkeypatch: pytest.MonkeyPatch,
+        option: tuple[str, ...],
+        private: bool,
     ) -> None:
         assert publish(trained, "--repo", REPO, *option) == 0
         (request,) = [sent for path, sent in writable.sent if path == "/api/repos/create"]
@@ -192,22 +221,30 @@ class TestVisibility:
         assert publish(trained, "--repo", REPO, "--license", "mit", "--public") == 0
         assert len(writable.pushed) == 2
 
-    def test_a_private_one_stays_private(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_private_one_stays_private(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert publish(trained, "--repo", REPO) == 0
         assert publish(trained, "--repo", REPO, "--license", "mit", "--public") == 0
         assert "private as it was" in capsys.readouterr().out and REPO in writable.tokens
 
 
 class TestBreakingOff:
-    def test_dry_run_sends_nothing(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def test_dry_run_sends_nothing(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         for options in (("--repo", REPO), ("--repo", REPO, "--public", "--folder", tmp_path), ()):
             assert publish(trained, "--dry-run", *options) == 0
             out = capsys.readouterr().out
-            assert all(re.search(rf"{name}: \d+ bytes, sha256 [0-9a-f]{{64}}", out) for name in ("config.json", "README.md"))
+            assert all(
+                re.search(rf"{name}: \d+ bytes, sha256 [0-9a-f]{{64}}", out) for name in ("config.json", "README.md")
+            )
         assert not writable.requests
         assert {path.name for path in tmp_path.iterdir()} == {"config.json", "README.md", "model.safetensors"}
 
-    def test_nothing_new_is_no_commit(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_nothing_new_is_no_commit(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert publish(trained, "--repo", REPO) == 0
         head = writable.branches[REPO]["main"]
         with writable.counting() as requests:
@@ -215,7 +252,10 @@ class TestBreakingOff:
         assert "nothing was sent" in capsys.readouterr().out
         assert writable.branches[REPO]["main"] == head and {request.method for request in requests} <= {"GET", "HEAD"}
         assert publish(trained, "--repo", REPO, "--data", "ours") == 0
-        assert [paths for _, _, paths in writable.pushed] == [["config.json", "model.safetensors", "README.md"], ["README.md"]]
+        assert [paths for _, _, paths in writable.pushed] == [
+            ["config.json", "model.safetensors", "README.md"],
+            ["README.md"],
+        ]
 
     def test_cut_in_the_middle_of_the_weights(
         self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -230,7 +270,9 @@ class TestBreakingOff:
         assert not any("create" in request.path for request in requests)
         trained.is_served_by(adfeatures.create_model(weights=f"hf-hub:{REPO}"))
 
-    def test_one_cut_is_mended_at_once(self, trained: Trained, writable: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_cut_is_mended_at_once(
+        self, trained: Trained, writable: HubServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         writable.fault(method="PUT", origin="storage", cut=1000, times=1)
         assert publish(trained, "--repo", REPO) == 0
@@ -264,17 +306,23 @@ class TestRefusals:
         assert code == 2
         return capsys.readouterr().err
 
-    def test_tokens(self, trained: Trained, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tokens(
+        self, trained: Trained, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         hub.allow(TOKEN, "another")
         assert "needs a token" in self.refused(capsys, publish(trained, "--repo", REPO))
         assert not hub.requests
         monkeypatch.setenv("HF_TOKEN", "hf_expired")
         assert "not valid (HTTP 401: Invalid credentials" in self.refused(capsys, publish(trained, "--repo", REPO))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        assert "may not write to owner (HTTP 403: You don't have the rights" in self.refused(capsys, publish(trained, "--repo", REPO))
+        assert "may not write to owner (HTTP 403: You don't have the rights" in self.refused(
+            capsys, publish(trained, "--repo", REPO)
+        )
         assert not hub.branches
 
-    def test_names_that_are_taken(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_names_that_are_taken(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         writable.add("owner/other", "config.json", b'{"architecture": "resnet50"}', lfs=False)
         writable.add("owner/mess", "config.json", b"\xff[]", lfs=False)
         writable.add("owner/data", "train.csv", b"1", lfs=False)
@@ -290,11 +338,15 @@ class TestRefusals:
             assert says in self.refused(capsys, publish(trained, "--repo", name, "--public"))
         assert writable.branches == heads and not writable.pushed
 
-    def test_somebody_else_was_quicker(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_somebody_else_was_quicker(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         writable.fail(412, match="/commit/", times=1)
         assert "changed it meanwhile" in self.refused(capsys, publish(trained, "--repo", REPO))
 
-    def test_what_the_hub_objects_to_is_said(self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_the_hub_objects_to_is_said(
+        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         says = self.refused(capsys, publish(trained, "--repo", REPO, "--license", "my own"))
         assert "HTTP 400: license must be one of" in says and "Mend that" in says
         writable.fail(402, match="/preupload/", times=1)
@@ -326,7 +378,12 @@ class TestRefusals:
         ],
     )
     def test_options(
-        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], options: Sequence[str], says: str
+        self,
+        trained: Trained,
+        writable: HubServer,
+        capsys: pytest.CaptureFixture[str],
+        options: Sequence[str],
+        says: str,
     ) -> None:
         assert says in self.refused(capsys, publish(trained, *options))
         assert not writable.requests
@@ -335,9 +392,9 @@ class TestRefusals:
         (tmp_path / "empty.safetensors").touch()
         save_checkpoint(tmp_path / "alien.safetensors", {"x": torch.ones(2)})
         save_checkpoint(tmp_path / "lying.safetensors", {"x": torch.ones(2)}, metadata=trained.header)
-        spoilt = load_file(trained.path)
-        del spoilt["projector.l2_proj.x_ref"]
-        save_checkpoint(tmp_path / "spoilt.safetensors", spoilt, metadata=trained.header)
+        spoiled = load_file(trained.path)
+        del spoiled["projector.l2_proj.x_ref"]
+        save_checkpoint(tmp_path / "spoiled.safetensors", spoiled, metadata=trained.header)
         lite = adfeatures.create_model().backbone.state_dict()
         save_checkpoint(tmp_path / "lite.safetensors", lite, metadata={"model": "residual_lite"})
         for name, says in (
@@ -345,7 +402,7 @@ class TestRefusals:
             ("empty.safetensors", "is empty"),
             ("alien.safetensors", "does not say which model it is for. Say it: --name"),
             ("lying.safetensors", "lying.safetensors does not fit ResidualProjector"),
-            ("spoilt.safetensors", "missing l2_proj.x_ref"),
+            ("spoiled.safetensors", "missing l2_proj.x_ref"),
             ("lite.safetensors", "residual_lite has no projector"),
         ):
             assert says in self.refused(capsys, main([str(tmp_path / name), "--folder", str(tmp_path / "out")]))
@@ -364,9 +421,13 @@ class TestRefusals:
         card = (tmp_path / "out" / "README.md").read_text()
         assert card.count('backbone_weights="/path/to/imagebind_huge.pth"') == 3 and "| backbone | CC-BY-NC-4.0" in card
         assert "must be got from https://github.com/facebookresearch/ImageBind" in card
-        assert "CC-BY-NC-4.0" in self.refused(capsys, main([str(tmp_path / "own.safetensors"), "--dry-run", "--whole-model"]))
+        assert "CC-BY-NC-4.0" in self.refused(
+            capsys, main([str(tmp_path / "own.safetensors"), "--dry-run", "--whole-model"])
+        )
 
-    def test_folders_that_hold_something_else(self, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def test_folders_that_hold_something_else(
+        self, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         (tmp_path / "README.md").write_text("my project")
         assert "is not empty and holds no model" in self.refused(capsys, publish(trained, "--folder", tmp_path))
         assert "is a file" in self.refused(capsys, publish(trained, "--folder", tmp_path / "README.md"))
@@ -376,7 +437,10 @@ class TestRefusals:
         ("config", "says"),
         [
             (b'{"architecture": "resnet50"}', "holds resnet50, which adpretrain_timm"),
-            (b'{"architecture": "adpretrain_timm", "pretrained_cfg": {"tag": "old"}}', "holds adpretrain_timm.old, which"),
+            (
+                b'{"architecture": "adpretrain_timm", "pretrained_cfg": {"tag": "old"}}',
+                "holds adpretrain_timm.old, which",
+            ),
             (b"\xff{}", "holds something else"),
         ],
     )
@@ -399,29 +463,56 @@ class TestRefusals:
             training = json.dumps({**TRAINING, "backbone_weights": used})
             path = str(trained.write(tmp_path / "other.safetensors", training=training))
             assert says in self.refused(capsys, main([path, "--dry-run"]))
-        path = str(trained.write(tmp_path / "other.safetensors", training=json.dumps({**TRAINING, "backbone_weights": "/there/b.pth"})))
+        path = str(
+            trained.write(
+                tmp_path / "other.safetensors", training=json.dumps({**TRAINING, "backbone_weights": "/there/b.pth"})
+            )
+        )
         assert main([path, "--folder", str(tmp_path / "out"), "--backbone-weights", str(trained.save_backbone())]) == 0
         trained.is_served_by(adfeatures.create_model(weights=f"local-dir:{tmp_path / 'out'}", pretrained=False))
         assert "/there" not in "".join(load_checkpoint(tmp_path / "out" / "model.safetensors").metadata.values())
         # Said to be the published ones under another name, they stay where they are.
         assert main([path, "--folder", str(tmp_path / "published"), "--backbone-weights", "r160_in1k"]) == 0
-        assert not any(key.startswith("backbone.") for key in load_checkpoint(tmp_path / "published" / "model.safetensors").state_dict)
+        assert not any(
+            key.startswith("backbone.")
+            for key in load_checkpoint(tmp_path / "published" / "model.safetensors").state_dict
+        )
         assert not writable.requests
 
-    def test_backbones_that_timm_has_not_published(self, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def test_backbones_that_timm_has_not_published(
+        self, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         _, entry = load_backbone("dpn48b", weights="random", levels=(1, 2))
         mean, std = entry.normalization
-        facts = {"timm_name": "dpn48b", "blocks": entry.blocks, "channels": entry.channels, "reductions": entry.reductions}
-        header = {"model": "adpretrain_timm", "num_heads": "16", "backbone": json.dumps({**facts, "mean": mean, "std": std})}
+        facts = {
+            "timm_name": "dpn48b",
+            "blocks": entry.blocks,
+            "channels": entry.channels,
+            "reductions": entry.reductions,
+        }
+        header = {
+            "model": "adpretrain_timm",
+            "num_heads": "16",
+            "backbone": json.dumps({**facts, "mean": mean, "std": std}),
+        }
         tensors = ResidualProjector(entry.channels, num_keys=8).state_dict()
-        save_checkpoint(tmp_path / "own.safetensors", {f"projector.{key}": value for key, value in tensors.items()}, metadata=header)
+        save_checkpoint(
+            tmp_path / "own.safetensors", {f"projector.{key}": value for key, value in tensors.items()}, metadata=header
+        )
         says = self.refused(capsys, main([str(tmp_path / "own.safetensors"), "--dry-run"]))
         assert "timm has no published weights of dpn48b, so they must come along" in says
 
     def test_whole_models_keep_the_terms_of_the_backbone(
-        self, trained: Trained, writable: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        trained: Trained,
+        writable: HubServer,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(loading, "find_timm", lambda *of: dataclasses.replace(find_timm(*of), license="cc-by-nc-4.0"))
+        monkeypatch.setattr(
+            loading, "find_timm", lambda *of: dataclasses.replace(find_timm(*of), license="cc-by-nc-4.0")
+        )
         options = ["--folder", tmp_path, "--license", "apache-2.0"]
         assert publish(trained, *options) == 0
         assert "cannot be apache-2.0" in self.refused(capsys, publish(trained, *options, "--whole-model"))
@@ -450,24 +541,38 @@ class TestFilesOfTheAuthors:
             assert torch.equal(found.view(torch.int16), value.view(torch.int16))
         assert published.metrics == original.metrics
         assert (published.metadata["model"], published.metadata["source"]) == (tiny, GOLDEN.name)
-        assert published.metadata["selected_by"] == "AUPRO of FeatureNorm on the test set of MVTec AD, by the authors of ADPretrain"
+        assert (
+            published.metadata["selected_by"]
+            == "AUPRO of FeatureNorm on the test set of MVTec AD, by the authors of ADPretrain"
+        )
         with writable.counting() as requests:
-            assert main([str(tmp_path / "model.safetensors"), "--repo", REPO]) == 0  # the published file is the same model
+            assert (
+                main([str(tmp_path / "model.safetensors"), "--repo", REPO]) == 0
+            )  # the published file is the same model
         assert {request.method for request in requests} <= {"GET", "HEAD"}
 
     def test_their_terms_are_not_restated(self, tiny: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert main([str(GOLDEN), "--name", tiny, "--folder", str(tmp_path), "--license", "mit"]) == 2
         assert main([str(GOLDEN), "--name", tiny, "--folder", str(tmp_path), "--data", "ours"]) == 2
         assert main([str(GOLDEN), "--folder", str(tmp_path)]) == 2
-        assert "trained by others" in (err := capsys.readouterr().err) and "--name adpretrain_dinov2_base.realiad_norm" in err
+        assert (
+            "trained by others" in (err := capsys.readouterr().err)
+            and "--name adpretrain_dinov2_base.realiad_norm" in err
+        )
         assert main([str(GOLDEN), "--name", tiny, "--folder", str(tmp_path)]) == 0
         card = (tmp_path / "README.md").read_text()
         front = yaml.safe_load(card.split("---\n")[1])
-        assert (front["license"], front["license_name"], front["datasets"]) == ("other", "unstated", ["Real-IAD/Real-IAD"])
+        assert (front["license"], front["license_name"], front["datasets"]) == (
+            "other",
+            "unstated",
+            ["Real-IAD/Real-IAD"],
+        )
         assert "Real-IAD: CC-BY-NC-SA-4.0" in card and "unstated (code of the authors: MIT)" in card
         assert "on the test set of MVTec AD, by the authors" in card and "FeatureNorm, CFLOW, GLASS, UniAD" in card
 
-    def test_your_own_training_is_not_theirs(self, tiny: str, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def test_your_own_training_is_not_theirs(
+        self, tiny: str, trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         golden = {f"projector.{key}": value for key, value in load_checkpoint(GOLDEN).state_dict.items()}
         save_checkpoint(tmp_path / "own.safetensors", golden, metadata={"training": json.dumps(TRAINING)})
         assert main([str(tmp_path / "own.safetensors"), "--name", tiny, "--dry-run"]) == 2
@@ -497,7 +602,14 @@ class TestModelCard:
             "license": "cc-by-nc-sa-4.0",
             "library_name": "timm",
             "pipeline_tag": "image-feature-extraction",
-            "tags": ["adfeatures", "timm", "anomaly-detection", "industrial-inspection", "adpretrain", "arxiv:2511.05245"],
+            "tags": [
+                "adfeatures",
+                "timm",
+                "anomaly-detection",
+                "industrial-inspection",
+                "adpretrain",
+                "arxiv:2511.05245",
+            ],
             "datasets": ["Real-IAD/Real-IAD"],
             "base_model": "timm/test_vit.r160_in1k",
         }
@@ -522,13 +634,18 @@ class TestModelCard:
 
     def test_unknown_things_are_said_to_be_unknown(self, trained: Trained, tmp_path: Path) -> None:
         tensors = {f"projector.{key}": value for key, value in trained.projector.state_dict().items()}
-        header = {key: text for key, text in trained.header.items() if key not in ("training", "training_data", "selected_by")}
+        header = {
+            key: text for key, text in trained.header.items() if key not in ("training", "training_data", "selected_by")
+        }
         save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
         assert main([str(tmp_path / "own.safetensors"), "--folder", str(tmp_path / "out")]) == 0
         card = (tmp_path / "out" / "README.md").read_text()
         front = yaml.safe_load(card.split("---\n")[1])
         assert (front["license"], front["license_name"]) == ("other", "unstated") and "datasets" not in front
-        assert "training data | not stated" in card and "The file holds none. The file does not say what selected it" in card
+        assert (
+            "training data | not stated" in card
+            and "The file holds none. The file does not say what selected it" in card
+        )
 
     def test_data_of_ones_own(self, trained: Trained, tmp_path: Path) -> None:
         options = ["--data", "procedural images of training.synthesize", "--data-license", "MIT"]
@@ -555,7 +672,12 @@ class TestModelCard:
         config = json.loads(written(writable)["config.json"])
         assert (config["architecture"], config["num_classes"], config["num_features"]) == ("adpretrain_timm", 0, 64)
         cfg = timm.models.PretrainedCfg(**config["pretrained_cfg"])  # knows every key
-        assert (cfg.input_size, cfg.crop_pct, cfg.crop_mode, cfg.license) == ([3, 48, 80], 1.0, "squash", "cc-by-nc-sa-4.0")
+        assert (cfg.input_size, cfg.crop_pct, cfg.crop_mode, cfg.license) == (
+            [3, 48, 80],
+            1.0,
+            "squash",
+            "cc-by-nc-sa-4.0",
+        )
         assert cfg.mean == list(json.loads(trained.header["backbone"])["mean"])
 
     def test_header_is_in_order(self, trained: Trained, tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def test_masks_are_exact_in_every_view_and_absent_where_nothing_is_to_be_seen(pr
 
 
 def test_views_and_parts_differ() -> None:
-    pictures = [np.asarray(render("hex_nut", seed, view=view, size=64)[0], float) for seed in (0, 1) for view in (1, 2, 3)]
+    pictures = [
+        np.asarray(render("hex_nut", seed, view=view, size=64)[0], float) for seed in (0, 1) for view in (1, 2, 3)
+    ]
     for index, first in enumerate(pictures):
         for second in pictures[:index]:
             assert np.abs(first - second).mean() > 4
@@ -149,7 +151,9 @@ def test_layout(dataset: Path) -> None:
     # Numbers belong to one part of a product, whatever tree it is in.
     assert len({(product, folder) for product, _, folder in parts}) == len(parts)
     kinds = Counter((product, defect) for product, defect, _ in parts)
-    assert kinds == {(product, defect): 2 if defect is None else 1 for product in PRODUCTS[:3] for defect in (None, *DEFECTS)}
+    assert kinds == {
+        (product, defect): 2 if defect is None else 1 for product in PRODUCTS[:3] for defect in (None, *DEFECTS)
+    }
     # One product mixes single and double underscores.
     both = {product for product, gap in gaps if gap == "__"}
     assert len(both) == 1 and all(gaps[product, "_"] for product in both)
@@ -158,7 +162,11 @@ def test_layout(dataset: Path) -> None:
 
 def test_some_scratches_carry_another_code(tmp_path: Path) -> None:
     synthesize(tmp_path / "set", products=PRODUCTS[2:3], good=0, bad=12, size=32)
-    codes = {match["code"] for name in images(tmp_path / "set") if (match := PATH.fullmatch(name)) and match["defect"] == "HS"}
+    codes = {
+        match["code"]
+        for name in images(tmp_path / "set")
+        if (match := PATH.fullmatch(name)) and match["defect"] == "HS"
+    }
     assert codes == {"HS", "QS"}
 
 
@@ -187,7 +195,12 @@ def test_a_sheet_and_a_note_come_with_it(dataset: Path) -> None:
         assert sheet.width > sheet.height > 2 * 144
         assert np.asarray(sheet.convert("L"), float).std() > 20
     note = (dataset / "README.txt").read_text()
-    assert "MIT" in note and "training/synthesize.py" in note and "seed 3" in note and all(code in note for code in DEFECTS)
+    assert (
+        "MIT" in note
+        and "training/synthesize.py" in note
+        and "seed 3" in note
+        and all(code in note for code in DEFECTS)
+    )
 
 
 # --- determinism and resuming
@@ -223,7 +236,19 @@ def test_what_is_missing_is_made_again_and_the_rest_kept(dataset: Path, tmp_path
 
 def test_a_killed_run_goes_on(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
-    arguments = ("--output", str(output), "--products", "3", "--images-per-product", "10", "40", "--size", "48", "--seed", "3")
+    arguments = (
+        "--output",
+        str(output),
+        "--products",
+        "3",
+        "--images-per-product",
+        "10",
+        "40",
+        "--size",
+        "48",
+        "--seed",
+        "3",
+    )
     process = run_entry(*arguments)
     deadline = time.monotonic() + 60
     while len(list(output.glob("realiad_512/*/*/*/*/*.jpg"))) < 5 and time.monotonic() < deadline:
@@ -255,7 +280,16 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"good": 0, "bad": 0}, {"good": -1}, {"workers": 0}, {"seed": -1}, {"size": 8}, {"products": 0}, {"products": 999}, {"products": ()}],
+    [
+        {"good": 0, "bad": 0},
+        {"good": -1},
+        {"workers": 0},
+        {"seed": -1},
+        {"size": 8},
+        {"products": 0},
+        {"products": 999},
+        {"products": ()},
+    ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(InputError):
@@ -267,7 +301,18 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, change: dict[str, obje
 
 
 def test_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None) -> None:
-    arguments = ["--output", str(tmp_path / "set"), "--products", "gear", "label", "--images-per-product", "5", "10", "--size", "48"]
+    arguments = [
+        "--output",
+        str(tmp_path / "set"),
+        "--products",
+        "gear",
+        "label",
+        "--images-per-product",
+        "5",
+        "10",
+        "--size",
+        "48",
+    ]
     assert main(arguments) == 0
     assert re.search(r"wrote 30 images in [\d.]+ s, [\d.]+ images/s per worker", capsys.readouterr().out)
     assert {path.name for path in (tmp_path / "set/realiad_512").iterdir()} == {"gear", "label"}
@@ -290,7 +335,19 @@ def test_entry_explains_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_full_disk_stops_it_and_loses_nothing(tmp_path: Path, workers: str) -> None:
-    arguments = ("--output", str(tmp_path), "--products", "linen", "--images-per-product", "5", "10", "--size", "96", "--workers", workers)
+    arguments = (
+        "--output",
+        str(tmp_path),
+        "--products",
+        "linen",
+        "--images-per-product",
+        "5",
+        "10",
+        "--size",
+        "96",
+        "--workers",
+        workers,
+    )
     # Files larger than this cannot be written, as on a disk with that much left.
     process = run_entry(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
     output, error = process.communicate(timeout=120)
@@ -333,8 +390,8 @@ def test_projection_finds_the_nearest_point_on_each_line_of_sight() -> None:
         across = ((column + 0.5) / size * 2 - 1) * window
         depth = far * (1 + 0.08 * sin * far)
         spread = across * (1 + 0.16 * sin * far)
-        canvas_x = view.centre[0] + math.cos(view.yaw) * spread - math.sin(view.yaw) * depth
-        canvas_y = view.centre[1] - math.sin(view.yaw) * spread - math.cos(view.yaw) * depth
+        canvas_x = view.center[0] + math.cos(view.yaw) * spread - math.sin(view.yaw) * depth
+        canvas_y = view.center[1] - math.sin(view.yaw) * spread - math.cos(view.yaw) * depth
         pixels = [(canvas_y + 1) * 32 - 0.5, (canvas_x + 1) * 32 - 0.5]
         height = ndimage.map_coordinates(part.height, pixels, order=1, mode="reflect")
         risen = depth * cos + height * sin
@@ -343,7 +400,9 @@ def test_projection_finds_the_nearest_point_on_each_line_of_sight() -> None:
             start = int(np.argmax(far >= -1.6))
             hit = start + int(np.argmax(risen[start:] >= sight))
             # A step of the projection is 2 * window / size along the table.
-            wrong += math.hypot(x[row, column] - canvas_x[hit], y[row, column] - canvas_y[hit]) > 1.5 * 2 * window / size
+            wrong += (
+                math.hypot(x[row, column] - canvas_x[hit], y[row, column] - canvas_y[hit]) > 1.5 * 2 * window / size
+            )
     assert wrong / size**2 < 0.03
 
 
@@ -358,7 +417,9 @@ def test_shapes_have_the_distances_of_their_outlines() -> None:
     inside = (np.abs(x) < 0.5) & (np.abs(y) < 0.3)
     np.testing.assert_allclose(box(x, y, 0.5, 0.3)[0], np.where(inside[0], -nearest, nearest), atol=1e-3)
     line = np.stack([-0.4 + 0.9 * t, 0.2 - 0.5 * t])
-    np.testing.assert_allclose(segment(x, y, (-0.4, 0.2), (0.5, -0.3))[0], np.hypot(x.T - line[0], y.T - line[1]).min(1), atol=1e-3)
+    np.testing.assert_allclose(
+        segment(x, y, (-0.4, 0.2), (0.5, -0.3))[0], np.hypot(x.T - line[0], y.T - line[1]).min(1), atol=1e-3
+    )
 
 
 def test_pebbles_of_a_regular_grid_are_where_they_should_be() -> None:
@@ -376,12 +437,12 @@ def test_a_window_draws_where_it_should() -> None:
     outer = part.near(0.3, -0.2, 0.5, 0.7)
     inner = outer.near(0.2, 0.1, 0.2, -0.3)
     inner.paint(inner.inside(disc(inner.x, inner.y, 0.05)), (1, 1, 1))
-    row, column = ndimage.center_of_mass(part.colour[0])
+    row, column = ndimage.center_of_mass(part.color[0])
     expected_x = 0.3 + 0.2 * math.cos(0.7) - 0.1 * math.sin(0.7)
     expected_y = -0.2 + 0.2 * math.sin(0.7) + 0.1 * math.cos(0.7)
     assert (column + 0.5) / 100 - 1 == pytest.approx(expected_x, abs=1e-3)
     assert (row + 0.5) / 100 - 1 == pytest.approx(expected_y, abs=1e-3)
-    assert part.colour[0].sum() * part.texel**2 == pytest.approx(math.pi * 0.05**2, rel=0.02)
+    assert part.color[0].sum() * part.texel**2 == pytest.approx(math.pi * 0.05**2, rel=0.02)
 
 
 def test_a_missing_piece_leaves_the_random_numbers_after_it_alone() -> None:

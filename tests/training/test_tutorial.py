@@ -1,4 +1,4 @@
-"""The tutorial in miniature: what it leaves, that its numbers are those of the files, and that the same command goes on."""
+"""The tutorial in miniature: what it leaves, that its numbers are those of the files, and that the same command resumes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 
 import adfeatures
 from training import tutorial
-from training.curves import read_log
+from training.pretraining.curves import read_log
 
 
 @pytest.mark.parametrize("options", [["--steps", "0"], ["--seeds", "0", "-1"]])
-def test_senseless_numbers_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+def test_senseless_numbers_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
     assert tutorial.main(["--output", str(tmp_path), *options]) == 2
     assert "must" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
@@ -21,7 +23,15 @@ def test_senseless_numbers_are_refused_at_once(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fewer normal images")
 def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small = {"SEEN": ("linen",), "UNSEEN": ("denim",), "PRODUCTS": ("linen", "denim"), "GOOD": 4, "BAD": 8, "SIDE": 64, "NUM_KEYS": 8}
+    small = {
+        "SEEN": ("linen",),
+        "UNSEEN": ("denim",),
+        "PRODUCTS": ("linen", "denim"),
+        "GOOD": 4,
+        "BAD": 8,
+        "SIDE": 64,
+        "NUM_KEYS": 8,
+    }
     for name, value in small.items():
         monkeypatch.setattr(tutorial, name, value)
     arguments = ["--output", str(tmp_path), "--seeds", "0", "1", "--steps"]
@@ -30,14 +40,20 @@ def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert printed.splitlines()[-1].startswith("It took 0 minutes on ")
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {name: len(scores) for name, scores in found.items()} == {"residual": 1, "untrained": 2, "trained": 2}
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in printed.splitlines() if "|" in line}
-    assert rows["residuals, no projector"] == [f"{100 * found['residual'][0][key]:.1f}" for key in ("img", "pix", "pro")]
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]]
+        for line in printed.splitlines()
+        if "|" in line
+    }
+    assert rows["residuals, no projector"] == [
+        f"{100 * found['residual'][0][key]:.1f}" for key in ("img", "pix", "pro")
+    ]
     low, high = sorted(100 * scores["img"] for scores in found["trained"])
     assert rows["trained projector, 2 steps"][0] == f"{(low + high) / 2:.1f} ± {(high - low) / 2**0.5:.1f}"
     model = adfeatures.create_model(weights=f"local-dir:{tmp_path / 'published'}")
     assert model.name == "adpretrain_efficientnet_lite" and model.img_size == (64, 64)
     card = (tmp_path / "published" / "README.md").read_text()
     assert "images of training.synthesize: MIT" in card and "Real-IAD:" not in card
-    # More steps go on from these.
+    # More steps resume from these.
     assert tutorial.main([*arguments, "3"]) == 0
     assert [line["step"] for line in read_log(tmp_path / "seed0" / "log.jsonl")] == [1, 2, 3]

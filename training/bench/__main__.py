@@ -22,7 +22,9 @@ BENCHMARKS = ("aupro", "patchcore", "padim", "pretrain")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.bench", description="Speed against naive forms; judge by the ratios.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.bench", description="Speed against naive forms; judge by the ratios."
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, for a first look")
     options = parser.parse_args(arguments)

@@ -66,13 +66,18 @@ def plain_fit(maps: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mean and inverse of the covariance at each position of maps (N, C, h, w)."""
     patches = maps.flatten(2).double().numpy()
     ridge = EPSILON * np.eye(patches.shape[1])
-    return [(patches[:, :, p].mean(axis=0), np.linalg.inv(np.cov(patches[:, :, p], rowvar=False) + ridge)) for p in range(patches.shape[2])]
+    return [
+        (patches[:, :, p].mean(axis=0), np.linalg.inv(np.cov(patches[:, :, p], rowvar=False) + ridge))
+        for p in range(patches.shape[2])
+    ]
 
 
 def plain_distances(distributions: list[tuple[np.ndarray, np.ndarray]], maps: Tensor) -> np.ndarray:
     """Distances (N, h, w) of maps (N, C, h, w)."""
     patches = maps.flatten(2).double().numpy()
-    distances = [[mahalanobis(image[:, p], *distribution) for p, distribution in enumerate(distributions)] for image in patches]
+    distances = [
+        [mahalanobis(image[:, p], *distribution) for p, distribution in enumerate(distributions)] for image in patches
+    ]
     return np.array(distances).reshape(len(maps), *maps.shape[2:])
 
 
@@ -91,5 +96,9 @@ def large_fit(count: int, levels: int = 4, channels: int = 1024, side: int = 16)
             level.distances(batch)
 
     took = seconds(whole)
-    kibibytes = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")] if STATUS.exists() else []
+    kibibytes = (
+        [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        if STATUS.exists()
+        else []
+    )
     return took, int(kibibytes[0]) * 1024 if kibibytes else None

@@ -12,7 +12,7 @@ from adfeatures.factory import create_model, create_transform
 from adfeatures.images import read_image
 
 from ..methods.patchcore import STARTS, greedy_coreset
-from ..methods.patches import neighbourhood_vectors
+from ..methods.patches import neighborhood_vectors
 from .timing import Row, seconds
 
 DIM, PROJECTION = 1024, 128
@@ -32,7 +32,9 @@ def rows(quick: bool = False) -> Iterator[Row]:
     greedy_coreset(projected[:1000], 100, torch.arange(STARTS))  # warms up
     for where, searched in ((f"projected to {PROJECTION}", projected), ("in all dimensions", points)):
         found: dict[str, Tensor] = {}
-        ours = seconds(lambda found=found, searched=searched: found.update(ours=greedy_coreset(searched, count, starts)))
+        ours = seconds(
+            lambda found=found, searched=searched: found.update(ours=greedy_coreset(searched, count, starts))
+        )
         plain = seconds(lambda found=found, searched=searched: found.update(plain=plain_loop(searched, steps, starts)))
         same = int((found["ours"][:steps] == found["plain"]).sum())
         radius = f"{cover_radius(points, found['ours']):.4f}"
@@ -53,7 +55,9 @@ def patches(count: int) -> Tensor:
     transform = create_transform(model)
     images = [transform(read_image(path)) for path in sorted((SAMPLES / "references").iterdir())]
     images = [image.rot90(turns, dims=(1, 2)) for image in images for turns in range(4)]
-    vectors = torch.cat([neighbourhood_vectors(model.backbone_features(image[None]), DIM).flatten(0, 2) for image in images])
+    vectors = torch.cat(
+        [neighborhood_vectors(model.backbone_features(image[None]), DIM).flatten(0, 2) for image in images]
+    )
     return vectors[torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:count]]
 
 
@@ -63,7 +67,8 @@ def plain_loop(points: Tensor, count: int, starts: Tensor) -> Tensor:
     chosen: list[int] = []
     for _ in range(count):
         chosen.append(int(distances.argmax()))
-        # Of the ways to compute one column of distances in torch, the fastest but for products with norms that are kept.
+        # Of the ways to compute one column of distances in torch, the fastest but for products with norms that are
+        # kept.
         new = torch.cdist(points, points[chosen[-1:]], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
         distances = torch.minimum(distances, new)
     return torch.tensor(chosen)

@@ -1,7 +1,8 @@
 """A step of the pretraining against its published form, written here anew from the paper's equations, plainly.
 
-The published form encodes the references of every image in every step, projects the learnable references to keys and values again for every
-image, materialises the attention weights, takes the views one after the other, and computes all pairs of patches for the angle loss.
+The published form encodes the references of every image in every step, projects the learnable references to keys and
+values again for every image, materializes the attention weights, takes the views one after the other, and computes all
+pairs of patches for the angle loss.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from adfeatures.backbones import create_backbone
 from adfeatures.bench import naive_residuals
 from adfeatures.projector import ResidualProjector
 
-from ..config import PretrainConfig
 from ..data.items import NORMAL, Item
-from ..labels import angle_labels, norm_labels
 from ..losses import norm_loss
-from ..step import encode_images, losses, train_step, view_residuals
-from ..store import ReferenceStore
+from ..pretraining.config import PretrainConfig
+from ..pretraining.labels import angle_labels, norm_labels
+from ..pretraining.reference_store import ReferenceStore
+from ..pretraining.step import encode_images, losses, train_step, view_residuals
 from .timing import Row, seconds
 
 
@@ -117,14 +118,21 @@ class Step:
         pool = torch.randn(sizes.pool, 3, sizes.side, sizes.side)
         indices = torch.randint(sizes.pool, (sizes.batch, sizes.shots))
         views = torch.randn(sizes.batch, 2, 3, sizes.side, sizes.side)
-        self.batch = {"views": views, "mask": mask, "label": torch.tensor([1, 0] * (sizes.batch // 2)), "references": pool[indices]}
+        self.batch = {
+            "views": views,
+            "mask": mask,
+            "label": torch.tensor([1, 0] * (sizes.batch // 2)),
+            "references": pool[indices],
+        }
         self.stored = {**self.batch, "reference_indices": indices}
         self.pool = pool
         self.encoder = partial(encode_images, backbone=self.backbone, device=torch.device("cpu"), precision="float32")
 
     def open_store(self, folder: str) -> None:
         """Encode the pool."""
-        self.store = ReferenceStore(folder, [Item(str(number), NORMAL, "product") for number in range(len(self.pool))], "bench")
+        self.store = ReferenceStore(
+            folder, [Item(str(number), NORMAL, "product") for number in range(len(self.pool))], "bench"
+        )
         self.store.encode(lambda number: self.pool[int(number)], self.encoder)
         self.store.open()
 
@@ -170,9 +178,16 @@ def rows(quick: bool = False) -> Iterator[Row]:
         step.open_store(folder)
         ours, naive = step.ours()["loss"], step.naive()
         note = f"batch {sizes.batch}, {sizes.shots} references each; first losses {ours:.5f} and {naive:.5f}"
-        forms: dict[str, Callable[[], Any]] = {"fly": step.ours, "store": partial(step.ours, step.store), "naive": step.naive}
+        forms: dict[str, Callable[[], Any]] = {
+            "fly": step.ours,
+            "store": partial(step.ours, step.store),
+            "naive": step.naive,
+        }
         taken = [{name: seconds(form) for name, form in forms.items()} for _ in range(sizes.repeats)]
-        for name, what, target in (("fly", "references encoded", 1.7), ("store", f"references of a pool of {sizes.pool}", 3.0)):
+        for name, what, target in (
+            ("fly", "references encoded", 1.7),
+            ("store", f"references of a pool of {sizes.pool}", 3.0),
+        ):
             ratio = median(each["naive"] / each[name] for each in taken)
             times = (median(each[form] for each in taken) for form in (name, "naive"))
             yield Row(f"step of dinov2_base ({sizes.width}), {what}", *times, ratio, f"target {target}; {note}")
@@ -188,8 +203,17 @@ def _split(step: Step) -> Iterator[Row]:
     first, second = view_residuals(step.stored, step.encoder, step.store)
 
     def ours() -> None:
-        projected = [level.chunk(2) for level in step.projector([torch.cat(pair) for pair in zip(first, second, strict=True)])]
-        sum(losses(*([level[view] for level in projected] for view in range(2)), step.batch["mask"], step.centers, step.config)).backward()
+        projected = [
+            level.chunk(2) for level in step.projector([torch.cat(pair) for pair in zip(first, second, strict=True)])
+        ]
+        sum(
+            losses(
+                *([level[view] for level in projected] for view in range(2)),
+                step.batch["mask"],
+                step.centers,
+                step.config,
+            )
+        ).backward()
 
     own, other = seconds(ours), seconds(lambda: step.naive_losses([first, second]).backward())
     yield Row("  of it: projector, losses, backward", own, other, other / own)

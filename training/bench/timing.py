@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-# Seconds before each measurement. NumPy's and torch's idle threads spin for a while, and would take the cores from the other's.
+# Seconds before each measurement. NumPy's and torch's idle threads spin for a while, and would take the cores from the
+# other's.
 REST = 0.2
 
 
@@ -30,7 +31,9 @@ class Row:
 HEADER = f"{'what (seconds)':<56}{'ours':>9}{'naive':>10}{'ratio':>8}"
 
 
-def compare(what: str, ours: Callable[[], object], naive: Callable[[], object], *, repeats: int = 3, note: str = "") -> Row:
+def compare(
+    what: str, ours: Callable[[], object], naive: Callable[[], object], *, repeats: int = 3, note: str = ""
+) -> Row:
     """Time two functions alternately, ``repeats`` pairs after one run of ours that warms up."""
     ours()
     pairs = [(seconds(ours), seconds(naive)) for _ in range(repeats)]

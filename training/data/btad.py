@@ -8,5 +8,7 @@ from __future__ import annotations
 from .layout import Layout
 
 PRODUCTS = ("01", "02", "03")
-TREE = Layout("BTAD", PRODUCTS, normal="ok", masks=("ground_truth/{defect}/{stem}.png", "ground_truth/{defect}/{stem}.bmp"))
+TREE = Layout(
+    "BTAD", PRODUCTS, normal="ok", masks=("ground_truth/{defect}/{stem}.png", "ground_truth/{defect}/{stem}.bmp")
+)
 find_items = TREE.find_items

@@ -47,7 +47,11 @@ class RealIAD(Tree):
     def find_products(self, root: StrPath) -> dict[str, Path]:
         root = Path(root)
         folder = root / real_iad.FOLDER if os.path.isdir(root / real_iad.FOLDER) else root
-        return {name: folder / name for name in subfolders(folder) if any(os.path.isdir(folder / name / tree) for tree in self.folders)}
+        return {
+            name: folder / name
+            for name in subfolders(folder)
+            if any(os.path.isdir(folder / name / tree) for tree in self.folders)
+        }
 
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
         yield self.find_products(root)[product], real_iad.read(root, [product])
@@ -61,12 +65,14 @@ def report(root: StrPath, dataset: str | None = None) -> tuple[str, int]:
 
     Arguments and errors are those of ``check``.
     """
-    name = dataset or recognise(root)
+    name = dataset or recognize(root)
     problems = check(root, name)
     serious = sum(problem.serious for problem in problems)
     lines = [f"{root} holds {DATASETS[name]}; products: {len(tree_of(name).find_products(root))}."]
     if dataset is None:
-        lines.append(f"This was told by its folders. If it is wrong, say which data set it is with --dataset: {', '.join(DATASETS)}.")
+        lines.append(
+            f"This was told by its folders. If it is wrong, say which data set it is with --dataset: {', '.join(DATASETS)}."
+        )
     found = f"errors: {serious}, warnings: {len(problems) - serious}" if problems else "Nothing is missing or misnamed."
     return "\n".join([*lines, *map(str, problems), found]), SOME_FAILED if serious else DONE
 
@@ -76,13 +82,14 @@ def check(root: StrPath, dataset: str | None = None) -> list[Problem]:
 
     Args:
         root: Folder of the data set.
-        dataset: One of `DATASETS`; None recognises it by its folders.
+        dataset: One of `DATASETS`; None recognizes it by its folders.
 
     Raises:
         UnknownNameError: For an unknown data set.
-        InputError: If the folder is not that of the data set, or of none that is known; the message says which one to give.
+        InputError: If the folder is not that of the data set, or of none that is known; the message says which one to
+            give.
     """
-    tree = tree_of(dataset or recognise(root))
+    tree = tree_of(dataset or recognize(root))
     products = tree.find_products(root)
     if not products:
         raise InputError(tree.wrong_root(root))
@@ -93,7 +100,7 @@ def check(root: StrPath, dataset: str | None = None) -> list[Problem]:
     return list(dict.fromkeys(problems))
 
 
-def recognise(root: StrPath) -> str:
+def recognize(root: StrPath) -> str:
     """The name in `DATASETS` of the data set whose folders these are.
 
     Raises:
@@ -102,28 +109,34 @@ def recognise(root: StrPath) -> str:
     root = Path(root)
     if not os.path.isdir(root):
         raise InputError(f"There is no folder {root}.")
-    name = _recognised(root)
+    name = _recognized(root)
     if name is None:
-        near = nearby(root, lambda folder: _recognised(folder) is not None)
+        near = nearby(root, lambda folder: _recognized(folder) is not None)
         advice = (
-            f"Give {near} instead." if near else f"Known are {', '.join(DATASETS.values())}; name one with --dataset to see what is missed."
+            f"Give {near} instead."
+            if near
+            else f"Known are {', '.join(DATASETS.values())}; name one with --dataset to see what is missed."
         )
         raise InputError(f"{root} is not the folder of a data set. {advice}")
     return name
 
 
-def _recognised(root: Path) -> str | None:
+def _recognized(root: Path) -> str | None:
     names = subfolders(root)
     if os.path.isfile(root / visa.TABLE):
         return "visa"
     if real_iad.FOLDER in names or any(os.path.isdir(root / name / "OK") for name in names if name not in SPLITS):
         return "real_iad"
-    sets = {name: len(set(names) & set(dataset(name).PRODUCTS)) for name in DATASETS if name not in ("real_iad", "folder")}
+    sets = {
+        name: len(set(names) & set(dataset(name).PRODUCTS)) for name in DATASETS if name not in ("real_iad", "folder")
+    }
     best = max(sets, key=lambda name: sets[name])
     if sets[best] and 2 * sets[best] >= len(names):
         return best
     path = root.resolve()
-    if path.parent != path and any(path.name in dataset(name).PRODUCTS and _recognised(path.parent) == name for name in sets):
+    if path.parent != path and any(
+        path.name in dataset(name).PRODUCTS and _recognized(path.parent) == name for name in sets
+    ):
         return None  # The folder of one product of a known data set.
     return "folder" if dataset("folder").TREE.find_products(root) else None
 
@@ -143,15 +156,21 @@ def _check_products(tree: Tree, root: Path, products: dict[str, Path]) -> Iterat
     # A tree of other products in the layout of a known data set lacks none.
     known = tree.products if set(tree.products) & set(products) else ()
     if missing := [product for product in known if product not in products]:
-        yield Problem(f"{root} lacks {len(missing)} of {len(known)} products of {tree.title}: {', '.join(missing)}. Extract the rest.")
+        yield Problem(
+            f"{root} lacks {len(missing)} of {len(known)} products of {tree.title}: {', '.join(missing)}. Extract the rest."
+        )
     if root in products.values():
         return
     folder = next(iter(products.values())).parent
     for name in subfolders(folder):
         if known and name not in known and name != visa.TABLE.parent.name:
-            yield Problem(f"{folder / name} is not read. {unknown(f'product of {tree.title}', name, known)}", serious=False)
+            yield Problem(
+                f"{folder / name} is not read. {unknown(f'product of {tree.title}', name, known)}", serious=False
+            )
         elif not known and name not in products:
-            yield Problem(f"{folder / name} is not read: it holds none of the folders {', '.join(tree.folders)}.", serious=False)
+            yield Problem(
+                f"{folder / name} is not read: it holds none of the folders {', '.join(tree.folders)}.", serious=False
+            )
 
 
 def _check_folders(tree: Tree, product: Path) -> Iterator[Problem]:
@@ -162,7 +181,9 @@ def _check_folders(tree: Tree, product: Path) -> Iterator[Problem]:
     kinds, masks = tuple(subfolders(product / "test")), product / "ground_truth"
     for name in subfolders(masks) if kinds and masks.name in tree.folders else ():
         if name not in kinds:
-            yield Problem(f"{masks / name} is not read: test has no such folder. {unknown('kind', name, kinds)}", serious=False)
+            yield Problem(
+                f"{masks / name} is not read: test has no such folder. {unknown('kind', name, kinds)}", serious=False
+            )
 
 
 def _check_product(tree: Tree, root: StrPath, product: str, folder: Path) -> Iterator[Problem]:
@@ -176,7 +197,11 @@ def _check_product(tree: Tree, root: StrPath, product: str, folder: Path) -> Ite
             yield Problem(str(error))
             complete = False
             continue
-        yield from (Problem(f"{empty} holds no images. Extract it again, or remove it.") for empty, found in folders if not found)
+        yield from (
+            Problem(f"{empty} holds no images. Extract it again, or remove it.")
+            for empty, found in folders
+            if not found
+        )
         of_split = [item for _, found in folders for item in found]
         yield from _check_labels(of_split, folder / split, split)
         items += of_split
@@ -190,7 +215,9 @@ def _check_labels(items: Sequence[Item], folder: Path, split: str) -> Iterator[P
     if normal == 0:
         yield Problem(f"{folder} holds no normal images.")
     if normal == 1 and split == "train":
-        yield Problem(f"{folder} holds a single normal image, so that no two references can be compared.", serious=False)
+        yield Problem(
+            f"{folder} holds a single normal image, so that no two references can be compared.", serious=False
+        )
     if split != "train" and all(item.label != ANOMALOUS for item in items):
         yield Problem(f"{folder} holds no images with defects, so that no metric can be computed.")
 
@@ -215,7 +242,10 @@ def _check_files(items: Sequence[Item], product: str) -> Iterator[Problem]:
             yield Problem(different_sizes(item, picture.size, mask.size))
         for kind in _odd_values(np.asarray(mask)):
             shared[kind, False].append(str(item.mask))
-    yield from (Problem(f"{product} has {len(paths)} {kind}: {_some(paths)}.", serious) for (kind, serious), paths in shared.items())
+    yield from (
+        Problem(f"{product} has {len(paths)} {kind}: {_some(paths)}.", serious)
+        for (kind, serious), paths in shared.items()
+    )
 
 
 def _odd_values(mask: np.ndarray) -> Iterator[str]:
@@ -224,7 +254,7 @@ def _odd_values(mask: np.ndarray) -> Iterator[str]:
     elif mask.any(axis=2).all():
         yield "masks in which every pixel is a defect"
     if ((mask > 0) & (mask < 255)).any():
-        yield "grey masks, in which all above 0 counts as defect"
+        yield "gray masks, in which all above 0 counts as defect"
 
 
 def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:
@@ -234,7 +264,9 @@ def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         files = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         if left := [name for name in files if os.path.join(folder, name) not in used]:
-            yield Problem(f"{folder} has {len(left)} files that belong to no image: {_some(left)}. Add their images, or rename them.")
+            yield Problem(
+                f"{folder} has {len(left)} files that belong to no image: {_some(left)}. Add their images, or rename them."
+            )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -20,15 +20,16 @@ from .transforms import MaskTransform
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images and masks of items, each read when it is asked for. Can be pickled.
 
-    An entry is a dict: "image" (3, H, W) float32 as the transform gives it, "mask" (1, H, W) uint8 of 0 and 1 on the same pixels, "label"
-    (NORMAL or ANOMALOUS), "product" and "path". Where an item has no mask, the mask is zero.
+    An entry is a dict: "image" (3, H, W) float32 as the transform gives it, "mask" (1, H, W) uint8 of 0 and 1 on the
+    same pixels, "label" (NORMAL or ANOMALOUS), "product" and "path". Where an item has no mask, the mask is zero.
 
     Args:
         items: What to read.
         transform: The way from an image to a model's input; it decides the geometry of the masks as well.
 
     Raises:
-        ImageError: From an entry: an image or mask cannot be read, or its mask is of another size (both upright) than the image.
+        ImageError: From an entry: an image or mask cannot be read, or its mask is of another size (both upright) than
+            the image.
     """
 
     def __init__(self, items: Sequence[Item], transform: ImageTransform) -> None:
@@ -56,7 +57,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 def read_mask(path: str) -> Image.Image:
     """Read a mask as `read_image` reads an image, but with transparent pixels black, and no 16-bit sample rounded to 0.
 
-    So a defect that is drawn on nothing does not fill the whole mask, and instances that are numbered from 1 are not lost.
+    So a defect that is drawn on nothing does not fill the whole mask, and instances that are numbered from 1 are not
+    lost.
 
     Raises:
         ImageError: As `read_image`.
@@ -66,8 +68,8 @@ def read_mask(path: str) -> Image.Image:
         if file.mode.startswith("I"):
             defect = np.asarray(ImageOps.exif_transpose(file)) > 0
         elif "A" in file.getbands() or "transparency" in file.info:
-            colours = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"))
-            defect = colours[..., :3].any(axis=2) & (colours[..., 3] > 0)
+            colors = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"))
+            defect = colors[..., :3].any(axis=2) & (colors[..., 3] > 0)
         else:
             return mask
     return Image.fromarray(defect).convert("RGB")
@@ -84,7 +86,8 @@ def different_sizes(item: Item, image: tuple[int, int], mask: tuple[int, int]) -
 class Shuffled(Sampler[int]):
     """All indices, in an order that is drawn anew at the beginning of each pass.
 
-    torch's own draws at the end of a pass too, so that after one that was broken off the order depends on how far workers had read ahead.
+    torch's own draws at the end of a pass too, so that after one that was broken off the order depends on how far
+    workers had read ahead.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -105,7 +108,8 @@ class ImageLoader(DataLoader[dict[str, Any]]):
         try:
             yield from super().__iter__()
         except ImageError as error:
-            # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is not theirs.
+            # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is
+            # not theirs.
             error.__traceback__ = None
             raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
 
@@ -137,7 +141,8 @@ def loader(
         sampler=Shuffled(len(dataset), seed) if shuffle else SequentialSampler(dataset),  # type: ignore[arg-type]
         num_workers=workers,
         drop_last=drop_last,
-        # The loader draws a seed for its workers in each pass, which must not move the generator of the order or torch's own.
+        # The loader draws a seed for its workers in each pass, which must not move the generator of the order or
+        # torch's own.
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,
     )

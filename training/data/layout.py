@@ -21,7 +21,8 @@ class Layout(Tree):
     Attributes:
         normal: Name of the folder of normal images in each split.
         images: Folder of the images of one split and kind of defect, seen from the folder of the product.
-        masks: Files in which the mask of an image may be, seen from there. The first is the one that is missed where none is there.
+        masks: Files in which the mask of an image may be, seen from there. The first is the one that is missed where
+            none is there.
         masks_optional: Whether a product without the folder "ground_truth" simply has no masks.
     """
 
@@ -31,7 +32,10 @@ class Layout(Tree):
     masks_optional: bool = False
 
     def find_products(self, root: StrPath) -> dict[str, Path]:
-        """The products that are there, each with its folder. Where any folder may hold one, the root itself may be the only one."""
+        """The products that are there, each with its folder.
+
+        Where any folder may hold one, the root itself may be the only one.
+        """
         if self.products:
             return super().find_products(root)
         if _has_split(Path(root)):
@@ -43,7 +47,9 @@ class Layout(Tree):
         kinds = subfolders(folder / split)
         if not kinds or (split == "train" and self.normal not in kinds):
             problem = f"holds no folder {self.normal!r}" if kinds else "is missing or has no sub-folders"
-            raise InputError(f"{folder / split} {problem}. Images belong in {self.images.format(split=split, defect='<kind>')}/.")
+            raise InputError(
+                f"{folder / split} {problem}. Images belong in {self.images.format(split=split, defect='<kind>')}/."
+            )
         for kind in kinds:
             images = folder / self.images.format(split=split, defect=kind)
             yield images, [self._item(folder, product, split, kind, image) for image in _list(images)]

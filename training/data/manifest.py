@@ -19,12 +19,13 @@ _NAMED = 10
 def read_manifest(path: str | os.PathLike[str]) -> list[Item]:
     """Read a CSV table with a header; paths are relative to its folder.
 
-    Columns: ``image``; ``mask``, empty for normal images; ``product``, where it is missing or empty the name of the table's folder;
-    ``label``, optional, 0 or 1, which must agree with the mask. Others are ignored.
+    Columns: ``image``; ``mask``, empty for normal images; ``product``, where it is missing or empty the name of the
+    table's folder; ``label``, optional, 0 or 1, which must agree with the mask. Others are ignored.
 
     Raises:
-        InputError: For a table that is missing, empty, no text or without these columns; for rows without an image, with files that do
-            not exist, of an image that has one already, or whose label and mask disagree, by their line numbers.
+        InputError: For a table that is missing, empty, no text or without these columns; for rows without an image,
+            with files that do not exist, of an image that has one already, or whose label and mask disagree, by their
+            line numbers.
     """
     path = Path(path)
     try:
@@ -35,7 +36,9 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Item]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"The manifest {path} cannot be read: {error}. It must be a CSV file in UTF-8.") from error
     if absent := [column for column in COLUMNS if column not in header]:
-        raise InputError(f"The manifest {path} has no column {' and no '.join(absent)}. Its first line reads: {', '.join(header)}")
+        raise InputError(
+            f"The manifest {path} has no column {' and no '.join(absent)}. Its first line reads: {', '.join(header)}"
+        )
     if not rows:
         raise InputError(f"The manifest {path} lists no images.")
     seen: set[str] = set()
@@ -53,7 +56,9 @@ def _problems(folder: Path, row: Mapping[str, str | None], seen: set[str]) -> It
     elif image in seen:
         yield f"{image} has a line already. Draw all its defects into one mask."
     seen.add(image)
-    yield from (f"there is no file {folder / name}." for name in (image, mask) if name and not os.path.isfile(folder / name))
+    yield from (
+        f"there is no file {folder / name}." for name in (image, mask) if name and not os.path.isfile(folder / name)
+    )
     if label not in ("", "0", "1"):
         yield f"the label is {label!r}; it must be 0 (normal), 1 (anomalous) or empty."
     elif label == "1" and not mask:

@@ -1,7 +1,7 @@
-"""The colour images of MVTec 3D-AD (Bergmann et al., VISAPP 2022).
+"""The color images of MVTec 3D-AD (Bergmann et al., VISAPP 2022).
 
-Layout: ``<product>/{train,test}/<kind>/rgb/*.png`` and ``<product>/test/<kind>/gt/<stem>.png``. The split "validation" and the point
-clouds in ``xyz`` are not used.
+Layout: ``<product>/{train,test}/<kind>/rgb/*.png`` and ``<product>/test/<kind>/gt/<stem>.png``. The split "validation"
+and the point clouds in ``xyz`` are not used.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from . import DATASETS, mvtec
 # "validation" is the original's evaluation of a projector while it trains, with FeatureNorm and PatchCore.
 METHODS = ("feature_norm", "patchcore", "padim", "cflow", "glass", "uniad", "validation")
 ROLES = ("image", "reference")
-# Everything is resized to 224 and cropped to 224, except the images (training and test, never references) of these products, by method
-# and data set, which are resized to 256.
+# Everything is resized to 224 and cropped to 224, except the images (training and test, never references) of these
+# products, by method and data set, which are resized to 256.
 RESIZED_TO_256 = {
     ("patchcore", "mvtec"): mvtec.PRODUCTS,
     ("padim", "mvtec"): mvtec.PRODUCTS,
@@ -34,7 +34,11 @@ def original_geometry(method: str, dataset: str, role: str, product: str) -> str
     Raises:
         UnknownNameError: For an unknown method, data set or role.
     """
-    for kind, name, known in (("method", method, METHODS), ("data set", dataset, tuple(DATASETS)), ("role", role, ROLES)):
+    for kind, name, known in (
+        ("method", method, METHODS),
+        ("data set", dataset, tuple(DATASETS)),
+        ("role", role, ROLES),
+    ):
         if name not in known:
             raise UnknownNameError(unknown(kind, name, known))
     larger = role == "image" and product in RESIZED_TO_256.get((method, dataset), ())

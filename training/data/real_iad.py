@@ -1,9 +1,11 @@
 """Real-IAD (Wang et al., CVPR 2024): thirty products, each part photographed from five sides.
 
-Layout: ``realiad_512/<product>/OK/S####/*.jpg`` and ``realiad_512/<product>/NG/<defect>/S####/*.jpg``. An image is anomalous where a mask
-lies beside it: the name up to its first dot, with ``.png``. Photographs in the NG tree whose side does not show the defect have no mask
-and are normal images there, but only the OK tree serves as references. Nothing but the side is taken from a file name, because names
-disagree with their folders about the defect, and some have a double underscore before the number.
+Layout: ``realiad_512/<product>/OK/S####/*.jpg`` and ``realiad_512/<product>/NG/<defect>/S####/*.jpg``. An image is
+anomalous where a mask
+lies beside it: the name up to its first dot, with ``.png``. Photographs in the NG tree whose side does not show the
+defect have no mask and are normal images there, but only the OK tree serves as references. Nothing but the side is
+taken from a file name, because names disagree with their folders about the defect, and some have a double underscore
+before the number.
 """
 
 from __future__ import annotations
@@ -64,17 +66,20 @@ GOOD = "good"
 def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrPath | None = None) -> list[Item]:
     """Every image of the OK and NG trees, whatever its official split, as the pretraining takes them.
 
-    The order is the original's: all images of view C1 first, then C2 and so on; within a view product after product, OK before NG. What
-    the original leaves to the file system is sorted by name.
+    The order is the original's: all images of view C1 first, then C2 and so on; within a view product after product, OK
+    before NG. What the original leaves to the file system is sorted by name.
 
     Args:
         root: The folder that holds ``realiad_512``, or that folder itself.
-        products: Which products. The default is the thirty of PRODUCTS or, where the folder has none of these, all that it has.
-        filter_list: A JSON list of the NG images to keep, as paths like ``bottle_cap/NG/ZW/S0121/<name>.jpg``, or a folder of such lists
-            named ``<product>.json``. A path must be equal as a whole; the original keeps an image where its name is a part of any entry.
+        products: Which products. The default is the thirty of PRODUCTS or, where the folder has none of these, all that
+            it has.
+        filter_list: A JSON list of the NG images to keep, as paths like ``bottle_cap/NG/ZW/S0121/<name>.jpg``, or a
+            folder of such lists named ``<product>.json``. A path must be equal as a whole; the original keeps an image
+            where its name is a part of any entry.
 
     Raises:
-        InputError: For missing or empty folders, all of them in one message; for a name without a view; for a broken filter list.
+        InputError: For missing or empty folders, all of them in one message; for a name without a view; for a broken
+            filter list.
     """
     folder = _data_folder(Path(root))
     names = _names(folder) if products is None else tuple(dict.fromkeys(products))
@@ -82,7 +87,9 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
     kept = None if filter_list is None else _read_filter(Path(filter_list), names)
     items = [item for product in names for item in _product_items(folder, product, kept)]
     if kept is not None and all(_is_ok(item) for item in items):
-        raise InputError(f"{filter_list} keeps no NG image of {folder}. Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
+        raise InputError(
+            f"{filter_list} keeps no NG image of {folder}. Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg."
+        )
     defective = {item.product for item in items if not _is_ok(item)}
     if bare := [f"{name}/NG" for name in names if name not in defective]:
         kept_by = "" if kept is None else f" that {filter_list} keeps"
@@ -90,10 +97,13 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
     return sorted(items, key=lambda item: item.view)
 
 
-def find_items(root: StrPath, split: str, products: Sequence[str] | None = None, fraction: float = 0.1, seed: int = 42) -> list[Item]:
+def find_items(
+    root: StrPath, split: str, products: Sequence[str] | None = None, fraction: float = 0.1, seed: int = 42
+) -> list[Item]:
     """The items for an evaluation: "train" are the normal images of the OK tree that are not held out, "test" is all that is held out.
 
-    Arguments as for ``read`` and ``split_by_sample``, and errors too. By default the split is that of ``training.pretrain``.
+    Arguments as for ``read`` and ``split_by_sample``, and errors too. By default the split is that of
+    ``training.pretrain``.
 
     Raises:
         UnknownNameError: For another split.
@@ -111,9 +121,9 @@ def reference_pool(items: Sequence[Item]) -> list[Item]:
 def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """Hold out whole parts, so that no part is seen from one side in training and from another in the evaluation.
 
-    Of each product, and of its OK and NG trees separately, ``fraction`` of the parts is held out: at least one and at most all but one,
-    where there are two or more; 0 holds out nothing. Which ones depends on the names of the parts and the seed, neither on the order of
-    the items nor on other products.
+    Of each product, and of its OK and NG trees separately, ``fraction`` of the parts is held out: at least one and at
+    most all but one, where there are two or more; 0 holds out nothing. Which ones depends on the names of the parts and
+    the seed, neither on the order of the items nor on other products.
 
     Returns:
         The training items and the held-out items, each in the order given.
@@ -161,12 +171,16 @@ def _names(folder: Path) -> tuple[str, ...]:
 
 def _check_complete(folder: Path, products: Sequence[str]) -> None:
     missing = [
-        f"{product}/OK" if (folder / product).is_dir() else product for product in products if not (folder / product / "OK").is_dir()
+        f"{product}/OK" if (folder / product).is_dir() else product
+        for product in products
+        if not (folder / product / "OK").is_dir()
     ]
     trees = [f"{product}/OK" for product in products if (folder / product / "OK").is_dir()]
     empty = [tree for tree in trees if not any(_images(folder / tree / sample) for sample in subfolders(folder / tree))]
     strange = [unknown("product", name, PRODUCTS) for name in missing if "/" not in name and name not in PRODUCTS]
-    problems = [f"There is no {', '.join(missing)}."] * bool(missing) + [f"There are no images in {', '.join(empty)}."] * bool(empty)
+    problems = [f"There is no {', '.join(missing)}."] * bool(missing) + [
+        f"There are no images in {', '.join(empty)}."
+    ] * bool(empty)
     if problems:
         advice = f"Extract the archives of these products to {folder}, or name only the products that you have."
         raise InputError("\n  ".join([f"{folder} is not complete.", *problems, *strange, advice]))
@@ -206,7 +220,9 @@ def _view(image: Path) -> str:
 
 
 def _images(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg")) and not name.startswith("."))
+    return sorted(
+        name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")
+    )
 
 
 def _read_filter(path: Path, products: Sequence[str]) -> set[str]:

@@ -21,7 +21,8 @@ from adfeatures.images import PRESETS
 class MaskTransform:
     """The way from a mask to zeros and ones on the pixels that `adfeatures.images.ImageTransform` gives for its image.
 
-    Resizing takes the nearest pixel, and binarising comes after it, so that a mask keeps its area and no grey edge appears.
+    Resizing takes the nearest pixel, and binarizing comes after it, so that a mask keeps its area and no gray edge
+    appears.
 
     Attributes:
         img_size: Height and width in pixels, as for the image; used by "squash" only.
@@ -39,7 +40,7 @@ class MaskTransform:
             raise UnknownNameError(unknown("preset", self.preset, PRESETS))
 
     def __call__(self, mask: Image.Image) -> Tensor:
-        """Transform a mask of 8 bits into uint8 (1, H, W): 1 where any colour is above 0, else 0."""
+        """Transform a mask of 8 bits into uint8 (1, H, W): 1 where any color is above 0, else 0."""
         if self.preset == "squash":
             mask = F.resize(mask, list(self.img_size), F.InterpolationMode.NEAREST)
         else:
@@ -51,10 +52,11 @@ class MaskTransform:
 
 @dataclass(frozen=True)
 class TwoViews:
-    """Two colour-augmented views of an image for the angle loss (paper section 3.3).
+    """Two color-augmented views of an image for the angle loss (paper section 3.3).
 
-    Both are the whole image at the size of the network, each with its own colour jitter, greyscale and blur as in SimCLR (Chen et al.,
-    2020). Nothing moves, so that one mask serves both. The blur is Pillow's, its radius the standard deviation in pixels.
+    Both are the whole image at the size of the network, each with its own color jitter, grayscale and blur as in SimCLR
+    (Chen et al., 2020). Nothing moves, so that one mask serves both. The blur is Pillow's, its radius the standard
+    deviation in pixels.
 
     Attributes:
         img_size: Height and width in pixels.
@@ -67,7 +69,10 @@ class TwoViews:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """The views (2, 3, H, W) float32 of an RGB image. Equal seeds give equal views; torch's own generators stay as they are."""
+        """The views (2, 3, H, W) float32 of an RGB image.
+
+        Equal seeds give equal views; torch's own generators stay as they are.
+        """
         resized = F.resize(image, list(self.img_size), F.InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too

@@ -47,8 +47,8 @@ class Tree(ABC):
     def find_items(self, root: StrPath, split: str, products: Sequence[str] | None = None) -> list[Item]:
         """The images of a split, product after product, in the order of the original code.
 
-        That order is, in the manner of MVTec AD, by kind of defect and then by file name; in VisA, normal images first and then as in its
-        table.
+        That order is, in the manner of MVTec AD, by kind of defect and then by file name; in VisA, normal images first
+        and then as in its table.
 
         Args:
             root: Folder that holds the folders of the products.
@@ -57,8 +57,8 @@ class Tree(ABC):
 
         Raises:
             UnknownNameError: For an unknown split, or a product that the data set does not have.
-            InputError: If the root holds no product, or not one that was asked for; if a folder is missing or empty; if an image with a
-                defect has no mask. The message names what is missing.
+            InputError: If the root holds no product, or not one that was asked for; if a folder is missing or empty; if
+                an image with a defect has no mask. The message names what is missing.
         """
         check_split(split)
         items = []
@@ -71,7 +71,9 @@ class Tree(ABC):
             if not os.path.isfile(item.image):
                 raise InputError(f"The image {item.image} is missing. {_check(root)}")
             if item.mask is not None and not os.path.isfile(item.mask):
-                raise InputError(f"The image {item.image} shows a defect, but its mask {item.mask} is missing. {_check(root)}")
+                raise InputError(
+                    f"The image {item.image} shows a defect, but its mask {item.mask} is missing. {_check(root)}"
+                )
         return items
 
     def _choose(self, root: StrPath, products: Sequence[str] | None) -> Sequence[str]:
@@ -92,7 +94,11 @@ class Tree(ABC):
         if not os.path.isdir(root):
             return f"There is no folder {root}. Give the folder of {self.title}."
         near = nearby(Path(root), lambda folder: bool(self.find_products(folder)))
-        advice = f"Give {near} instead." if near else f"Give the folder that holds {', '.join(self.products[:3]) or 'the products'}, ..."
+        advice = (
+            f"Give {near} instead."
+            if near
+            else f"Give the folder that holds {', '.join(self.products[:3]) or 'the products'}, ..."
+        )
         return f"{root} holds no product of {self.title}. {advice}"
 
 

@@ -37,7 +37,10 @@ class VisA(Tree):
         rows = [row for row in _rows(Path(root, TABLE)) if (row["object"], row["split"]) == (product, split)]
         if not rows:
             raise InputError(f"{Path(root, TABLE)} has no rows of the object {product!r} in the split {split!r}.")
-        yield Path(root, product), [_item(Path(root), row) for row in sorted(rows, key=lambda row: LABELS[row["label"]])]
+        yield (
+            Path(root, product),
+            [_item(Path(root), row) for row in sorted(rows, key=lambda row: LABELS[row["label"]])],
+        )
 
 
 def _item(root: Path, row: dict[str, str]) -> Item:
@@ -45,13 +48,15 @@ def _item(root: Path, row: dict[str, str]) -> Item:
     if label == NORMAL:
         return Item(image, label, row["object"])
     if not row["mask"]:
-        raise InputError(f"{root / TABLE} names no mask of {row['image']}, which is labelled anomaly.")
+        raise InputError(f"{root / TABLE} names no mask of {row['image']}, which is labeled anomaly.")
     return Item(image, label, row["object"], str(root / row["mask"]), row["label"])
 
 
 def _rows(table: Path) -> list[dict[str, str]]:
     if not table.is_file():
-        raise InputError(f"There is no {table}. It is part of the archive of VisA, and of github.com/amazon-science/spot-diff.")
+        raise InputError(
+            f"There is no {table}. It is part of the archive of VisA, and of github.com/amazon-science/spot-diff."
+        )
     try:
         with table.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
@@ -62,7 +67,9 @@ def _rows(table: Path) -> list[dict[str, str]]:
     if missing := [name for name in COLUMNS if name not in header]:
         raise InputError(f"{table} has no column {', '.join(missing)}; it has {', '.join(header)}.")
     if wrong := [number for number, row in enumerate(rows, 2) if row["label"] not in LABELS]:
-        raise InputError(f"Line {wrong[0]} of {table} has the label {rows[wrong[0] - 2]['label']!r}, not {' or '.join(LABELS)}.")
+        raise InputError(
+            f"Line {wrong[0]} of {table} has the label {rows[wrong[0] - 2]['label']!r}, not {' or '.join(LABELS)}."
+        )
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
-from ..config import check_choices, option
+from ..console import check_choices, option
 from ..data import DATASETS
 from ..methods import METHODS
 
@@ -22,7 +22,9 @@ ALL, RETRIEVED = "all", "retrieved"
 class EvaluationConfig:
     """The options of ``python -m training.evaluate``."""
 
-    model: str | None = option(None, "name of adfeatures.list_models(), or where trained weights are: a path, local-dir:, hf-hub:")
+    model: str | None = option(
+        None, "name of adfeatures.list_models(), or where trained weights are: a path, local-dir:, hf-hub:"
+    )
     weights: str | None = option(None, "place of the trained weights of a named model")
     backbone_weights: str | None = option(None, "place of the backbone's weights")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the model's")
@@ -30,10 +32,16 @@ class EvaluationConfig:
     dataset: str | None = option(None, "what root holds", tuple(DATASETS))
     root: str | None = option(None, "folder of the data set")
     products: tuple[str, ...] = option((), "products to evaluate; the default is all")
-    output: str | None = option(None, "folder of the results; those that are there are kept, and the evaluation goes on")
+    output: str | None = option(
+        None, "folder of the results; those that are there are kept, and the evaluation resumes"
+    )
     shots: int = option(8, "references per product")
-    draws: int = option(1, "draws of references: number d takes the images d * shots to (d + 1) * shots of the sorted training images")
-    references: str | None = option(None, "folder of given references; or retrieved: FeatureNorm compares each image with its like")
+    draws: int = option(
+        1, "draws of references: number d takes the images d * shots to (d + 1) * shots of the sorted training images"
+    )
+    references: str | None = option(
+        None, "folder of given references; or retrieved: FeatureNorm compares each image with its like"
+    )
     protocol: str = option(SOUND, "original: geometry and quirks of the published code", (SOUND, ORIGINAL))
     epochs: int | None = option(None, "epochs of CFLOW, GLASS and UniAD; the default is the paper's 25, 640 and 1000")
     oracle: bool = option(False, "report the best value over the epochs as well, chosen on the test images")
@@ -55,14 +63,24 @@ class EvaluationConfig:
         if self.workers < 0:
             raise InputError(f"workers must not be below 0, got {self.workers}.")
         if self.shots < 1 or self.draws < 1 or (self.epochs is not None and self.epochs < 1):
-            raise InputError(f"shots, draws and epochs must be 1 or more, got {self.shots}, {self.draws} and {self.epochs}.")
+            raise InputError(
+                f"shots, draws and epochs must be 1 or more, got {self.shots}, {self.draws} and {self.epochs}."
+            )
         if self.draws > 1 and self.given_references:
-            raise InputError(f"{self.references} holds one set of references, so that there is one draw: leave out --draws.")
-        for name, folder in (("references", self.given_references), ("textures", self.textures), ("foregrounds", self.foregrounds)):
+            raise InputError(
+                f"{self.references} holds one set of references, so that there is one draw: leave out --draws."
+            )
+        for name, folder in (
+            ("references", self.given_references),
+            ("textures", self.textures),
+            ("foregrounds", self.foregrounds),
+        ):
             if folder is not None and not Path(folder).is_dir():
                 raise InputError(f"There is no folder {folder}: correct --{name}.")
         if self.protocol == ORIGINAL and self.img_size and set(self.img_size) != {224}:
-            raise InputError(f"The protocol original is made for 224 x 224 pixels, not {self.img_size}: leave out --img-size.")
+            raise InputError(
+                f"The protocol original is made for 224 x 224 pixels, not {self.img_size}: leave out --img-size."
+            )
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
 
@@ -85,7 +103,9 @@ class EvaluationConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers of a method on a product."""
-        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _FREE}
+        chosen = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _FREE
+        }
         folders = {name: chosen[name] and str(Path(chosen[name]).resolve()) for name in ("textures", "foregrounds")}
         given = self.given_references
         return {**chosen, **folders, "references": given and str(Path(given).resolve())}

@@ -25,7 +25,10 @@ def draw_references(train: Sequence[Item], shots: int, draw: int) -> list[Item]:
     Raises:
         InputError: If there are too few images.
     """
-    views = {view: sorted((item for item in train if item.view == view), key=lambda item: item.image) for view in {i.view for i in train}}
+    views = {
+        view: sorted((item for item in train if item.view == view), key=lambda item: item.image)
+        for view in {i.view for i in train}
+    }
     wanted = (draw + 1) * shots
     for view, items in views.items():
         if len(items) < wanted:
@@ -40,8 +43,8 @@ def draw_references(train: Sequence[Item], shots: int, draw: int) -> list[Item]:
 def given_references(folder: str | os.PathLike[str], dataset: str, product: str, shots: int) -> list[Item]:
     """The first ``shots`` images, sorted by path, in the folder of a product. They serve all views.
 
-    That folder is ``<dataset>/<product>/train``, as the authors' references are laid out, or ``<product>/train``, or either without
-    ``train``.
+    That folder is ``<dataset>/<product>/train``, as the authors' references are laid out, or ``<product>/train``, or
+    either without ``train``.
 
     Raises:
         InputError: If the folder is missing or holds too few images.
@@ -50,7 +53,9 @@ def given_references(folder: str | os.PathLike[str], dataset: str, product: str,
     places = [Path(folder, *of_set, product, *train) for of_set in ((dataset,), ()) for train in (("train",), ())]
     place = next((place for place in places if place.is_dir()), None)
     if place is None:
-        raise InputError(f"There are no references of {product} in {folder}: {places[1]} and {places[3]} are no folders.")
+        raise InputError(
+            f"There are no references of {product} in {folder}: {places[1]} and {places[3]} are no folders."
+        )
     images = list_images(place, recursive=True)
     if len(images) < shots:
         raise InputError(f"{place} holds {len(images)} images, {shots} references were asked for. Lower --shots.")

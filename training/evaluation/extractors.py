@@ -52,8 +52,8 @@ class Residuals:
         key_of: Product and view of each image by its path.
         projector: Projector of the residuals, None to take them as they are.
         unit_length: Bring the features of every patch to unit length first.
-        leave_out: Compare an image that is itself among the references with the other ones alone, as nothing else gives it the residuals
-            of a normal image. Otherwise they are zero, as in the original.
+        leave_out: Compare an image that is itself among the references with the other ones alone, as nothing else gives
+            it the residuals of a normal image. Otherwise they are zero, as in the original.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Residuals:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
-        """Maps (B, C_l, h_l, w_l). An augmented image, whose path is None, is known by the "origin" that it was made from.
+        """Maps (B, C_l, h_l, w_l).
+
+        An augmented image, whose path is None, is known by the "origin" that it was made from.
 
         Raises:
             ReferencesError: Where the only reference of an image is the image.
@@ -104,7 +106,8 @@ def prepared(features: Sequence[Tensor], unit_length: bool) -> list[Tensor]:
 class KnownImages(Dataset[dict[str, Any]]):
     """Images whose features are in a cache, as entries of the form of `training.data.images.ImageDataset`, without reading any file.
 
-    All that methods need of the pixels is their size; they are NaN, so that nothing takes them for a picture. Masks are zero.
+    All that methods need of the pixels is their size; they are NaN, so that nothing takes them for a picture. Masks are
+    zero.
     """
 
     def __init__(self, items: Sequence[Item], size: tuple[int, int]) -> None:
@@ -115,5 +118,8 @@ class KnownImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        image, mask = torch.tensor(torch.nan).expand(3, *self.size), torch.zeros((), dtype=torch.uint8).expand(1, *self.size)
+        image, mask = (
+            torch.tensor(torch.nan).expand(3, *self.size),
+            torch.zeros((), dtype=torch.uint8).expand(1, *self.size),
+        )
         return {"image": image, "mask": mask, "label": item.label, "product": item.product, "path": item.image}

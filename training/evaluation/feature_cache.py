@@ -1,10 +1,11 @@
 """Features on disk: an image is encoded once, in this run and in every later one.
 
-One file per image holds the maps of all levels in float32. Half of that would not do: near ties, rounding to half precision changes which
-reference patch is the nearest, and with the residuals the coreset of PatchCore. On rendered products that moved its metrics by up to 2.6
-points, where a relative noise of 1e-6 moved them by less than 0.0001.
+One file per image holds the maps of all levels in float32. Half of that would not do: near ties, rounding to half
+precision changes which reference patch is the nearest, and with the residuals the coreset of PatchCore. On rendered
+products that moved its metrics by up to 2.6 points, where a relative noise of 1e-6 moved them by less than 0.0001.
 
-Images are known by their content, so copies, moved folders and renamed files are found again and changed ones are not. Any file, and the
+Images are known by their content, so copies, moved folders and renamed files are found again and changed ones are not.
+Any file, and the
 folder, may be deleted at any time: what is missing is computed again.
 """
 
@@ -36,7 +37,8 @@ class FeatureCache:
 
     Args:
         folder: Where caches are.
-        identity: What the features depend on besides the image: weights, input size, geometry. Each identity has a folder of its own.
+        identity: What the features depend on besides the image: weights, input size, geometry. Each identity has a
+            folder of its own.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
@@ -115,7 +117,11 @@ class Kept:
     """
 
     def __init__(
-        self, extractor: Extractor, cache: FeatureCache, key: Callable[[str], str] = content_key, device: torch.device | str = "cpu"
+        self,
+        extractor: Extractor,
+        cache: FeatureCache,
+        key: Callable[[str], str] = content_key,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.extractor, self.cache, self.key, self.device = extractor, cache, key, device
 
@@ -144,4 +150,7 @@ class Kept:
 
 def part(batch: Batch, members: Sequence[int]) -> dict[str, Any]:
     """Some of the images of a batch, with all that belongs to them."""
-    return {name: value[members] if isinstance(value, Tensor) else [value[i] for i in members] for name, value in batch.items()}
+    return {
+        name: value[members] if isinstance(value, Tensor) else [value[i] for i in members]
+        for name, value in batch.items()
+    }

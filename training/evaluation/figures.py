@@ -33,8 +33,8 @@ Curves = Mapping[str, Sequence[float]]
 def draw_maps(path: Path, items: Sequence[Item], predictions: Predictions, transform: ImageTransform) -> None:
     """Draw heat maps: a row each of missed defects, false alarms, defects found best and normal images that look most normal.
 
-    All are on one scale, from the median to the 99.9 % quantile of all pixels of these predictions, so that a map is red only where few
-    pixels of the product score as high. Where a geometry cuts off borders, so do the pictures.
+    All are on one scale, from the median to the 99.9 % quantile of all pixels of these predictions, so that a map is
+    red only where few pixels of the product score as high. Where a geometry cuts off borders, so do the pictures.
 
     Args:
         path: Picture to write.

@@ -53,13 +53,21 @@ class RawFeatures:
         subject = self.subject
         levels = list(getattr(subject.backbone, "levels", ()))
         statistics = {"mean": subject.mean, "std": subject.std}
-        return {"backbone": subject.fingerprint, "levels": levels, "img_size": subject.img_size, "preset": preset, **statistics}
+        return {
+            "backbone": subject.fingerprint,
+            "levels": levels,
+            "img_size": subject.img_size,
+            "preset": preset,
+            **statistics,
+        }
 
     def of(self, preset: str) -> Kept:
         """The extractor of one geometry."""
         if preset not in self._by_preset:
             cache = FeatureCache(self.folder, self.identity(preset))
-            self._by_preset[preset] = Kept(Encoder(self.subject.backbone, self.subject.device), cache, device=self.subject.device)
+            self._by_preset[preset] = Kept(
+                Encoder(self.subject.backbone, self.subject.device), cache, device=self.subject.device
+            )
         return self._by_preset[preset]
 
     def encode(self, items: Sequence[Item], preset: str) -> None:
@@ -120,7 +128,9 @@ class Product:
         """Hash of what its images are: names, labels, and sizes of the files, wherever the data set lies."""
         paths = [path for item in (*self.train, *self.test) for path in (item.image, item.mask)]
         sizes = [os.path.getsize(path) if path and os.path.isfile(path) else None for path in paths]
-        return hashlib.sha256(json.dumps([items_digest(self.train), items_digest(self.test), sizes]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([items_digest(self.train), items_digest(self.test), sizes]).encode()
+        ).hexdigest()
 
     def encode(self, preset: str) -> None:
         """Bring the features of all images in one geometry into the cache.

@@ -99,7 +99,9 @@ def _foregrounds(folder: str | None, products: Sequence[str]) -> str | None:
     return None
 
 
-def train_loader(method: str, items: Sequence[Item], subject: Subject, preset: str, size: tuple[int, int], workers: int) -> DataLoader[Any]:
+def train_loader(
+    method: str, items: Sequence[Item], subject: Subject, preset: str, size: tuple[int, int], workers: int
+) -> DataLoader[Any]:
     """Batches of training images as a method takes them."""
     recipe = RECIPES[base(method)]
     known = not recipe.images

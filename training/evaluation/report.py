@@ -35,7 +35,7 @@ DIFFERENCE, MEAN = "difference", "mean"
 STORED = {"img_auc": "image_auroc", "pix_auc": "pixel_auroc", "pix_pro": "aupro"}
 
 NOTES = """\
-All numbers are per cent. "pretrained" are the features of the model, "raw" those of the same backbone without references, residuals and
+All numbers are percent. "pretrained" are the features of the model, "raw" those of the same backbone without references, residuals and
 projector, "difference" is the first minus the second. A mean and a standard deviation (±) over several draws of references are those of
 the numbers of each draw. Means are over the products that have both kinds of features, without those for which a metric is not defined
 ("-"), and over the draws that all of them have. AUPRO is exact: all thresholds, false positive rates from 0 to 0.3, interpolated to that
@@ -95,7 +95,9 @@ def rows(records: Sequence[Record]) -> list[Row]:
 
 def _lines(method: str, name: str, kinds: Mapping[str, _Found], columns: Sequence[str]) -> list[Row]:
     """Pretrained, raw and difference, as far as they are there, of the products that all kinds have."""
-    products = [product for product in next(iter(kinds.values())) if all(product in of_kind for of_kind in kinds.values())]
+    products = [
+        product for product in next(iter(kinds.values())) if all(product in of_kind for of_kind in kinds.values())
+    ]
     # Products in which a metric is defined throughout, so that all kinds and draws are of the same ones.
     defined = {
         metric: [p for p in products if all(metric in own for of_kind in kinds.values() for own in of_kind[p].values())]
@@ -103,7 +105,11 @@ def _lines(method: str, name: str, kinds: Mapping[str, _Found], columns: Sequenc
     }
     lines = []
     for kind, found in kinds.items():
-        draws = [draw for draw in found[products[0]] if all(draw in found[product] for product in products)] if products else []
+        draws = (
+            [draw for draw in found[products[0]] if all(draw in found[product] for product in products)]
+            if products
+            else []
+        )
         values = {m: [fmean(found[p][draw][m] for p in defined[m]) for draw in draws if defined[m]] for m in columns}
         means = {metric: fmean(of_draws) if of_draws else nan for metric, of_draws in values.items()}
         spreads = {metric: stdev(of_draws) if len(of_draws) > 1 else nan for metric, of_draws in values.items()}
@@ -132,13 +138,19 @@ def to_csv(lines: Sequence[Row]) -> str:
     table.writeheader()
     for line in lines:
         numbers = {**line.values, **{f"{metric}_sd": value for metric, value in line.spreads.items()}}
-        facts = {"method": line.method, "product": line.product, "features": line.features, "products": line.products, "draws": line.draws}
+        facts = {
+            "method": line.method,
+            "product": line.product,
+            "features": line.features,
+            "products": line.products,
+            "draws": line.draws,
+        }
         table.writerow({**facts, **{name: repr(value) if isfinite(value) else "" for name, value in numbers.items()}})
     return text.getvalue()
 
 
 def to_markdown(lines: Sequence[Row]) -> str:
-    """The lines as one table of Markdown, in per cent."""
+    """The lines as one table of Markdown, in percent."""
     columns = tuple(lines[0].values) if lines else METRICS
     one_method = len({line.method for line in lines}) == 1
     head = [*([] if one_method else ["Method"]), "Product", "Features", *(TITLES[metric] for metric in columns)]
@@ -158,11 +170,15 @@ def _cell(line: Row, metric: str) -> str:
     value, spread = 100 * line.values[metric], 100 * line.spreads[metric]
     if not isfinite(value):
         return "-"
-    return format(value, "+.2f" if line.features == DIFFERENCE else ".2f") + (f" ± {spread:.2f}" if isfinite(spread) else "")
+    return format(value, "+.2f" if line.features == DIFFERENCE else ".2f") + (
+        f" ± {spread:.2f}" if isfinite(spread) else ""
+    )
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (head, ["---"] * len(head), *body)]
+    escaped = [
+        [cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (head, ["---"] * len(head), *body)
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
@@ -171,7 +187,8 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
 
     Args:
         results: The records.
-        about: Facts on the program and the model, as plain values; "weights" lists name, source and stored metrics of each file.
+        about: Facts on the program and the model, as plain values; "weights" lists name, source and stored metrics of
+            each file.
 
     Returns:
         The Markdown of the means and of what is not finished, for the terminal.
@@ -190,9 +207,15 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
     return "\n".join(filter(None, [to_markdown(means), stored, _not_finished(records)]))
 
 
-def _sections(results: Results, about: Mapping[str, Any], records: Sequence[Record], lines: Sequence[Row], stored: str) -> Iterator[str]:
+def _sections(
+    results: Results, about: Mapping[str, Any], records: Sequence[Record], lines: Sequence[Row], stored: str
+) -> Iterator[str]:
     draws = {"draws of references": max((line.draws for line in lines), default=0)}
-    facts = {**{key: value for key, value in about.items() if key not in ("weights", "title")}, **draws, **results.settings}
+    facts = {
+        **{key: value for key, value in about.items() if key not in ("weights", "title")},
+        **draws,
+        **results.settings,
+    }
     yield f"# {about['title']}\n"
     yield f"{NOTES}\n"
     yield _table(["Setting", "Value"], [[key, _shown(value)] for key, value in facts.items()])

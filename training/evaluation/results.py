@@ -1,6 +1,7 @@
 """The results of an evaluation on disk: one JSON file for each product, method, kind of features and draw of references.
 
-Each is written when it is finished, whole or not at all. So a run that was cut short goes on, and products, methods and draws can be added.
+Each is written when it is finished, whole or not at all. So a run that was interrupted resumes, and products, methods
+and draws can be added.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Results:
 
     Args:
         folder: The folder.
-        settings: All that decides the numbers, as plain values. "weights" are hashes by name, to which others may come later.
+        settings: All that decides the numbers, as plain values. "weights" are hashes by name, to which others may come
+            later.
 
     Raises:
         InputError: If the folder holds results of other settings.
@@ -65,7 +67,9 @@ class Results:
                 if name in before and before[name] != value
             ]
             if changed:
-                raise InputError(f"{self.folder} holds results of other settings: {'; '.join(changed)}. Choose another --output.")
+                raise InputError(
+                    f"{self.folder} holds results of other settings: {'; '.join(changed)}. Choose another --output."
+                )
             self.settings["weights"] = {**read_json(path)["weights"], **self.settings["weights"]}
         write_json(path, self.settings)
 
@@ -77,10 +81,16 @@ class Results:
 
     def write(self, run: Run, record: Record) -> None:
         """Keep the record of a run on a product."""
-        write_json(self._path(record["product"], run.name), {"method": run.method, "features": run.features, "draw": run.draw, **record})
+        write_json(
+            self._path(record["product"], run.name),
+            {"method": run.method, "features": run.features, "draw": run.draw, **record},
+        )
 
     def fail(self, product: str, error: Exception, run: Run | None = None) -> None:
-        """Keep what went wrong with a run on a product, or with the product itself. It is tried again by the next command."""
+        """Keep what went wrong with a run on a product, or with the product itself.
+
+        It is tried again by the next command.
+        """
         text = str(error) if isinstance(error, AdfeaturesError) else f"{type(error).__name__}: {error}"
         of_run = {} if run is None else {"method": run.method, "features": run.features, "draw": run.draw}
         write_json(self._path(product, run.name if run else FAILURE), {**of_run, "product": product, "error": text})
@@ -131,4 +141,7 @@ def _plain(value: Any) -> Any:
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with the weights as entries of their own."""
-    return {**{k: v for k, v in settings.items() if k != "weights"}, **{f"weights of {k}": v for k, v in settings["weights"].items()}}
+    return {
+        **{k: v for k, v in settings.items() if k != "weights"},
+        **{f"weights of {k}": v for k, v in settings["weights"].items()},
+    }

@@ -21,10 +21,10 @@ from ..data.protocol import original_geometry
 from ..methods import METHODS
 from ..methods.base import Predictions
 from . import figures
-from .conditioned import Features, Geometry, residual_features, retrieved_features
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
 from .draws import draw_references, given_references
 from .inputs import Product, RawFeatures
+from .pretrained_features import Features, Geometry, residual_features, retrieved_features
 from .recipes import OF_RETRIEVED, RECIPES, base, known_loader, settings, title, train_loader
 from .report import ORIGINAL_AUPRO
 from .results import FOLDER, PRETRAINED, RAW, Record, Results, Run
@@ -33,7 +33,8 @@ from .subject import Subject
 # What makes a product or a method fail and not the evaluation. A full disk ends it.
 FAILURES = (ValueError, RuntimeError, MemoryError)
 FIGURES, CACHE = "figures", "cache"
-# Warnings from elsewhere are about the code of libraries, not about the data; and a virtual environment may lie in the checkout.
+# Warnings from elsewhere are about the code of libraries, not about the data; and a virtual environment may lie in the
+# checkout.
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("adfeatures", "training"))
 T = TypeVar("T")
 
@@ -103,7 +104,9 @@ class Evaluation:
         self._evaluate([run for run in pending if run in self.runs], [product])
 
     def evaluate_jointly(self, run: Run, names: Sequence[str]) -> None:
-        """Train one model on several products and score each, unless that is done. Products that cannot be used are left out.
+        """Train one model on several products and score each, unless that is done.
+
+        Products that cannot be used are left out.
 
         Failures and errors are those of ``evaluate_product``.
         """
@@ -160,8 +163,13 @@ class Evaluation:
             if features is not None:
                 features.remove()
 
-    def _attempt(self, runs: Sequence[Run], products: Sequence[Product], step: Callable[[], T]) -> tuple[T | None, list[str]]:
-        """Take a step, and give what it returns with its warnings. Where it fails, that is recorded for the runs and products."""
+    def _attempt(
+        self, runs: Sequence[Run], products: Sequence[Product], step: Callable[[], T]
+    ) -> tuple[T | None, list[str]]:
+        """Take a step, and give what it returns with its warnings.
+
+        Where it fails, that is recorded for the runs and products.
+        """
         value = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -170,14 +178,20 @@ class Evaluation:
             except FAILURES as error:
                 for run, product in itertools.product(runs, products):
                     self.results.fail(product.name, error, run)
-        own = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename.startswith(PACKAGES)]
+        own = [
+            str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename.startswith(PACKAGES)
+        ]
         return value, list(dict.fromkeys(own))
 
-    def _evaluate_run(self, run: Run, group: Group, features: Features, products: Sequence[Product], noticed: Sequence[str]) -> None:
+    def _evaluate_run(
+        self, run: Run, group: Group, features: Features, products: Sequence[Product], noticed: Sequence[str]
+    ) -> None:
         """Fit a method, and score each product with it."""
         fitted, while_fitting = self._attempt([run], products, partial(self._fit, run, group, features, products))
         for product in products if fitted is not None else ():
-            record, while_scoring = self._attempt([run], [product], partial(self._score, run, group, features, product, fitted))
+            record, while_scoring = self._attempt(
+                [run], [product], partial(self._score, run, group, features, product, fitted)
+            )
             if record is not None:
                 of_product = product.truth(group.geometry.images).warnings + features.warnings(product)
                 warned = [*noticed, *while_fitting, *while_scoring, *of_product]
@@ -187,7 +201,9 @@ class Evaluation:
 
     def _fit(self, run: Run, group: Group, features: Features, products: Sequence[Product]) -> Fitted:
         started, preset = time.perf_counter(), group.geometry.images
-        chosen = settings(run.method, run.features, self.config, self.subject, preset, [product.name for product in products])
+        chosen = settings(
+            run.method, run.features, self.config, self.subject, preset, [product.name for product in products]
+        )
         method = METHODS[base(run.method)](features.extractor, **chosen)
         items = [item for product in products for item in features.trainable(product)]
         size = tuple(products[0].truth(preset).masks.shape[1:])
@@ -197,7 +213,9 @@ class Evaluation:
         def on_epoch(_: int) -> None:
             for product in products:
                 found = self._metrics(product, preset, method.predict(known_loader(product.test, size)))
-                best[product.name] = {name: max(best.get(product.name, found)[name], value) for name, value in found.items()}
+                best[product.name] = {
+                    name: max(best.get(product.name, found)[name], value) for name, value in found.items()
+                }
 
         if self.config.oracle and RECIPES[base(run.method)].epochs is not None:
             method.fit(batches, on_epoch=on_epoch)
@@ -257,7 +275,9 @@ class Evaluation:
         references = [self._references(product, group.draw) for product in products]
         leave_out = self.config.protocol != ORIGINAL
         owner = str(self.results.folder.resolve())
-        return residual_features(self.raw, group.geometry, group.tag, products, references, leave_out=leave_out, owner=owner)
+        return residual_features(
+            self.raw, group.geometry, group.tag, products, references, leave_out=leave_out, owner=owner
+        )
 
     def _references(self, product: Product, draw: int) -> list[Item]:
         given = self.config.given_references

@@ -75,7 +75,10 @@ class Subject:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the backbone's weights, and of the projector that each method takes."""
-        return {"backbone": self.fingerprint, **{method: self.weights[tag].fingerprint for method, tag in self.tags.items()}}
+        return {
+            "backbone": self.fingerprint,
+            **{method: self.weights[tag].fingerprint for method, tag in self.tags.items()},
+        }
 
 
 def load_subject(
@@ -90,8 +93,9 @@ def load_subject(
     """Load a model with the weights that each method takes; the backbone once, however many these are.
 
     Args:
-        model: A name of ``adfeatures.list_models`` with or without tag, or where trained weights are: a path, "local-dir:/folder" or
-            "hf-hub:owner/repo". Without a tag each method takes that which the paper uses for it.
+        model: A name of ``adfeatures.list_models`` with or without tag, or where trained weights are: a path,
+            "local-dir:/folder" or "hf-hub:owner/repo". Without a tag each method takes that which the paper uses for
+            it.
         methods: Names of methods.
         weights: Place of the trained weights of a named model, or their tag; all methods take these.
         backbone_weights: Place of the backbone's weights, or "random".
@@ -127,7 +131,10 @@ def load_subject(
         std=tuple(extractor.pretrained_cfg["std"]),
         unit_length=extractor.projector is None,
         fingerprint=weights_fingerprint(extractor.backbone.state_dict())[0],
-        weights={tag: entry._replace(projector=entry.projector and entry.projector.to(device)) for tag, entry in found.items()},
+        weights={
+            tag: entry._replace(projector=entry.projector and entry.projector.to(device))
+            for tag, entry in found.items()
+        },
         tags=tags,
         device=torch.device(device),
     )
@@ -137,7 +144,10 @@ def serving_tag(arch: str, method: str) -> str:
     """The tag that the paper uses for a method: the one whose entry in the catalog names it, else the model's default; "" for none."""
     tags = catalog.MODELS[arch].tags
     title = METHODS[method].__name__
-    return next((tag for tag, entry in tags.items() if title in entry.serves.split(", ")), catalog.MODELS[arch].default_tag or "")
+    return next(
+        (tag for tag, entry in tags.items() if title in entry.serves.split(", ")),
+        catalog.MODELS[arch].default_tag or "",
+    )
 
 
 def _weights(extractor: FeatureExtractor, name: str, named: str | None, place: str | None) -> Weights:
@@ -147,7 +157,9 @@ def _weights(extractor: FeatureExtractor, name: str, named: str | None, place: s
     trained = _trained(name, named, place)
     projector = extractor.projector if name == extractor.name else trained.create_projector(extractor.backbone.channels)
     projector = projector.float().requires_grad_(False).eval()
-    return Weights(name, projector, weights_fingerprint(projector.state_dict())[0], trained.source, trained.checkpoint.metrics)
+    return Weights(
+        name, projector, weights_fingerprint(projector.state_dict())[0], trained.source, trained.checkpoint.metrics
+    )
 
 
 def _trained(name: str, named: str | None, place: str | None) -> Trained:
@@ -157,4 +169,6 @@ def _trained(name: str, named: str | None, place: str | None) -> Trained:
     hub_file = catalog.MODELS[arch].tags[tag].hub_file if tag else None
     if place is None:
         return load_trained("hf-hub:{}:{}".format(*hub_file), (), None)  # type: ignore[misc]
-    return load_trained(place, (hub_file[1], "model.safetensors") if hub_file and named else ("model.safetensors",), None)
+    return load_trained(
+        place, (hub_file[1], "model.safetensors") if hub_file and named else ("model.safetensors",), None
+    )

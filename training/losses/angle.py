@@ -17,12 +17,18 @@ ANCHORS = ("both", "first")
 
 
 def angle_loss(
-    first: Tensor, second: Tensor, labels: Tensor, center: Tensor | None = None, temperature: float = 0.15, anchors: str = "both"
+    first: Tensor,
+    second: Tensor,
+    labels: Tensor,
+    center: Tensor | None = None,
+    temperature: float = 0.15,
+    anchors: str = "both",
 ) -> Tensor:
     """Pull the two views of a patch together in direction, away from all patches of the other label.
 
-    With u = normalise(feature - centre), an anchor i whose other view is j costs -u_i . u_j / T + log sum_k exp(u_i . u_k / T), k running
-    over the features of the other label in both views. The positive is not in the denominator, so the loss can be negative.
+    With u = normalize(feature - center), an anchor i whose other view is j costs -u_i . u_j / T + log sum_k exp(u_i .
+    u_k / T), k running over the features of the other label in both views. The positive is not in the denominator, so
+    the loss can be negative.
 
     Args:
         first: Projected residual features (N, C) of one level, first view.
@@ -30,16 +36,20 @@ def angle_loss(
         labels: (N,), 1 where anomalous, 0 where normal; the views share them.
         center: (C,) mean residual of normal patches, None for the origin.
         temperature: T.
-        anchors: Features that the mean is taken over: those of "both" views, as in the published code, or of the "first", as in the paper.
+        anchors: Features that the mean is taken over: those of "both" views, as in the published code, or of the
+            "first", as in the paper.
 
     Returns:
-        The loss, a scalar, computed in float32 for every lower precision; 0 with zero gradients where a label is absent.
+        The loss, a scalar, computed in float32 for every lower precision; 0 with zero gradients where a label is
+        absent.
 
     Raises:
         InputError: For shapes that do not agree, or other ``anchors``.
     """
     if first.ndim != 2 or first.shape != second.shape or labels.shape != first.shape[:1]:
-        raise InputError(f"Expected two views (N, C) and labels (N,), got {[tuple(t.shape) for t in (first, second, labels)]}.")
+        raise InputError(
+            f"Expected two views (N, C) and labels (N,), got {[tuple(t.shape) for t in (first, second, labels)]}."
+        )
     if anchors not in ANCHORS:
         raise InputError(f"anchors must be one of {ANCHORS}, got {anchors!r}.")
     with torch.autocast(first.device.type, enabled=False):
@@ -54,7 +64,9 @@ def angle_loss(
         normal_costs, anomalous_costs = (
             costs.view(2, -1) - positives[members]
             for costs, members in zip(
-                _CrossLogSumExp.apply(units[:, ~anomalous].flatten(0, 1), units[:, anomalous].flatten(0, 1), temperature),
+                _CrossLogSumExp.apply(
+                    units[:, ~anomalous].flatten(0, 1), units[:, anomalous].flatten(0, 1), temperature
+                ),
                 (~anomalous, anomalous),
                 strict=True,
             )
@@ -66,7 +78,8 @@ def angle_loss(
 class _CrossLogSumExp(torch.autograd.Function):
     """For unit vectors a (n, C) and b (m, C): log sum exp of a . b / T, over b for each a, (n,), and over a for each b, (m,).
 
-    The matrix of similarities is shared by both sums and never held as a whole: the backward pass computes it again, chunk by chunk.
+    The matrix of similarities is shared by both sums and never held as a whole: the backward pass computes it again,
+    chunk by chunk.
     """
 
     @staticmethod

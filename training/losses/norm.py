@@ -17,20 +17,23 @@ _NORMS = {
 }
 
 
-def norm_loss(features: Tensor, labels: Tensor, radius: float = 0.4, margin: float = 0.75, pseudo_huber: str = "code") -> Tensor:
+def norm_loss(
+    features: Tensor, labels: Tensor, radius: float = 0.4, margin: float = 0.75, pseudo_huber: str = "code"
+) -> Tensor:
     """Pull the norms A of normal features between two radii, push those of anomalous ones beyond the outer radius plus a margin.
 
-    The outer radius moves: it is 0.9 of the smallest anomalous norm of the batch, at most ``radius``; the inner one is 0.99 of it. A
-    feature on the wrong side of its bound by x costs exp(x) softplus(x), where the first factor is a weight without gradient. Each of the
-    three sets (normal too far, normal too near, anomalous too near) counts by its mean, an empty one not at all. The moving radius and the
-    inner bound stand in the published code only.
+    The outer radius moves: it is 0.9 of the smallest anomalous norm of the batch, at most ``radius``; the inner one is
+    0.99 of it. A feature on the wrong side of its bound by x costs exp(x) softplus(x), where the first factor is a
+    weight without gradient. Each of the three sets (normal too far, normal too near, anomalous too near) counts by its
+    mean, an empty one not at all. The moving radius and the inner bound stand in the published code only.
 
     Args:
         features: Projected residual features (N, C) of one level.
         labels: (N,), 1 where anomalous, 0 where normal.
         radius: Largest outer radius.
         margin: Distance between the outer radius and the bound of anomalous features.
-        pseudo_huber: A = sqrt(norm + 1) - 1, with the norm itself ("code", which made the published weights) or squared ("paper").
+        pseudo_huber: A = sqrt(norm + 1) - 1, with the norm itself ("code", which made the published weights) or squared
+            ("paper").
 
     Returns:
         The loss, a scalar >= 0, computed in float32 for every lower precision.
@@ -40,7 +43,9 @@ def norm_loss(features: Tensor, labels: Tensor, radius: float = 0.4, margin: flo
         UnknownNameError: For another ``pseudo_huber``.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise InputError(f"Expected features (N, C) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}.")
+        raise InputError(
+            f"Expected features (N, C) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}."
+        )
     if pseudo_huber not in _NORMS:
         raise UnknownNameError(unknown("pseudo_huber", pseudo_huber, _NORMS))
     with torch.autocast(features.device.type, enabled=False):
@@ -48,14 +53,23 @@ def norm_loss(features: Tensor, labels: Tensor, radius: float = 0.4, margin: flo
         # sqrt(norms + 1) - 1 without the cancellation of small norms.
         norms = norms / ((norms + 1).sqrt() + 1)
         anomalous = labels > 0
-        smallest = torch.where(anomalous, norms.detach(), torch.inf).min() if len(norms) else norms.new_tensor(torch.inf)
+        smallest = (
+            torch.where(anomalous, norms.detach(), torch.inf).min() if len(norms) else norms.new_tensor(torch.inf)
+        )
         outer = (RADIUS_PART * smallest).clamp_max(radius)
         inner, bound = INNER_PART * outer, outer + margin
-        return _mean_excess(norms - outer, ~anomalous) + _mean_excess(inner - norms, ~anomalous) + _mean_excess(bound - norms, anomalous)
+        return (
+            _mean_excess(norms - outer, ~anomalous)
+            + _mean_excess(inner - norms, ~anomalous)
+            + _mean_excess(bound - norms, anomalous)
+        )
 
 
 def _mean_excess(excess: Tensor, members: Tensor) -> Tensor:
-    """Mean of exp(x) softplus(x) over the members with x > 0; 0 where there are none. No synchronisation with the device."""
+    """Mean of exp(x) softplus(x) over the members with x > 0; 0 where there are none.
+
+    No synchronisation with the device.
+    """
     counted = members & (excess > 0)
     # Where nothing is counted, exp could overflow and spoil the gradient.
     excess = torch.where(counted, excess, 0)

@@ -16,5 +16,12 @@ from .uniad import UniAD
 __all__ = ["CFLOW", "GLASS", "METHODS", "FeatureNorm", "PaDiM", "PatchCore", "UniAD"]
 
 METHODS: Mapping[str, type[Any]] = MappingProxyType(
-    {"feature_norm": FeatureNorm, "patchcore": PatchCore, "padim": PaDiM, "cflow": CFLOW, "glass": GLASS, "uniad": UniAD}
+    {
+        "feature_norm": FeatureNorm,
+        "patchcore": PatchCore,
+        "padim": PaDiM,
+        "cflow": CFLOW,
+        "glass": GLASS,
+        "uniad": UniAD,
+    }
 )

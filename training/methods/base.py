@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-# A batch of a loader: "image" (B, 3, H, W) float32, "mask" (B, 1, H, W) uint8 of 0 and 1, "label" (B,) int64, and the lists "product" and
-# "path" of B strings.
+# A batch of a loader: "image" (B, 3, H, W) float32, "mask" (B, 1, H, W) uint8 of 0 and 1, "label" (B,) int64, and the
+# lists "product" and "path" of B strings.
 Batch: TypeAlias = Mapping[str, Any]
 Loader: TypeAlias = Iterable[Batch]
-# Anything that maps a batch to feature maps, one (B, C_l, h_l, w_l) per level: raw or pretrained features go through the same code.
+# Anything that maps a batch to feature maps, one (B, C_l, h_l, w_l) per level: raw or pretrained features go through
+# the same code.
 Extractor: TypeAlias = Callable[[Batch], Sequence[Tensor]]
 
 

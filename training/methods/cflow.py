@@ -1,4 +1,4 @@
-"""CFLOW-AD (Gudovskiy et al. 2022): the likelihood of every patch under a normalising flow that knows where in the image it is."""
+"""CFLOW-AD (Gudovskiy et al. 2022): the likelihood of every patch under a normalizing flow that knows where in the image it is."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ LEVEL_REFERENCES = ("train", "test")
 class CFLOW:
     """One conditional flow per level, trained on the patches of normal images.
 
-    A pixel's score is minus the sum over the levels of its likelihood, each level relative to a reference and at most 1, so it lies
-    between minus the number of levels (as likely as the reference) and 0. No smoothing; an image's score is the maximum of its map. The
-    original subtracts the sum from the largest one among the test images, which changes no rank but would cost float32 its resolution.
+    A pixel's score is minus the sum over the levels of its likelihood, each level relative to a reference and at most
+    1, so it lies between minus the number of levels (as likely as the reference) and 0. No smoothing; an image's score
+    is the maximum of its map. The original subtracts the sum from the largest one among the test images, which changes
+    no rank but would cost float32 its resolution.
 
     Args:
         extractor: Maps a batch to feature maps.
         levels: How many of the last levels to model.
         blocks: Coupling blocks per flow.
-        chunk: Patches per optimisation step. What a batch holds beyond whole chunks is left out of that pass, as in the original; a batch
-            of fewer patches is a chunk by itself.
+        chunk: Patches per optimization step. What a batch holds beyond whole chunks is left out of that pass, as in the
+            original; a batch of fewer patches is a chunk by itself.
         meta_epochs: Number of learning rates and of evaluations.
         sub_epochs: Passes through the training images per meta-epoch.
         learning_rate: Of Adam, at the start of its cosine decay.
-        level_reference: What the likelihoods of a level are relative to: the largest of the training images ("train"), or as in the
-            original of the very images that are predicted ("test"), which makes each score depend on the other images.
+        level_reference: What the likelihoods of a level are relative to: the largest of the training images ("train"),
+            or as in the original of the very images that are predicted ("test"), which makes each score depend on the
+            other images.
         seed: Of the initial weights, the rotations and the order of patches.
 
     Attributes:
@@ -86,7 +88,9 @@ class CFLOW:
         """
         first = first_maps(self.extractor, loader, self.levels)
         with seeded(self.seed):
-            self.flows = nn.ModuleList(ConditionalFlow(level.shape[1], CONDITION, self.blocks) for level in first).to(first[0].device)
+            self.flows = nn.ModuleList(ConditionalFlow(level.shape[1], CONDITION, self.blocks) for level in first).to(
+                first[0].device
+            )
         optimizer = torch.optim.Adam(self.flows.parameters(), lr=self.learning_rate)
         generator = torch.Generator().manual_seed(self.seed)
         steps = self.sub_epochs * len(loader)
@@ -126,7 +130,7 @@ class CFLOW:
         return lowest + (self.learning_rate - lowest) * (1 + math.cos(math.pi * epoch / self.meta_epochs)) / 2
 
     def _train(self, batch: Batch, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        """One optimisation step per level and chunk of patches in random order."""
+        """One optimization step per level and chunk of patches in random order."""
         for flow, level in zip(self.flows, feature_maps(self.extractor, batch, self.levels), strict=True):
             patches, codes = _patches(level)
             order = torch.randperm(len(patches), generator=generator).to(patches.device)

@@ -13,12 +13,12 @@ from .trained import feature_maps, gather
 class FeatureNorm:
     """Score every patch by the length of its feature, sqrt(|e| + 1) - 1, averaged over all levels.
 
-    Made for projected residuals: pretraining makes those of normal patches short and those of anomalous ones long. Raw features go through
-    the same formula, which is the baseline without pretraining.
+    Made for projected residuals: pretraining makes those of normal patches short and those of anomalous ones long. Raw
+    features go through the same formula, which is the baseline without pretraining.
 
     Args:
-        extractor: What gives the features of a batch. The references are its own affair; for those retrieved for each image
-            (`training.methods.retrieval`) the method is the same.
+        extractor: What gives the features of a batch. The references are its own affair; for those retrieved for each
+            image (`training.methods.retrieval`) the method is the same.
         sigma: Gaussian smoothing in pixels of the images.
     """
 

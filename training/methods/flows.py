@@ -1,4 +1,4 @@
-"""Conditional normalising flows of affine coupling blocks, as CFLOW builds them with FrEIA's "all in one" block."""
+"""Conditional normalizing flows of affine coupling blocks, as CFLOW builds them with FrEIA's "all in one" block."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class CouplingBlock(nn.Module):
         inputs = channels - changed + condition
         self.subnet = nn.Sequential(nn.Linear(inputs, 2 * inputs), nn.ReLU(), nn.Linear(2 * inputs, 2 * changed))
         # The softplus of this value is 1 / SOFTPLUS_SCALE: the block begins with a scale of one.
-        self.raw_scale = nn.Parameter(torch.full((channels,), math.log(math.expm1(SOFTPLUS_BETA / SOFTPLUS_SCALE)) / SOFTPLUS_BETA))
+        self.raw_scale = nn.Parameter(
+            torch.full((channels,), math.log(math.expm1(SOFTPLUS_BETA / SOFTPLUS_SCALE)) / SOFTPLUS_BETA)
+        )
         self.offset = nn.Parameter(torch.zeros(channels))
         self.register_buffer("rotation", random_rotation(channels))
 
@@ -86,8 +88,8 @@ def random_rotation(size: int) -> Tensor:
 def position_code(height: int, width: int, size: int = 128) -> Tensor:
     """Sine and cosine code of positions, (height * width, size), row after row; ``size`` is even.
 
-    The first half of the channels encodes the column and the second the row: sines at even channels k, cosines beside them, both of
-    frequency exp(-k ln(10000) / (size / 2)).
+    The first half of the channels encodes the column and the second the row: sines at even channels k, cosines beside
+    them, both of frequency exp(-k ln(10000) / (size / 2)).
     """
     half = size // 2
     frequencies = torch.exp(-torch.arange(0, half, 2) * math.log(1e4) / half)

@@ -16,11 +16,12 @@ from adfeatures.errors import InputError
 
 from .base import Batch, Extractor, Loader, Predictions
 from .glass_synthesis import DefectSynthesis
-from .patches import neighbourhood_vectors
+from .patches import neighborhood_vectors
 from .trained import feature_maps, first_maps, gather, seeded
 
 LEVELS = 2
-# Of the gradient ascent from normal features, and of its projections back between the inner and the outer radius around their centre.
+# Of the gradient ascent from normal features, and of its projections back between the inner and the outer radius around
+# their center.
 STEPS, STEP_SIZE, PROJECT_EVERY = 20, 0.001, 5
 RADIUS_QUANTILE, ASCENT_RADII, DEFECT_RADII = 0.75, (1, 2), (2, 4)
 HARD_QUANTILE = 0.5
@@ -32,21 +33,26 @@ TINY = 1e-10
 class GLASS:
     """Train a discriminator of patch vectors; a patch's score is its probability of being anomalous.
 
-    Local anomalies are textures blended into the training images; global ones are normal vectors with noise, moved by gradient ascent to
-    where the discriminator calls them normal, yet kept off the centre of the normal vectors of their position. Both lie on hyperspheres
-    around that centre, the form of the distribution that the original presets for all products here.
+    Local anomalies are textures blended into the training images; global ones are normal vectors with noise, moved by
+    gradient ascent to where the discriminator calls them normal, yet kept off the center of the normal vectors of their
+    position. Both lie on hyperspheres around that center, the form of the distribution that the original presets for
+    all products here.
 
-    A pixel's score is upsampled from the patches and smoothed; an image's score is that of its highest patch. The original's min-max over
-    the test images, which changes no rank, is left out.
+    A pixel's score is upsampled from the patches and smoothed; an image's score is that of its highest patch. The
+    original's min-max over the test images, which changes no rank, is left out.
 
     Args:
-        extractor: Maps a batch to feature maps. In ``fit`` it is also called on augmented images: batches whose "path" is a list of None,
-            by which an extractor that keeps features knows not to, and whose "origin" are the paths of the images augmented.
+        extractor: Maps a batch to feature maps. In ``fit`` it is also called on augmented images: batches whose "path"
+            is a list of None, by which an extractor that keeps features knows not to, and whose "origin" are the paths
+            of the images augmented.
         adapter: Train a linear layer before the discriminator, as for raw features; pretrained ones take none.
         noise: Standard deviation of the noise on normal vectors. None: 0.015 with the adapter, 0.005 without.
-        textures: Folder of texture images (the original: DTD). None makes procedural ones, and ``texture_source`` says so.
-        foregrounds: Folder of masks ``<product>/<file name of the training image>`` that defects stay in. None for whole images.
-        mean: Mean that the images are normalised with, per channel; textures are blended in as they would be normalised.
+        textures: Folder of texture images (the original: DTD). None makes procedural ones, and ``texture_source`` says
+            so.
+        foregrounds: Folder of masks ``<product>/<file name of the training image>`` that defects stay in. None for
+            whole images.
+        mean: Mean that the images are normalized with, per channel; textures are blended in as they would be
+            normalized.
         std: Standard deviation likewise.
         preset: Geometry of the images' transform, which the foreground masks follow.
         dim: Length of the patch vectors.
@@ -59,7 +65,8 @@ class GLASS:
     Attributes:
         texture_source: "procedural" or the folder of the textures.
         discriminator: The trained network.
-        center: Mean normal vector of each position, (h, w, dim). The original averages the means of batches, ours the images.
+        center: Mean normal vector of each position, (h, w, dim). The original averages the means of batches, ours the
+            images.
 
     Raises:
         ImageError: For a folder of textures without images.
@@ -103,7 +110,8 @@ class GLASS:
             on_epoch: Called with the number of finished epochs after each of them, when ``predict`` can be called.
 
         Raises:
-            InputError: For no images, a batch of a single patch, features that are NaN, or a foreground mask without foreground.
+            InputError: For no images, a batch of a single patch, features that are NaN, or a foreground mask without
+                foreground.
             ImageError: For a texture or foreground mask that is missing or cannot be read.
             UnknownNameError: For an unknown preset, where there are foreground masks.
         """
@@ -159,7 +167,7 @@ class GLASS:
     def _vectors(self, batch: Batch) -> Tensor:
         """Adapted patch vectors (B, h, w, dim)."""
         with torch.no_grad():
-            vectors = neighbourhood_vectors(feature_maps(self.extractor, batch, LEVELS), self.dim)
+            vectors = neighborhood_vectors(feature_maps(self.extractor, batch, LEVELS), self.dim)
         return self.adapter(vectors)
 
     @torch.no_grad()
@@ -174,7 +182,9 @@ class GLASS:
         """The loss of one batch: cross-entropy of normal and global anomalies, focal loss of local anomalies."""
         images, masks = self.synthesis(batch, rng)
         normal = self._vectors(batch)
-        augmented = self._vectors({**batch, "image": images.to(batch["image"]), "path": [None] * len(images), "origin": batch["path"]})
+        augmented = self._vectors(
+            {**batch, "image": images.to(batch["image"]), "path": [None] * len(images), "origin": batch["path"]}
+        )
         defective = F.adaptive_max_pool2d(masks, normal.shape[1:3]).flatten().to(normal.device) > 0
         center = self.center.expand_as(normal).flatten(0, 2)
         normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)
@@ -204,7 +214,7 @@ class GLASS:
 
 
 def project(points: Tensor, center: Tensor, radius: Tensor, radii: tuple[int, int]) -> Tensor:
-    """Move points (N, D) along the line to their centres until their distance lies within ``radii`` times the radius."""
+    """Move points (N, D) along the line to their centers until their distance lies within ``radii`` times the radius."""
     offset = points - center
     distance = offset.norm(dim=1, keepdim=True)
     return center + offset * distance.clamp(radii[0] * radius, radii[1] * radius) / (distance + TINY)

@@ -32,11 +32,14 @@ class DefectSynthesis:
     """Turns batches of normal images into images with one synthetic defect each.
 
     Args:
-        textures: Folder of texture images (the original: DTD), searched with its sub-folders. None makes textures of Perlin noise instead.
-        foregrounds: Folder of masks ``<product>/<file name of the training image>``, above 0 where the object is. None for whole images.
-        mean: Mean that the images were normalised with, per channel.
+        textures: Folder of texture images (the original: DTD), searched with its sub-folders. None makes textures of
+            Perlin noise instead.
+        foregrounds: Folder of masks ``<product>/<file name of the training image>``, above 0 where the object is. None
+            for whole images.
+        mean: Mean that the images were normalized with, per channel.
         std: Standard deviation likewise.
-        preset: Geometry of the images' transform, one of `adfeatures.images.PRESETS`, which the foreground masks then follow.
+        preset: Geometry of the images' transform, one of `adfeatures.images.PRESETS`, which the foreground masks then
+            follow.
 
     Attributes:
         texture_source: The folder of the textures, or "procedural".
@@ -63,7 +66,8 @@ class DefectSynthesis:
         """Draw a defect for every image.
 
         Returns:
-            Normalised images (B, 3, H, W) float32 and the masks of their defects (B, 1, H, W) float32 of 0 and 1, none of them empty.
+            Normalized images (B, 3, H, W) float32 and the masks of their defects (B, 1, H, W) float32 of 0 and 1, none
+            of them empty.
 
         Raises:
             ImageError: For a texture or foreground mask that is missing or cannot be read.
@@ -73,7 +77,9 @@ class DefectSynthesis:
         images = batch["image"].cpu()
         size = (images.shape[2], images.shape[3])
         names = zip(batch["product"], batch["path"], strict=True)
-        masks = torch.stack([torch.from_numpy(_mask(self._foreground(size, *name), rng)) for name in names])[:, None].float()
+        masks = torch.stack([torch.from_numpy(_mask(self._foreground(size, *name), rng)) for name in names])[
+            :, None
+        ].float()
         textures = torch.stack([self._texture(size, rng) for _ in images])
         kept = torch.tensor(rng.normal(0.5, 0.1, (len(images), 1, 1, 1)), dtype=torch.float32).clamp(0.2, 0.8)
         return torch.where(masks > 0, (1 - kept) * textures + kept * images, images), masks
@@ -84,13 +90,17 @@ class DefectSynthesis:
         file = self._foregrounds / product / Path(path).name
         mask = MaskTransform(size, self._preset)(read_mask(str(file)))[0].numpy() > 0
         if mask.shape != size:
-            raise ImageError(f"The foreground mask {file} becomes {mask.shape} pixels under {self._preset}, its image has {size}.")
+            raise ImageError(
+                f"The foreground mask {file} becomes {mask.shape} pixels under {self._preset}, its image has {size}."
+            )
         if not mask.any():
-            raise InputError(f"The foreground mask {file} is zero everywhere, so no defect can be placed. Correct or remove the masks.")
+            raise InputError(
+                f"The foreground mask {file} is zero everywhere, so no defect can be placed. Correct or remove the masks."
+            )
         return mask
 
     def _texture(self, size: Size, rng: np.random.Generator) -> Tensor:
-        """A changed texture, normalised, (3, H, W)."""
+        """A changed texture, normalized, (3, H, W)."""
         if self._textures:
             image = _cover(read_image(self._textures[rng.integers(len(self._textures))]), size)
         else:
@@ -138,9 +148,12 @@ def perlin_mask(size: Size, rng: np.random.Generator) -> np.ndarray:
 
 
 def procedural_texture(size: Size, rng: np.random.Generator) -> Image.Image:
-    """An image of two random colours mixed by three octaves of Perlin noise, with a little noise per pixel."""
+    """An image of two random colors mixed by three octaves of Perlin noise, with a little noise per pixel."""
     cells = 2 ** rng.integers(1, 5, size=2)
-    octaves = [perlin_noise(size, (int(rows), int(columns)), rng) / 2**i for i, (rows, columns) in enumerate([cells, 2 * cells, 4 * cells])]
+    octaves = [
+        perlin_noise(size, (int(rows), int(columns)), rng) / 2**i
+        for i, (rows, columns) in enumerate([cells, 2 * cells, 4 * cells])
+    ]
     mixture = np.clip(0.5 + rng.uniform(0.5, 2) * sum(octaves), 0, 1)[..., None]
     first, second = rng.uniform(0, 255, (2, 3))
     pixels = first + (second - first) * mixture + rng.normal(0, 8, (*size, 1))

@@ -28,8 +28,9 @@ LEVEL_BYTES = 600 * 2**20
 class PaDiM:
     """Fit a normal distribution to the patches at each position of each level; score patches by their Mahalanobis distances from them.
 
-    As ADPretrain uses it: all channels of all levels, each level on its own, the mean of their maps. The original also rescales the maps by
-    the extremes of the whole test set, which moves no ranking metric; here a map depends on its own image alone.
+    As ADPretrain uses it: all channels of all levels, each level on its own, the mean of their maps. The original also
+    rescales the maps by the extremes of the whole test set, which moves no ranking metric; here a map depends on its
+    own image alone.
 
     Args:
         extractor: What gives the features of a batch.
@@ -39,7 +40,9 @@ class PaDiM:
 
     def __init__(self, extractor: Extractor, *, epsilon: float = 0.01, sigma: float = scoring.SIGMA) -> None:
         if not epsilon > 0:
-            raise InputError(f"PaDiM needs epsilon above 0, got {epsilon}: with few images the covariances have no inverse without it.")
+            raise InputError(
+                f"PaDiM needs epsilon above 0, got {epsilon}: with few images the covariances have no inverse without it."
+            )
         self.extractor, self.epsilon, self.sigma = extractor, epsilon, sigma
         self._levels: list[Gaussians] = []
 
@@ -85,14 +88,15 @@ class PaDiM:
 class Gaussians:
     """A normal distribution of C channels at each of P positions; mean, and covariance with N - 1 in the denominator plus epsilon I.
 
-    Nothing is inverted. The squared distance of a deviation d from the mean comes from a Cholesky factor in float64, one of two:
+    Nothing is inverted. The squared distance of a deviation d from the mean comes from a Cholesky factor in float64,
+    one of two:
 
     * of the covariance S: |L^-1 d|^2 with S = L L^T;
-    * for few images, of the N x N matrix of inner products of the centred samples X (N, C), by the identity of Woodbury:
-      (|d|^2 - |W d|^2) / epsilon with W = L^-1 X and X X^T + (N - 1) epsilon I = L L^T.
+    * for few images, of the N x N matrix of inner products of the centered samples X (N, C), by the identity of
+      Woodbury: (|d|^2 - |W d|^2) / epsilon with W = L^-1 X and X X^T + (N - 1) epsilon I = L L^T.
 
-    The second is the one for up to 3 C / 8 images, where it takes less memory and time, unless W takes more than LEVEL_BYTES. More images
-    are added up in scatter matrices.
+    The second is the one for up to 3 C / 8 images, where it takes less memory and time, unless W takes more than
+    LEVEL_BYTES. More images are added up in scatter matrices.
 
     Args:
         example: A map (B, C, h, w), for its shape and device.
@@ -106,7 +110,9 @@ class Gaussians:
         self.epsilon, self.device = epsilon, example.device
         self.count = 0  # of the images in mean and scatter
         self.mean = torch.zeros(self.positions, self.channels, dtype=torch.float64, device=self.device)
-        self.scatter: Tensor | None = None  # sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2)
+        self.scatter: Tensor | None = (
+            None  # sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2)
+        )
         self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
         self.waiting = 0  # how many samples these hold
         self.factors: Tensor | None = None  # lower triangles like the scatter
@@ -153,7 +159,8 @@ class Gaussians:
         squared = torch.empty(deviations.shape[:2], dtype=torch.float64, device=self.device)
         for part in self._parts(self.channels * (self.channels if self.whitened is None else self.count)):
             squared[part] = self._squared_distances(deviations[part], part)
-        # Near the span of the samples both terms of a difference agree in most digits, and rounding may leave less than nothing.
+        # Near the span of the samples both terms of a difference agree in most digits, and rounding may leave less than
+        # nothing.
         return squared.clamp_min(0).sqrt().float().T.unflatten(1, self.grid)
 
     def _squared_distances(self, deviations: Tensor, part: slice) -> Tensor:
@@ -202,7 +209,9 @@ class Gaussians:
         matrices.diagonal(dim1=1, dim2=2).add_(ridge)
         factors, failed = torch.linalg.cholesky_ex(matrices)
         if failed.any():
-            raise InputError(f"The features vary too much for epsilon = {self.epsilon}: a covariance has no factor. Use a larger one.")
+            raise InputError(
+                f"The features vary too much for epsilon = {self.epsilon}: a covariance has no factor. Use a larger one."
+            )
         return factors
 
     def _parts(self, numbers: int) -> Iterator[slice]:
@@ -213,7 +222,9 @@ class Gaussians:
     def _unpack(self, packed: Tensor) -> Tensor:
         """Symmetric matrices (p, C, C) with these lower triangles, float64, in memory that the next call uses again."""
         shape = (len(packed), self.channels**2)
-        values = torch.index_select(packed, 1, _places(self.channels, self.device), out=self._packed_memory(*shape, like=packed))
+        values = torch.index_select(
+            packed, 1, _places(self.channels, self.device), out=self._packed_memory(*shape, like=packed)
+        )
         return self._matrix_memory(*shape, like=self.mean).copy_(values).unflatten(1, (self.channels, self.channels))
 
 
@@ -238,7 +249,10 @@ class _Scratch:
         self._memory = torch.empty(0)
 
     def __call__(self, *shape: int, like: Tensor) -> Tensor:
-        """Memory of a shape, with the dtype and device of another tensor. Nothing that was taken before may be in use any more."""
+        """Memory of a shape, with the dtype and device of another tensor.
+
+        Nothing that was taken before may be in use any more.
+        """
         size = math.prod(shape)
         if self._memory.numel() < size:
             self._memory = like.new_empty(size)

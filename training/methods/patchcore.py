@@ -15,7 +15,7 @@ from adfeatures import scoring
 from adfeatures.errors import InputError, ReferencesError
 
 from .base import Batch, Extractor, Loader, Predictions
-from .patches import neighbourhood_vectors
+from .patches import neighborhood_vectors
 from .trained import feature_maps, gather
 
 # In the search for the coreset a row's first distance is its mean distance to so many random rows.
@@ -28,17 +28,17 @@ SHORTLIST = 8
 
 
 class PatchCore:
-    """Memorise a coreset of the normal patches; score patches by their squared distance to the nearest of them.
+    """Memorize a coreset of the normal patches; score patches by their squared distance to the nearest of them.
 
     Args:
         extractor: What gives the features of a batch.
         levels: How many of the last levels to use, or all where there are fewer.
-        patch: Side of the neighbourhood that describes a patch, odd.
+        patch: Side of the neighborhood that describes a patch, odd.
         dim: Length of the vectors.
         coreset: Part of the patches to keep, in (0, 1].
-        projection: Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions, which takes longer
-            and covers the patches more closely.
-        neighbours: How many nearest neighbours a score is the mean over.
+        projection: Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions,
+            which takes longer and covers the patches more closely.
+        neighbors: How many nearest neighbors a score is the mean over.
         seed: Seed of the coreset; torch's and numpy's own generators are left alone.
         sigma: Gaussian smoothing in pixels of the images.
     """
@@ -52,24 +52,30 @@ class PatchCore:
         dim: int = 1024,
         coreset: float = 0.1,
         projection: int | None = 128,
-        neighbours: int = 1,
+        neighbors: int = 1,
         seed: int = 42,
         sigma: float = scoring.SIGMA,
     ) -> None:
         if not 0 < coreset <= 1:
             raise InputError(f"The coreset fraction must lie in (0, 1], got {coreset}.")
-        for name, value in {"levels": levels, "dim": dim, "projection": projection, "neighbours": neighbours}.items():
+        for name, value in {"levels": levels, "dim": dim, "projection": projection, "neighbors": neighbors}.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, got {value}.")
         self.extractor, self.levels, self.patch, self.dim = extractor, levels, patch, dim
-        self.coreset, self.projection, self.neighbours, self.seed, self.sigma = coreset, projection, neighbours, seed, sigma
+        self.coreset, self.projection, self.neighbors, self.seed, self.sigma = (
+            coreset,
+            projection,
+            neighbors,
+            seed,
+            sigma,
+        )
         self._rows: Tensor | None = None  # (rows, dim)
         self._images: Tensor | None = None  # (rows,), the image that each comes from
         self._numbers: dict[str | int, int] = {}  # of the images of the rows, by their paths
 
     @torch.no_grad()
     def fit(self, loader: Loader) -> PatchCore:
-        """Memorise the patches of normal images.
+        """Memorize the patches of normal images.
 
         Raises:
             InputError: For no images, or features that are not finite.
@@ -87,23 +93,28 @@ class PatchCore:
             raise InputError("PatchCore learns from normal images, and the loader gives none.")
         kept = self._choose(rows)
         # Part by part: all rows side by side would take their memory twice.
-        self._rows = torch.cat([part[own] for part, own in zip(rows, kept.split([len(part) for part in rows]), strict=True)])
+        self._rows = torch.cat(
+            [part[own] for part, own in zip(rows, kept.split([len(part) for part in rows]), strict=True)]
+        )
         self._images = torch.cat(images)[kept]
         return self
 
     @torch.no_grad()
     def predict(self, loader: Loader, *, leave_one_out: bool = False) -> Predictions:
-        """Score the images of a loader. A score is the largest of the patches' distances, before these are resized and smoothed to the map.
+        """Score the images of a loader.
+
+        A score is the largest of the patches' distances, before these are resized and smoothed to the map.
 
         Args:
             loader: Images to score.
-            leave_one_out: Compare each image with the patches of the others alone. The images are those of ``fit``, known by their paths.
-                Otherwise most of their patches would find themselves, and a threshold taken from such scores would be far too low.
+            leave_one_out: Compare each image with the patches of the others alone. The images are those of ``fit``,
+                known by their paths. Otherwise most of their patches would find themselves, and a threshold taken from
+                such scores would be far too low.
 
         Raises:
             ReferencesError: Before ``fit``, or if nothing is left to compare an image with.
-            InputError: For no images, images of several sizes, features that are not finite, or, with ``leave_one_out``, an image that
-                ``fit`` has not seen.
+            InputError: For no images, images of several sizes, features that are not finite, or, with
+                ``leave_one_out``, an image that ``fit`` has not seen.
         """
         return gather(self._score(batch, leave_one_out) for batch in loader)
 
@@ -113,16 +124,20 @@ class PatchCore:
         vectors = self._vectors(batch)
         if leave_one_out:
             pairs = zip(vectors, batch["path"], strict=True)
-            nearest = torch.stack([nearest_distances(v.flatten(0, 1), self._others(path), self.neighbours) for v, path in pairs])
+            nearest = torch.stack(
+                [nearest_distances(v.flatten(0, 1), self._others(path), self.neighbors) for v, path in pairs]
+            )
         else:
-            nearest = nearest_distances(vectors.flatten(0, 2), self._rows, self.neighbours)
+            nearest = nearest_distances(vectors.flatten(0, 2), self._rows, self.neighbors)
         patches = nearest.mean(dim=-1).view(vectors.shape[:3])
-        maps = F.interpolate(patches[:, None], size=batch["image"].shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        maps = F.interpolate(patches[:, None], size=batch["image"].shape[-2:], mode="bilinear", align_corners=False)[
+            :, 0
+        ]
         return scoring.smooth(maps, self.sigma), patches.amax(dim=(1, 2))
 
     def _vectors(self, batch: Batch) -> Tensor:
         """Vectors (B, h, w, dim) of the patches of a batch."""
-        return neighbourhood_vectors(feature_maps(self.extractor, batch, self.levels), self.dim, self.patch)
+        return neighborhood_vectors(feature_maps(self.extractor, batch, self.levels), self.dim, self.patch)
 
     def _choose(self, rows: Sequence[Tensor]) -> Tensor:
         """Which of all rows are kept, (N,) bool."""
@@ -135,7 +150,9 @@ class PatchCore:
         if self.projection is not None:
             # The default weights of torch's Linear, which the original projects with.
             bound = self.dim**-0.5
-            weights = torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator).to(rows[0].device)
+            weights = (
+                torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator).to(rows[0].device)
+            )
             with torch.autocast(weights.device.type, enabled=False):
                 rows = [part @ weights for part in rows]
         kept = torch.zeros(total, dtype=torch.bool, device=rows[0].device)
@@ -148,21 +165,25 @@ class PatchCore:
             raise InputError(f"{path} cannot be left out: it is none of the images that PatchCore was fitted to.")
         others = self._rows[self._images != self._numbers[path]]
         if not len(others):
-            raise ReferencesError(f"Without {path} no patches are left to compare it with. Fit PatchCore to more images.")
+            raise ReferencesError(
+                f"Without {path} no patches are left to compare it with. Fit PatchCore to more images."
+            )
         return others
 
 
 def greedy_coreset(points: Tensor, count: int, starts: Tensor) -> Tensor:
-    """Choose points one after another, each the farthest from those chosen before (greedy k-centre search, Sener and Savarese 2018).
+    """Choose points one after another, each the farthest from those chosen before (greedy k-center search, Sener and Savarese 2018).
 
-    A plain loop compares all points with each new one as it comes. Here a few of the farthest points compete for the next places among
-    themselves, for as long as the farthest of them is farther than all other points were, which can only have come closer since. Then all
-    points are compared with all those new ones in one product of matrices. The choice is that of the plain loop.
+    A plain loop compares all points with each new one as it comes. Here a few of the farthest points compete for the
+    next places among themselves, for as long as the farthest of them is farther than all other points were, which can
+    only have come closer since. Then all points are compared with all those new ones in one product of matrices. The
+    choice is that of the plain loop.
 
     Args:
         points: (N, d), finite.
         count: How many to choose, at most N.
-        starts: Points (S,) that the first distances are the mean over, as PatchCore does it. They are not chosen by that.
+        starts: Points (S,) that the first distances are the mean over, as PatchCore does it. They are not chosen by
+            that.
 
     Returns:
         Indices (count,) in the order in which they are chosen, each at most once.
@@ -176,7 +197,9 @@ def greedy_coreset(points: Tensor, count: int, starts: Tensor) -> Tensor:
             bounds, contenders = distances.topk(min(CONTENDERS + 1, len(points)))
             limit = float(bounds[CONTENDERS]) if len(bounds) > CONTENDERS else -math.inf
             bounds, contenders = bounds[:CONTENDERS], contenders[:CONTENDERS]
-            between = _squared_distances(points[contenders], squares[contenders], points[contenders], squares[contenders])
+            between = _squared_distances(
+                points[contenders], squares[contenders], points[contenders], squares[contenders]
+            )
             places = _compete(between.cpu().numpy(), bounds.cpu().numpy(), limit, count - len(chosen))
             new = contenders[torch.tensor(places, device=points.device)]
             for start in range(0, len(points), ROWS_PER_CHUNK):
@@ -215,23 +238,23 @@ def _squared_distances(first: Tensor, first_squares: Tensor, second: Tensor, sec
 def nearest_distances(queries: Tensor, rows: Tensor, count: int) -> Tensor:
     """Squared Euclidean distances (Q, count) of queries (Q, d) to the nearest of the rows (N, d), ascending, in bounded memory.
 
-    Expanding the square makes the search a product of matrices, but loses the digits of small distances. So it only draws up a short list,
-    about the mean of the rows, where the vectors are shortest; the distances themselves come from differences. Fewer rows than ``count``
-    give as many distances.
+    Expanding the square makes the search a product of matrices, but loses the digits of small distances. So it only
+    draws up a short list, about the mean of the rows, where the vectors are shortest; the distances themselves come
+    from differences. Fewer rows than ``count`` give as many distances.
     """
-    centre = rows.mean(dim=0)
+    center = rows.mean(dim=0)
     count = min(count, len(rows))
     listed = min(count + SHORTLIST - 1, len(rows))
-    parts = [(chunk, _short_list(chunk - centre, rows, centre, listed)) for chunk in queries.split(QUERIES_PER_CHUNK)]
+    parts = [(chunk, _short_list(chunk - center, rows, center, listed)) for chunk in queries.split(QUERIES_PER_CHUNK)]
     return torch.cat([_refined(chunk, rows, short_list, count) for chunk, short_list in parts])
 
 
-def _short_list(queries: Tensor, rows: Tensor, centre: Tensor, count: int) -> Tensor:
-    """Indices (Q, count) of the rows nearest to queries about the centre, up to rounding."""
+def _short_list(queries: Tensor, rows: Tensor, center: Tensor, count: int) -> Tensor:
+    """Indices (Q, count) of the rows nearest to queries about the center, up to rounding."""
     values = torch.empty(len(queries), 0, dtype=queries.dtype, device=queries.device)
     indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(rows), ROWS_PER_CHUNK):
-        chunk = rows[start : start + ROWS_PER_CHUNK] - centre
+        chunk = rows[start : start + ROWS_PER_CHUNK] - center
         with torch.autocast(queries.device.type, enabled=False):
             partial = torch.addmm(chunk.square().sum(dim=1), queries, chunk.T, alpha=-2)
         found = partial.topk(min(count, len(chunk)), largest=False)

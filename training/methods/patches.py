@@ -11,17 +11,17 @@ from torch import Tensor
 from adfeatures.errors import InputError
 
 
-def neighbourhood_vectors(levels: Sequence[Tensor], dim: int, patch: int = 3) -> Tensor:
-    """Describe every position by its neighbourhood in all levels.
+def neighborhood_vectors(levels: Sequence[Tensor], dim: int, patch: int = 3) -> Tensor:
+    """Describe every position by its neighborhood in all levels.
 
-    Per level the ``patch`` x ``patch`` values of all channels around a position (zeros outside the map, the neighbours of one channel side
-    by side) are averaged down to ``dim`` numbers. Levels of another grid than the first are resized to it bilinearly; then the levels,
-    concatenated, are averaged down to ``dim`` numbers once more.
+    Per level the ``patch`` x ``patch`` values of all channels around a position (zeros outside the map, the neighbors
+    of one channel side by side) are averaged down to ``dim`` numbers. Levels of another grid than the first are resized
+    to it bilinearly; then the levels, concatenated, are averaged down to ``dim`` numbers once more.
 
     Args:
         levels: Feature maps (B, C_l, h_l, w_l), at least one.
         dim: Length of the vectors.
-        patch: Side of the neighbourhood, odd.
+        patch: Side of the neighborhood, odd.
 
     Returns:
         Vectors (B, h, w, dim) on the grid of the first level.
@@ -30,15 +30,19 @@ def neighbourhood_vectors(levels: Sequence[Tensor], dim: int, patch: int = 3) ->
         InputError: For no levels, or an even ``patch``.
     """
     if not levels or patch % 2 == 0:
-        raise InputError(f"Patch vectors need at least one level and an odd neighbourhood, got {len(levels)} levels and {patch}.")
+        raise InputError(
+            f"Patch vectors need at least one level and an odd neighborhood, got {len(levels)} levels and {patch}."
+        )
     grid = levels[0].shape[2:]
-    pooled = [_pooled_neighbourhoods(level, dim, patch) for level in levels]
-    resized = [p if p.shape[2:] == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False) for p in pooled]
+    pooled = [_pooled_neighborhoods(level, dim, patch) for level in levels]
+    resized = [
+        p if p.shape[2:] == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False) for p in pooled
+    ]
     vectors = torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
     return F.adaptive_avg_pool1d(vectors, dim).unflatten(1, grid)
 
 
-def _pooled_neighbourhoods(level: Tensor, dim: int, patch: int) -> Tensor:
-    """Maps (B, dim, h, w) of the averaged neighbourhoods of one level."""
-    neighbours = F.unfold(level, patch, padding=patch // 2).transpose(1, 2)
-    return F.adaptive_avg_pool1d(neighbours, dim).transpose(1, 2).unflatten(2, level.shape[2:])
+def _pooled_neighborhoods(level: Tensor, dim: int, patch: int) -> Tensor:
+    """Maps (B, dim, h, w) of the averaged neighborhoods of one level."""
+    neighbors = F.unfold(level, patch, padding=patch // 2).transpose(1, 2)
+    return F.adaptive_avg_pool1d(neighbors, dim).transpose(1, 2).unflatten(2, level.shape[2:])

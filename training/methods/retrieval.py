@@ -1,9 +1,11 @@
 """Retrieved references: each image is compared with the few training images that are most like it, instead of a fixed few.
 
-The published FeatureNorm numbers are of such references ("aligned" there), of which only the lists were published, not how they were made.
-This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a coarse grid, and the Kullback-Leibler
-divergence between those, without the cells that differ most, which may hold the defect. The words are of the first level of the model's own
-backbone, so that no second network is needed. Results belong under a name of their own: all training images take part, not a few shots.
+The published FeatureNorm numbers are of such references ("aligned" there), of which only the lists were published, not
+how they were made.
+This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a coarse grid, and the
+Kullback-Leibler divergence between those, without the cells that differ most, which may hold the defect. The words are
+of the first level of the model's own backbone, so that no second network is needed. Results belong under a name of
+their own: all training images take part, not a few shots.
 """
 
 from __future__ import annotations
@@ -39,22 +41,24 @@ class VisualWords:
     """Kinds of patches, found by k-means among patches (N, C) of training images.
 
     Attributes:
-        centres: (words, C).
+        centers: (words, C).
     """
 
     def __init__(self, patches: Tensor, seed: int = 0) -> None:
         kmeans = KMeans(min(WORDS, len(patches)), n_init=1, random_state=seed).fit(patches.float().cpu().numpy())
-        self.centres = torch.from_numpy(kmeans.cluster_centers_).to(patches)
+        self.centers = torch.from_numpy(kmeans.cluster_centers_).to(patches)
 
     def histograms(self, maps: Tensor) -> Tensor:
         """How often each word occurs in each cell, (N, cells, words), of maps (N, C, h, w); every cell adds up to 1.
 
-        Where the grid of patches cannot be divided evenly, neighbouring cells share a row or column of patches.
+        Where the grid of patches cannot be divided evenly, neighboring cells share a row or column of patches.
         """
-        nearest = torch.cdist(patches_of(maps), self.centres).argmin(dim=1)
-        occurrence = F.one_hot(nearest, len(self.centres)).float().unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
+        nearest = torch.cdist(patches_of(maps), self.centers).argmin(dim=1)
+        occurrence = (
+            F.one_hot(nearest, len(self.centers)).float().unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
+        )
         histograms = F.adaptive_avg_pool2d(occurrence, CELLS).flatten(2).transpose(1, 2)
-        return (1 - UNIFORM) * histograms + UNIFORM / len(self.centres)
+        return (1 - UNIFORM) * histograms + UNIFORM / len(self.centers)
 
 
 def patches_of(maps: Tensor) -> Tensor:
@@ -89,9 +93,9 @@ class Entries(Protocol):
 class RetrievedReferences:
     """An extractor of residual features whose references are retrieved for each image.
 
-    Nothing of the training images is kept but their histograms, for which they are read and encoded twice, batch by batch. Those retrieved
-    are read and encoded again for each image. A cache in ``features`` saves all of that. A training image is not among its own references,
-    as nothing else gives it the residuals of a normal image.
+    Nothing of the training images is kept but their histograms, for which they are read and encoded twice, batch by
+    batch. Those retrieved are read and encoded again for each image. A cache in ``features`` saves all of that. A
+    training image is not among its own references, as nothing else gives it the residuals of a normal image.
 
     Args:
         features: Extractor of the backbone's features, all levels. Of a `FeatureExtractor`: its ``backbone_features``.
@@ -123,7 +127,9 @@ class RetrievedReferences:
         generator, share = torch.Generator().manual_seed(seed), math.ceil(PATCHES / len(train))
         drawn = [_draw(patches_of(maps), share * len(maps), generator) for _, maps in self._first_level()]
         self._words = VisualWords(torch.cat(drawn), seed)
-        paths, histograms = zip(*((own, self._words.histograms(maps)) for own, maps in self._first_level()), strict=True)
+        paths, histograms = zip(
+            *((own, self._words.histograms(maps)) for own, maps in self._first_level()), strict=True
+        )
         self._paths, self._histograms = [path for own in paths for path in own], torch.cat(histograms)
 
     @torch.no_grad()
@@ -139,9 +145,13 @@ class RetrievedReferences:
         for number, (path, indices) in enumerate(zip(batch["path"], ranking.tolist(), strict=True)):
             others = [index for index in indices if self._paths[index] != path][: self.count]
             if not others:
-                raise ReferencesError(f"{path} is the only training image and has no other to be compared with. Add more of them.")
+                raise ReferencesError(
+                    f"{path} is the only training image and has no other to be compared with. Add more of them."
+                )
             self.lists[path], references = self._encode(others)
-            residuals.append(ReferenceBank.from_features(references).residuals([level[number : number + 1] for level in features]))
+            residuals.append(
+                ReferenceBank.from_features(references).residuals([level[number : number + 1] for level in features])
+            )
         levels = [torch.cat(level) for level in zip(*residuals, strict=True)]
         return levels if self.projector is None else self.projector(levels)
 

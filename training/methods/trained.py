@@ -29,26 +29,32 @@ def feature_maps(extractor: Extractor, batch: Batch, levels: int | None = None) 
     finite = torch.stack([level.isfinite().flatten(1).all(dim=1) for level in maps]).all(dim=0)
     if not finite.all():
         path = batch.get("path", ["an image"] * len(finite))[int(finite.int().argmin())]
-        raise InputError(f"The features of {path or 'an augmented image'} hold NaN or infinite values. Check the weights and the image.")
+        raise InputError(
+            f"The features of {path or 'an augmented image'} hold NaN or infinite values. Check the weights and the image."
+        )
     return maps
 
 
 def first_maps(extractor: Extractor, loader: Loader, levels: int | None = None) -> list[Tensor]:
-    """Feature maps of the loader's first batch, which tell channels, grids and device. Arguments as in ``feature_maps``.
+    """Feature maps of the loader's first batch, which tell channels, grids and device.
+
+    Arguments as in ``feature_maps``.
 
     Raises:
         InputError: If there is no batch.
     """
     for batch in loader:
         return feature_maps(extractor, batch, levels)
-    raise InputError("The loader of the training images gives no batch. With drop_last it needs at least batch_size images.")
+    raise InputError(
+        "The loader of the training images gives no batch. With drop_last it needs at least batch_size images."
+    )
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Seed torch's global generators of the CPU and of ``device`` for a block of code, and put them back after it.
 
-    For what can draw from those generators only: initialisers and dropout.
+    For what can draw from those generators only: initializers and dropout.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
@@ -71,5 +77,7 @@ def gather(scored: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
         raise InputError("There is nothing to score: the loader gives no batch.")
     sizes = {tuple(maps.shape[1:]) for maps, _ in pairs}
     if len(sizes) > 1:
-        raise InputError(f"Predictions need images of one size, got (height, width) {sorted(sizes)}. Give all images the same size.")
+        raise InputError(
+            f"Predictions need images of one size, got (height, width) {sorted(sizes)}. Give all images the same size."
+        )
     return Predictions(torch.cat([maps for maps, _ in pairs]), torch.cat([scores for _, scores in pairs]))

@@ -1,7 +1,8 @@
 """UniAD (You et al. 2022): one transformer for all products that reconstructs feature maps; what it cannot reconstruct is anomalous.
 
-The network is missing from the published ADPretrain code (its files are empty). This one is built from the UniAD paper, section 3,
-with the settings that ADPretrain's configuration lists, so numbers of the ADPretrain paper may differ from ours for that reason.
+The network is missing from the published ADPretrain code (its files are empty). This one is built from the UniAD paper,
+section 3, with the settings that ADPretrain's configuration lists, so numbers of the ADPretrain paper may differ from
+ours for that reason.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ MAX_GRADIENT_NORM = 0.1
 class UniAD:
     """Train one reconstruction transformer on the normal images of all products.
 
-    Its input are the levels, concatenated; levels of a finer grid than the coarsest are resized to that one bilinearly. A pixel's score is
-    the distance of the reconstruction from the input, upsampled, without smoothing; an image's score is the maximum of its map.
+    Its input are the levels, concatenated; levels of a finer grid than the coarsest are resized to that one bilinearly.
+    A pixel's score is the distance of the reconstruction from the input, upsampled, without smoothing; an image's score
+    is the maximum of its map.
 
     Args:
         extractor: Maps a batch to feature maps.
@@ -36,10 +38,12 @@ class UniAD:
         layers: Layers of the encoder, and of the decoder.
         feed_forward: Width within the feed-forward parts.
         dropout: Rate of dropout in training.
-        neighbours: Side of the square around a position, itself included, that it must not attend to, odd. On a grid that such squares
-            would cover it shrinks to the largest that leaves something; a single position attends to itself.
+        neighbors: Side of the square around a position, itself included, that it must not attend to, odd. On a grid
+            that such squares would cover it shrinks to the largest that leaves something; a single position attends to
+            itself.
         jitter: Scale of the noise on the input in training.
-        epochs: Passes through the training images. The learning rate falls to a tenth after 800 (in the original after 801).
+        epochs: Passes through the training images. The learning rate falls to a tenth after 800 (in the original after
+            801).
         learning_rate: Of AdamW.
         seed: Of the initial weights, the jitter and dropout.
 
@@ -59,7 +63,7 @@ class UniAD:
         layers: int = 4,
         feed_forward: int = 2048,
         dropout: float = 0.1,
-        neighbours: int = 7,
+        neighbors: int = 7,
         jitter: float = 20,
         epochs: int = 1000,
         learning_rate: float = 1e-4,
@@ -68,8 +72,14 @@ class UniAD:
         if hidden % 2 or hidden % heads:
             raise InputError(f"hidden must be even and a multiple of heads, got {hidden} and {heads}.")
         self.extractor = extractor
-        self.shape = {"hidden": hidden, "heads": heads, "layers": layers, "feed_forward": feed_forward, "dropout": dropout}
-        self.neighbours, self.jitter = neighbours, jitter
+        self.shape = {
+            "hidden": hidden,
+            "heads": heads,
+            "layers": layers,
+            "feed_forward": feed_forward,
+            "dropout": dropout,
+        }
+        self.neighbors, self.jitter = neighbors, jitter
         self.epochs, self.learning_rate = epochs, learning_rate
         self.seed = seed
         self.network: ReconstructionTransformer | None = None
@@ -79,14 +89,17 @@ class UniAD:
 
         Args:
             loader: Batches of the training images of all products (the paper: 8, shuffled).
-            on_epoch: Called with the number of finished epochs after every tenth and after the last, when ``predict`` can be called.
+            on_epoch: Called with the number of finished epochs after every tenth and after the last, when ``predict``
+                can be called.
 
         Raises:
             InputError: For no images, images of several sizes, or NaN features.
         """
         first = _joined(first_maps(self.extractor, loader))
         with seeded(self.seed):
-            self.network = ReconstructionTransformer(first.shape[1], first.shape[2:], neighbours=self.neighbours, **self.shape)
+            self.network = ReconstructionTransformer(
+                first.shape[1], first.shape[2:], neighbors=self.neighbors, **self.shape
+            )
         self.network.to(first.device)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, DECAY_EVERY, DECAY)
@@ -138,7 +151,10 @@ class UniAD:
 def _joined(levels: Sequence[Tensor]) -> Tensor:
     """All levels as one map (B, sum of C_l, h, w) on the coarsest grid."""
     grid = min((level.shape[2:] for level in levels), key=lambda grid: grid.numel())
-    same = [level if level.shape[2:] == grid else F.interpolate(level, grid, mode="bilinear", align_corners=True) for level in levels]
+    same = [
+        level if level.shape[2:] == grid else F.interpolate(level, grid, mode="bilinear", align_corners=True)
+        for level in levels
+    ]
     return torch.cat(same, dim=1)
 
 
@@ -148,7 +164,7 @@ def jittered(features: Tensor, scale: float) -> Tensor:
     return features + deviation * torch.randn_like(features)
 
 
-def neighbour_mask(grid: Sequence[int], side: int) -> Tensor:
+def neighbor_mask(grid: Sequence[int], side: int) -> Tensor:
     """Which positions (h w, h w) must not attend to which: those within the square of ``side`` around them, bool.
 
     The square is smaller where it would leave nothing to attend to, and absent on a grid of one position.
@@ -160,13 +176,22 @@ def neighbour_mask(grid: Sequence[int], side: int) -> Tensor:
 
 
 class ReconstructionTransformer(nn.Module):
-    """The network: neighbour-masked encoder, and a decoder whose every layer starts from queries of its own.
+    """The network: neighbor-masked encoder, and a decoder whose every layer starts from queries of its own.
 
     Draws its initial values from torch's global generator, linear layers by Xavier's uniform rule.
     """
 
     def __init__(
-        self, channels: int, grid: torch.Size, *, hidden: int, heads: int, layers: int, feed_forward: int, dropout: float, neighbours: int
+        self,
+        channels: int,
+        grid: torch.Size,
+        *,
+        hidden: int,
+        heads: int,
+        layers: int,
+        feed_forward: int,
+        dropout: float,
+        neighbors: int,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -174,10 +199,12 @@ class ReconstructionTransformer(nn.Module):
         self.rows = nn.Parameter(torch.rand(grid[0], hidden // 2))
         self.columns = nn.Parameter(torch.rand(grid[1], hidden // 2))
         self.encoder = nn.ModuleList(_EncoderLayer(hidden, heads, feed_forward, dropout) for _ in range(layers))
-        self.decoder = nn.ModuleList(_DecoderLayer(hidden, heads, feed_forward, dropout, grid.numel()) for _ in range(layers))
+        self.decoder = nn.ModuleList(
+            _DecoderLayer(hidden, heads, feed_forward, dropout, grid.numel()) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(hidden)
         self.output = nn.Linear(hidden, channels)
-        self.register_buffer("mask", neighbour_mask(grid, neighbours))
+        self.register_buffer("mask", neighbor_mask(grid, neighbors))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -186,7 +213,9 @@ class ReconstructionTransformer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Reconstruct maps (B, C, h, w)."""
         tokens = self.input(features.flatten(2).transpose(1, 2))
-        positions = torch.cat([self.columns.expand(self.grid[0], -1, -1), self.rows[:, None].expand(-1, self.grid[1], -1)], dim=2)
+        positions = torch.cat(
+            [self.columns.expand(self.grid[0], -1, -1), self.rows[:, None].expand(-1, self.grid[1], -1)], dim=2
+        )
         positions = positions.flatten(0, 1)
         for layer in self.encoder:
             tokens = layer(tokens, positions, self.mask)
@@ -206,14 +235,18 @@ class _Attention(nn.Module):
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, queries: Tensor, memory: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        attended, _ = self.attention(queries + positions, memory + positions, memory, attn_mask=mask, need_weights=False)
+        attended, _ = self.attention(
+            queries + positions, memory + positions, memory, attn_mask=mask, need_weights=False
+        )
         return self.norm(queries + self.dropout(attended))
 
 
 class _FeedForward(nn.Module):
     def __init__(self, hidden: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(hidden, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, hidden), nn.Dropout(dropout))
+        self.layers = nn.Sequential(
+            nn.Linear(hidden, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, hidden), nn.Dropout(dropout)
+        )
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:

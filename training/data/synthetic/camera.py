@@ -28,13 +28,13 @@ class View:
     Attributes:
         yaw, tilt: Direction that the camera looks from: around the part, and away from straight above.
         window: Half of the width seen.
-        centre: What the camera points at.
+        center: What the camera points at.
         tall: Height of the product without a defect. The camera points at its middle.
         key: Direction towards the main light.
         strengths: Brightness of main light, second light and surroundings.
-        tint: Colour of the main light.
+        tint: Color of the main light.
         vignette: Loss of light in the corners.
-        blur: Share of the light of a pixel that each neighbour gets.
+        blur: Share of the light of a pixel that each neighbor gets.
         noise: Standard deviation of the sensor noise, of 1.
         reflections: Phases of what polished surfaces mirror.
     """
@@ -42,7 +42,7 @@ class View:
     yaw: float
     tilt: float
     window: float
-    centre: tuple[float, float]
+    center: tuple[float, float]
     tall: float
     key: Map
     strengths: tuple[float, float, float]
@@ -63,10 +63,11 @@ class View:
             yaw=math.radians((0 if above else 90 * (number - 2)) + rng.normal(0, 1.2 if above else 3)),
             tilt=math.radians(rng.uniform(1, 4) if above else np.clip(rng.normal(33 if surface else 39, 2.5), 26, 45)),
             window=WINDOWS[surface, above] * rng.uniform(0.97, 1.02),
-            centre=(rng.uniform(-reach, reach), rng.uniform(-reach, reach)),
+            center=(rng.uniform(-reach, reach), rng.uniform(-reach, reach)),
             tall=float(part.height.max()),
             key=np.array(
-                [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)], np.float32
+                [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)],
+                np.float32,
             ),
             strengths=(rng.uniform(0.72, 0.9), rng.uniform(0.10, 0.2), rng.uniform(0.24, 0.34)),
             tint=np.array([1, 1, 1], np.float32) + rng.normal(0, 0.02, 3).astype(np.float32),
@@ -115,7 +116,9 @@ def _halved(map: Map) -> Map:
 
 
 def _doubled(map: Map) -> Map:
-    return F.interpolate(torch.from_numpy(map)[None, None], scale_factor=2.0, mode="bilinear", align_corners=False)[0, 0].numpy()
+    return F.interpolate(torch.from_numpy(map)[None, None], scale_factor=2.0, mode="bilinear", align_corners=False)[
+        0, 0
+    ].numpy()
 
 
 def _sunlit(height: Map, key: Map) -> Map:
@@ -166,16 +169,17 @@ def shade(relief: Relief, view: View) -> Map:
     dull = 1 - part.metal
     warm, cold = dull * direct, dull * ambient + part.metal * bright
     coat *= dull
-    light = np.empty_like(part.colour)
+    light = np.empty_like(part.color)
     for channel, tint in enumerate(view.tint):
-        light[channel] = part.colour[channel] * (warm * tint + cold) + coat * tint
+        light[channel] = part.color[channel] * (warm * tint + cold) + coat * tint
     return light
 
 
 def project(height: Map, view: View, size: int) -> tuple[Map, Map]:
     """Which point of the canvas each pixel shows, as coordinates x and y of shape (size, size).
 
-    The camera looks along columns of the table. Each is walked from near to far: what does not rise above all that came before is hidden.
+    The camera looks along columns of the table. Each is walked from near to far: what does not rise above all that came
+    before is hidden.
     """
     sin, cos, window = math.sin(view.tilt), math.cos(view.tilt), view.window
     step = 2 * window / size
@@ -215,7 +219,7 @@ def _on_table(across: Map, far: Map, view: View) -> tuple[Map, Map]:
     """Canvas coordinates of points seen ``across`` and ``far``, with the perspective that makes far things small."""
     sin, cos = math.sin(view.yaw), math.cos(view.yaw)
     across, far = across * (1 + 0.16 * math.sin(view.tilt) * far), _deepened(far, view)
-    return view.centre[0] + cos * across - sin * far, view.centre[1] - sin * across - cos * far
+    return view.center[0] + cos * across - sin * far, view.center[1] - sin * across - cos * far
 
 
 def expose(relief: Relief, view: View, size: int) -> Map:

@@ -1,7 +1,7 @@
 """The surface that products are drawn on: a part as maps seen from above, windows into it, distances of shapes, and noise.
 
-Lengths are in halves of the width of the canvas, so that coordinates run from -1 to 1; heights have the same unit. Colours are linear
-reflectances. Maps are float32, which halves the time.
+Lengths are in halves of the width of the canvas, so that coordinates run from -1 to 1; heights have the same unit.
+Colors are linear reflectances. Maps are float32, which halves the time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 Map = NDArray[np.float32]
-Colour = Sequence[float] | Map
+Color = Sequence[float] | Map
 HEIGHT, RED, BLUE, GLOSS, METAL, BODY = 0, 1, 3, 4, 5, 6
 
 
@@ -35,13 +35,14 @@ class Part:
     """A physical part on its ground, as maps seen from above, or a window into one that shares its memory.
 
     Attributes:
-        maps: (7, H, W): height, red, green, blue, gloss (0 matt to 1 polished), metal (0 or 1) and body (1 where the product is).
+        maps: (7, H, W): height, red, green, blue, gloss (0 matt to 1 polished), metal (0 or 1) and body (1 where the
+            product is).
         floor: What is there without the product, in the same form.
         x, y: Local coordinates of each texel, (H, W).
         texel: Size of a texel.
         origin: Row and column of the local origin.
         turn: Angle of the local axes on the canvas.
-        core: Colour inside the material, where it is broken.
+        core: Color inside the material, where it is broken.
         surface: Whether the product is a sheet that fills every view, not an object.
         pieces: Shared count of pieces.
     """
@@ -53,7 +54,7 @@ class Part:
     texel: float
     origin: tuple[float, float]
     turn: float = 0.0
-    core: Colour = (0.2, 0.2, 0.2)
+    core: Color = (0.2, 0.2, 0.2)
     surface: bool = False
     pieces: Pieces = field(default_factory=Pieces)
 
@@ -64,15 +65,15 @@ class Part:
         steps = (np.arange(size, dtype=np.float32) + 0.5) * texel - 1
         x, y = np.tile(steps, (size, 1)), np.tile(steps[:, None], (1, size))
         maps = np.zeros((7, size, size), np.float32)
-        centre = (size - 1) / 2
-        return cls(maps, maps, x, y, texel, (centre, centre), pieces=Pieces(missing))
+        center = (size - 1) / 2
+        return cls(maps, maps, x, y, texel, (center, center), pieces=Pieces(missing))
 
     @property
     def height(self) -> Map:
         return self.maps[HEIGHT]
 
     @property
-    def colour(self) -> Map:
+    def color(self) -> Map:
         return self.maps[RED : BLUE + 1]
 
     @property
@@ -115,7 +116,10 @@ class Part:
 
     @contextmanager
     def piece(self) -> Iterator[None]:
-        """Around the drawing of one piece. That of the missing piece is undone, so that the random numbers after it stay the same."""
+        """Around the drawing of one piece.
+
+        That of the missing piece is undone, so that the random numbers after it stay the same.
+        """
         before = self.maps.copy() if self.pieces.count == self.pieces.missing else None
         self.pieces.count += 1
         yield
@@ -129,17 +133,17 @@ class Part:
     def paint(
         self,
         cover: Map,
-        colour: Colour | None = None,
+        color: Color | None = None,
         *,
         gloss: float | None = None,
         metal: float | None = None,
         height: float | Map | None = None,
         body: float | None = None,
     ) -> None:
-        """Blend in what is given, ``cover`` (0 to 1) of it. A colour has the shape (3,) or (3, H, W)."""
-        if colour is not None:
-            target = np.asarray(colour, np.float32)
-            self.colour[...] += cover * ((target if target.ndim == 3 else target[:, None, None]) - self.colour)
+        """Blend in what is given, ``cover`` (0 to 1) of it. A color has the shape (3,) or (3, H, W)."""
+        if color is not None:
+            target = np.asarray(color, np.float32)
+            self.color[...] += cover * ((target if target.ndim == 3 else target[:, None, None]) - self.color)
         for old, new in ((self.gloss, gloss), (self.metal, metal), (self.height, height), (self.body, body)):
             if new is not None:
                 old += cover * (new - old)
@@ -148,7 +152,7 @@ class Part:
         self,
         distance: Map,
         height: float | Map,
-        colour: Colour | None = None,
+        color: Color | None = None,
         *,
         bevel: float = 0.03,
         base: float = 0.0,
@@ -156,9 +160,11 @@ class Part:
         metal: float | None = None,
     ) -> None:
         """A block of the product from ``base`` up to ``height``, rounded over ``bevel`` inwards from its outline."""
-        # The colour reaches a little further than the wall, which would take that of the ground at its foot.
+        # The color reaches a little further than the wall, which would take that of the ground at its foot.
         cover = self.inside(distance - 1.2 * self.texel)
-        self.paint(cover, colour, gloss=gloss, metal=metal, height=base + (height - base) * rounded(distance, bevel), body=1)
+        self.paint(
+            cover, color, gloss=gloss, metal=metal, height=base + (height - base) * rounded(distance, bevel), body=1
+        )
 
     def hole(self, distance: Map, wall: float = 0.02) -> None:
         """Cut down to the ground."""
@@ -216,12 +222,17 @@ def segment(x: Map, y: Map, start: tuple[float, float], end: tuple[float, float]
     return length(x - start[0] - along * dx, y - start[1] - along * dy)
 
 
-def noise(rng: np.random.Generator, shape: tuple[int, int], cells: float | tuple[float, float], octaves: int = 1) -> Map:
+def noise(
+    rng: np.random.Generator, shape: tuple[int, int], cells: float | tuple[float, float], octaves: int = 1
+) -> Map:
     """Smooth noise of mean 0 and standard deviation about 1, with ``cells`` bumps down and across; each octave halves their size."""
     down, across = (cells, cells) if isinstance(cells, int | float) else cells
     total, weight, power = np.zeros(shape, np.float32), 1.0, 0.0
     for octave in range(octaves):
-        grid = [max(2, min(side, math.ceil(count * 2**octave) + 1)) for side, count in zip(shape, (down, across), strict=True)]
+        grid = [
+            max(2, min(side, math.ceil(count * 2**octave) + 1))
+            for side, count in zip(shape, (down, across), strict=True)
+        ]
         coarse = Image.fromarray(rng.standard_normal(grid, dtype=np.float32))
         total += np.float32(weight) * np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC))
         power += weight * weight
@@ -243,33 +254,40 @@ def sample(maps: Map, x: Map, y: Map, padding: str = "reflection") -> Map:
 
 
 def lettering(text: str, x: Map, y: Map, height: float) -> Map:
-    """Cover of a line of text of this height, centred on the local origin, its reading direction along x."""
+    """Cover of a line of text of this height, centered on the local origin, its reading direction along x."""
     pixels = 48
     font = ImageFont.load_default(pixels)
     left, top, right, bottom = font.getbbox(text)
     picture = Image.new("L", (int(right - left) + 8, int(bottom - top) + 8))
     ImageDraw.Draw(picture).text((4 - left, 4 - top), text, 255, font)
     scale = 2 * (bottom - top) / height
-    return sample(np.asarray(picture, np.float32)[None] / 255, x * scale / picture.width, y * scale / picture.height, "zeros")[0]
+    return sample(
+        np.asarray(picture, np.float32)[None] / 255, x * scale / picture.width, y * scale / picture.height, "zeros"
+    )[0]
 
 
-def mix(first: Colour, second: Colour, share: Map) -> Map:
-    """Colours (3, H, W) between two, by the share (0 to 1) of the second."""
-    start, end = (np.asarray(colour, np.float32) for colour in (first, second))
-    start, end = (colour if colour.ndim == 3 else colour[:, None, None] for colour in (start, end))
+def mix(first: Color, second: Color, share: Map) -> Map:
+    """Colors (3, H, W) between two, by the share (0 to 1) of the second."""
+    start, end = (np.asarray(color, np.float32) for color in (first, second))
+    start, end = (color if color.ndim == 3 else color[:, None, None] for color in (start, end))
     return start + share * (end - start)
 
 
-def jitter(rng: np.random.Generator, colour: Colour, amount: float = 0.06) -> Map:
-    """A colour of another batch: a little lighter or darker, a little off in hue."""
-    return np.asarray(colour, np.float32) * np.exp(amount * (rng.standard_normal() + 0.4 * rng.standard_normal(3))).astype(np.float32)
+def jitter(rng: np.random.Generator, color: Color, amount: float = 0.06) -> Map:
+    """A color of another batch: a little lighter or darker, a little off in hue."""
+    return np.asarray(color, np.float32) * np.exp(
+        amount * (rng.standard_normal() + 0.4 * rng.standard_normal(3))
+    ).astype(np.float32)
 
 
-def pebbles(rng: np.random.Generator, x: Map, y: Map, count: float, irregular: float = 0.9) -> tuple[Map, Map, NDArray[np.int64], int]:
+def pebbles(
+    rng: np.random.Generator, x: Map, y: Map, count: float, irregular: float = 0.9
+) -> tuple[Map, Map, NDArray[np.int64], int]:
     """Cells around points scattered on the plane, ``count`` of them per unit of length.
 
     Returns:
-        Distances to the nearest and the second nearest point in widths of a cell, number of the nearest, and how many points there are.
+        Distances to the nearest and the second nearest point in widths of a cell, number of the nearest, and how many
+        points there are.
     """
     u, v = (x - float(x.min())) * count + 1, (y - float(y.min())) * count + 1
     column, row = u.astype(np.int64), v.astype(np.int64)

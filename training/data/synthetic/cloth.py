@@ -1,4 +1,7 @@
-"""Products that are soft sheets: woven, knitted, leather, foam. Each function draws one part, a little different every time."""
+"""Products that are soft sheets: woven, knitted, leather, foam.
+
+Each function draws one part, a little different every time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Colour, Map, Part, grain, jitter, noise, pebbles, smooth
+from .canvas import Color, Map, Part, grain, jitter, noise, pebbles, smooth
 from .textures import fill, lay
 
 
@@ -16,8 +19,8 @@ def weave(
     rng: np.random.Generator,
     *,
     threads: float,
-    warp: Colour,
-    weft: Colour,
+    warp: Color,
+    weft: Color,
     over: int = 1,
     under: int = 1,
     shift: int = 1,
@@ -31,7 +34,7 @@ def weave(
 ) -> None:
     """Threads that cross ``over`` and ``under`` each other, each row ``shift`` further; thinner ones leave gaps.
 
-    ``ply`` counts the twists of the fibres along and across a thread.
+    ``ply`` counts the twists of the fibers along and across a thread.
     """
     x, y = lay(part, rng, (0.03, 0.03, 0.03))
     u = x * threads + 0.10 * noise(rng, part.shape, 3, 2)
@@ -44,22 +47,25 @@ def weave(
     widths = thickness * (1 + uneven * rng.standard_normal((2, count), dtype=np.float32).clip(-2, 1.4))
     warp_width, weft_width = widths[0].take(number), widths[1].take(line)
     lift = _lift(column, row, over, under, shift)
-    # A thread is half way between its neighbouring crossings where it changes sides.
-    below, beside = _lift(column, row + np.sign(along), over, under, shift), _lift(column + np.sign(across), row, over, under, shift)
+    # A thread is half way between its neighboring crossings where it changes sides.
+    below, beside = (
+        _lift(column, row + np.sign(along), over, under, shift),
+        _lift(column + np.sign(across), row, over, under, shift),
+    )
     warp_height = _thread(across, warp_width) + 0.16 * (lift + below + (lift - below) * np.cos(math.pi * along))
     weft_height = _thread(along, weft_width) - 0.16 * (lift + beside + (lift - beside) * np.cos(math.pi * across))
     top = np.maximum(warp_height, weft_height)
     is_warp = warp_height > weft_height
-    # Twisted fibres run slantwise over each thread.
+    # Twisted fibers run slantwise over each thread.
     twist = np.sin(2 * math.pi * np.where(is_warp, ply[0] * along + ply[1] * across, ply[0] * across + ply[1] * along))
-    fibres = 0.6 * twist + 0.5 * grain(rng, part.shape)
+    fibers = 0.6 * twist + 0.5 * grain(rng, part.shape)
     shades = np.exp(0.5 * fuzz * rng.standard_normal((2, count), dtype=np.float32))
-    shade = np.where(is_warp, shades[0].take(number), shades[1].take(line)) * np.exp(fuzz * fibres)
-    colour = np.where(is_warp, *(np.asarray(jitter(rng, c, 0.05))[:, None, None] for c in (warp, weft)))
+    shade = np.where(is_warp, shades[0].take(number), shades[1].take(line)) * np.exp(fuzz * fibers)
+    color = np.where(is_warp, *(np.asarray(jitter(rng, c, 0.05))[:, None, None] for c in (warp, weft)))
     open_ = top < -0.45
-    colour = colour * shade
-    colour[:, open_] = 0.012
-    fill(part, colour, (relief * np.maximum(top, -1.2) + 0.05 * fuzz * fibres) / threads, gloss * ~open_, metal)
+    color = color * shade
+    color[:, open_] = 0.012
+    fill(part, color, (relief * np.maximum(top, -1.2) + 0.05 * fuzz * fibers) / threads, gloss * ~open_, metal)
     part.metal[open_] = 0
 
 
@@ -73,7 +79,7 @@ def _thread(across: Map, width: Map) -> Map:
     return np.where(t > 0, 0.5 * np.sqrt(np.maximum(t, 0)), -1.0)
 
 
-def knit(part: Part, rng: np.random.Generator, *, yarn: Colour) -> None:
+def knit(part: Part, rng: np.random.Generator, *, yarn: Color) -> None:
     """Wool: columns of V-shaped stitches."""
     x, y = lay(part, rng, (0.02, 0.02, 0.02))
     u = x * 7 + 0.06 * noise(rng, part.shape, 4, 2)
@@ -89,7 +95,7 @@ def knit(part: Part, rng: np.random.Generator, *, yarn: Colour) -> None:
     fill(part, np.asarray(jitter(rng, yarn))[:, None, None] * shade, 0.07 * height + 0.004 * fuzz)
 
 
-def leather(part: Part, rng: np.random.Generator, *, colour: Colour, grains: float = 17, gloss: float = 0.42) -> None:
+def leather(part: Part, rng: np.random.Generator, *, color: Color, grains: float = 17, gloss: float = 0.42) -> None:
     """Pebbled hide with wrinkles."""
     x, y = lay(part, rng, (0.36, 0.26, 0.18))
     x, y = x + 0.03 * noise(rng, part.shape, 5, 2), y + 0.03 * noise(rng, part.shape, 5, 2)
@@ -99,12 +105,17 @@ def leather(part: Part, rng: np.random.Generator, *, colour: Colour, grains: flo
     wrinkle = np.exp(-((noise(rng, part.shape, 5, 3) / 0.14) ** 2)) * smooth(noise(rng, part.shape, 2) + 0.2)
     height = height - 0.7 * wrinkle
     shade = np.exp(0.05 * noise(rng, part.shape, 4, 3)) * (0.78 + 0.22 * np.clip(height, 0, 1))
-    fill(part, np.asarray(jitter(rng, colour))[:, None, None] * shade, 0.13 / grains * height + 0.0006 * grain(rng, part.shape), gloss)
+    fill(
+        part,
+        np.asarray(jitter(rng, color))[:, None, None] * shade,
+        0.13 / grains * height + 0.0006 * grain(rng, part.shape),
+        gloss,
+    )
 
 
-def foam(part: Part, rng: np.random.Generator, *, colour: Colour) -> None:
+def foam(part: Part, rng: np.random.Generator, *, color: Color) -> None:
     """Sponge: round pores of many sizes."""
-    x, y = lay(part, rng, 0.6 * np.asarray(colour))
+    x, y = lay(part, rng, 0.6 * np.asarray(color))
     height, dark = 0.012 * noise(rng, part.shape, 10, 2), np.zeros(part.shape, np.float32)
     for count, share in ((5, 0.25), (11, 0.45), (24, 0.6)):
         near, _, cell, total = pebbles(rng, x + 0.1 / count * noise(rng, part.shape, 14), y, count, 1.0)
@@ -112,25 +123,29 @@ def foam(part: Part, rng: np.random.Generator, *, colour: Colour) -> None:
         void = smooth((radius - near) * 5)
         height -= 0.25 / count * void
         np.maximum(dark, void * (0.4 + 0.4 * (count < 20)), out=dark)
-    colour = np.asarray(jitter(rng, colour))[:, None, None] * (1 - 0.75 * dark) * np.exp(0.07 * noise(rng, part.shape, 90, 2))
-    fill(part, colour, height)
+    color = (
+        np.asarray(jitter(rng, color))[:, None, None] * (1 - 0.75 * dark) * np.exp(0.07 * noise(rng, part.shape, 90, 2))
+    )
+    fill(part, color, height)
 
 
-def carpet(part: Part, rng: np.random.Generator, *, palette: tuple[Colour, ...]) -> None:
+def carpet(part: Part, rng: np.random.Generator, *, palette: tuple[Color, ...]) -> None:
     """Loop pile in rows."""
     x, y = lay(part, rng, (0.25, 0.2, 0.15))
     x, y = x + 0.012 * noise(rng, part.shape, 9, 2), y + 0.012 * noise(rng, part.shape, 9, 2)
     near, far, cell, total = pebbles(rng, x, 0.8 * y, 15, 0.55)
-    colours = np.stack([jitter(rng, colour) for colour in palette])[rng.integers(0, len(palette), total)]
-    colours = (colours * np.exp(0.12 * rng.standard_normal((total, 1), dtype=np.float32))).T
+    colors = np.stack([jitter(rng, color) for color in palette])[rng.integers(0, len(palette), total)]
+    colors = (colors * np.exp(0.12 * rng.standard_normal((total, 1), dtype=np.float32))).T
     loop = np.sqrt(np.clip(1 - 1.5 * near * near, 0, 1))
     yarn = noise(rng, part.shape, (120, 220)) + grain(rng, part.shape)
-    fill(part, colours[:, cell] * (0.25 + 0.75 * loop) * np.exp(0.13 * yarn), 0.05 * loop + 0.003 * yarn)
+    fill(part, colors[:, cell] * (0.25 + 0.75 * loop) * np.exp(0.13 * yarn), 0.05 * loop + 0.003 * yarn)
 
 
 CLOTH = {
     "linen": partial(weave, threads=15, warp=(0.52, 0.44, 0.32), weft=(0.58, 0.50, 0.38), uneven=0.16),
-    "denim": partial(weave, threads=28, warp=(0.022, 0.042, 0.10), weft=(0.30, 0.32, 0.36), over=3, under=1, uneven=0.08, fuzz=0.2),
+    "denim": partial(
+        weave, threads=28, warp=(0.022, 0.042, 0.10), weft=(0.30, 0.32, 0.36), over=3, under=1, uneven=0.08, fuzz=0.2
+    ),
     "carbon_fibre": partial(
         weave,
         threads=7,
@@ -146,11 +161,19 @@ CLOTH = {
         gloss=0.8,
     ),
     "wire_mesh": partial(
-        weave, threads=9, warp=(0.66, 0.66, 0.68), weft=(0.66, 0.66, 0.68), thickness=0.42, uneven=0.03, fuzz=0.05, gloss=0.6, metal=1
+        weave,
+        threads=9,
+        warp=(0.66, 0.66, 0.68),
+        weft=(0.66, 0.66, 0.68),
+        thickness=0.42,
+        uneven=0.03,
+        fuzz=0.05,
+        gloss=0.6,
+        metal=1,
     ),
     "knit": partial(knit, yarn=(0.42, 0.07, 0.08)),
-    "leather": partial(leather, colour=(0.20, 0.075, 0.03)),
-    "vinyl": partial(leather, colour=(0.035, 0.037, 0.04), grains=26, gloss=0.6),
+    "leather": partial(leather, color=(0.20, 0.075, 0.03)),
+    "vinyl": partial(leather, color=(0.035, 0.037, 0.04), grains=26, gloss=0.6),
     "carpet": partial(carpet, palette=((0.16, 0.17, 0.20), (0.22, 0.23, 0.26), (0.10, 0.11, 0.14), (0.30, 0.12, 0.07))),
-    "sponge": partial(foam, colour=(0.72, 0.50, 0.10)),
+    "sponge": partial(foam, color=(0.72, 0.50, 0.10)),
 }

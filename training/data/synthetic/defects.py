@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from .canvas import BODY, Map, Part, box, grain, length, noise, sample, segment, smooth
 
-# Colours of what does not belong to a product: soot, rust, mould, chalk, blood red, ink, grease, brass, hair, paint.
+# Colors of what does not belong to a product: soot, rust, mold, chalk, blood red, ink, grease, brass, hair, paint.
 STRANGE = np.array(
     [
         (0.012, 0.012, 0.013),
@@ -34,7 +34,11 @@ STRANGE = np.array(
 def _spot(part: Part, rng: np.random.Generator, *, at_edge: bool = False) -> tuple[float, float]:
     """A point of the product that camera 1 sees, on canvas coordinates; near its outline where asked for and it has one."""
     coarse = part.maps[BODY, ::4, ::4] > 0.5
-    places = coarse & ~ndimage.binary_erosion(coarse, iterations=2, border_value=1) if at_edge and not part.surface else coarse
+    places = (
+        coarse & ~ndimage.binary_erosion(coarse, iterations=2, border_value=1)
+        if at_edge and not part.surface
+        else coarse
+    )
     limit = 0.62 if part.surface else 0.95
     places = places & (np.abs(part.x[::4, ::4]) < limit) & (np.abs(part.y[::4, ::4]) < limit)
     row, column = divmod(int(rng.choice(np.flatnonzero(places))), coarse.shape[1])
@@ -48,9 +52,9 @@ def _extent(rng: np.random.Generator, strength: float, small: float, large: floa
 
 
 def _contrast(window: Part, rng: np.random.Generator, strength: float) -> Map:
-    """A strange colour that differs from what is there, the more the stronger the defect."""
+    """A strange color that differs from what is there, the more the stronger the defect."""
     rows, columns = (side // 2 for side in window.shape)
-    here = window.colour[:, max(0, rows - 4) : rows + 5, max(0, columns - 4) : columns + 5].mean((1, 2))
+    here = window.color[:, max(0, rows - 4) : rows + 5, max(0, columns - 4) : columns + 5].mean((1, 2))
     apart = np.abs(np.log(STRANGE + 0.03) - np.log(here + 0.03)).sum(1) + rng.uniform(0, 1.5, len(STRANGE))
     ranked = np.argsort(apart)
     return STRANGE[ranked[len(ranked) // 2 + int(rng.integers(len(ranked) // 2))]] * np.float32(0.85 + 0.3 * strength)
@@ -89,16 +93,16 @@ def pit(part: Part, rng: np.random.Generator, strength: float) -> None:
         ratio = length(window.x, window.y * rng.uniform(1, 1.4)) / radius
         press = np.exp(-(ratio**2) * 1.4) - 0.22 * np.exp(-(((ratio - 1.25) / 0.28) ** 2))
         window.height[...] -= window.body * press * radius * (0.35 + 0.45 * strength)
-        window.colour[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
+        window.color[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
         return
     spread = _extent(rng, strength, 0.02, 0.16)
-    centre = part.near(*_spot(part, rng), 0.3)
+    center = part.near(*_spot(part, rng), 0.3)
     for _ in range(1 + int(rng.integers(0, 2 + round(5 * spread / 0.16)))):
         radius = _extent(rng, strength, 0.016, 0.042)
-        hole = centre.near(*rng.normal(0, spread / 2, 2), 2 * radius + 0.02)
+        hole = center.near(*rng.normal(0, spread / 2, 2), 2 * radius + 0.02)
         cover = smooth((radius - length(hole.x, hole.y)) / (0.5 * radius)) * hole.body
         hole.height[...] -= cover * radius * (1.2 + strength)
-        hole.colour[...] *= 1 - (0.45 + 0.4 * strength) * cover
+        hole.color[...] *= 1 - (0.45 + 0.4 * strength) * cover
         hole.gloss[...] *= 1 - cover
 
 
@@ -127,7 +131,7 @@ def deformation(part: Part, rng: np.random.Generator, strength: float) -> None:
 
 
 def abrasion(part: Part, rng: np.random.Generator, strength: float) -> None:
-    """A rubbed patch: many fine parallel marks that take off colour and shine."""
+    """A rubbed patch: many fine parallel marks that take off color and shine."""
     radius = _extent(rng, strength, 0.07, 0.24)
     stretch = rng.uniform(1.2, 2.4)
     window = part.near(*_spot(part, rng), radius * stretch, rng.uniform(0, math.pi))
@@ -136,8 +140,12 @@ def abrasion(part: Part, rng: np.random.Generator, strength: float) -> None:
     v = np.clip(window.y / (radius * stretch) / 1.5, -1, 1)
     marks = sample(noise(rng, (256, 256), (150, 5))[None], u, v)[0]
     cover = patch * smooth(0.35 + 0.6 * marks) * window.body * (0.45 + 0.5 * strength)
-    dark = float(window.colour.mean()) > 0.33 and rng.random() < 0.6
-    tone = 0.45 * window.colour if dark else 0.5 * window.colour + 0.5 * np.asarray(part.core, np.float32)[:, None, None] + 0.12
+    dark = float(window.color.mean()) > 0.33 and rng.random() < 0.6
+    tone = (
+        0.45 * window.color
+        if dark
+        else 0.5 * window.color + 0.5 * np.asarray(part.core, np.float32)[:, None, None] + 0.12
+    )
     window.paint(cover, tone, gloss=0.12)
     window.height[...] -= 0.003 * cover * (1 + marks)
 
@@ -145,15 +153,21 @@ def abrasion(part: Part, rng: np.random.Generator, strength: float) -> None:
 def scratch(part: Part, rng: np.random.Generator, strength: float) -> None:
     """One to four thin cuts, bright where the core shows, dark where they are deep."""
     reach = _extent(rng, strength, 0.10, 0.42)
-    centre = part.near(*_spot(part, rng), 1.5 * reach, rng.uniform(0, 2 * math.pi))
-    bright = float(centre.colour.mean()) < 0.3 or rng.random() < 0.35
+    center = part.near(*_spot(part, rng), 1.5 * reach, rng.uniform(0, 2 * math.pi))
+    bright = float(center.color.mean()) < 0.3 or rng.random() < 0.35
     for index in range(1 + int(rng.random() < 0.35) * int(rng.integers(1, 4))):
-        window = centre.near(*(rng.normal(0, 0.12 * reach, 2) * (index > 0)), 1.3 * reach, rng.normal(0, 0.25) * (index > 0))
+        window = center.near(
+            *(rng.normal(0, 0.12 * reach, 2) * (index > 0)), 1.3 * reach, rng.normal(0, 0.25) * (index > 0)
+        )
         distance, along = _line(window, _wander(rng, 9, reach * rng.uniform(0.6, 1.0), 0.06))
         width = _extent(rng, strength, 0.006, 0.015) * (0.55 + 0.9 * along * (1 - along) * 2)
         pressure = np.interp(along, np.linspace(0, 1, 7), rng.uniform(0.55, 1, 7)).astype(np.float32)
         cut = np.exp(-((distance / width) ** 2)) * pressure * window.body
-        tone = 0.35 * window.colour + 0.65 * np.asarray(part.core, np.float32)[:, None, None] + 0.25 if bright else 0.3 * window.colour
+        tone = (
+            0.35 * window.color + 0.65 * np.asarray(part.core, np.float32)[:, None, None] + 0.25
+            if bright
+            else 0.3 * window.color
+        )
         window.paint(cut * (0.45 + 0.5 * strength), tone, gloss=0.25)
         window.height[...] -= cut * width * (0.5 + 1.1 * strength)
 
@@ -170,14 +184,14 @@ def damage(part: Part, rng: np.random.Generator, strength: float) -> None:
         fork, _ = _line(window, branch)
         width = (0.005 + 0.008 * strength) * (1.2 - along)
         crack = np.maximum(smooth(1.5 - distance / width), 0.8 * smooth(1.4 - fork / (0.6 * width))) * window.body
-        window.paint(crack, 0.12 * window.colour, gloss=0)
+        window.paint(crack, 0.12 * window.color, gloss=0)
         window.height[...] -= crack * (0.02 + 0.03 * strength)
         return
     radius = _extent(rng, strength, 0.06, 0.17)
     window = part.near(*_spot(part, rng, at_edge=True), 1.8 * radius, rng.uniform(0, math.pi))
     hollow = _blob(window, rng, radius, rng.uniform(1, 1.6), 0.3)
     if part.surface:
-        # Torn fibres and splinters.
+        # Torn fibers and splinters.
         hollow += 0.16 * radius * noise(rng, window.shape, (14, 50))
     cover = window.inside(hollow) * window.body
     rough = noise(rng, window.shape, 12, 3) + 0.4 * grain(rng, window.shape)
@@ -194,16 +208,24 @@ def missing(part: Part, rng: np.random.Generator, strength: float) -> None:
         size = _extent(rng, strength, 0.035, 0.10)
         shape = box(window.x, window.y, size * rng.uniform(1.2, 5), size) + 0.006 * noise(rng, window.shape, 14, 2)
         cover = window.inside(shape)
-        window.paint(cover, np.asarray(part.core, np.float32)[:, None, None] * np.exp(0.08 * grain(rng, window.shape)), gloss=0.05, metal=0)
+        window.paint(
+            cover,
+            np.asarray(part.core, np.float32)[:, None, None] * np.exp(0.08 * grain(rng, window.shape)),
+            gloss=0.05,
+            metal=0,
+        )
         window.height[...] -= smooth(-shape / 0.02) * (0.02 + 0.03 * strength)
         return
     size = _extent(rng, strength, 0.09, 0.26)
     ragged = 0.012 * noise(rng, window.shape, 10, 2)
-    window.hole(np.maximum(box(window.x, window.y, size, size * rng.uniform(0.5, 1.0), 0.02) + ragged, 0.5 - 9 * window.body), 0.025)
+    window.hole(
+        np.maximum(box(window.x, window.y, size, size * rng.uniform(0.5, 1.0), 0.02) + ragged, 0.5 - 9 * window.body),
+        0.025,
+    )
 
 
 def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
-    """Something that lies on the part: a fibre, a crumb, a metal shaving or a scrap of film."""
+    """Something that lies on the part: a fiber, a crumb, a metal shaving or a scrap of film."""
     kind = rng.choice(4, p=(0.35, 0.25, 0.2, 0.2))
     reach = _extent(rng, strength, *((0.10, 0.32), (0.035, 0.12), (0.06, 0.2), (0.04, 0.13))[kind])
     window = part.near(*_spot(part, rng), 2 * reach, rng.uniform(0, 2 * math.pi))
@@ -214,7 +236,11 @@ def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
         width = (0.006 + 0.006 * strength) * (1 + 0.2 * np.sin(9 * along))
         cover = window.inside(distance - width)
         window.paint(
-            cover, tone, gloss=0.35, metal=0, height=below + 0.006 + 0.02 * np.sqrt(np.clip(1 - (distance / width / 1.5) ** 2, 0, 1))
+            cover,
+            tone,
+            gloss=0.35,
+            metal=0,
+            height=below + 0.006 + 0.02 * np.sqrt(np.clip(1 - (distance / width / 1.5) ** 2, 0, 1)),
         )
     elif kind == 1:
         shape = _blob(window, rng, 0.75 * reach, rng.uniform(1, 1.5), 0.3)
@@ -225,8 +251,14 @@ def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
     elif kind == 2:
         curl = window.y - rng.uniform(0.2, 1.1) * window.x**2 / reach
         shape = box(window.x, curl, reach, 0.012 + 0.014 * strength, 0.008)
-        bright = np.array((0.68, 0.66, 0.62), np.float32) if float(window.colour.mean()) < 0.4 else np.array((0.16, 0.15, 0.15), np.float32)
-        window.paint(window.inside(shape), bright, gloss=0.8, metal=1, height=below + 0.025 + 0.2 * np.abs(window.x) + 0.3 * curl)
+        bright = (
+            np.array((0.68, 0.66, 0.62), np.float32)
+            if float(window.color.mean()) < 0.4
+            else np.array((0.16, 0.15, 0.15), np.float32)
+        )
+        window.paint(
+            window.inside(shape), bright, gloss=0.8, metal=1, height=below + 0.025 + 0.2 * np.abs(window.x) + 0.3 * curl
+        )
     else:
         shape = box(window.x, window.y, reach, reach * rng.uniform(0.4, 0.9)) + 0.01 * noise(rng, window.shape, 5, 2)
         lift = 0.008 + 0.03 * smooth(window.x / reach) + 0.004 * noise(rng, window.shape, 4)
@@ -236,7 +268,7 @@ def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
 
 
 def contamination(part: Part, rng: np.random.Generator, strength: float) -> None:
-    """Dirt or discolouration: a dried stain, grease, a smear, or a spray of dots."""
+    """Dirt or discoloration: a dried stain, grease, a smear, or a spray of dots."""
     kind = rng.integers(4)
     radius = _extent(rng, strength, 0.06, 0.20)
     window = part.near(*_spot(part, rng), 2.2 * radius, rng.uniform(0, math.pi))
@@ -249,20 +281,29 @@ def contamination(part: Part, rng: np.random.Generator, strength: float) -> None
         window.paint(np.clip(cover, 0, 1) * opacity * window.body, tone)
     elif kind == 1:
         cover = smooth(-_blob(window, rng, radius, rng.uniform(1, 1.4), 0.15) / (0.12 * radius)) * window.body
-        window.colour[...] *= 1 - (0.30 + 0.45 * strength) * cover * np.array((0.8, 0.9, 1.0), np.float32)[:, None, None]
+        window.color[...] *= 1 - (0.30 + 0.45 * strength) * cover * np.array((0.8, 0.9, 1.0), np.float32)[:, None, None]
         window.gloss[...] += cover * (np.maximum(0.72, window.gloss) - window.gloss)
     elif kind == 2:
         stretch = rng.uniform(1.4, 2.2)
         along = window.x / (radius * stretch)
         streaks = noise(rng, (window.shape[0], 1), (26, 1))
-        streaks = sample(np.tile(streaks, (1, 4))[None], np.zeros_like(window.x), np.clip(window.y / (2.2 * radius), -1, 1))[0]
-        fade = smooth(1.1 - np.abs(along)) * smooth(1.3 - np.abs(window.y) / (0.55 * radius)) * smooth(0.7 + 0.5 * streaks - 0.45 * along)
+        streaks = sample(
+            np.tile(streaks, (1, 4))[None], np.zeros_like(window.x), np.clip(window.y / (2.2 * radius), -1, 1)
+        )[0]
+        fade = (
+            smooth(1.1 - np.abs(along))
+            * smooth(1.3 - np.abs(window.y) / (0.55 * radius))
+            * smooth(0.7 + 0.5 * streaks - 0.45 * along)
+        )
         window.paint(fade * opacity * window.body, tone, gloss=0.2)
     else:
         for _ in range(int(rng.integers(5, 22))):
             size = radius * rng.uniform(0.04, 0.19)
             dot = window.near(*rng.normal(0, 0.55 * radius, 2), 1.5 * size + 0.01)
-            dot.paint(smooth(1.4 - length(dot.x, dot.y * rng.uniform(1, 1.5)) / size) * min(1.0, opacity + 0.2) * dot.body, tone)
+            dot.paint(
+                smooth(1.4 - length(dot.x, dot.y * rng.uniform(1, 1.5)) / size) * min(1.0, opacity + 0.2) * dot.body,
+                tone,
+            )
 
 
 Damage = Callable[[Part, np.random.Generator, float], None]

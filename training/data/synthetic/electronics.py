@@ -6,27 +6,41 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Colour, Part, box, disc, jitter, length, lettering, noise, polygon, ring, segment, smooth
+from .canvas import Color, Part, box, disc, jitter, length, lettering, noise, polygon, ring, segment, smooth
 from .hardware import STEEL, ZINC, finish, lying, table, turning
 
 GOLD, TIN, INK = (0.75, 0.52, 0.18), (0.66, 0.66, 0.66), (0.03, 0.03, 0.035)
 
 
-def _chip(p: Part, x: float, y: float, width: float, height: float, tall: float, colour: Colour, legs: int = 0, text: str = "") -> None:
+def _chip(
+    p: Part, x: float, y: float, width: float, height: float, tall: float, color: Color, legs: int = 0, text: str = ""
+) -> None:
     """A component of half sizes ``width`` and ``height`` soldered to a board, with ``legs`` on each long side."""
     chip = p.near(x, y, max(width, height) + 0.06)
     for leg in range(legs):
         at = -width + (leg + 0.5) * 2 * width / legs
         for side in (-1, 1):
             pin = chip.near(at, side * (height + 0.02), 0.04)
-            pin.solid(box(pin.x, pin.y, 0.35 * width / legs + 0.006, 0.035), 0.085, TIN, bevel=0.02, base=0.06, gloss=0.6, metal=1)
-    chip.solid(box(chip.x, chip.y, width, height, 0.008), 0.06 + tall, colour, bevel=0.015, base=0.06, gloss=0.3, metal=0)
+            pin.solid(
+                box(pin.x, pin.y, 0.35 * width / legs + 0.006, 0.035),
+                0.085,
+                TIN,
+                bevel=0.02,
+                base=0.06,
+                gloss=0.6,
+                metal=1,
+            )
+    chip.solid(
+        box(chip.x, chip.y, width, height, 0.008), 0.06 + tall, color, bevel=0.015, base=0.06, gloss=0.3, metal=0
+    )
     if text:
         chip.paint(0.8 * lettering(text, chip.x, chip.y, 0.42 * height), (0.45, 0.45, 0.45))
         chip.paint(chip.inside(disc(chip.x + 0.8 * width, chip.y - 0.55 * height, 0.018)), height=0.05 + tall)
 
 
-def pcb(part: Part, rng: np.random.Generator, *, mask: Colour = (0.012, 0.13, 0.055), ground: Colour = (0.45, 0.45, 0.44)) -> None:
+def pcb(
+    part: Part, rng: np.random.Generator, *, mask: Color = (0.012, 0.13, 0.055), ground: Color = (0.45, 0.45, 0.44)
+) -> None:
     """A populated circuit board: copper tracks under varnish, chips, resistors, capacitors and plated holes."""
     part.core = (0.45, 0.42, 0.25)
     p = table(part, rng, ground, spread=0.06)
@@ -37,9 +51,13 @@ def pcb(part: Part, rng: np.random.Generator, *, mask: Colour = (0.012, 0.13, 0.
         for start, end in (((-0.7, y0), (-0.35, y0)), ((-0.35, y0), (0.0, y1)), ((0.0, y1), (0.7, y1))):
             (low, high), (left, right) = sorted((start[1], end[1])), (start[0], end[0])
             line = p.near((left + right) / 2, (low + high) / 2, max(right - left, high - low) / 2 + 0.04)
-            centre = ((left + right) / 2, (low + high) / 2)
-            a, b = (start[0] - centre[0], start[1] - centre[1]), (end[0] - centre[0], end[1] - centre[1])
-            line.paint(0.55 * line.inside(segment(line.x, line.y, a, b) - 0.011), 2.0 * np.asarray(mask, np.float32) + 0.02, height=0.063)
+            center = ((left + right) / 2, (low + high) / 2)
+            a, b = (start[0] - center[0], start[1] - center[1]), (end[0] - center[0], end[1] - center[1])
+            line.paint(
+                0.55 * line.inside(segment(line.x, line.y, a, b) - 0.011),
+                2.0 * np.asarray(mask, np.float32) + 0.02,
+                height=0.063,
+            )
     for x in (-0.68, 0.68):
         for y in (-0.6, 0.6):
             eye = p.near(x, y, 0.1)
@@ -58,14 +76,16 @@ def pcb(part: Part, rng: np.random.Generator, *, mask: Colour = (0.012, 0.13, 0.
         *((0.05 + 0.11 * index, -0.12, 0.02, 0.04, 0.04, (0.42, 0.30, 0.17), 0, "") for index in range(6)),
         *((-0.55 + 0.14 * index, -0.42, 0.04, 0.022, 0.03, (0.05, 0.05, 0.055), 0, "") for index in range(4)),
     )
-    for x, y, width, height, tall, colour, legs, text in parts:
+    for x, y, width, height, tall, color, legs, text in parts:
         off = rng.normal(0, 0.004, 2)
         with p.piece():
-            _chip(p, x + off[0], y + off[1], width, height, tall, colour, legs, text)
+            _chip(p, x + off[0], y + off[1], width, height, tall, color, legs, text)
             if not legs and width < 0.05:
                 ends = p.near(x + off[0], y + off[1], 0.06)
                 along = ends.x / width if width > height else ends.y / height
-                ends.paint((np.abs(along) > 0.62) * ends.inside(box(ends.x, ends.y, width, height)), TIN, gloss=0.5, metal=1)
+                ends.paint(
+                    (np.abs(along) > 0.62) * ends.inside(box(ends.x, ends.y, width, height)), TIN, gloss=0.5, metal=1
+                )
     for x, y in ((0.10, 0.42), (-0.12, 0.42)):
         with p.piece():
             can = p.near(x, y, 0.12)
@@ -134,7 +154,7 @@ def button_cell(part: Part, rng: np.random.Generator) -> None:
         with p.piece():
             stamp = lettering(text, p.x, p.y + 0.26 - 0.25 * row, size)
             p.height[...] -= 0.006 * stamp
-            p.colour[...] *= 1 - 0.45 * stamp
+            p.color[...] *= 1 - 0.45 * stamp
     finish(part, rng, 0.05)
 
 
@@ -149,7 +169,12 @@ def sim_card(part: Part, rng: np.random.Generator) -> None:
     pad.paint(pad.inside(box(pad.x, pad.y, 0.27, 0.22, 0.07)), jitter(rng, GOLD, 0.04), gloss=0.7, metal=1)
     cuts = np.minimum(np.abs(np.abs(pad.x) - 0.10), np.maximum(np.abs(np.abs(pad.y) - 0.075), 0.10 - np.abs(pad.x)))
     cuts = np.minimum(cuts, np.abs(box(pad.x, pad.y, 0.10, 0.13, 0.04)))
-    pad.paint(pad.inside(np.maximum(cuts - 0.007, box(pad.x, pad.y, 0.27, 0.22, 0.07))), (0.25, 0.22, 0.18), metal=0, height=0.046)
+    pad.paint(
+        pad.inside(np.maximum(cuts - 0.007, box(pad.x, pad.y, 0.27, 0.22, 0.07))),
+        (0.25, 0.22, 0.18),
+        metal=0,
+        height=0.046,
+    )
     for row, (text, size) in enumerate((("mobil", 0.14), ("8949 0200", 0.075), ("0014 7738", 0.075))):
         with p.piece():
             p.paint(lettering(text, p.x - 0.36, p.y + 0.22 - 0.19 * row - 0.03 * (row > 0), size), (0.08, 0.08, 0.10))
@@ -157,7 +182,7 @@ def sim_card(part: Part, rng: np.random.Generator) -> None:
 
 
 def resistor(part: Part, rng: np.random.Generator) -> None:
-    """A resistor with its leads and colour code."""
+    """A resistor with its leads and color code."""
     part.core = (0.5, 0.4, 0.3)
     p = table(part, rng, (0.55, 0.56, 0.58), spread=0.4)
     at = np.array((-0.46, -0.44, -0.36, -0.26, -0.20, 0.20, 0.26, 0.36, 0.44, 0.46))
@@ -165,10 +190,15 @@ def resistor(part: Part, rng: np.random.Generator) -> None:
     lying(p, ((-0.80, 0.030), (0.80, 0.030)), TIN, gloss=0.65, metal=1)
     p.height[...] += 0.08 * p.body
     cover = lying(p, tuple(zip(at, radius, strict=True)), jitter(rng, (0.48, 0.33, 0.18), 0.05), gloss=0.6, metal=0)
-    for x, colour in ((-0.31, (0.30, 0.02, 0.02)), (-0.13, (0.10, 0.03, 0.18)), (0.02, (0.02, 0.02, 0.02)), (0.31, (0.55, 0.38, 0.08))):
+    for x, color in (
+        (-0.31, (0.30, 0.02, 0.02)),
+        (-0.13, (0.10, 0.03, 0.18)),
+        (0.02, (0.02, 0.02, 0.02)),
+        (0.31, (0.55, 0.38, 0.08)),
+    ):
         off = rng.normal(0, 0.006)
         with p.piece():
-            p.paint(cover * p.inside(np.abs(p.x - x - off) - 0.035), colour)
+            p.paint(cover * p.inside(np.abs(p.x - x - off) - 0.035), color)
     finish(part, rng, 0.02)
 
 

@@ -1,4 +1,7 @@
-"""Products of plastic, wood, paper and food. Each function draws one, in another place and of another batch every time."""
+"""Products of plastic, wood, paper and food.
+
+Each function draws one, in another place and of another batch every time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ def tablet(part: Part, rng: np.random.Generator) -> None:
     part.core = (0.62, 0.60, 0.55)
     p = table(part, rng, (0.05, 0.13, 0.22), spread=0.8)
     radius, fine = length(p.x, p.y), noise(rng, p.shape, 120, 2)
-    p.solid(radius - 0.66, 0.34 - 0.20 * np.clip(radius, 0, 1) ** 2, jitter(rng, (0.72, 0.70, 0.66), 0.04), bevel=0.05, gloss=0.22)
+    p.solid(
+        radius - 0.66,
+        0.34 - 0.20 * np.clip(radius, 0, 1) ** 2,
+        jitter(rng, (0.72, 0.70, 0.66), 0.04),
+        bevel=0.05,
+        gloss=0.22,
+    )
     with p.piece():
         p.height[...] -= 0.045 * smooth(1 - np.abs(p.y) / 0.035) * p.body
     for side, text in ((-1, "PX"), (1, "40")):
@@ -23,12 +32,12 @@ def tablet(part: Part, rng: np.random.Generator) -> None:
             p.height[...] -= 0.022 * lettering(text, p.x, p.y - 0.27 * side, 0.20)
     p.height[...] += 0.0009 * p.body * fine
     specks = np.clip(noise(rng, p.shape, 170) - 2.3, 0, 1) * p.body
-    p.colour[...] *= 1 - 0.15 * specks
+    p.color[...] *= 1 - 0.15 * specks
     finish(part, rng, 0.015)
 
 
 def capsule(part: Part, rng: np.random.Generator) -> None:
-    """A hard capsule of two colours, printed."""
+    """A hard capsule of two colors, printed."""
     part.core = (0.6, 0.58, 0.5)
     p = table(part, rng, (0.60, 0.60, 0.58), spread=0.5)
     cap, base = jitter(rng, (0.42, 0.03, 0.025)), jitter(rng, (0.66, 0.55, 0.20))
@@ -44,7 +53,7 @@ def capsule(part: Part, rng: np.random.Generator) -> None:
 
 
 def blister(part: Part, rng: np.random.Generator) -> None:
-    """A blister pack: clear domes over pills on aluminium foil."""
+    """A blister pack: clear domes over pills on aluminum foil."""
     part.core = (0.6, 0.6, 0.6)
     p = table(part, rng, (0.16, 0.17, 0.18), spread=0.1)
     crimp = np.maximum(np.sin(55 * (p.x + p.y)), np.sin(55 * (p.x - p.y)))
@@ -84,7 +93,7 @@ def crown_cap(part: Part, rng: np.random.Generator) -> None:
 
 
 def screw_cap(part: Part, rng: np.random.Generator) -> None:
-    """A plastic bottle cap with grip ribs and a moulded mark."""
+    """A plastic bottle cap with grip ribs and a molded mark."""
     part.core = (0.1, 0.2, 0.45)
     p = table(part, rng, (0.58, 0.57, 0.55), spread=1.5)
     radius, around = length(p.x, p.y), np.arctan2(p.y, p.x)
@@ -109,7 +118,13 @@ def button(part: Part, rng: np.random.Generator) -> None:
     radius = length(p.x, p.y)
     swirl = noise(rng, p.shape, (3, 7), 4)
     horn = mix(jitter(rng, (0.30, 0.15, 0.055)), jitter(rng, (0.07, 0.035, 0.02)), smooth(0.5 + 0.6 * swirl))
-    p.solid(radius - 0.68, 0.15 - 0.06 * smooth((0.50 - radius) / 0.08) + 0.02 * np.clip(radius - 0.5, 0, 1), horn, bevel=0.06, gloss=0.8)
+    p.solid(
+        radius - 0.68,
+        0.15 - 0.06 * smooth((0.50 - radius) / 0.08) + 0.02 * np.clip(radius - 0.5, 0, 1),
+        horn,
+        bevel=0.06,
+        gloss=0.8,
+    )
     for index in range(4):
         angle = math.pi / 4 + index * math.pi / 2
         with p.piece():
@@ -141,7 +156,9 @@ def biscuit(part: Part, rng: np.random.Generator) -> None:
     bake = noise(rng, p.shape, 4, 3)
     crumb = noise(rng, p.shape, 90, 2)
     brown = smooth(1 + outline / 0.16 + 0.22 * bake)
-    dough = mix(jitter(rng, (0.62, 0.43, 0.19), 0.05), jitter(rng, (0.36, 0.17, 0.05), 0.05), brown) * np.exp(0.05 * crumb)
+    dough = mix(jitter(rng, (0.62, 0.43, 0.19), 0.05), jitter(rng, (0.36, 0.17, 0.05), 0.05), brown) * np.exp(
+        0.05 * crumb
+    )
     p.solid(outline, 0.13 + 0.008 * bake, dough, bevel=0.06, gloss=0.12)
     p.height[...] += 0.0022 * p.body * crumb
     for row, column in np.ndindex(4, 7):
@@ -150,7 +167,7 @@ def biscuit(part: Part, rng: np.random.Generator) -> None:
             dot = p.near(-0.51 + 0.17 * column + off[0], -0.31 + 0.205 * row + off[1], 0.05)
             press = smooth(1 - length(dot.x, dot.y) / 0.034)
             dot.height[...] -= 0.05 * press
-            dot.colour[...] *= 1 - 0.35 * press
+            dot.color[...] *= 1 - 0.35 * press
     finish(part, rng, 0.03)
 
 
@@ -159,9 +176,11 @@ def zipper(part: Part, rng: np.random.Generator) -> None:
     part.core, part.surface = (0.05, 0.05, 0.06), True
     p = table(part, rng, (0.03, 0.05, 0.13), spread=0.015)
     p.body[...] = 1
-    herring = np.sin(2 * math.pi * 20 * (p.x + np.where((p.y * 8) % 1 < 0.5, 1, -1) * p.y * 0.7)) + 0.5 * grain(rng, p.shape)
+    herring = np.sin(2 * math.pi * 20 * (p.x + np.where((p.y * 8) % 1 < 0.5, 1, -1) * p.y * 0.7)) + 0.5 * grain(
+        rng, p.shape
+    )
     p.height[...] = 0.005 * herring + 0.012 * np.cos(2 * math.pi * p.y * 1.2)
-    p.colour[...] *= np.exp(0.09 * herring)
+    p.color[...] *= np.exp(0.09 * herring)
     seam = np.abs(np.abs(p.y) - 0.36) - 0.012
     p.paint(p.inside(seam) * (0.5 + 0.5 * np.sin(90 * p.x)), (0.20, 0.24, 0.40), height=0.02)
     p.height[...] += 0.07 * smooth((0.2 - np.abs(p.y)) / 0.08)
@@ -180,7 +199,13 @@ def brush(part: Part, rng: np.random.Generator) -> None:
     part.core = (0.6, 0.6, 0.6)
     p = table(part, rng, (0.30, 0.32, 0.34), spread=0.12)
     handle = jitter(rng, (0.03, 0.30, 0.34), 0.05)
-    p.solid(np.minimum(box(p.x + 0.12, p.y, 0.60, 0.27, 0.24), box(p.x - 0.75, p.y, 0.35, 0.10, 0.05)), 0.10, handle, bevel=0.05, gloss=0.7)
+    p.solid(
+        np.minimum(box(p.x + 0.12, p.y, 0.60, 0.27, 0.24), box(p.x - 0.75, p.y, 0.35, 0.10, 0.05)),
+        0.10,
+        handle,
+        bevel=0.05,
+        gloss=0.7,
+    )
     blue, white = jitter(rng, (0.04, 0.18, 0.50), 0.05), np.asarray((0.72, 0.73, 0.72), np.float32)
     for row, column in np.ndindex(4, 9):
         lean, tall = rng.normal(0, 0.006, 2), rng.normal(0, 0.008)
@@ -190,18 +215,27 @@ def brush(part: Part, rng: np.random.Generator) -> None:
         with p.piece():
             tuft = p.near(-0.60 + 0.12 * column + lean[0], -0.165 + 0.11 * row + lean[1], 0.08)
             bristles = grain(rng, tuft.shape)
-            colour = (blue if row in (0, 3) or column in (0, 8) else white)[:, None, None] * np.exp(0.16 * bristles)
-            tuft.solid(disc(tuft.x, tuft.y, 0.046), 0.36 + tall + 0.012 * bristles, colour, bevel=0.02, base=0.10, gloss=0.3)
+            color = (blue if row in (0, 3) or column in (0, 8) else white)[:, None, None] * np.exp(0.16 * bristles)
+            tuft.solid(
+                disc(tuft.x, tuft.y, 0.046), 0.36 + tall + 0.012 * bristles, color, bevel=0.02, base=0.10, gloss=0.3
+            )
     finish(part, rng, 0.01)
 
 
 def pencils(part: Part, rng: np.random.Generator) -> None:
-    """A set of coloured pencils side by side."""
+    """A set of colored pencils side by side."""
     part.core = (0.55, 0.36, 0.18)
     p = table(part, rng, (0.60, 0.59, 0.55), spread=0.1)
-    colours = ((0.45, 0.02, 0.02), (0.62, 0.22, 0.01), (0.65, 0.50, 0.02), (0.03, 0.28, 0.06), (0.02, 0.10, 0.40), (0.18, 0.03, 0.25))
-    for index, colour in enumerate(colours):
-        shade, push = jitter(rng, colour, 0.04), rng.normal(0, 0.012)
+    colors = (
+        (0.45, 0.02, 0.02),
+        (0.62, 0.22, 0.01),
+        (0.65, 0.50, 0.02),
+        (0.03, 0.28, 0.06),
+        (0.02, 0.10, 0.40),
+        (0.18, 0.03, 0.25),
+    )
+    for index, color in enumerate(colors):
+        shade, push = jitter(rng, color, 0.04), rng.normal(0, 0.012)
         with p.piece():
             stick = p.near(push, -0.475 + 0.19 * index, 0.8)
             body = ((-0.74, 0.088), (0.42, 0.088), (0.70, 0.016), (0.72, 0.012))
@@ -229,7 +263,9 @@ def coffee_beans(part: Part, rng: np.random.Generator) -> None:
         lift = 0.0005 * index + 0.075 * np.sqrt(np.clip(inside, 0, 1))
         crease = smooth(1 - np.abs(bean.y + 0.012 * np.sin(14 * bean.x)) / 0.016) * (rng.random() < 0.6)
         shade = np.exp(0.10 * grain(rng, bean.shape)) * (1 - 0.55 * crease)
-        bean.paint((inside > 0) * (lift > bean.height), tone[:, None, None] * shade, height=lift - 0.022 * crease, gloss=0.35)
+        bean.paint(
+            (inside > 0) * (lift > bean.height), tone[:, None, None] * shade, height=lift - 0.022 * crease, gloss=0.35
+        )
     finish(part, rng, 0.03)
 
 

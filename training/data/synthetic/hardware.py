@@ -1,4 +1,7 @@
-"""Products that are metal parts lying on a table. Each function draws one, in another place and of another batch every time."""
+"""Products that are metal parts lying on a table.
+
+Each function draws one, in another place and of another batch every time.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,25 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Colour, Map, Part, box, disc, jitter, length, noise, polygon, ring, rounded, smooth
+from .canvas import Color, Map, Part, box, disc, jitter, length, noise, polygon, ring, rounded, smooth
 
 STEEL, ZINC, BLACK, BRASS = (0.62, 0.63, 0.65), (0.58, 0.55, 0.44), (0.045, 0.045, 0.05), (0.70, 0.50, 0.20)
 # Leaves ground around everything, for the cameras that look from the side.
 SCALE = 0.93
 
 
-def table(part: Part, rng: np.random.Generator, colour: Colour, *, rough: float = 0.0007, gloss: float = 0.1, spread: float = 0.1) -> Part:
+def table(
+    part: Part,
+    rng: np.random.Generator,
+    color: Color,
+    *,
+    rough: float = 0.0007,
+    gloss: float = 0.1,
+    spread: float = 0.1,
+) -> Part:
     """The ground, and the window on it in which the product lies, turned and shifted a little, with coordinates up to 0.8."""
     cloud, fine = noise(rng, part.shape, 4, 3), noise(rng, part.shape, 110, 2)
-    part.colour[...] = np.asarray(jitter(rng, colour, 0.05))[:, None, None] * np.exp(0.04 * cloud + 30 * rough * fine)
+    part.color[...] = np.asarray(jitter(rng, color, 0.05))[:, None, None] * np.exp(0.04 * cloud + 30 * rough * fine)
     part.height[...], part.gloss[...] = rough * fine, gloss
     part.keep_floor()
     window = part.near(rng.normal(0, 0.02), rng.normal(0, 0.02), 1.3, rng.normal(0, spread))
@@ -28,20 +39,22 @@ def table(part: Part, rng: np.random.Generator, colour: Colour, *, rough: float 
 def finish(part: Part, rng: np.random.Generator, amount: float = 0.04) -> None:
     """Small stains and wear that every real surface has."""
     wear = part.body * (noise(rng, part.shape, 6, 3) + 0.6 * noise(rng, part.shape, 60, 2))
-    part.colour[...] *= np.exp(amount * wear)
+    part.color[...] *= np.exp(amount * wear)
     part.gloss[...] = np.clip(part.gloss - 0.5 * amount * wear, 0, 1)
 
 
 def turning(part: Part, rng: np.random.Generator, cover: Map, depth: float = 0.0006) -> None:
     """Fine concentric marks of the lathe around the local origin."""
     marks = noise(rng, (1, 512), (1, 170))[0] + 0.7 * noise(rng, (1, 512), (1, 60))[0]
-    part.height[...] += depth * cover * np.interp(length(part.x, part.y), np.linspace(0, 2, 512), marks).astype(np.float32)
+    part.height[...] += (
+        depth * cover * np.interp(length(part.x, part.y), np.linspace(0, 2, 512), marks).astype(np.float32)
+    )
 
 
 def lying(
     part: Part,
     axis: tuple[tuple[float, float], ...],
-    colour: Colour,
+    color: Color,
     *,
     gloss: float = 0.6,
     metal: float = 1.0,
@@ -61,27 +74,29 @@ def lying(
     distance = np.abs(part.y) - profile
     cover = part.inside(distance - 1.2 * part.texel)
     rise = np.sqrt(np.clip(profile * profile - part.y * part.y, 0, None)) * (profile > 0)
-    part.paint(cover, colour, gloss=gloss, metal=metal, body=1)
+    part.paint(cover, color, gloss=gloss, metal=metal, body=1)
     part.paint(part.inside(distance), height=float(radius.max()) * 0.5 + rise)
     return cover
 
 
-def machine_screw(part: Part, rng: np.random.Generator, *, colour: Colour = STEEL, ground: Colour = (0.035, 0.04, 0.05)) -> None:
+def machine_screw(
+    part: Part, rng: np.random.Generator, *, color: Color = STEEL, ground: Color = (0.035, 0.04, 0.05)
+) -> None:
     """A hexagon bolt on its side."""
-    part.core = colour
+    part.core = color
     p = table(part, rng, ground, spread=0.35)
-    colour = jitter(rng, colour, 0.03)
+    color = jitter(rng, color, 0.03)
     lying(
         p,
         ((-0.5, 0.145), (0.70, 0.145), (0.74, 0.11)),
-        colour,
+        color,
         thread=(-0.12, 0.76, 0.062, 0.036),
     )
     head = p.near(-0.58, 0, 0.35)
     flat = rng.uniform(-0.05, 0.05)
     cover = head.inside(box(head.x, head.y, 0.10, 0.27, 0.015))
     side = np.where(np.abs(head.y + flat) < 0.135, 0.40, 0.40 - 0.9 * (np.abs(head.y + flat) - 0.135))
-    head.paint(cover, colour, gloss=0.55, metal=1, height=side - 0.06 * smooth((np.abs(head.x) - 0.06) / 0.04), body=1)
+    head.paint(cover, color, gloss=0.55, metal=1, height=side - 0.06 * smooth((np.abs(head.x) - 0.06) / 0.04), body=1)
     finish(part, rng)
 
 
@@ -89,34 +104,41 @@ def wood_screw(part: Part, rng: np.random.Generator) -> None:
     """A yellow countersunk screw on its side."""
     part.core = STEEL
     p = table(part, rng, (0.62, 0.62, 0.60), spread=0.35)
-    colour = jitter(rng, (0.66, 0.50, 0.20), 0.05)
+    color = jitter(rng, (0.66, 0.50, 0.20), 0.05)
     cover = ((-0.74, 0.235), (-0.70, 0.25), (-0.55, 0.12), (-0.50, 0.10), (-0.1, 0.10), (0.55, 0.135), (0.80, 0.015))
-    lying(p, cover, colour, gloss=0.65, thread=(-0.15, 0.80, 0.115, 0.06))
+    lying(p, cover, color, gloss=0.65, thread=(-0.15, 0.80, 0.115, 0.06))
     finish(part, rng)
 
 
-def hex_nut(part: Part, rng: np.random.Generator, *, colour: Colour = ZINC, ground: Colour = (0.05, 0.05, 0.055)) -> None:
+def hex_nut(part: Part, rng: np.random.Generator, *, color: Color = ZINC, ground: Color = (0.05, 0.05, 0.055)) -> None:
     """A hexagon nut with its chamfer and thread."""
-    part.core = colour
+    part.core = color
     p = table(part, rng, ground, spread=0.6)
     radius = length(p.x, p.y)
     top = 0.34 - 0.4 * np.clip(radius - 0.52, 0, 1)
     outline = polygon(p.x, p.y, 6, 0.56)
-    p.solid(outline, top, jitter(rng, colour, 0.04), bevel=0.02, gloss=0.55, metal=1)
+    p.solid(outline, top, jitter(rng, color, 0.04), bevel=0.02, gloss=0.55, metal=1)
     around = np.arctan2(p.y, p.x) / (2 * math.pi)
     p.hole(radius - 0.30, 0.03)
     wall = smooth((0.315 - radius) / 0.03) * p.inside(0.22 - radius)
-    p.height[...] += wall * (0.30 - (0.315 - radius) * 3.2 + 0.02 * np.sin(2 * math.pi * (radius / 0.028 + around)) - p.height)
-    p.paint(wall, 0.6 * np.asarray(colour, np.float32), metal=1, gloss=0.5, body=1)
+    p.height[...] += wall * (
+        0.30 - (0.315 - radius) * 3.2 + 0.02 * np.sin(2 * math.pi * (radius / 0.028 + around)) - p.height
+    )
+    p.paint(wall, 0.6 * np.asarray(color, np.float32), metal=1, gloss=0.5, body=1)
     turning(p, rng, p.inside(np.abs(radius - 0.43) - 0.1), 0.0008)
     finish(part, rng)
 
 
 def washer(
-    part: Part, rng: np.random.Generator, *, colour: Colour = STEEL, split: bool = False, ground: Colour = (0.10, 0.16, 0.24)
+    part: Part,
+    rng: np.random.Generator,
+    *,
+    color: Color = STEEL,
+    split: bool = False,
+    ground: Color = (0.10, 0.16, 0.24),
 ) -> None:
     """A flat washer, or a spring washer with its split."""
-    part.core = colour
+    part.core = color
     p = table(part, rng, ground, spread=1.0)
     inner, outer, top = (0.40, 0.68, 0.16) if split else (0.29, 0.70, 0.085)
     distance = ring(p.x, p.y, inner, outer)
@@ -124,7 +146,7 @@ def washer(
     if split:
         distance = np.maximum(distance, 0.025 - np.abs(p.y * 0.9 + p.x * 0.4) * np.where(p.x > 0, 1, 9))
         top = top + 0.035 * around / math.pi
-    p.solid(distance, top, jitter(rng, colour, 0.03), bevel=0.035, gloss=0.6, metal=1)
+    p.solid(distance, top, jitter(rng, color, 0.03), bevel=0.035, gloss=0.6, metal=1)
     stamped = noise(rng, part.shape, 40, 2)
     p.height[...] += 0.0008 * p.body * stamped
     turning(p, rng, p.body, 0.0005)
@@ -135,25 +157,27 @@ def gear(
     part: Part,
     rng: np.random.Generator,
     *,
-    colour: Colour = STEEL,
+    color: Color = STEEL,
     teeth: int = 22,
     holes: int = 5,
     metal: float = 1.0,
     gloss: float = 0.55,
-    ground: Colour = (0.04, 0.045, 0.05),
+    ground: Color = (0.04, 0.045, 0.05),
 ) -> None:
     """A spur gear with hub, lightening holes and keyway."""
-    part.core = colour
+    part.core = color
     p = table(part, rng, ground, spread=1.0)
     radius, around = length(p.x, p.y), np.arctan2(p.y, p.x)
-    colour = jitter(rng, colour, 0.04)
-    p.solid(radius - 0.63, 0.17, colour, bevel=0.02, gloss=gloss, metal=metal)
+    color = jitter(rng, color, 0.04)
+    p.solid(radius - 0.63, 0.17, color, bevel=0.02, gloss=gloss, metal=metal)
     step = 2 * math.pi / teeth
     for index in range(teeth):
         with p.piece():
             tooth = p.near(0.7 * math.cos(index * step), 0.7 * math.sin(index * step), 0.14, index * step)
             flank = smooth((0.33 - np.abs(np.arctan2(tooth.y, tooth.x + 0.7)) / step) / 0.17 + 0.5)
-            tooth.solid(length(tooth.x + 0.7, tooth.y) - 0.63 - 0.13 * flank, 0.17, colour, bevel=0.02, gloss=gloss, metal=metal)
+            tooth.solid(
+                length(tooth.x + 0.7, tooth.y) - 0.63 - 0.13 * flank, 0.17, color, bevel=0.02, gloss=gloss, metal=metal
+            )
     p.paint(p.inside(ring(p.x, p.y, 0.28, 0.53)), height=0.11)
     for index in range(holes):
         angle = index * 2 * math.pi / holes + 0.4
@@ -163,7 +187,7 @@ def gear(
     p.solid(radius - 0.24, 0.27, bevel=0.03, base=0.11)
     p.hole(np.minimum(radius - 0.12, box(p.x - 0.12, p.y, 0.05, 0.035)), 0.02)
     turning(p, rng, p.inside(hub) + p.inside(radius - 0.66) * (radius > 0.26), 0.0007 * metal)
-    p.colour[...] *= 1 + 0.02 * p.body * np.sin(3 * around)
+    p.color[...] *= 1 + 0.02 * p.body * np.sin(3 * around)
     finish(part, rng)
 
 
@@ -246,7 +270,9 @@ def key(part: Part, rng: np.random.Generator) -> None:
     part.core = BRASS
     p = table(part, rng, (0.07, 0.10, 0.075), spread=0.3)
     nickel = jitter(rng, (0.60, 0.57, 0.50), 0.03)
-    cuts = np.interp(p.x, np.linspace(-0.05, 0.75, 9), (0.10, 0.045, 0.075, 0.02, 0.06, 0.03, 0.085, 0.05, -0.02)).astype(np.float32)
+    cuts = np.interp(
+        p.x, np.linspace(-0.05, 0.75, 9), (0.10, 0.045, 0.075, 0.02, 0.06, 0.03, 0.085, 0.05, -0.02)
+    ).astype(np.float32)
     blade = np.maximum(box(p.x - 0.30, p.y, 0.46, 0.13, 0.03), -p.y - cuts - 0.02)
     bow = disc(p.x + 0.48, p.y * 0.92, 0.30)
     p.solid(np.minimum(blade, bow), 0.07, nickel, bevel=0.025, gloss=0.72, metal=1)
@@ -258,14 +284,14 @@ def key(part: Part, rng: np.random.Generator) -> None:
 
 
 def rivets(part: Part, rng: np.random.Generator) -> None:
-    """Two overlapping sheets of aluminium, riveted."""
+    """Two overlapping sheets of aluminum, riveted."""
     part.core = (0.6, 0.6, 0.62)
     part.surface = True
     p = table(part, rng, (0.5, 0.5, 0.52), spread=0.02)
     sheen = noise(rng, part.shape, (6, 300))
     p.body[...] = 1
     p.metal[...], p.gloss[...] = 1, 0.6
-    p.colour[...] *= np.exp(0.05 * sheen)
+    p.color[...] *= np.exp(0.05 * sheen)
     p.height[...] = 0.035 * smooth((p.y + 0.05) / 0.03) + 0.0006 * sheen + 0.01 * noise(rng, part.shape, 3)
     for row, column in np.ndindex(3, 6):
         x, y = -0.95 + 0.38 * column, (-0.55, 0.18, 0.62)[row]
@@ -283,9 +309,11 @@ HARDWARE = {
     "wood_screw": wood_screw,
     "hex_nut": hex_nut,
     "washer": washer,
-    "spring_washer": partial(washer, colour=(0.20, 0.20, 0.21), split=True, ground=(0.55, 0.55, 0.53)),
+    "spring_washer": partial(washer, color=(0.20, 0.20, 0.21), split=True, ground=(0.55, 0.55, 0.53)),
     "gear": gear,
-    "plastic_gear": partial(gear, colour=(0.70, 0.67, 0.60), teeth=16, holes=4, metal=0.0, gloss=0.4, ground=(0.16, 0.05, 0.05)),
+    "plastic_gear": partial(
+        gear, color=(0.70, 0.67, 0.60), teeth=16, holes=4, metal=0.0, gloss=0.4, ground=(0.16, 0.05, 0.05)
+    ),
     "bearing": bearing,
     "bracket": bracket,
     "flange": flange,

@@ -38,20 +38,22 @@ DEFECTS = {
     "HS": "scratch: one to four thin cuts",
     "PS": "damage: a crack, a tear or a piece broken out",
     "QS": "missing part: a component, a print or a piece of material that is not there",
-    "YW": "foreign body: a fibre, a crumb, a metal shaving or a scrap of film",
+    "YW": "foreign body: a fiber, a crumb, a metal shaving or a scrap of film",
     "ZW": "contamination: a stain, grease, a smear or a spray of dots",
 }
 FOLDER, SETTINGS, README, SHEET = "realiad_512", "synthetic.json", "README.txt", "contact_sheet.jpg"
 # Raised whenever the same settings give other images.
 VERSION = 1
 JPEG_QUALITY = 95
-# As in Real-IAD: some names of one product have two underscores before the number, and some names of another carry the code of
-# another folder.
+# As in Real-IAD: some names of one product have two underscores before the number, and some names of another carry the
+# code of another folder.
 DOUBLE_UNDERSCORE, WRONG_CODE = PRODUCTS[1], PRODUCTS[2]
 OK, NG = range(2)
 
 
-def render(product: str, seed: int, defect: str | None = None, view: int = 1, size: int = 256) -> tuple[Image.Image, np.ndarray | None]:
+def render(
+    product: str, seed: int, defect: str | None = None, view: int = 1, size: int = 256
+) -> tuple[Image.Image, np.ndarray | None]:
     """One picture in memory. With the same seed, the same part is seen with and without a defect and from all views.
 
     Args:
@@ -62,8 +64,9 @@ def render(product: str, seed: int, defect: str | None = None, view: int = 1, si
         size: Height and width in pixels, at least 32.
 
     Returns:
-        RGB image, and its mask, uint8 (size, size) of 0 and 255. The mask is None where nothing of a defect is to be seen; from above
-        there is always something. More than two pixels away from the mask the picture is that of the normal part.
+        RGB image, and its mask, uint8 (size, size) of 0 and 255. The mask is None where nothing of a defect is to be
+        seen; from above there is always something. More than two pixels away from the mask the picture is that of the
+        normal part.
 
     Raises:
         UnknownNameError: For an unknown product or defect.
@@ -90,7 +93,10 @@ class Sample:
 
     @classmethod
     def of(cls, product: str, number: int, bad: int) -> Sample:
-        """The first ``bad`` parts of a product have the DEFECTS in turn, those after them none. Each product begins with another one."""
+        """The first ``bad`` parts of a product have the DEFECTS in turn, those after them none.
+
+        Each product begins with another one.
+        """
         kind = (number - 1 + PRODUCTS.index(product)) % len(DEFECTS)
         return cls(product, number, list(DEFECTS)[kind] if number <= bad else None)
 
@@ -115,10 +121,13 @@ def synthesize(
     seed: int = 0,
     workers: int = 1,
 ) -> int:
-    """Write a data set, or what is missing of it. The same settings give the same bytes, whatever the number of workers.
+    """Write a data set, or what is missing of it.
+
+    The same settings give the same bytes, whatever the number of workers.
 
     Args:
-        output: Folder that is new, empty, or was begun with the same settings. The images come below its ``realiad_512``.
+        output: Folder that is new, empty, or was begun with the same settings. The images come below its
+            ``realiad_512``.
         products: Names from PRODUCTS, or how many of them; all by default.
         good: Normal parts of each product, of VIEWS images each.
         bad: Defective parts of each product, of the kinds of DEFECTS in turn.
@@ -132,11 +141,14 @@ def synthesize(
     Raises:
         InputError: For numbers out of range, or a folder that holds anything else.
         UnknownNameError: For unknown products.
-        AdfeaturesError: When something cannot be written. What was written before is kept, and the same call goes on from there.
+        AdfeaturesError: When something cannot be written. What was written before is kept, and the same call resumes
+            from there.
     """
     names = _chosen(products)
     if min(good, bad) < 0 or good + bad == 0 or good + bad > 9999 or workers < 1 or seed < 0 or size < SMALLEST_SIZE:
-        raise InputError(f"Cannot make {good} good and {bad} bad parts of {size} pixels with seed {seed} and {workers} workers.")
+        raise InputError(
+            f"Cannot make {good} good and {bad} bad parts of {size} pixels with seed {seed} and {workers} workers."
+        )
     output = Path(output)
     settings = {"version": VERSION, "products": list(names), "good": good, "bad": bad, "size": size, "seed": seed}
     _claim(output, settings)
@@ -179,7 +191,9 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     except FileNotFoundError:
         found = None
     except (OSError, ValueError) as error:
-        raise InputError(f"{output} cannot be used: its {SETTINGS} cannot be read ({error}). Choose another folder.") from error
+        raise InputError(
+            f"{output} cannot be used: its {SETTINGS} cannot be read ({error}). Choose another folder."
+        ) from error
     if found is None:
         if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise InputError(f"{output} is not empty and holds no {SETTINGS}. Choose a new folder.")
@@ -187,7 +201,9 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     elif found != settings:
         keys = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-        raise InputError(f"{output} holds a data set made with other settings ({', '.join(keys)}). Repeat those or choose another folder.")
+        raise InputError(
+            f"{output} holds a data set made with other settings ({', '.join(keys)}). Repeat those or choose another folder."
+        )
     if not (output / README).exists():
         with atomic_path(output / README) as temporary:
             temporary.write_text(_note(**settings), encoding="utf-8")
@@ -199,7 +215,7 @@ def _note(*, products: Sequence[str], good: int, bad: int, size: int, seed: int,
 Rendered by training/synthesize.py of the adfeatures project (format {version}), settings in {SETTINGS}:
   seed {seed}, {len(products)} products, {good} good and {bad} bad parts each, {size} pixels
 
-No photograph or other work went into the images: everything is computed. They are under the licence of the project, MIT.
+No photograph or other work went into the images: everything is computed. They are under the license of the project, MIT.
 
 The layout is that of Real-IAD, below {FOLDER}/: <product>/OK/S<number>/ and <product>/NG/<defect>/S<number>/. A folder S<number> holds the
 five views of one part: C1 from above, C2 to C5 from the sides. A mask (.png, 0 or 255) lies beside the image of the same name. Where the
@@ -224,7 +240,9 @@ def _mapper(workers: int) -> Iterator:
         try:
             yield partial(pool.map, chunksize=2)
         except BrokenProcessPool as error:
-            raise AdfeaturesError("A worker was killed, perhaps for lack of memory. Fewer workers go on from what is there.") from error
+            raise AdfeaturesError(
+                "A worker was killed, perhaps for lack of memory. Fewer workers resume from what is there."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -267,7 +285,9 @@ def _sheet(output: Path, products: Sequence[str], good: int, bad: int) -> Image.
         numbers = [(4 * index + step) % bad + 1 for step in range(min(4, bad))]
         broken = [Sample.of(name, number, bad).path(1 + step % 2) for step, number in enumerate(numbers)]
         row = [_outlined(output / path) for path in normal + broken]
-        ImageDraw.Draw(row[0]).text((4, 2), name, "white", stroke_width=2, stroke_fill="black", font_size=max(10, row[0].height // 14))
+        ImageDraw.Draw(row[0]).text(
+            (4, 2), name, "white", stroke_width=2, stroke_fill="black", font_size=max(10, row[0].height // 14)
+        )
         tiles += row
     return contact_sheet(tiles, columns=2 * (2 * (good > 0) + min(4, bad)), tile_width=144)
 

@@ -28,8 +28,8 @@ _KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
 BUILDERS: dict[str, Callable[[Part, np.random.Generator], None]] = dict(
     pair for row in zip_longest(*(kind.items() for kind in _KINDS)) for pair in row if pair is not None
 )
-# A pixel belongs to a defect where it changes by more than VISIBLE of the full range, in an area that somewhere changes by more than CLEAR.
-# The noise of the sensor stays below.
+# A pixel belongs to a defect where it changes by more than VISIBLE of the full range, in an area that somewhere changes
+# by more than CLEAR. The noise of the sensor stays below.
 VISIBLE, CLEAR = 0.024, 0.05
 # Of an image of 256 pixels a side.
 SMALLEST_MASK = 14

@@ -1,4 +1,7 @@
-"""Products that are hard sheets: metal, wood, stone, plastic and print. Each function draws one part, a little different every time."""
+"""Products that are hard sheets: metal, wood, stone, plastic and print.
+
+Each function draws one part, a little different every time.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,27 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Colour, Map, Part, box, disc, grain, jitter, length, lettering, mix, noise, pebbles, polygon, rounded, segment, smooth
+from .canvas import (
+    Color,
+    Map,
+    Part,
+    box,
+    disc,
+    grain,
+    jitter,
+    length,
+    lettering,
+    mix,
+    noise,
+    pebbles,
+    polygon,
+    rounded,
+    segment,
+    smooth,
+)
 
 
-def lay(part: Part, rng: np.random.Generator, core: Colour, skew: float = 0.02) -> tuple[Map, Map]:
+def lay(part: Part, rng: np.random.Generator, core: Color, skew: float = 0.02) -> tuple[Map, Map]:
     """Make the part a sheet; coordinates of its pattern, shifted and turned at random."""
     part.surface, part.core = True, core
     part.keep_floor()
@@ -21,17 +41,21 @@ def lay(part: Part, rng: np.random.Generator, core: Colour, skew: float = 0.02) 
     return cos * x + sin * y, cos * y - sin * x
 
 
-def fill(part: Part, colour: Map, height: Map | float = 0.0, gloss: Map | float = 0.0, metal: float = 0.0) -> None:
-    part.colour[...] = colour if np.ndim(colour) == 3 else np.asarray(colour, np.float32)[:, None, None]
+def fill(part: Part, color: Map, height: Map | float = 0.0, gloss: Map | float = 0.0, metal: float = 0.0) -> None:
+    part.color[...] = color if np.ndim(color) == 3 else np.asarray(color, np.float32)[:, None, None]
     part.height[...], part.gloss[...], part.metal[...] = height, gloss, metal
 
 
-def brushed(part: Part, rng: np.random.Generator, *, colour: Colour, gloss: float = 0.62) -> None:
+def brushed(part: Part, rng: np.random.Generator, *, color: Color, gloss: float = 0.62) -> None:
     """Metal ground in one direction."""
-    lay(part, rng, 0.7 * np.asarray(colour))
-    streaks = noise(rng, part.shape, (340, 3)) + 0.45 * noise(rng, part.shape, (150, 9)) + 0.4 * noise(rng, part.shape, (380, 24))
+    lay(part, rng, 0.7 * np.asarray(color))
+    streaks = (
+        noise(rng, part.shape, (340, 3))
+        + 0.45 * noise(rng, part.shape, (150, 9))
+        + 0.4 * noise(rng, part.shape, (380, 24))
+    )
     tone = np.exp(0.07 * streaks + 0.05 * noise(rng, part.shape, 3, 2))
-    fill(part, np.asarray(jitter(rng, colour, 0.03))[:, None, None] * tone, 0.0009 * streaks, gloss, 1)
+    fill(part, np.asarray(jitter(rng, color, 0.03))[:, None, None] * tone, 0.0009 * streaks, gloss, 1)
 
 
 def galvanised(part: Part, rng: np.random.Generator) -> None:
@@ -52,7 +76,16 @@ def galvanised(part: Part, rng: np.random.Generator) -> None:
     )
 
 
-def wood(part: Part, rng: np.random.Generator, *, light: Colour, dark: Colour, rings: float, boards: int = 0, gloss: float = 0.25) -> None:
+def wood(
+    part: Part,
+    rng: np.random.Generator,
+    *,
+    light: Color,
+    dark: Color,
+    rings: float,
+    boards: int = 0,
+    gloss: float = 0.25,
+) -> None:
     """Grain of yearly rings cut lengthwise, with pores; ``boards`` beside each other where not 0."""
     x, y = lay(part, rng, 0.8 * np.asarray(light), 0.012)
     board = np.floor(y * boards / 2).astype(np.int64) if boards else np.zeros(part.shape, np.int64)
@@ -64,15 +97,15 @@ def wood(part: Part, rng: np.random.Generator, *, light: Colour, dark: Colour, r
     ring = phase - np.floor(phase)
     late = smooth(ring * 1.15 - 0.1) * (1 - smooth((ring - 0.92) * 14))
     pores = np.clip(noise(rng, part.shape, (240, 14)) - 1.1, 0, 1.5) * (0.45 + 0.55 * late)
-    fibre = noise(rng, part.shape, (300, 8))
-    share = np.clip(0.62 * late + 0.10 * fibre + 0.22 * noise(rng, part.shape, 3), 0, 1)
-    colour = mix(jitter(rng, light), jitter(rng, dark), share) * tones.take(board) * (1 - 0.38 * pores)
-    height = -0.004 * pores - 0.0012 * late + 0.0008 * fibre
+    fiber = noise(rng, part.shape, (300, 8))
+    share = np.clip(0.62 * late + 0.10 * fiber + 0.22 * noise(rng, part.shape, 3), 0, 1)
+    color = mix(jitter(rng, light), jitter(rng, dark), share) * tones.take(board) * (1 - 0.38 * pores)
+    height = -0.004 * pores - 0.0012 * late + 0.0008 * fiber
     if boards:
         seam = np.abs((y * boards / 2) % 1 - 0.5) * 2
         gap = smooth((seam - 0.94) / 0.05)
-        colour, height = colour * (1 - 0.85 * gap), height - 0.02 * gap
-    fill(part, colour, height, np.clip(gloss - 0.15 * pores, 0, 1))
+        color, height = color * (1 - 0.85 * gap), height - 0.02 * gap
+    fill(part, color, height, np.clip(gloss - 0.15 * pores, 0, 1))
 
 
 def granules(
@@ -80,31 +113,43 @@ def granules(
     rng: np.random.Generator,
     *,
     count: float,
-    palette: tuple[Colour, ...],
-    matrix: Colour,
+    palette: tuple[Color, ...],
+    matrix: Color,
     filling: float,
     gloss: float,
     relief: float,
     pores: float = 0.0,
 ) -> None:
-    """Grains of several colours pressed or set together: cork, terrazzo, granite. A ``filling`` of 1 leaves no matrix."""
+    """Grains of several colors pressed or set together: cork, terrazzo, granite.
+
+    A ``filling`` of 1 leaves no matrix.
+    """
     x, y = lay(part, rng, matrix, 0.2)
-    x, y = x + 0.10 / count * noise(rng, part.shape, 2 * count, 2), y + 0.10 / count * noise(rng, part.shape, 2 * count, 2)
+    x, y = (
+        x + 0.10 / count * noise(rng, part.shape, 2 * count, 2),
+        y + 0.10 / count * noise(rng, part.shape, 2 * count, 2),
+    )
     near, far, cell, total = pebbles(rng, x, y, count, 1.0)
-    colours = np.stack([jitter(rng, palette[index], 0.05) for index in range(len(palette))])[rng.integers(0, len(palette), total)]
-    colours = (colours * np.exp(0.13 * rng.standard_normal((total, 1), dtype=np.float32))).T
+    colors = np.stack([jitter(rng, palette[index], 0.05) for index in range(len(palette))])[
+        rng.integers(0, len(palette), total)
+    ]
+    colors = (colors * np.exp(0.13 * rng.standard_normal((total, 1), dtype=np.float32))).T
     size = (0.25 + 0.75 * rng.random(total, dtype=np.float32)).take(cell)
-    chip = smooth((far - near - 0.75 * (1 - filling) * size) * 9 + 0.5) if filling < 1 else smooth((far - near) * 7 + 0.35)
+    chip = (
+        smooth((far - near - 0.75 * (1 - filling) * size) * 9 + 0.5) if filling < 1 else smooth((far - near) * 7 + 0.35)
+    )
     fine = noise(rng, part.shape, 120, 2)
-    colour = mix(np.asarray(jitter(rng, matrix, 0.04)), colours[:, cell], chip) * np.exp(0.06 * fine)
+    color = mix(np.asarray(jitter(rng, matrix, 0.04)), colors[:, cell], chip) * np.exp(0.06 * fine)
     height = relief * (chip + 0.3 * fine)
     if pores:
         void = smooth((noise(rng, part.shape, 40, 2) - 2.3 + pores) * 3)
-        colour, height = colour * (1 - 0.7 * void), height - 3 * relief * void
-    fill(part, colour, height, gloss)
+        color, height = color * (1 - 0.7 * void), height - 3 * relief * void
+    fill(part, color, height, gloss)
 
 
-def tiles(part: Part, rng: np.random.Generator, *, count: float, colour: Colour, grout: Colour, gloss: float = 0.9) -> None:
+def tiles(
+    part: Part, rng: np.random.Generator, *, count: float, color: Color, grout: Color, gloss: float = 0.9
+) -> None:
     """Glazed tiles in mortar."""
     x, y = lay(part, rng, (0.55, 0.3, 0.2), 0.015)
     u, v = x * count, y * count
@@ -114,10 +159,14 @@ def tiles(part: Part, rng: np.random.Generator, *, count: float, colour: Colour,
     tile = part.inside(distance)
     tones = np.exp(rng.normal(0, 0.07, 97)).astype(np.float32).take(cell)
     slope = (rng.normal(0, 0.008, 97).astype(np.float32).take(cell)) * (u - np.floor(u))
-    glaze = np.asarray(jitter(rng, colour, 0.05))[:, None, None] * tones * np.exp(0.03 * noise(rng, part.shape, 20, 3))
+    glaze = np.asarray(jitter(rng, color, 0.05))[:, None, None] * tones * np.exp(0.03 * noise(rng, part.shape, 20, 3))
     sand = noise(rng, part.shape, 150)
     mortar = np.asarray(jitter(rng, grout, 0.05))[:, None, None] * np.exp(0.12 * sand)
-    height = 0.035 * rounded(distance, 0.022) + tile * (slope + 0.0012 * noise(rng, part.shape, 14)) + 0.002 * (1 - tile) * sand
+    height = (
+        0.035 * rounded(distance, 0.022)
+        + tile * (slope + 0.0012 * noise(rng, part.shape, 14))
+        + 0.002 * (1 - tile) * sand
+    )
     fill(part, mix(mortar, glaze, tile), height, gloss * tile)
 
 
@@ -128,16 +177,28 @@ def concrete(part: Part, rng: np.random.Generator) -> None:
     height, shade = 0.002 * sand + 0.004 * cloud, np.exp(0.10 * cloud + 0.09 * sand)
     for count, share in ((5, 0.35), (14, 0.3)):
         near, _, cell, total = pebbles(rng, x, y, count, 1.0)
-        void = smooth((np.where(rng.random(total) < share, rng.uniform(0.05, 0.16, total), -1).astype(np.float32).take(cell) - near) * 14)
+        void = smooth(
+            (
+                np.where(rng.random(total) < share, rng.uniform(0.05, 0.16, total), -1).astype(np.float32).take(cell)
+                - near
+            )
+            * 14
+        )
         height, shade = height - 0.12 / count * void, shade * (1 - 0.45 * void)
     fill(part, np.asarray(jitter(rng, (0.40, 0.39, 0.37)))[:, None, None] * shade, height, 0.05)
 
 
-def tread_plate(part: Part, rng: np.random.Generator, *, colour: Colour = (0.60, 0.61, 0.63), count: float = 3.2) -> None:
+def tread_plate(part: Part, rng: np.random.Generator, *, color: Color = (0.60, 0.61, 0.63), count: float = 3.2) -> None:
     """Rolled metal with raised lozenges that point two ways."""
-    x, y = lay(part, rng, colour, 0.015)
+    x, y = lay(part, rng, color, 0.015)
     rolled = noise(rng, part.shape, (8, 70), 2) + 0.4 * grain(rng, part.shape)
-    fill(part, np.asarray(jitter(rng, colour, 0.04))[:, None, None] * np.exp(0.06 * rolled + 0.06 * noise(rng, part.shape, 4)), 0, 0.55, 1)
+    fill(
+        part,
+        np.asarray(jitter(rng, color, 0.04))[:, None, None] * np.exp(0.06 * rolled + 0.06 * noise(rng, part.shape, 4)),
+        0,
+        0.55,
+        1,
+    )
     u, v = (x + y) * count * 0.7071, (x - y) * count * 0.7071
     column, row = np.floor(u), np.floor(v)
     a, b = u - column - 0.5, v - row - 0.5
@@ -151,11 +212,11 @@ def tread_plate(part: Part, rng: np.random.Generator, *, colour: Colour = (0.60,
 def cardboard(part: Part, rng: np.random.Generator) -> None:
     """Printed kraft liner over the waves of corrugated board."""
     x, y = lay(part, rng, (0.30, 0.19, 0.10), 0.015)
-    fibre = 0.5 * noise(rng, part.shape, (120, 70), 2) + 0.8 * noise(rng, part.shape, 80, 2)
+    fiber = 0.5 * noise(rng, part.shape, (120, 70), 2) + 0.8 * noise(rng, part.shape, 80, 2)
     wave = np.cos(2 * math.pi * (y * 9 + 0.02 * noise(rng, part.shape, 4)))
     fleck = np.clip(noise(rng, part.shape, 150) - 2.2, 0, 1)
-    shade = np.exp(0.05 * fibre + 0.015 * wave + 0.03 * noise(rng, part.shape, 3, 3)) * (1 - 0.4 * fleck)
-    fill(part, np.asarray(jitter(rng, (0.47, 0.31, 0.17)))[:, None, None] * shade, 0.0028 * wave + 0.0008 * fibre, 0.08)
+    shade = np.exp(0.05 * fiber + 0.015 * wave + 0.03 * noise(rng, part.shape, 3, 3)) * (1 - 0.4 * fleck)
+    fill(part, np.asarray(jitter(rng, (0.47, 0.31, 0.17)))[:, None, None] * shade, 0.0028 * wave + 0.0008 * fiber, 0.08)
     sheet = part.near(rng.normal(0, 0.02), rng.normal(0, 0.02), 1.4, rng.normal(0, 0.015))
     worn = 0.86 - 0.25 * np.clip(noise(rng, sheet.shape, 60, 2) - 0.8, 0, 1)
     for row, (text, size) in enumerate((("THIS SIDE UP", 0.15), ("LOT 2207-31", 0.09))):
@@ -168,11 +229,13 @@ def cardboard(part: Part, rng: np.random.Generator) -> None:
             sheet.paint(worn * sheet.inside(np.minimum(arrow, box(x, y - 0.38, 0.2, 0.025))), (0.05, 0.035, 0.03))
 
 
-def label(part: Part, rng: np.random.Generator, *, ink: Colour = (0.05, 0.10, 0.33), paper: Colour = (0.80, 0.79, 0.75)) -> None:
+def label(
+    part: Part, rng: np.random.Generator, *, ink: Color = (0.05, 0.10, 0.33), paper: Color = (0.80, 0.79, 0.75)
+) -> None:
     """A printed label: band, brand, lines of text, pictogram and bar code, each print a little out of register."""
     lay(part, rng, (0.62, 0.60, 0.55))
-    fibre = noise(rng, part.shape, 160, 2)
-    fill(part, np.asarray(jitter(rng, paper, 0.03))[:, None, None] * np.exp(0.018 * fibre), 0.0007 * fibre, 0.3)
+    fiber = noise(rng, part.shape, 160, 2)
+    fill(part, np.asarray(jitter(rng, paper, 0.03))[:, None, None] * np.exp(0.018 * fiber), 0.0007 * fiber, 0.3)
     sheet = part.near(rng.normal(0, 0.015), rng.normal(0, 0.015), 1.4, rng.normal(0, 0.015))
     ink, black = jitter(rng, ink, 0.08), (0.02, 0.02, 0.022)
     sheet.paint(sheet.inside(np.abs(sheet.y + 0.62) - 0.17), ink)
@@ -197,7 +260,10 @@ def label(part: Part, rng: np.random.Generator, *, ink: Colour = (0.05, 0.10, 0.
         sign = sheet.near(0.52, 0.02, 0.3)
         sign.paint(sign.inside(np.abs(polygon(sign.y, sign.x, 3, 0.11)) - 0.016), black)
         sign.paint(
-            sign.inside(np.minimum(segment(sign.x, sign.y, (0, -0.09), (0, 0.02)), disc(sign.x, sign.y - 0.065, 0.0)) - 0.017), black
+            sign.inside(
+                np.minimum(segment(sign.x, sign.y, (0, -0.09), (0, 0.02)), disc(sign.x, sign.y - 0.065, 0.0)) - 0.017
+            ),
+            black,
         )
     with sheet.piece():
         seal = sheet.near(0.50, 0.52, 0.3)
@@ -205,19 +271,21 @@ def label(part: Part, rng: np.random.Generator, *, ink: Colour = (0.05, 0.10, 0.
         seal.paint(lettering("CE", seal.x, seal.y, 0.12), ink)
 
 
-def perforated(part: Part, rng: np.random.Generator, *, colour: Colour, count: float = 5.0, metal: float = 0.0, gloss: float = 0.5) -> None:
+def perforated(
+    part: Part, rng: np.random.Generator, *, color: Color, count: float = 5.0, metal: float = 0.0, gloss: float = 0.5
+) -> None:
     """Sheet metal, painted or bare, with staggered round holes."""
     x, y = lay(part, rng, (0.5, 0.5, 0.52), 0.01)
     peel = noise(rng, part.shape, 90, 2)
     u, v = x * count, y * count * 1.1547
     u = u + 0.5 * (np.floor(v) % 2)
     hole = disc(u - np.floor(u) - 0.5, (v - np.floor(v) - 0.5) * 0.866, 0.30 + 0.004 * rng.standard_normal()) / count
-    fill(part, np.asarray(jitter(rng, colour))[:, None, None] * np.exp(0.02 * peel), 0.001 * peel, gloss, metal)
+    fill(part, np.asarray(jitter(rng, color))[:, None, None] * np.exp(0.02 * peel), 0.001 * peel, gloss, metal)
     part.paint(part.inside(hole), (0.012, 0.012, 0.014), gloss=0, metal=0)
     part.height[...] -= 0.07 * smooth(-hole / 0.02) + 0.006 * smooth(1 - hole / 0.02)
 
 
-def marble(part: Part, rng: np.random.Generator, *, ground: Colour, vein: Colour) -> None:
+def marble(part: Part, rng: np.random.Generator, *, ground: Color, vein: Color) -> None:
     """Polished stone with veins."""
     x, y = lay(part, rng, 0.8 * np.asarray(ground), 0.3)
     cloud = noise(rng, part.shape, 3, 4)
@@ -232,9 +300,16 @@ def marble(part: Part, rng: np.random.Generator, *, ground: Colour, vein: Colour
 def solar_cell(part: Part, rng: np.random.Generator) -> None:
     """Polycrystalline silicon under silver fingers and bus bars."""
     x, y = lay(part, rng, (0.2, 0.2, 0.22), 0.008)
-    _, _, cell, total = pebbles(rng, x + 0.02 * noise(rng, part.shape, 12, 2), y + 0.02 * noise(rng, part.shape, 12, 2), 4, 1.0)
+    _, _, cell, total = pebbles(
+        rng, x + 0.02 * noise(rng, part.shape, 12, 2), y + 0.02 * noise(rng, part.shape, 12, 2), 4, 1.0
+    )
     tones = np.exp(0.33 * rng.standard_normal(total, dtype=np.float32)).take(cell)
-    fill(part, np.array((0.018, 0.05, 0.17), np.float32)[:, None, None] * tones * np.exp(0.05 * noise(rng, part.shape, 60)), 0, 0.8)
+    fill(
+        part,
+        np.array((0.018, 0.05, 0.17), np.float32)[:, None, None] * tones * np.exp(0.05 * noise(rng, part.shape, 60)),
+        0,
+        0.8,
+    )
     finger = part.inside(np.abs((y * 11) % 1 - 0.5) / 11 - 0.0065)
     bar = part.inside(np.abs((x * 1.6) % 1 - 0.5) / 1.6 - 0.028)
     part.paint(np.maximum(0.85 * finger, bar), (0.58, 0.58, 0.60), gloss=0.45)
@@ -244,34 +319,48 @@ def solar_cell(part: Part, rng: np.random.Generator) -> None:
 def flakes(part: Part, rng: np.random.Generator) -> None:
     """Oriented strand board: long chips of wood glued over each other."""
     lay(part, rng, (0.36, 0.22, 0.10))
-    fill(part, np.array((0.30, 0.18, 0.08), np.float32)[:, None, None] * np.exp(0.2 * noise(rng, part.shape, 40, 2)), -0.012)
+    fill(
+        part,
+        np.array((0.30, 0.18, 0.08), np.float32)[:, None, None] * np.exp(0.2 * noise(rng, part.shape, 40, 2)),
+        -0.012,
+    )
     tones = np.array([(0.56, 0.38, 0.19), (0.47, 0.29, 0.12), (0.62, 0.46, 0.27), (0.40, 0.24, 0.11)], np.float32)
     for level in range(130):
         half, breadth = rng.uniform(0.16, 0.36), rng.uniform(0.04, 0.10)
-        chip = part.near(rng.uniform(-1.05, 1.05), rng.uniform(-1.05, 1.05), half, rng.normal(0, 0.55) + (rng.random() < 0.25) * 1.5)
+        chip = part.near(
+            rng.uniform(-1.05, 1.05), rng.uniform(-1.05, 1.05), half, rng.normal(0, 0.55) + (rng.random() < 0.25) * 1.5
+        )
         edge = 0.008 * noise(rng, chip.shape, (2, 3))
         distance = box(chip.x, chip.y + rng.normal(0, 0.12) * chip.x * chip.x, half, breadth) + edge
         streak = np.sin(chip.y * rng.uniform(90, 160) + 300 * edge) * 0.05
-        tone = tones[rng.integers(4)][:, None, None] * math.exp(rng.normal(0, 0.10)) * (1 + streak + 0.08 * grain(rng, chip.shape))
+        tone = (
+            tones[rng.integers(4)][:, None, None]
+            * math.exp(rng.normal(0, 0.10))
+            * (1 + streak + 0.08 * grain(rng, chip.shape))
+        )
         tone = tone * (1 - 0.25 * np.clip(1 + distance / 0.012, 0, 1))
         chip.paint(chip.inside(distance), tone, height=0.0001 * level + rng.uniform(-0.004, 0.004) * chip.x / half)
     part.gloss[...] = 0.12
 
 
-def studs(part: Part, rng: np.random.Generator, *, colour: Colour) -> None:
+def studs(part: Part, rng: np.random.Generator, *, color: Color) -> None:
     """Rubber flooring with round studs."""
-    x, y = lay(part, rng, 0.8 * np.asarray(colour), 0.015)
+    x, y = lay(part, rng, 0.8 * np.asarray(color), 0.015)
     u, v = x * 3.4, y * 3.4
     distance = disc(u - np.floor(u) - 0.5, v - np.floor(v) - 0.5, 0.33) / 3.4
     skin = noise(rng, part.shape, 130, 2)
     top = smooth(-distance / 0.03)
-    colour = np.asarray(jitter(rng, colour))[:, None, None] * np.exp(0.05 * skin + 0.05 * noise(rng, part.shape, 4, 2)) * (1 + 0.15 * top)
-    fill(part, colour, 0.055 * top + 0.0012 * skin, 0.36)
+    color = (
+        np.asarray(jitter(rng, color))[:, None, None]
+        * np.exp(0.05 * skin + 0.05 * noise(rng, part.shape, 4, 2))
+        * (1 + 0.15 * top)
+    )
+    fill(part, color, 0.055 * top + 0.0012 * skin, 0.36)
 
 
 TEXTURES = {
-    "brushed_steel": partial(brushed, colour=(0.62, 0.63, 0.65)),
-    "brushed_brass": partial(brushed, colour=(0.72, 0.52, 0.22), gloss=0.7),
+    "brushed_steel": partial(brushed, color=(0.62, 0.63, 0.65)),
+    "brushed_brass": partial(brushed, color=(0.72, 0.52, 0.22), gloss=0.7),
     "galvanised_sheet": galvanised,
     "oak": partial(wood, light=(0.55, 0.36, 0.18), dark=(0.30, 0.16, 0.07), rings=11),
     "walnut_floor": partial(wood, light=(0.24, 0.13, 0.065), dark=(0.09, 0.045, 0.025), rings=14, boards=5, gloss=0.5),
@@ -303,15 +392,15 @@ TEXTURES = {
         gloss=0.7,
         relief=0.0003,
     ),
-    "ceramic_tiles": partial(tiles, count=2.2, colour=(0.06, 0.22, 0.26), grout=(0.50, 0.48, 0.45)),
-    "mosaic": partial(tiles, count=5, colour=(0.55, 0.57, 0.58), grout=(0.20, 0.20, 0.21), gloss=0.7),
+    "ceramic_tiles": partial(tiles, count=2.2, color=(0.06, 0.22, 0.26), grout=(0.50, 0.48, 0.45)),
+    "mosaic": partial(tiles, count=5, color=(0.55, 0.57, 0.58), grout=(0.20, 0.20, 0.21), gloss=0.7),
     "concrete": concrete,
     "tread_plate": tread_plate,
     "cardboard": cardboard,
     "label": label,
-    "perforated_sheet": partial(perforated, colour=(0.55, 0.56, 0.54)),
+    "perforated_sheet": partial(perforated, color=(0.55, 0.56, 0.54)),
     "marble": partial(marble, ground=(0.018, 0.055, 0.04), vein=(0.45, 0.52, 0.46)),
     "solar_cell": solar_cell,
     "strand_board": flakes,
-    "rubber_studs": partial(studs, colour=(0.035, 0.06, 0.075)),
+    "rubber_studs": partial(studs, color=(0.035, 0.06, 0.075)),
 }

@@ -1,0 +1,32 @@
+"""The sample images of ``adfeatures demo`` are what training.assets.samples renders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.assets import samples
+
+STORED = Path(samples.__file__).parents[2] / "adfeatures" / "assets" / "samples"
+
+
+def test_stored_images_are_the_rendered_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind, to a gray level or two, since JPEG codecs differ."""
+    monkeypatch.setattr(samples, "REFERENCES", 1)
+    monkeypatch.setattr(samples, "GOOD", 1)
+    monkeypatch.setattr(samples, "DEFECTS", {name: (make, 1) for name, (make, _) in samples.DEFECTS.items()})
+    assert samples.main(["--output", str(tmp_path)]) == 0
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*") if path.suffix != ".txt")
+    assert len(files) == 10
+    for file in files:
+        found, stored = (np.asarray(Image.open(folder / file), dtype=float) for folder in (tmp_path, STORED))
+        assert np.abs(found - stored).mean() < 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert samples.main(["--output", str(tmp_path / "file")]) == 2
+    assert "choose another --output" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""Configs and the command line: every field can be given, and arrives with its own type."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+
+from adfeatures.errors import InputError, UnknownNameError
+from training.centers import CentersConfig
+from training.console import add_options, from_options
+from training.pretraining.config import FREE, PretrainConfig
+
+# A value of each type of a field, that is no default and that every field of the type accepts.
+VALUES = {
+    "str": "other",
+    "str | None": "other",
+    "int": 3,
+    "int | None": 5,
+    "float": 0.25,
+    "tuple[str, ...]": ("one", "two"),
+    "tuple[int, ...]": (2, 7),
+}
+
+
+def parse(config: type, arguments: list[str]) -> Any:
+    parser = argparse.ArgumentParser()
+    add_options(parser, config)
+    return from_options(parser.parse_args(arguments), config)
+
+
+def other_value(field: dataclasses.Field[Any]) -> Any:
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice not in (field.default, "mvtec"))
+    return "other.safetensors" if field.name == "output" else VALUES[str(field.type)]
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, CentersConfig])
+def test_every_field_can_be_given(config: type) -> None:
+    assert parse(config, []) == config()
+    wanted = {field.name: other_value(field) for field in dataclasses.fields(config)}
+    assert all(value != getattr(config(), name) for name, value in wanted.items())
+    arguments = []
+    for name, value in wanted.items():
+        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    found = parse(config, arguments)
+    assert found == config(**wanted)
+    assert {name: type(getattr(found, name)) for name in wanted} == {
+        name: type(value) for name, value in wanted.items()
+    }
+
+
+def test_whole_numbers_are_numbers_where_a_float_is_meant() -> None:
+    found = parse(PretrainConfig, ["--held-out", "0", "--lr", "1e-3", "--milestones"])
+    assert (found.held_out, found.lr, found.milestones) == (0.0, 1e-3, ()) and isinstance(found.held_out, float)
+
+
+def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(PretrainConfig):
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert f"(default: {'-' if default in (None, '') else default})" in text
+
+
+def test_what_may_differ_on_resumption_are_fields() -> None:
+    assert set(FREE) < {field.name for field in dataclasses.fields(PretrainConfig)}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be above 0, got 0"),
+        ({"temperature": -0.1}, "temperature must be above 0"),
+        ({"lr": float("nan")}, "lr must not be below 0, got nan"),
+        ({"max_steps": 0}, "max_steps must be above 0, got 0"),
+        ({"workers": -1}, "workers must not be below 0"),
+        ({"seed": -1}, "seed must not be below 0"),
+        ({"held_out": 1.0}, r"held_out must lie in \[0, 1\)"),
+        ({"shots": ()}, "shots and pool"),
+        ({"pool": 0}, "shots and pool"),
+        ({"img_size": (1, 2, 3)}, "img_size is one side or height and width"),
+        ({"validation": "mvtec"}, "validation_root, the folder of MVTec AD"),
+    ],
+)
+def test_senseless_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PretrainConfig(**values)
+
+
+@pytest.mark.parametrize("name", ["data", "anchors", "pseudo_huber", "view_statistics", "precision", "validation"])
+def test_values_that_are_no_choice_are_refused_in_python_too(name: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"{name} 'none at all'"):
+        PretrainConfig(**{name: "none at all"})

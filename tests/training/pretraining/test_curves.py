@@ -1,0 +1,93 @@
+"""Reading the log of a run and drawing it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from helpers.full_disk import full_disk
+from PIL import Image
+
+from adfeatures.errors import AdfeaturesError
+from training.pretraining.curves import SMOOTHING, draw_curves, read_log
+
+
+def lines(steps: int, validations: int) -> list[dict[str, object]]:
+    random = np.random.RandomState(0)
+    made: list[dict[str, object]] = [
+        {"kind": "step", "step": n, "angle": random.rand(), "norm": random.rand()} for n in range(1, steps + 1)
+    ]
+    for number in range(1, validations + 1):
+        scores = {method: {key: random.rand() for key in ("img", "pix", "pro")} for method in ("norm", "angle")}
+        made.append({"kind": "validation", "step": 10 * number, **scores})
+    return made
+
+
+def write(path: Path, made: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in made))
+    return path
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
+    """The figures that were saved."""
+    saved: list[matplotlib.figure.Figure] = []
+    original = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: saved.append(self) or original(self, *a, **k)
+    )
+    return saved
+
+
+def test_a_log_is_read_up_to_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    assert read_log(tmp_path / "missing.jsonl") == []
+    made = lines(3, 1)
+    path = write(tmp_path / "log.jsonl", made)
+    assert read_log(path) == made
+    path.write_text(path.read_text() + '{"kind": "st')
+    assert read_log(path) == made
+
+
+@pytest.mark.parametrize("steps", [7, 3 * SMOOTHING])
+def test_losses_are_drawn_as_they_are_and_as_a_running_mean(
+    tmp_path: Path, figures: list[matplotlib.figure.Figure], steps: int
+) -> None:
+    made = lines(steps, 3)
+    skipped = {"kind": "step", "step": steps + 1, "skipped": 1.0}
+    draw_curves(write(tmp_path / "log.jsonl", [*made[:steps], skipped, *made[steps:]]), tmp_path / "curves.png")
+    losses, metrics = figures[0].axes
+    window = min(steps, SMOOTHING)
+    for name, (thin, thick) in zip(
+        ("angle", "norm"), zip(losses.lines[::2], losses.lines[1::2], strict=True), strict=True
+    ):
+        values = [line[name] for line in made[:steps]]
+        assert list(thin.get_xdata()) == list(range(1, steps + 1)) and list(thin.get_ydata()) == values
+        assert list(thick.get_xdata()) == list(range(window, steps + 1))
+        assert np.allclose(thick.get_ydata(), [np.mean(values[end - window : end]) for end in range(window, steps + 1)])
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in metrics.lines}
+    assert drawn["PatchCore, AUPRO"] == ([10, 20, 30], [line["angle"]["pro"] for line in made[steps:]])
+    assert drawn["FeatureNorm, image AUROC"] == ([10, 20, 30], [line["norm"]["img"] for line in made[steps:]])
+    assert Image.open(tmp_path / "curves.png").size == (1320, 480)
+
+
+@pytest.mark.parametrize(
+    ("made", "width"),
+    [([], 660), (lines(1, 0), 660), (lines(0, 1), 1320)],
+    ids=["nothing", "one step", "one validation"],
+)
+def test_logs_that_have_just_begun(tmp_path: Path, made: list[dict[str, object]], width: int) -> None:
+    """Where nothing has been validated there is no empty panel for it."""
+    draw_curves(write(tmp_path / "log.jsonl", made), tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (width, 480)
+
+
+def test_a_full_disk_keeps_the_last_picture(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", lines(5, 1))
+    (tmp_path / "curves.png").write_bytes(b"the last one")
+    with full_disk(1000), pytest.raises(AdfeaturesError, match="curves.png.*File too large"):
+        draw_curves(log, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == b"the last one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.jsonl"]

@@ -1,0 +1,485 @@
+"""The data of the pretraining: draws that depend on seed and position only, views, references, manifests, and files that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import photo, write_photos
+from helpers.real_iad_tree import SIZE, write_real_iad
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from adfeatures.catalog import BACKBONES
+from adfeatures.errors import ImageError, InputError, UnknownNameError
+from adfeatures.images import build_transform, read_image
+from training.data import real_iad
+from training.data.items import ANOMALOUS, NORMAL, Item
+from training.data.manifest import read_manifest
+from training.data.transforms import MaskTransform, TwoViews
+from training.pretrain import _view_statistics
+from training.pretraining.config import PretrainConfig
+from training.pretraining.dataset import MAX_FAILURES, Draw, PretrainingDataset, StepSampler, read_items
+
+IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
+PRODUCTS = ("bottle_cap", "pcb")
+VIEWS, REFERENCE, MASK = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD), MaskTransform(IMG_SIZE)
+
+
+def make(items: list[Item], pool: list[Item] | None = None, **settings: bool) -> PretrainingDataset:
+    """A data set of small images; groups are small on purpose, so that the warning of it is of no interest."""
+    return PretrainingDataset(
+        items, real_iad.reference_pool(items) if pool is None else pool, VIEWS, REFERENCE, MASK, shots=[1], **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_real_iad(tmp_path_factory.mktemp("data"), PRODUCTS, ok=4, ng=2, views=2)
+
+
+@pytest.fixture(scope="module")
+def items(root: Path) -> list[Item]:
+    return real_iad.read(root, PRODUCTS)
+
+
+# The sampler
+
+
+def all_batches(sampler: StepSampler, epoch: int, step: int = 0) -> list[list[Draw]]:
+    sampler.set_position(epoch, step)
+    return list(sampler)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 3]),
+    st.integers(0, 2**40),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_ranks_divide_one_global_batch_from_any_position(
+    count: int, share: int, world: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    batch_size = share * world
+    if count < batch_size:
+        with pytest.raises(InputError, match="do not fill a batch"):
+            StepSampler(count, batch_size, seed)
+        return
+    whole = StepSampler(count, batch_size, seed)
+    batches = all_batches(whole, epoch)
+    assert len(batches) == whole.steps_per_epoch == count // batch_size
+    indices = [draw.index for batch in batches for draw in batch]
+    assert len(set(indices)) == len(indices) and set(indices) <= set(range(count))
+    assert all(len({draw.shots for draw in batch}) == 1 for batch in batches)
+    step = data.draw(st.integers(0, whole.steps_per_epoch))
+    ranks = [StepSampler(count, batch_size, seed, rank=rank, world=world) for rank in range(world)]
+    parts = [all_batches(sampler, epoch, step) for sampler in ranks]
+    assert [len(sampler) for sampler in ranks] == [len(batches) - step] * world
+    assert [
+        [draw for turn in zip(*shares, strict=True) for draw in turn] for shares in zip(*parts, strict=True)
+    ] == batches[step:]
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    sampler, twin, other = StepSampler(64, 8, 1), StepSampler(64, 8, 1), StepSampler(64, 8, 2)
+    epochs = [all_batches(sampler, epoch) for epoch in range(3)]
+    assert epochs == [all_batches(twin, epoch) for epoch in (0, 1, 2)]
+    assert list(twin) == list(twin) == epochs[2]  # iterating does not move the position
+    seeds = [draw.seed for epoch in [*epochs, all_batches(other, 0)] for batch in epoch for draw in batch]
+    assert len(set(seeds)) == len(seeds)
+    orders = [[draw.index for batch in epoch for draw in batch] for epoch in epochs]
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_numbers_of_references_are_drawn_evenly() -> None:
+    shots = Counter(batch[0].shots for epoch in range(10) for batch in all_batches(StepSampler(300, 1, 0), epoch))
+    assert set(shots) == {1, 4, 8}
+    assert all(abs(count - 1000) < 5 * math.sqrt(3000 * 2 / 9) for count in shots.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "at least 1"),
+        ({"shots": ()}, "at least 1"),
+        ({"shots": (0, 1)}, "at least 1"),
+        ({"rank": 2, "world": 2}, "one of world"),
+        ({"seed": -1}, "not negative"),
+        ({"batch_size": 4, "world": 3}, "multiple of 3"),
+        ({"count": 3, "batch_size": 4}, "smaller batch"),
+    ],
+)
+def test_senseless_samplers_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        StepSampler(**{"count": 10, "batch_size": 2, "seed": 0, **settings})  # type: ignore[arg-type]
+
+
+def test_positions_outside_an_epoch_are_refused() -> None:
+    sampler = StepSampler(10, 3, 0)
+    for epoch, step in ((-1, 0), (0, -1), (0, 4)):
+        with pytest.raises(InputError, match="3 steps"):
+            sampler.set_position(epoch, step)
+
+
+# The two views
+
+
+def test_views_are_augmentations_of_the_resized_image() -> None:
+    """Without jitter, grayscale and blur, which happens in 1 of 12.5 views, nothing but resizing and normalization is left."""
+    image = photo(0, (60, 44))
+    plain = REFERENCE(image)
+    views = torch.stack([VIEWS(image, seed) for seed in range(60)])
+    assert views.shape == (60, 2, 3, *IMG_SIZE) and views.dtype == torch.float32
+    same = (views - plain).abs().amax(dim=(2, 3, 4)) < 1e-5
+    assert 1 <= same.sum() <= 30
+    pixels = views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
+    gray = (pixels - pixels.mean(dim=2, keepdim=True)).abs().amax(dim=(2, 3, 4)) < 1e-3
+    assert 0.2 * 120 - 20 < gray.sum() < 0.2 * 120 + 20
+    # the two views of an image are drawn independently
+    assert (gray[:, 0] != gray[:, 1]).any()
+    assert ((views[:, 0] - views[:, 1]).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean() > 0.8
+
+
+def test_views_do_not_move_anything() -> None:
+    """A bright square stays where it is, whatever else happens."""
+    image = Image.new("RGB", (IMG_SIZE[1], IMG_SIZE[0]), (60, 60, 60))
+    image.paste((200, 200, 200), (20, 4, 28, 12))
+    for seed in range(20):
+        for view in VIEWS(image, seed):
+            brightness = view.mean(dim=0)
+            inside = torch.zeros(IMG_SIZE, dtype=torch.bool)
+            inside[4:12, 20:28] = True
+            middle = (brightness.min() + brightness.max()) / 2
+            assert ((brightness > middle) != inside).float().mean() < 0.03
+
+
+def test_views_depend_on_the_seed_alone_and_leave_the_global_generators() -> None:
+    image = photo(1)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = VIEWS(image, 2**62)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(VIEWS(image, 2**62), first)
+    assert not torch.equal(VIEWS(image, 2**62 + 1), first)
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "original", "own"),
+    [
+        ("dinov2_base", CLIP, IMAGENET),
+        ("dinov2_large", CLIP, IMAGENET),
+        ("clip_base", CLIP, CLIP),
+        ("imagebind_huge", CLIP, CLIP),
+    ],
+)
+def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_asked_for(
+    backbone: str, original: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]
+) -> None:
+    assert _view_statistics(PretrainConfig(), BACKBONES[backbone]) == original
+    assert _view_statistics(PretrainConfig(view_statistics="backbone"), BACKBONES[backbone]) == own
+
+
+# The data set
+
+
+def test_an_element_holds_the_files_that_it_names(items: list[Item]) -> None:
+    data = make(items)
+    assert len(data) == len(items)
+    for index, item in enumerate(items):
+        element = data[Draw(index, 3, seed=index)]
+        assert element["path"] == item.image and element["label"] == item.label
+        assert torch.equal(element["views"], VIEWS(read_image(item.image), index))
+        assert element["mask"].shape == (1, *IMG_SIZE) and element["mask"].dtype == torch.uint8
+        expected = np.zeros(IMG_SIZE)
+        if item.mask is not None:
+            expected = np.asarray(Image.open(item.mask).resize(IMG_SIZE[::-1], Image.Resampling.NEAREST)) > 0
+        assert np.array_equal(element["mask"][0], expected)
+
+
+def test_references_are_normal_images_of_the_same_product_and_view(items: list[Item]) -> None:
+    data = make(items)
+    files = [item for item in items if "/OK/" in item.image]
+    pictures = {item.image: REFERENCE(read_image(item.image)) for item in files}
+    seen: dict[tuple[str, str], Counter[str]] = {}
+    for index, item in enumerate(items):
+        for seed in range(5):
+            references = data[Draw(index, 8, seed=100 * index + seed)]["references"]
+            assert references.shape == (8, 3, *IMG_SIZE) and references.dtype == torch.float32
+            for reference in references:
+                matches = [file for file in files if torch.equal(pictures[file.image], reference)]
+                assert [(file.product, file.view) for file in matches] == [(item.product, item.view)]
+                seen.setdefault((item.product, item.view), Counter())[matches[0].image] += 1
+    for counts in seen.values():  # 4 images, 8 items, 5 times 8 draws: even up to 5 standard deviations
+        assert len(counts) == 4
+        assert all(abs(count - 80) < 5 * math.sqrt(320 * 3 / 16) for count in counts.values())
+
+
+def test_indices_stand_for_the_same_references(items: list[Item]) -> None:
+    loading, lazy = make(items), make(items, load_references=False)
+    pool = real_iad.reference_pool(items)
+    for index in range(0, len(items), 5):
+        draw = Draw(index, 4, seed=index)
+        indices = lazy[draw]["reference_indices"]
+        assert indices.dtype == torch.int64 and "references" not in lazy[draw]
+        expected = torch.stack([REFERENCE(read_image(pool[i].image)) for i in indices])
+        assert torch.equal(loading[draw]["references"], expected)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(items: list[Item]) -> None:
+    sampler = StepSampler(len(items), 4, seed=3)
+    sampler.set_position(1, 2)
+    runs = [list(DataLoader(make(items), batch_sampler=sampler, num_workers=workers)) for workers in (0, 1, 2)]
+    assert len(runs[0]) == len(items) // 4 - 2
+    for batch, *others in zip(*runs, strict=True):
+        shots = batch["references"].shape[1]
+        assert batch["views"].shape == (4, 2, 3, *IMG_SIZE) and batch["references"].shape == (4, shots, 3, *IMG_SIZE)
+        assert batch["label"].dtype == torch.int64 and len(batch["path"]) == 4
+        for other in others:
+            assert other["path"] == batch["path"]
+            assert all(torch.equal(other[key], batch[key]) for key in ("views", "mask", "label", "references"))
+
+
+def test_a_group_without_references_is_refused(items: list[Item]) -> None:
+    pool = [item for item in real_iad.reference_pool(items) if (item.product, item.view) != ("pcb", "C2")]
+    with pytest.raises(InputError, match="references for pcb C2. Add"):
+        make(items, pool)
+
+
+def test_few_references_are_warned_of_once(items: list[Item]) -> None:
+    pool = real_iad.reference_pool(items)
+    with pytest.warns(UserWarning, match="than 8 references") as caught:
+        data = PretrainingDataset(items, pool, VIEWS, REFERENCE, MASK)
+        assert data[Draw(0, 8, 0)]["references"].shape[0] == 8
+    assert len(caught) == 1
+    assert all(f"{product} {view} (4)" in str(caught[0].message) for product in PRODUCTS for view in ("C1", "C2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PretrainingDataset(items, pool, VIEWS, REFERENCE, MASK, shots=(1, 4))
+
+
+def test_an_anomalous_image_without_a_mask_is_refused(items: list[Item]) -> None:
+    bare = Item("somewhere.png", ANOMALOUS, items[0].product, view=items[0].view)
+    with pytest.raises(InputError, match="somewhere.png is anomalous without a mask"):
+        make([*items, bare])
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[Path, list[Item]]:
+    """A tree with one unreadable query, and one reference of each group that is gone."""
+    root = write_real_iad(tmp_path, ["pcb"], ok=4, ng=2, views=2)
+    items = real_iad.read(root, ["pcb"])
+    for item in items:
+        if item.sample == "pcb/NG/ZW/S0001":
+            Path(item.image).write_bytes(b"no image")
+        if item.sample == "pcb/OK/S0302":
+            Path(item.image).unlink()
+    return root, items
+
+
+def test_unreadable_files_are_replaced_and_warned_of_once_each(damaged: tuple[Path, list[Item]]) -> None:
+    _, items = damaged
+    bad = {item.image for item in items if item.sample in ("pcb/NG/ZW/S0001", "pcb/OK/S0302")}
+    runs = []
+    for _ in range(2):
+        data = make(items)
+        with pytest.warns(UserWarning, match="Another image takes its place") as caught:
+            runs.append([data[Draw(index, 8, seed)] for index in range(len(items)) for seed in range(3)])
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == len(set(messages)) == len(bad)
+        assert all(any(name in message for message in messages) for name in bad)
+    readable = {item.image: item for item in items if item.image not in bad}
+    for element, twin in zip(*runs, strict=True):
+        assert element["path"] in readable and element["label"] == readable[element["path"]].label
+        assert element["path"] == twin["path"]
+        assert all(torch.equal(element[key], twin[key]) for key in ("views", "mask", "references"))
+    # the place of an image that is gone is not always taken by the same one
+    index = next(i for i, item in enumerate(items) if item.image in bad)
+    assert len({data[Draw(index, 1, seed)]["path"] for seed in range(10)}) > 1
+
+
+def test_an_unreadable_reference_changes_none_of_the_others(damaged: tuple[Path, list[Item]], tmp_path: Path) -> None:
+    _, items = damaged
+    intact = real_iad.read(write_real_iad(tmp_path / "intact", ["pcb"], ok=4, ng=2, views=2), ["pcb"])
+    gone = {i for i, item in enumerate(real_iad.reference_pool(items)) if item.sample == "pcb/OK/S0302"}
+    for seed in range(10):
+        draw = Draw(0, 8, seed)
+        indices = make(intact, load_references=False)[draw]["reference_indices"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, expected = make(items)[draw]["references"], make(intact)[draw]["references"]
+        for index, one, other in zip(indices.tolist(), found, expected, strict=True):
+            assert torch.equal(one, other) != (index in gone)
+
+
+@pytest.mark.parametrize("what", ["queries", "references"])
+@pytest.mark.filterwarnings("ignore:Cannot read")
+def test_too_many_failures_end_it(tmp_path: Path, items: list[Item], what: str) -> None:
+    gone = [Item(str(tmp_path / f"{i}.jpg"), NORMAL, items[0].product, view=items[0].view) for i in range(30)]
+    data = make(gone, items) if what == "queries" else make(items[:1], gone)
+    with pytest.raises(ImageError, match=rf"{MAX_FAILURES} images in a row.*{tmp_path}.*Check the data set"):
+        data[Draw(0, 2, 0)]
+
+
+@pytest.mark.parametrize("fault", ["size", "damaged", "gone"])
+def test_masks_that_do_not_fit_are_errors(tmp_path: Path, fault: str) -> None:
+    items = real_iad.read(write_real_iad(tmp_path, ["pcb"], ok=1, ng=1, views=2), ["pcb"])
+    index, mask = next((i, Path(item.mask)) for i, item in enumerate(items) if item.mask)
+    if fault == "size":
+        Image.new("L", (SIZE[0] // 2, SIZE[1] // 2)).save(mask)
+    elif fault == "damaged":
+        mask.write_bytes(b"no image")
+    else:
+        mask.unlink()
+    with pytest.raises(ImageError, match=mask.name):
+        make(items)[Draw(index, 1, 0)]
+
+
+# Where items come from
+
+
+def write_manifest(folder: Path, text: str) -> Path:
+    write_photos(folder / "images", range(5))
+    Image.new("L", (80, 60), 255).save(folder / "images/mask.png")
+    (folder / "list.csv").write_text(text, encoding="utf-8")
+    return folder / "list.csv"
+
+
+def test_a_manifest_becomes_items(tmp_path: Path) -> None:
+    lines = [
+        "\ufeffimage, mask, product,remark",
+        "images/000.png,,gasket,fine",
+        "images/001.png, images/mask.png ,gasket,",
+        "images/002.png,,,",
+    ]
+    path = write_manifest(tmp_path / "parts", "\n".join(lines))
+    first, second, third = read_manifest(path)
+    folder = path.parent / "images"
+    assert first == Item(str(folder / "000.png"), NORMAL, "gasket", sample="images/000.png")
+    assert second == Item(
+        str(folder / "001.png"), ANOMALOUS, "gasket", str(folder / "mask.png"), "anomalous", sample="images/001.png"
+    )
+    assert third.product == "parts"
+    assert read_items("manifest", str(path), ["gasket"]) == [first, second]
+    with pytest.raises(UnknownNameError, match="Did you mean 'gasket'"):
+        read_items("manifest", str(path), ["gaskett"])
+
+
+def test_a_manifest_alone_is_enough_to_pretrain_on(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, "image,mask\nimages/000.png,\nimages/001.png,images/mask.png\nimages/002.png,\n")
+    data = make(read_manifest(path))
+    element = data[Draw(1, 2, 0)]
+    assert element["label"] == ANOMALOUS and element["mask"].all()
+    assert element["references"].shape == (2, 3, *IMG_SIZE)
+
+
+def test_every_fault_of_a_manifest_is_named_with_its_line(tmp_path: Path) -> None:
+    rows = [
+        "images/000.png,,0",
+        ",,0",
+        "images/nowhere.png,,",
+        "images/001.png,images/no_mask.png,1",
+        "images/002.png,,1",
+        "images/003.png,images/mask.png,0",
+        "images/004.png,,bad",
+        "images/000.png,images/mask.png,1",
+        f"images/{'long' * 100}.png,,",
+    ]
+    path = write_manifest(tmp_path, "\n".join(["image,mask,label", *rows]))
+    with pytest.raises(InputError) as caught:
+        read_manifest(path)
+    report = str(caught.value).splitlines()[1:]
+    assert [line.strip().partition(":")[0] for line in report] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9, 10)]
+    expected = [
+        "no image",
+        "nowhere.png",
+        "no_mask.png",
+        "without a mask",
+        "normal but has a mask",
+        "'bad'",
+        "has a line already",
+        "longlong",
+    ]
+    assert all(part in line for part, line in zip(expected, report, strict=True))
+
+
+def test_a_long_report_is_cut(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, "image,mask\n" + "".join(f"gone{n}.png,\n" for n in range(25)))
+    with pytest.raises(InputError, match="line 11.*\n  and 15 more$"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no column image and no mask"),
+        (b"image;mask\n", "no column image and no mask. Its first line reads: image;mask"),
+        (b"image,masks\na.png,\n", "no column mask"),
+        (b"image,mask\n", "lists no images"),
+        (b"image,mask\n\xff\xfe,\n", "UTF-8"),
+    ],
+)
+def test_tables_that_are_no_manifest(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_manifest(tmp_path / "list.csv")
+    with pytest.raises(InputError, match="missing.csv"):
+        read_manifest(tmp_path / "missing.csv")
+
+
+def test_items_of_real_iad_and_of_a_folder(root: Path, tmp_path: Path) -> None:
+    assert read_items("real_iad", str(root), PRODUCTS) == real_iad.read(root, PRODUCTS)
+    kept = [
+        Path(item.image).relative_to(root / "realiad_512").as_posix()
+        for item in real_iad.read(root, PRODUCTS)
+        if item.defect == "HS"
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(kept))
+    assert {item.defect for item in read_items("real_iad", str(root), PRODUCTS, str(tmp_path / "list.json"))} == {
+        "good",
+        "HS",
+    }
+    product = tmp_path / "mine" / "gasket"
+    write_photos(product / "train/good", range(3))
+    write_photos(product / "test/good", range(3, 5))
+    for path in write_photos(product / "test/scratch", range(5, 7)):
+        (product / "ground_truth/scratch").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (80, 60), 255).save(product / f"ground_truth/scratch/{path.stem}_mask.png")
+    items = read_items("folder", str(tmp_path / "mine"))
+    assert Counter((item.product, item.label, item.defect) for item in items) == {
+        ("gasket", 0, "good"): 5,
+        ("gasket", 1, "scratch"): 2,
+    }
+    assert sorted(item.sample for item in items) == sorted(
+        path.relative_to(tmp_path / "mine").as_posix()
+        for path in product.rglob("t*/*/*.png")
+        if "ground_truth" not in path.parts
+    )
+    assert len(real_iad.reference_pool(items)) == 5
+    for element in islice((make(items)[Draw(i, 2, i)] for i in range(len(items))), 7):
+        assert element["mask"].float().mean() == element["label"]
+
+
+@pytest.mark.parametrize("kind", ["manifest", "folder"])
+def test_filter_lists_go_with_real_iad_only(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(InputError, match=f"not with {kind}"):
+        read_items(kind, str(tmp_path), filter_list="list.json")
+    with pytest.raises(UnknownNameError, match="Did you mean 'real_iad'"):
+        read_items("real_aid", str(tmp_path))

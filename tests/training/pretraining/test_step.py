@@ -1,0 +1,147 @@
+"""The training step against the trajectory of the original implementation, and N processes against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.golden_values import assert_near, fill, golden, value
+from helpers.ranks import run_ranks
+
+from adfeatures.projector import ResidualProjector
+from training.pretraining.config import PretrainConfig
+from training.pretraining.step import losses, train_step
+
+LEVELS = range(4)
+
+
+def original_masks(step: int) -> torch.Tensor:
+    masks = torch.zeros(4, 1, 224, 224, dtype=torch.uint8)
+    masks[1, :, 20:90, 30:120] = 1
+    masks[3, :, 100 : 121 + 5 * step, 60:160] = 1
+    return masks
+
+
+def test_ten_steps_are_the_original_ones() -> None:
+    projector = ResidualProjector([32] * 4)
+    projector.load_state_dict(
+        fill({key: list(tensor.shape) for key, tensor in projector.state_dict().items()}, "train.projector.")
+    )
+    optimizer = torch.optim.Adam(projector.parameters(), lr=1e-4, weight_decay=5e-4)
+    centers = [value(f"train.center.{level}", (32,), 0.1) for level in LEVELS]
+    expected = golden("training")
+    found = []
+    for step in range(10):
+        first = [value(f"train.{step}.r1.{level}", (4, 32, 16, 16)) for level in LEVELS]
+        second = [
+            one + value(f"train.{step}.r2.{level}", (4, 32, 16, 16), 0.3)
+            for level, one in zip(LEVELS, first, strict=True)
+        ]
+        projected = projector([torch.cat(pair) for pair in zip(first, second, strict=True)])
+        views = [[level.chunk(2)[view] for level in projected] for view in range(2)]
+        angle, norm = losses(*views, original_masks(step), centers, PretrainConfig())
+        optimizer.zero_grad()
+        (angle + norm).backward()
+        optimizer.step()
+        found.append([angle.item(), norm.item(), (angle + norm).item()])
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected["losses"], rtol=1e-3, atol=0)
+    for name, final in expected.items():
+        if name.startswith("final."):
+            assert_near(projector.state_dict()[name.removeprefix("final.")], final, 1e-3)
+
+
+RANKS = """
+import sys, torch
+from training.pretraining.config import PretrainConfig
+from training.pretraining.dataset import StepSampler
+from training.distributed import processes, rank, world_size
+from training.pretraining.step import train_step
+from torch.nn.parallel import DistributedDataParallel
+from adfeatures.projector import ResidualProjector
+
+def run(path, accumulate):
+    torch.manual_seed(0)
+    projector = ResidualProjector([8, 12], num_heads=4, num_keys=16)
+    backbone = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.Conv2d(3, 12, 16, 16)
+    centers = [torch.randn(8), torch.randn(12)]
+    batch = {name: torch.randn(4, 2, 3, 48, 48) for name in ("views", "references")}
+    # Of the four images only the last one, on the last rank, is anomalous.
+    batch["label"], batch["mask"] = torch.tensor([0, 0, 0, 1]), torch.zeros(4, 1, 48, 48, dtype=torch.uint8)
+    batch["mask"][3, :, 10:40, 10:40] = 1
+    share = StepSampler(4, 4, 0, rank=rank(), world=world_size()).share
+    model = DistributedDataParallel(projector) if world_size() > 1 else projector
+    values = train_step(
+        model,
+        torch.optim.SGD(projector.parameters()),
+        {name: value[share] for name, value in batch.items()},
+        lambda images: [level(images).detach() for level in backbone],
+        None,
+        centers,
+        PretrainConfig(precision="float32", accumulate=accumulate),
+    )
+    if rank() == 0:
+        torch.save({"values": values, **{name: parameter.grad for name, parameter in projector.named_parameters()}}, path)
+
+with processes("cpu"):
+    run(sys.argv[1], int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (4, 1), (2, 2)])
+def test_processes_give_the_gradients_of_one(tmp_path: Path, count: int, accumulate: int) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    for processes, name in ((1, "one.pt"), (count, "many.pt")):
+        done = run_ranks(processes, script, tmp_path / name, str(accumulate))
+        assert done.returncode == 0, done.stderr
+    one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "many.pt"))
+    assert min(abs(one["values"][name]) for name in ("angle", "norm")) > 0.1
+    assert one["l1_proj.layers.0.mlp.fc2.weight"].abs().max() > 0.01
+    torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
+
+
+def small_step(
+    labels: list[int], accumulate: int = 1, images: slice = slice(None)
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """The values of a step on some of four small images with these labels, and how it changed the projector."""
+    torch.manual_seed(0)
+    projector = ResidualProjector([8], num_heads=2, num_keys=4)
+    optimizer = torch.optim.SGD(projector.parameters(), lr=1)
+    mask = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)
+    mask[torch.tensor(labels) > 0] = 1
+    mask[..., 8:] = 0
+    batch = {
+        "views": torch.randn(4, 2, 3, 16, 16),
+        "mask": mask,
+        "label": torch.tensor(labels),
+        "references": torch.randn(4, 2, 3, 16, 16),
+    }
+    backbone = torch.nn.Conv2d(3, 8, 4, 4)
+    before = [parameter.clone() for parameter in projector.parameters()]
+    config = PretrainConfig(precision="float32", accumulate=accumulate)
+    batch = {name: value[images] for name, value in batch.items()}
+    values = train_step(projector, optimizer, batch, lambda images: [backbone(images)], None, [None], config)
+    return values, [after.detach() - old for after, old in zip(projector.parameters(), before, strict=True)]
+
+
+def test_a_batch_without_anomalous_images_is_skipped() -> None:
+    values, changes = small_step([0, 0, 0, 0])
+    assert values == {"skipped": 1.0} and not any(change.any() for change in changes)
+    values, changes = small_step([0, 0, 0, 1])
+    assert any(change.any() for change in changes) and values["loss"] == pytest.approx(values["angle"] + values["norm"])
+
+
+def test_accumulation_takes_the_mean_over_the_parts() -> None:
+    values, changes = small_step([1, 0, 0, 1], accumulate=2)
+    parts = [small_step([1, 0, 0, 1], images=images) for images in (slice(2), slice(2, 4))]
+    assert values == pytest.approx({name: sum(part[0][name] for part in parts) / 2 for name in values}, rel=1e-5)
+    expected = [sum(change) / 2 for change in zip(*(part[1] for part in parts), strict=True)]
+    torch.testing.assert_close(changes, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_without_anomalous_images_do_not_count() -> None:
+    found, expected = small_step([0, 0, 0, 1], accumulate=2), small_step([0, 0, 0, 1], images=slice(2, 4))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(found[1], expected[1])

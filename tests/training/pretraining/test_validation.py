@@ -1,0 +1,275 @@
+"""The validation of a training: which images, against which references, and the same numbers however many processes share them."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import tiny_extractor
+from helpers.real_iad_tree import write_real_iad
+from helpers.trees import write_mvtec
+from sklearn.exceptions import UndefinedMetricWarning
+from sklearn.metrics import roc_auc_score
+
+from adfeatures.errors import ImageError, InputError
+from adfeatures.images import build_transform, read_image
+from adfeatures.scoring import feature_norm_map
+from training.data import mvtec, real_iad
+from training.data.images import ImageDataset
+from training.data.items import ANOMALOUS, NORMAL, Item
+from training.data.transforms import MaskTransform
+from training.pretraining import validation as module
+from training.pretraining.validation import CRITERIA, SHOTS, Trial, Validation, held_out_trials, mvtec_trials
+
+SIZE = (56, 56)
+STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def images(product: str, view: str, label: int, samples: range) -> list[Item]:
+    return [
+        Item(f"/data/{product}/{view}/{n}_{label}.jpg", label, product, view=view, sample=f"{product}/S{n}")
+        for n in samples
+    ]
+
+
+def test_trials_are_of_products_with_held_out_images_of_both_labels() -> None:
+    train = [
+        *images("nut", "C1", NORMAL, range(20)),
+        *images("nut", "C2", NORMAL, range(20)),
+        *images("bolt", "C1", NORMAL, range(9)),
+    ]
+    held_out = [
+        item
+        for view in ("C1", "C2")
+        for label in (NORMAL, ANOMALOUS)
+        for item in images("nut", view, label, range(30, 36))
+    ]
+    (trial,) = held_out_trials(train, [*held_out, *images("bolt", "C1", NORMAL, range(30, 36))], limit=10, seed=0)
+    assert trial.product == "nut"
+    assert {view: len(items) for view, items in trial.references.items()} == {"C1": SHOTS, "C2": SHOTS}
+    references = [item for view, items in trial.references.items() for item in items if item.view == view]
+    assert len(references) == 2 * SHOTS and set(references) <= set(train)
+    assert set(trial.train) <= set(train) - set(references) and len(set(trial.train)) == 10
+    assert set(trial.test) <= set(held_out) and Counter(item.label for item in trial.test) == {
+        NORMAL: 10,
+        ANOMALOUS: 10,
+    }
+
+
+def test_trials_depend_on_the_seed_and_on_neither_order_nor_place() -> None:
+    train = images("nut", "C1", NORMAL, range(40))
+    held_out = [*images("nut", "C1", NORMAL, range(50, 60)), *images("nut", "C1", ANOMALOUS, range(50, 60))]
+    one, other = held_out_trials(train, held_out, 5, 0), held_out_trials(train, held_out, 5, 1)
+    assert one != other
+    assert held_out_trials(train[::-1], held_out[::-1], 5, 0) == one
+    moved = [
+        [replace(item, image=item.image.replace("/data", "/moved")) for item in items] for items in (train, held_out)
+    ]
+    assert [item.sample for item in held_out_trials(*moved, 5, 0)[0].test] == [item.sample for item in one[0].test]
+
+
+def test_a_view_without_references_is_left_out() -> None:
+    train = images("nut", "C1", NORMAL, range(1))
+    held_out = [
+        item
+        for view in ("C1", "C2")
+        for label in (NORMAL, ANOMALOUS)
+        for item in images("nut", view, label, range(5, 8))
+    ]
+    (trial,) = held_out_trials(train, held_out, 10, 0)
+    assert {item.view for item in trial.test} == set(trial.references) == {"C1"}
+    assert trial.train == train  # the only normal image has to serve twice
+    assert held_out_trials(train, [item for item in held_out if item.view == "C2"], 10, 0) == []
+
+
+@pytest.fixture(scope="module")
+def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mvtec(
+        tmp_path_factory.mktemp("mvtec"), mvtec.PRODUCTS, good=SHOTS + 1, test_good=1, bad=1, size=(16, 16)
+    )
+
+
+def test_mvtec_is_evaluated_against_its_first_images(mvtec_root: Path) -> None:
+    trials = mvtec_trials(str(mvtec_root))
+    assert tuple(trial.product for trial in trials) == mvtec.PRODUCTS
+    for trial in trials:
+        names = [str(Path(item.image).relative_to(mvtec_root)) for item in trial.references[""]]
+        assert names == [f"{trial.product}/train/good/{number:03d}.png" for number in range(SHOTS)]
+        assert len(trial.train) == SHOTS + 1 and [item.label for item in trial.test] == [ANOMALOUS, NORMAL]
+        assert {item.product for item in (*trial.train, *trial.test)} == {trial.product}
+
+
+def test_products_of_mvtec_that_are_missing_are_named_at_once(mvtec_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(mvtec_root, tmp_path / "mvtec")
+    for product in ("cable", "zipper"):
+        shutil.rmtree(tmp_path / "mvtec" / product)
+    with pytest.raises(InputError, match="holds no cable, zipper. Extract the rest of MVTec AD"):
+        mvtec_trials(str(tmp_path / "mvtec"))
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
+    root = write_real_iad(tmp_path_factory.mktemp("tree"), ("bottle_cap", "pcb", "usb"), ok=4, ng=2, views=3)
+    train, held_out = real_iad.split_by_sample(real_iad.read(root, ("bottle_cap", "pcb", "usb")), 0.5, 0)
+    return held_out_trials(real_iad.reference_pool(train), held_out, limit=5, seed=0)
+
+
+def make(trials: list[Trial], **settings: object) -> tuple[Validation, torch.nn.Module]:
+    model = tiny_extractor()
+    return Validation(model.backbone, trials, img_size=SIZE, statistics=STATISTICS, **settings), model.projector  # type: ignore[arg-type]
+
+
+def naive_feature_norm(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and masks (N, H, W) of a trial, one image after the other, each against the references of its own view."""
+    model, transform = tiny_extractor(), build_transform(SIZE, *STATISTICS)
+    maps, masks = [], []
+    for item in trial.test:
+        with torch.no_grad():
+            levels = model.backbone(transform(read_image(item.image))[None])
+            references = model.backbone(
+                torch.stack([transform(read_image(r.image)) for r in trial.references[item.view]])
+            )
+            residuals = []
+            for level, bank in zip(levels, references, strict=True):
+                rows, queries = bank.permute(0, 2, 3, 1).flatten(0, 2), level[0].flatten(1).T
+                nearest = torch.cosine_similarity(queries[:, None], rows[None], dim=2).argmax(dim=1)
+                residuals.append((queries - rows[nearest]).T.reshape_as(level))
+            maps.append(feature_norm_map(model.projector(residuals), SIZE)[0].numpy())
+        mask = torch.zeros(1, *SIZE) if item.mask is None else MaskTransform(SIZE)(read_image(item.mask))
+        masks.append(mask[0].numpy())
+    return np.stack(maps), np.stack(masks)
+
+
+def test_scores_are_those_of_each_image_against_the_references_of_its_view(trials: list[Trial]) -> None:
+    assert all(len(trial.references) > 1 for trial in trials) and len(trials) == 3
+    validation, projector = make(trials, methods=("norm",))
+    found = validation.run(projector)["norm"]
+    image, pixel = [], []
+    for trial in trials:
+        maps, masks = naive_feature_norm(trial)
+        image.append(roc_auc_score([item.label for item in trial.test], maps.max(axis=(1, 2))))
+        pixel.append(roc_auc_score(masks.ravel(), maps.ravel()))
+    assert found["img"] == pytest.approx(np.mean(image), abs=1e-6)
+    assert found["pix"] == pytest.approx(np.mean(pixel), abs=1e-4)
+
+
+def test_processes_share_the_trials(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    validation, projector = make(trials)
+    expected = validation.run(projector)
+    assert {method: set(scores) for method, scores in expected.items()} == {
+        "norm": set(CRITERIA),
+        "angle": set(CRITERIA),
+    }
+    parts: dict[int, object] = {}
+    shares = []
+    monkeypatch.setattr(module, "world_size", lambda: 4)
+    for rank in range(4):  # the last one gets no trial
+        monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(
+            module, "gather_objects", lambda own, rank=rank: parts.update({rank: own}) or list(parts.values())
+        )
+        shares.append(make(trials)[0])
+        shares[rank].run(projector)
+    assert [len(share.trials) for share in shares] == [1, 1, 1, 0]
+    monkeypatch.setattr(module, "gather_objects", lambda own: list(parts.values()))
+    assert shares[0].run(projector) == shares[3].run(projector) == expected
+
+
+def test_each_image_is_read_once_a_method(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[str] = Counter()
+    original = ImageDataset.__getitem__
+
+    def counted(self: ImageDataset, index: int) -> dict[str, object]:
+        reads[self.items[index].image] += 1
+        return original(self, index)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", counted)
+    validation, projector = make(trials[:1])
+    validation.run(projector)
+    # FeatureNorm learns from no images.
+    assert reads == {**{item.image: 1 for item in trials[0].train}, **{item.image: 2 for item in trials[0].test}}
+
+
+def test_the_projector_stays_as_it_is_and_nothing_is_held(trials: list[Trial]) -> None:
+    validation, projector = make(trials[:1], methods=("norm",))
+    projector.bfloat16().requires_grad_(True)
+    before = {key: value.clone() for key, value in projector.state_dict().items()}
+    validation.run(projector)
+    assert all(
+        torch.equal(value, before[key]) and value.dtype == torch.bfloat16
+        for key, value in projector.state_dict().items()
+    )
+    assert all(parameter.requires_grad for parameter in projector.parameters())
+    assert validation.extractor.projector is None and not validation.extractor.references
+
+
+def test_residuals_alone_are_another_thing_to_evaluate(trials: list[Trial]) -> None:
+    validation, projector = make(trials[:1], methods=("norm",))
+    assert validation.run(None) != validation.run(projector)
+
+
+def test_a_product_whose_masks_are_empty_leaves_the_means_of_pixels_to_the_others(trials: list[Trial]) -> None:
+    blank = replace(trials[1], test=[replace(item, mask=None) for item in trials[1].test])
+    (one, two, both, alone) = ([trials[0]], [trials[1]], [trials[0], blank], [blank])
+    with pytest.warns(UndefinedMetricWarning, match="no pixel is anomalous"):
+        validation, projector = make(both, methods=("norm",))
+        found, undefined = (each.run(projector)["norm"] for each in (validation, make(alone, methods=("norm",))[0]))
+    first, second = (make(trial, methods=("norm",))[0].run(projector)["norm"] for trial in (one, two))
+    assert (found["pix"], found["pro"]) == (first["pix"], first["pro"])
+    assert found["img"] == pytest.approx((first["img"] + second["img"]) / 2)
+    assert undefined["img"] == second["img"] and np.isnan([undefined["pix"], undefined["pro"]]).all()
+
+
+def broken(item: Item, folder: Path) -> Item:
+    path = folder / f"broken{len(list(folder.iterdir()))}.jpg"
+    path.write_bytes(b"no image")
+    return replace(item, image=str(path))
+
+
+def test_images_that_cannot_be_read_are_passed_over(trials: list[Trial], tmp_path: Path) -> None:
+    """The next image takes the place of one, with its own label and mask; a reference has no substitute."""
+    trial = trials[0]
+    (view, references), *others = trial.references.items()
+    damaged = replace(
+        trial,
+        references={view: [broken(references[0], tmp_path), *references], **dict(others)},
+        train=[broken(trial.train[0], tmp_path), *trial.train[1:]],
+        test=[*trial.test[:-1], broken(trial.test[-1], tmp_path)],
+    )
+    replaced = replace(trial, train=[trial.train[1], *trial.train[1:]], test=[*trial.test[:-1], trial.test[0]])
+    assert trial.test[-1].label != trial.test[0].label
+    validation, projector = make([damaged])
+    with pytest.warns(UserWarning, match=r"broken\d.jpg.* The validation does without it"):
+        found = validation.run(projector)
+    assert found == make([replaced])[0].run(projector) != make([trial])[0].run(projector)
+
+
+@pytest.mark.parametrize("what", ["references", "test", "mask"])
+@pytest.mark.filterwarnings("ignore:Cannot read")
+def test_what_nothing_can_stand_in_for_is_an_error(trials: list[Trial], tmp_path: Path, what: str) -> None:
+    trial = trials[0]
+    if what == "references":
+        trial = replace(
+            trial,
+            references={view: [broken(item, tmp_path) for item in items] for view, items in trial.references.items()},
+        )
+    elif what == "test":
+        trial = replace(trial, test=[broken(item, tmp_path) for item in trial.test])
+    else:
+        masks = [
+            replace(item, mask=trial.references["C1"][0].image + ".gone" if item.mask else None) for item in trial.test
+        ]
+        trial = replace(trial, test=masks)
+    validation, projector = make([trial])
+    message = {
+        "references": "None of the references .* can be read",
+        "test": "10 images in a row",
+        "mask": r"\.gone: there is no such file",
+    }
+    with pytest.raises(ImageError, match=message[what]):
+        validation.run(projector)

@@ -1,0 +1,165 @@
+"""The features of a run: raw ones, or those that references make of them, computed once for all methods that take the same."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from adfeatures.errors import InputError
+from adfeatures.references import ReferenceBank
+from adfeatures.sources import distinct
+
+from ..data.items import Item
+from ..methods.base import Extractor
+from ..methods.retrieval import RetrievedReferences
+from .extractors import Key, KnownImages, Residuals, prepared
+from .feature_cache import FeatureCache, Kept, content_key, place_key
+from .inputs import Product, RawFeatures
+from .recipes import known_loader
+
+
+class Geometry(NamedTuple):
+    """Presets of `adfeatures.images` for the images and for their references."""
+
+    images: str
+    references: str
+
+
+@dataclass
+class Features:
+    """Features of some products.
+
+    Attributes:
+        extractor: What gives them.
+        weights: Name of the trained weights, None for raw features.
+        references: Reference files of each product, as given, with their SHA-256.
+        own: The references that are training images and cannot be compared with others, since there is only one; by
+            SHA-256.
+        temporary: What was kept on disk for these features alone.
+        retrieved: Where the references are retrieved: those of each image so far, by its path.
+    """
+
+    extractor: Extractor
+    weights: str | None = None
+    references: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
+    temporary: FeatureCache | None = None
+    retrieved: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def trainable(self, product: Product) -> list[Item]:
+        """The training images that have such features.
+
+        Raises:
+            InputError: If there are none.
+        """
+        items = (
+            [item for item in product.train if content_key(item.image) not in self.own] if self.own else product.train
+        )
+        if not items:
+            raise InputError(
+                f"{product.name} has a single normal training image, which is its reference. Nothing is left to learn from."
+            )
+        return items
+
+    def warnings(self, product: Product) -> list[str]:
+        """What is odd about the references of a product."""
+        known = {entry["sha256"] for entry in self.references.get(product.name, [])}
+        copies = sum(content_key(item.image) in known for item in product.test) if known else 0
+        single = "The only reference is a training image, which is left out of the training."
+        return [f"{copies} test images are references as well."] * bool(copies) + [single] * bool(self.own & known)
+
+    def remove(self) -> None:
+        """Delete what was kept for these features alone."""
+        if self.temporary is not None:
+            self.temporary.remove()
+
+
+def residual_features(
+    raw: RawFeatures,
+    geometry: Geometry,
+    tag: str,
+    products: Sequence[Product],
+    references: Sequence[Sequence[Item]],
+    *,
+    leave_out: bool,
+    owner: str,
+) -> Features:
+    """Projected residuals of products against fixed references.
+
+    Args:
+        raw: Raw features, with the model.
+        geometry: Presets of images and references.
+        tag: Tag of the trained weights.
+        products: The products.
+        references: References of each product.
+        leave_out: Whether a training image that is a reference is compared with the other references alone.
+        owner: Whose they are: evaluations that share a folder of features do not delete each other's.
+
+    Raises:
+        ImageError: For a reference that cannot be read.
+    """
+    subject, weights = raw.subject, raw.subject.weights[tag]
+    banks: dict[Key, ReferenceBank] = {}
+    for product, items in zip(products, references, strict=True):
+        raw.encode(items, geometry.references)
+        for view in {item.view for item in items}:
+            banks[product.name, view] = _bank(raw, geometry.references, [item for item in items if item.view == view])
+    key_of = {item.image: (product.name, item.view) for product in products for item in (*product.train, *product.test)}
+    extractor = Residuals(
+        raw.of(geometry.images), banks, key_of, weights.projector, unit_length=subject.unit_length, leave_out=leave_out
+    )
+    identity = {
+        "images": raw.identity(geometry.images),
+        "references": [geometry.references, sorted((*key, *bank.sha256s) for key, bank in banks.items())],
+        "projector": weights.fingerprint,
+        "leave_out": leave_out,
+        "owner": owner,
+    }
+    temporary = FeatureCache(raw.folder, identity)
+    files: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for (name, _), bank in sorted(banks.items()):
+        files[name] += [{"file": file, "sha256": sha} for file, sha in zip(bank.files, bank.sha256s, strict=True)]
+    single = [bank.sha256s[0] for bank in banks.values() if bank.num_images == 1]
+    return Features(
+        Kept(extractor, temporary, place_key, subject.device),
+        weights.name,
+        dict(files),
+        frozenset(single if leave_out else ()),
+        temporary,
+    )
+
+
+def retrieved_features(raw: RawFeatures, geometry: Geometry, tag: str, product: Product) -> Features:
+    """Projected residuals of a product against references that are retrieved for each image from all training images.
+
+    Raises:
+        InputError: For geometries of images and references that differ.
+    """
+    if geometry.images != geometry.references:
+        raise InputError(
+            f"References can be retrieved in the geometry of the images only, which is {geometry.images} here."
+        )
+    weights, size = raw.subject.weights[tag], tuple(product.truth(geometry.images).masks.shape[1:])
+    extractor = RetrievedReferences(
+        lambda batch: prepared(raw.of(geometry.images)(batch), raw.subject.unit_length),
+        weights.projector,
+        KnownImages(product.train, size),
+    )
+    return Features(extractor, weights.name, retrieved=extractor.lists)
+
+
+def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:
+    """The bank of references whose features are known. Copies are left out, with a warning."""
+    kept = distinct([item.image for item in items])
+    own = [item for item in items if item.image in kept.values()]
+    parts = [raw.of(preset)(batch) for batch in known_loader(own, raw.subject.img_size)]
+    bank = ReferenceBank.from_features(
+        prepared([torch.cat(level) for level in zip(*parts, strict=True)], raw.subject.unit_length)
+    )
+    bank.files, bank.sha256s = [os.fspath(item.image) for item in own], list(kept)
+    return bank

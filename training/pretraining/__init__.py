@@ -1,0 +1,1 @@
+"""The parts of ``training.pretrain``: from images with masks to trained projectors."""

@@ -1,0 +1,83 @@
+"""Losses and metrics of a run as a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adfeatures.checkpoints import atomic_path
+
+SMOOTHING = 50
+_NAMES = {"norm": "FeatureNorm", "angle": "PatchCore", "img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a log. A last line that was cut off is left out."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
+    """Draw the losses of the steps and, beside them, the metrics of the validations where there are any.
+
+    Raises:
+        AdfeaturesError: If the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    steps = [line for line in lines if line["kind"] == "step" and "angle" in line]
+    validations = [line for line in lines if line["kind"] == "validation"]
+    panels = 2 if validations else 1
+    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    losses, *others = figure.subplots(1, panels, squeeze=False)[0]
+    _draw_losses(losses, steps)
+    for metrics in others:
+        _draw_metrics(metrics, validations)
+    for axes in figure.axes:
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    # Encoded in memory: of a disk that fills up Pillow would not tell.
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=120)
+    with atomic_path(picture) as temporary:
+        temporary.write_bytes(encoded.getbuffer())
+
+
+def _draw_losses(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Thin as they are and thick as a running mean."""
+    x = np.array([line["step"] for line in steps])
+    for name, color in (("angle", "tab:orange"), ("norm", "tab:blue")):
+        y = np.array([line[name] for line in steps])
+        axes.plot(x, y, linewidth=0.4, alpha=0.5, color=color)
+        window = max(1, min(SMOOTHING, len(y)))
+        axes.plot(
+            x[window - 1 :],
+            np.convolve(y, np.ones(window) / window, "valid") if len(y) else y,
+            color=color,
+            label=f"{name} loss",
+        )
+    # The angle loss may be negative, and the norm loss falls through orders of magnitude.
+    axes.set(yscale="symlog", title="losses, summed over the levels")
+
+
+def _draw_metrics(axes: Any, validations: Sequence[Mapping[str, Any]]) -> None:
+    for method, color in (("norm", "tab:blue"), ("angle", "tab:orange")):
+        for criterion, style in (("img", "-"), ("pix", "--"), ("pro", ":")):
+            points = [line["step"] for line in validations], [line[method][criterion] for line in validations]
+            axes.plot(*points, style, color=color, marker=".", label=f"{_NAMES[method]}, {_NAMES[criterion]}")
+    axes.set(title="validation, mean over products")

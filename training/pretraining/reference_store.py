@@ -1,0 +1,127 @@
+"""Reference features of a fixed pool, encoded once and kept in half precision on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adfeatures.checkpoints import atomic_path
+from adfeatures.errors import AdfeaturesError, ImageError
+
+from ..data.items import Item, items_digest
+
+BATCH = 16
+
+
+def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
+    """At most ``size`` of the items of each product and view, drawn without replacement, in the order of the items."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((item.product, item.view), []).append(index)
+    chosen = []
+    for key, members in sorted(groups.items()):
+        digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
+        random = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+        chosen += [members[i] for i in random.permutation(len(members))[:size]]
+    return [items[index] for index in sorted(chosen)]
+
+
+class ReferenceStore:
+    """Feature maps of the images of a pool, one memory-mapped float16 array (N, C_l, h_l, w_l) per level.
+
+    Args:
+        folder: Where the arrays are or shall be.
+        items: The pool.
+        identity: What the features depend on besides the images: backbone, weights, input size. A store of another
+            identity or pool, or one whose arrays were cut or deleted, is encoded anew.
+    """
+
+    def __init__(self, folder: str | Path, items: Sequence[Item], identity: str) -> None:
+        self.folder, self.items = Path(folder), list(items)
+        self._identity = hashlib.sha256(json.dumps([identity, items_digest(items)]).encode()).hexdigest()
+        self._levels: list[np.ndarray] = []
+
+    def encode(self, read: Callable[[str], Tensor], backbone: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        """Encode what is not there yet; an interrupted call resumes where it was.
+
+        Args:
+            read: File to transformed image (3, H, W).
+            backbone: Images (B, 3, H, W) to maps.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            AdfeaturesError: If the store cannot be written, as on a full disk, or features exceed half precision. What
+                was encoded is kept.
+        """
+        facts = self._facts()
+        try:
+            if not facts:
+                # Else an interruption would leave facts of another store beside the first features of this one.
+                (self.folder / "store.json").unlink(missing_ok=True)
+            for start in tqdm(
+                range(int(facts.get("done", 0)), len(self.items), BATCH), desc="references", unit="batch", disable=None
+            ):
+                batch = torch.stack([read(item.image) for item in self.items[start : start + BATCH]])
+                maps = [level.half().cpu().numpy() for level in backbone(batch)]
+                if not all(np.isfinite(level).all() for level in maps):
+                    raise AdfeaturesError("Reference features do not fit into half precision. Leave out --pool.")
+                for number, level in enumerate(maps):
+                    self._write(number, start, level)
+                facts = {
+                    "identity": self._identity,
+                    "done": start + len(batch),
+                    "shapes": [level.shape[1:] for level in maps],
+                }
+                with atomic_path(self.folder / "store.json") as temporary:
+                    temporary.write_text(json.dumps(facts))
+        except ImageError as error:
+            raise ImageError(
+                f"{error} It belongs to the pool of references: restore it, or take it out of the data set."
+            ) from error
+        except OSError as error:
+            raise AdfeaturesError(
+                f"Cannot write the references to {self.folder}: {error}. Free some space or lower --pool."
+            ) from error
+
+    def open(self) -> None:
+        """Map the arrays into memory, once they are encoded."""
+        shapes = [(len(self.items), *shape) for shape in self._facts()["shapes"]]
+        self._levels = [
+            np.memmap(self._path(number), np.float16, "r", shape=shape) for number, shape in enumerate(shapes)
+        ]
+
+    def read(self, indices: Tensor) -> list[Tensor]:
+        """The maps of images by their index in the pool: (B, k) on the CPU to float16 (B, k, C_l, h_l, w_l) per level."""
+        return [torch.from_numpy(level[indices.numpy()]) for level in self._levels]
+
+    def _facts(self) -> dict[str, Any]:
+        """What the arrays hold; nothing where they are of another store, or shorter than they should be."""
+        try:
+            facts: dict[str, Any] = json.loads((self.folder / "store.json").read_text())
+            if facts.get("identity") != self._identity:
+                return {}
+            sizes = [facts["done"] * math.prod(shape) * np.dtype(np.float16).itemsize for shape in facts["shapes"]]
+            whole = all(self._path(number).stat().st_size >= size for number, size in enumerate(sizes))
+        except (OSError, ValueError):
+            return {}
+        return facts if whole else {}
+
+    def _write(self, number: int, start: int, level: np.ndarray) -> None:
+        # Not through the memory map, which would end the process, instead of raising, on a full disk.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path(number).touch()
+        with self._path(number).open("r+b") as file:
+            file.seek(start * level[0].nbytes)
+            file.write(level.tobytes())
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"level{number + 1}.f16"

@@ -1,0 +1,134 @@
+"""One step of the pretraining: residuals of two views, projectors, losses, optimizer (paper section 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adfeatures.errors import AdfeaturesError
+
+from ..distributed import gather
+from ..losses import angle_loss, norm_loss
+from .config import PretrainConfig
+from .labels import angle_labels, norm_labels
+from .reference_store import ReferenceStore
+from .residuals import batch_residuals
+
+# Images to maps of the frozen backbone.
+Encode = Callable[[Tensor], list[Tensor]]
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    encode: Encode,
+    store: ReferenceStore | None,
+    centers: Sequence[Tensor | None],
+    config: PretrainConfig,
+) -> dict[str, float]:
+    """One step of the optimizer on this rank's share of a batch.
+
+    Returns:
+        The losses of the global batch, summed over the levels, by name; {"skipped": 1} where it has no anomalous image.
+
+    Raises:
+        AdfeaturesError: If the loss is not finite. The parameters are as before then.
+    """
+    optimizer.zero_grad()
+    parts = [part for part in _parts(batch, config.accumulate) if gather(part["label"]).any()]
+    sums = {"angle": 0.0, "norm": 0.0}
+    for number, part in enumerate(parts, start=1):
+        first, second = view_residuals(part, encode, store)
+        with contextlib.ExitStack() as stack:
+            if isinstance(model, DistributedDataParallel) and number < len(parts):
+                stack.enter_context(model.no_sync())
+            with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
+                projected = model([torch.cat(pair) for pair in zip(first, second, strict=True)])
+            angle, norm = losses(*_split(projected), part["mask"], centers, config)
+            ((angle + norm) / len(parts)).backward()
+        sums["angle"] += angle.item() / len(parts)
+        sums["norm"] += norm.item() / len(parts)
+    if not all(map(math.isfinite, sums.values())):
+        raise AdfeaturesError(
+            f"The loss is not finite (angle {sums['angle']}, norm {sums['norm']}); what was saved before is kept. Begin another run with a "
+            "lower --lr, or with --precision float32 if it is not that already."
+        )
+    if parts:
+        optimizer.step()
+    return {**sums, "loss": sums["angle"] + sums["norm"]} if parts else {"skipped": 1.0}
+
+
+@torch.no_grad()
+def view_residuals(
+    batch: dict[str, Tensor], encode: Encode, store: ReferenceStore | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, both against the same references."""
+    views = batch["views"]
+    features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
+    if store is None:
+        references = [
+            level.unflatten(0, batch["references"].shape[:2]) for level in encode(batch["references"].flatten(0, 1))
+        ]
+    else:
+        # Half the bytes go to the device.
+        references = [
+            level.to(features[0].device).to(features[0].dtype) for level in store.read(batch["reference_indices"])
+        ]
+    # The views lie one above the other in one map, so that each row of the bank is normalized once.
+    tall = batch_residuals([level.transpose(1, 2).flatten(2, 3) for level in features], references)
+    first, second = zip(*(level.unflatten(2, (2, -1)).unbind(2) for level in tall), strict=True)
+    return list(first), list(second)
+
+
+def losses(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    masks: Tensor,
+    centers: Sequence[Tensor | None],
+    config: PretrainConfig,
+) -> tuple[Tensor, Tensor]:
+    """Angle and norm loss of the global batch, summed over the levels.
+
+    Args:
+        first: Projected residual features of the first views, (B, C_l, h_l, w_l) per level.
+        second: Those of the second views.
+        masks: (B, 1, H, W) of 0 and 1.
+        centers: (C_l,) per level, None for the origin.
+        config: Settings of the losses.
+    """
+    masks = gather(masks)
+    angle = norm = first[0].new_zeros((), dtype=torch.float32)
+    for one, other, center in zip(first, second, centers, strict=True):
+        grid = (one.shape[2], one.shape[3])
+        view1, view2 = (gather(level.permute(0, 2, 3, 1)).flatten(0, 2) for level in (one, other))
+        angle = angle + angle_loss(
+            view1, view2, angle_labels(masks, grid).flatten(), center, config.temperature, config.anchors
+        )
+        labels = norm_labels(masks, grid).flatten()
+        for view in (view1, view2):
+            norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber)
+    return angle, norm
+
+
+@torch.no_grad()
+def encode_images(images: Tensor, backbone: nn.Module, device: torch.device, precision: str) -> list[Tensor]:
+    """Maps of the frozen backbone for images (B, 3, H, W), in bfloat16 for precision "bfloat16", else float32."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
+        maps = backbone(images.to(device, non_blocking=True))
+    return [level.to(torch.bfloat16 if precision == "bfloat16" else torch.float32) for level in maps]
+
+
+def _parts(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    tensors = {name: value.chunk(count) for name, value in batch.items()}
+    return [{name: chunks[number] for name, chunks in tensors.items()} for number in range(count)]
+
+
+def _split(projected: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    first, second = zip(*(level.chunk(2) for level in projected), strict=True)
+    return list(first), list(second)
