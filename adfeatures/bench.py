@@ -2,8 +2,8 @@
 
 The published form is written here anew from the paper's equations, plainly: it projects the references to keys and
 values again for every image of every batch, materializes the attention weights, and matches by the whole matrix of
-similarities. Both forms share their weights
-and run alternately in one process, so that whatever else the machine does slows both: judge by the ratios.
+similarities. Both forms share their weights and run alternately in one process, so that whatever else the machine does
+slows both: judge by the ratios.
 """
 
 from __future__ import annotations

@@ -245,8 +245,8 @@ def _fetch(wanted: _Wanted, reached: threading.Event) -> tuple[Path, str | None]
 
     url = hf_hub_url(wanted.repo, wanted.filename, revision=wanted.revision, endpoint=wanted.endpoint)
     etag = None
-    # hf_hub_download repeats a failed first request for up to six minutes; the same request made alone fails at once.
-    # A missing file is left to it, because it notes the absence in the cache.
+    # hf_hub_download repeats a failed first request for up to six minutes; the same request made alone fails at once. A
+    # missing file is left to it, because it notes the absence in the cache.
     with suppress(EntryNotFoundError):
         etag = get_hf_file_metadata(url, timeout=wanted.etag_timeout).etag
     reached.set()

@@ -1,9 +1,8 @@
 """The seven numbers of a class: AUROC, AP and F1-max of its images and of its pixels, and AUPRO, exact or as the original computes it.
 
 A mask value above 0 is a defect pixel, whatever its gray. Scores keep their precision (half becomes float32), so ties
-stay ties. Normal
-pixels are sorted in parts, so that a call needs little beyond its arguments: a byte per pixel, and 100 MB or, if more,
-130 bytes per defect pixel.
+stay ties. Normal pixels are sorted in parts, so that a call needs little beyond its arguments: a byte per pixel, and
+100 MB or, if more, 130 bytes per defect pixel.
 """
 
 from __future__ import annotations
@@ -43,6 +42,32 @@ class Metrics:
     pixel_ap: float
     pixel_f1: float
     aupro: float
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A metric that selects checkpoints, and the names that it goes by.
+
+    Attributes:
+        key: In the names of checkpoints and in logs.
+        field: In ``Metrics``.
+        stored: In the files of weights, the authors' own as well.
+        title: For people.
+    """
+
+    key: str
+    field: str
+    stored: str
+    title: str
+
+
+CRITERIA = (
+    Criterion("img", "image_auroc", "img_auc", "image AUROC"),
+    Criterion("pix", "pixel_auroc", "pix_auc", "pixel AUROC"),
+    Criterion("pro", "aupro", "pix_pro", "AUPRO"),
+)
+# The method that each kind of checkpoint is selected by: checkpoints_pro_norm has the best AUPRO of FeatureNorm.
+SELECTED_BY = {"norm": "FeatureNorm", "angle": "PatchCore"}
 
 
 def evaluate(maps: Array, masks: Array, labels: Array, scores: Array | None = None) -> Metrics:

@@ -7,9 +7,8 @@ whose host stay those of their authors. A backbone of timm without published wei
 weights, which are not for commercial use, come along only when asked for.
 
 ``--folder DIR`` writes the same files to a folder, which ``local-dir:DIR`` loads; without ``--repo`` nothing is sent.
-Whatever breaks off
-is continued by the same command: files that the repository has are not sent again, and where it has them all there is
-no new commit.
+Whatever breaks off is continued by the same command: files that the repository has are not sent again, and where it has
+them all there is no new commit.
 """
 
 from __future__ import annotations

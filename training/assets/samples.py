@@ -2,9 +2,8 @@
 
 The images show one product, a turned steel flange with a brass bushing and six socket screws, seen from above on a
 rubber mat. Everything is computed here, so the images need no license but the project's own, and the masks of the
-defects are exact. The part is a height field.
-Its normals are lit by soft boxes, with the stretched highlights of turned metal, and the result goes through the faults
-of a camera: uneven light, blur, noise.
+defects are exact. The part is a height field. Its normals are lit by soft boxes, with the stretched highlights of
+turned metal, and the result goes through the faults of a camera: uneven light, blur, noise.
 
 All lengths are pixels of the finished image; rendering is done at SUPERSAMPLING times that resolution. Colors are
 linear until the camera.

@@ -1,11 +1,10 @@
 """Real-IAD (Wang et al., CVPR 2024): thirty products, each part photographed from five sides.
 
 Layout: ``realiad_512/<product>/OK/S####/*.jpg`` and ``realiad_512/<product>/NG/<defect>/S####/*.jpg``. An image is
-anomalous where a mask
-lies beside it: the name up to its first dot, with ``.png``. Photographs in the NG tree whose side does not show the
-defect have no mask and are normal images there, but only the OK tree serves as references. Nothing but the side is
-taken from a file name, because names disagree with their folders about the defect, and some have a double underscore
-before the number.
+anomalous where a mask lies beside it: the name up to its first dot, with ``.png``. Photographs in the NG tree whose
+side does not show the defect have no mask and are normal images there, but only the OK tree serves as references.
+Nothing but the side is taken from a file name, because names disagree with their folders about the defect, and some
+have a double underscore before the number.
 """
 
 from __future__ import annotations

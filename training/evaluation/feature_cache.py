@@ -5,8 +5,7 @@ precision changes which reference patch is the nearest, and with the residuals t
 products that moved its metrics by up to 2.6 points, where a relative noise of 1e-6 moved them by less than 0.0001.
 
 Images are known by their content, so copies, moved folders and renamed files are found again and changed ones are not.
-Any file, and the
-folder, may be deleted at any time: what is missing is computed again.
+Any file, and the folder, may be deleted at any time: what is missing is computed again.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Retrieved references: each image is compared with the few training images that are most like it, instead of a fixed few.
 
 The published FeatureNorm numbers are of such references ("aligned" there), of which only the lists were published, not
-how they were made.
-This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a coarse grid, and the
-Kullback-Leibler divergence between those, without the cells that differ most, which may hold the defect. The words are
-of the first level of the model's own backbone, so that no second network is needed. Results belong under a name of
-their own: all training images take part, not a few shots.
+how they were made. This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a
+coarse grid, and the Kullback-Leibler divergence between those, without the cells that differ most, which may hold the
+defect. The words are of the first level of the model's own backbone, so that no second network is needed. Results
+belong under a name of their own: all training images take part, not a few shots.
 """
 
 from __future__ import annotations
