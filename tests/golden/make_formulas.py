@@ -95,7 +95,7 @@ def imagebind_shapes(width: int) -> dict[str, list[int]]:
 
 def residual() -> Tensors:
     """Each patch minus the row of the bank with the highest cosine similarity."""
-    found = {}
+    found: Tensors = {}
     for level in range(2):
         features = value(f"residual.features.{level}", (2, 32, 16, 16)).double()
         bank = value(f"residual.bank.{level}", (512, 32)).double()
@@ -193,7 +193,7 @@ def losses() -> Tensors:
     e1 = value("loss.e1", (400, 32))
     e2 = e1 + value("loss.e2", (400, 32), 0.3)
     mask = torch.arange(400) % 9 == 0
-    found = {}
+    found: Tensors = {}
     for name, center in (("no_center", None), ("center", value("loss.center", (32,), 0.2).double())):
         first, second = e1.double().requires_grad_(), e2.double().requires_grad_()
         loss = angle_loss(first, second, mask, center)
