@@ -172,11 +172,15 @@ def convert(
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal sha256 of a file, read piece by piece."""
-    return hash_file(path, hashlib.sha256())
+    return _hash_file(path, hashlib.sha256())
 
 
-def hash_file(path: str | os.PathLike[str], digest: Any) -> str:
-    """Hexadecimal form of a hashlib digest after a file, read piece by piece."""
+def git_blob_id(path: str | os.PathLike[str]) -> str:
+    """The hexadecimal id under which git, and so the Hub, knows the content of a file."""
+    return _hash_file(path, hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False))
+
+
+def _hash_file(path: str | os.PathLike[str], digest: Any) -> str:
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

@@ -21,11 +21,13 @@ from adfeatures import loading
 from adfeatures.checkpoints import atomic_path, load_checkpoint
 from adfeatures.projector import ResidualProjector
 
-from . import centers, console, publish
+from . import centers, console
 from .data import real_iad, synthetic
 from .pretrain import pretrain
 from .pretraining.config import PretrainConfig
 from .pretraining.validation import CRITERIA, Trial, Validation, held_out_trials
+from .publishing.config import PublishConfig
+from .publishing.repository import write_repository
 
 BACKBONE, SIDE, NUM_HEADS, NUM_KEYS = "efficientnet_lite", 160, 8, 256
 PRODUCTS = synthetic.PRODUCTS[:24]
@@ -87,8 +89,8 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     with atomic_path(output / "results.md") as temporary:
         temporary.write_text(lines)
     checkpoint = str(Path(recipes[0].output) / "checkpoint_last.safetensors")
-    wish = publish.Wish(checkpoint, license="mit", data="images of training.synthesize", data_license="MIT")
-    publish.write_repository(wish, output / "published")
+    terms = PublishConfig(license="mit", data="images of training.synthesize", data_license="MIT")
+    write_repository(checkpoint, terms, output / "published")
     return lines
 
 
