@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from . import catalog, scoring
 from .backbones import create_backbone
 from .extractor import FeatureExtractor
-from .factory import ASSETS, create_model, create_transform
+from .factory import create_model, create_transform
 from .images import read_image
 from .projector import ResidualProjector
 from .references import ReferenceBank
@@ -193,7 +193,7 @@ def extractor_rows(sizes: Sizes) -> Iterator[Row]:
 def default_rows(sizes: Sizes) -> Iterator[Row]:
     """The stages of the embedded default model, where its file is there."""
     asset = catalog.BACKBONES[catalog.MODELS[catalog.DEFAULT_MODEL.partition(".")[0]].backbone].asset
-    if asset is not None and (ASSETS / asset).is_file():
+    if asset is not None and (catalog.ASSETS / asset).is_file():
         extractor = create_model()
         extractor.set_references(torch.randn(sizes.references, 3, *extractor.img_size))
         yield from stage_rows(extractor, sizes)
@@ -205,10 +205,7 @@ def stage_rows(extractor: FeatureExtractor, sizes: Sizes) -> Iterator[Row]:
     bank = next(iter(extractor.references.values()))
 
     def to_map(features: Sequence[Tensor]) -> Tensor:
-        if bank.scales is None:
-            return scoring.feature_norm_map(features, size)
-        distances = [scoring.cosine_distances(level) for level in features]
-        return scoring.fuse([scoring.divide_by_ring(d, s) for d, s in zip(distances, bank.scales, strict=True)], size)
+        return extractor.scorer.maps(features, [bank.scales], size, scoring.SIGMA)
 
     stages: dict[str, Callable[[Any], Any]] = {
         "decode and transform": lambda path: transform(read_image(path))[None],
