@@ -25,7 +25,7 @@ from torch import Tensor
 from . import catalog, scoring
 from .backbones import create_backbone
 from .extractor import FeatureExtractor
-from .factory import ASSETS, create_model, create_transform
+from .factory import create_model, create_transform
 from .images import read_image
 from .measuring import HEADER, NOT_MEASURED, Measurement, compare, in_child, machine, peak_megabytes, timed
 from .projector import ResidualProjector
@@ -150,7 +150,7 @@ def extractor_rows(sizes: BenchSizes) -> Iterator[Measurement]:
 def default_rows(sizes: BenchSizes) -> Iterator[Measurement]:
     """The stages of the embedded default model, where its file is there."""
     asset = catalog.BACKBONES[catalog.MODELS[catalog.DEFAULT_MODEL.partition(".")[0]].backbone].asset
-    if asset is not None and (ASSETS / asset).is_file():
+    if asset is not None and (catalog.ASSETS / asset).is_file():
         extractor = create_model()
         extractor.set_references(torch.randn(sizes.references, 3, *extractor.img_size))
         yield from stage_rows(extractor, sizes)
@@ -165,10 +165,9 @@ def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measu
         "backbone": extractor.backbone_features,
         "matching": bank.residuals,
     }
-    if extractor.projector is None:
-        stages["map"] = partial(extractor._maps, bank=bank, size=size)
-    else:
-        stages |= {"projector": extractor.projector, "map": partial(scoring.feature_norm_map, size=size)}
+    if extractor.projector is not None:
+        stages["projector"] = extractor.projector
+    stages["map"] = lambda features: extractor.scorer.maps(features, [bank.scales], size, scoring.SIGMA)
     taken: dict[str, list[float]] = {stage: [] for stage in stages}
     with tempfile.TemporaryDirectory() as folder:
         photo = _photo(Path(folder) / "photo.jpg", sizes.photo)

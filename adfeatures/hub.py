@@ -22,8 +22,9 @@ from .errors import DownloadError, InputError
 _T = TypeVar("_T")
 _PATIENCE = 20.0
 _ELSEWHERE = (
-    "on a machine with a network run `adfeatures download NAME` (or `hf download {repo} {filename}`) and copy its cache folder here (where "
-    "HF_HOME or cache_dir points), or copy the file alone and pass local-dir:/its/folder; where there is a mirror, set HF_ENDPOINT to it"
+    "on a machine with a network run `adfeatures download NAME` (or `hf download {repo} {filename}`) and copy its "
+    "cache folder here (where HF_HOME or cache_dir points), or copy the file alone and pass local-dir:/its/folder; "
+    "where there is a mirror, set HF_ENDPOINT to it"
 )
 
 
@@ -55,8 +56,9 @@ def resolve(
         raise DownloadError(f"{text} is a folder. To look for weights in it, write local-dir:{text}")
     repo = text if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else "owner/repo"
     raise DownloadError(
-        f"There is no file {text!r} (looked in {os.getcwd()}). Give the path of an existing file; or write local-dir:/path/to/it for a "
-        f"folder or a file, hf-hub:{repo} for a Hub repository (in full: hf-hub:owner/repo[@revision][:path/in/repo])."
+        f"There is no file {text!r} (looked in {os.getcwd()}). Give the path of an existing file; or write "
+        f"local-dir:/path/to/it for a folder or a file, hf-hub:{repo} for a Hub repository "
+        "(in full: hf-hub:owner/repo[@revision][:path/in/repo])."
     )
 
 
@@ -350,7 +352,10 @@ def _explain_failure(error: BaseException, reached: bool) -> tuple[str, str]:
         )
     detail = first_line(error)
     if reached:
-        again = "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, where Xet is blocked HF_HUB_DISABLE_XET=1"
+        again = (
+            "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, "
+            "where Xet is blocked HF_HUB_DISABLE_XET=1"
+        )
         return f"the download broke off ({detail}); no part of it is used", again
     return f"there is no connection ({detail})", _ELSEWHERE
 

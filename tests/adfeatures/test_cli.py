@@ -193,14 +193,14 @@ def test_sub_folders_are_products_only_when_asked(photos: Path) -> None:
     assert adfeatures.ReferenceBank.load(bank).num_images == 4
     assert run("fit", "--references", photos / "good", "--bank", bank, "--recursive") == 0
     assert adfeatures.ReferenceBank.load(bank).num_images == 10
-    assert run("fit", "--references", photos / "good", "--bank", bank, "--products") == 0
+    assert run("fit", "--references", photos / "good", "--bank", bank, "--product-folders") == 0
     assert run("score", "--bank", bank, "--output", photos / "out", photos / "new") == 2
     assert run("score", "--bank", bank, "--product", "nut", "--output", photos / "out", photos / "new") == 0
     model = adfeatures.create_model(references=photos / "good" / "nut")
     assert [float(row["score"]) for row in rows(photos)] == pytest.approx(
         [p.score for p in model.score(photos / "new")], rel=1e-5
     )
-    assert run("fit", "--references", photos / "new", "--bank", bank, "--products") == 2
+    assert run("fit", "--references", photos / "new", "--bank", bank, "--product-folders") == 2
 
 
 def test_images_in_sub_folders_only_when_asked(photos: Path) -> None:

@@ -234,7 +234,7 @@ class TestReferences:
         x = images(2, 2)
         torch.testing.assert_close(one_by_one(x), together(x))
         assert one_by_one.references["default"].files == together.references["default"].files
-        assert one_by_one.threshold() == pytest.approx(together.threshold(), rel=1e-5)
+        assert one_by_one.fit_threshold() == pytest.approx(together.fit_threshold(), rel=1e-5)
 
     def test_adding_takes_a_new_threshold(self, tmp_path: Path) -> None:
         model = tiny_extractor()
@@ -301,8 +301,8 @@ class TestReferences:
         model.set_references(paths, coreset=0.25)
         bank = model.references["default"]
         assert [len(rows) for rows in bank.rows] == [16] * 4
-        assert len(bank.normal_scores) == 4
-        assert model.fit_threshold(1.0) == max(bank.normal_scores)
+        assert len(bank.record.normal_scores) == 4
+        assert model.fit_threshold(1.0) == max(bank.record.normal_scores)
         with pytest.raises(ReferencesError, match="coreset"):
             model.reference_features()
         model.save_references(tmp_path / "bank.safetensors")
@@ -321,7 +321,7 @@ class TestSavedReferences:
         model.save_references(tmp_path / "bank.safetensors")
         bank = adfeatures.ReferenceBank.load(tmp_path / "bank.safetensors")
         assert bank.num_images == 3 and bank.files == [str(path) for path in paths] and len(bank.sha256s) == 3
-        assert (bank.model, bank.preset, bank.threshold, bank.quantile, bank.bit_depth) == (
+        assert (bank.model, bank.record.preset, bank.threshold, bank.quantile, bank.record.bit_depth) == (
             "tiny",
             "squash",
             threshold,
@@ -330,7 +330,7 @@ class TestSavedReferences:
         )
         fresh = tiny_extractor()
         fresh.load_references(tmp_path / "bank.safetensors")
-        assert fresh.threshold() == threshold and fresh.bit_depth == 12
+        assert fresh.threshold() == threshold and fresh.bank().record.bit_depth == 12
         torch.testing.assert_close(fresh(images(2, 1)), model(images(2, 1)), rtol=0, atol=0)
 
     def test_saving_takes_the_threshold(self, model: FeatureExtractor, tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ class TestScores:
         held_out = images(7, 6)
         expected = np.quantile(model.anomaly_map(held_out).scores.tolist(), 0.7)
         assert model.fit_threshold(0.7, normals=held_out) == pytest.approx(expected, rel=1e-5)
-        assert len(model.references["default"].normal_scores) == 6
+        assert len(model.references["default"].record.normal_scores) == 6
         pictures = [photo(seed) for seed in range(3)]
         expected = max(p.score for p in model.score(pictures))
         assert model.fit_threshold(1.0, normals=pictures) == pytest.approx(expected, rel=1e-5)

@@ -20,9 +20,10 @@ import adfeatures
 from adfeatures import catalog
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
-from adfeatures.factory import convert_checkpoint, load_backbone
+from adfeatures.factory import load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
+from adfeatures.resolve import convert_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 REPO = "xcyao00/ADPretrain"
@@ -550,10 +551,10 @@ def test_hubconf_has_one_entry_per_model() -> None:
 def test_noncommercial_weights_are_announced(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from adfeatures import loading
+    from adfeatures import factory
 
-    monkeypatch.setattr(loading, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
+    monkeypatch.setattr(factory, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
     torch.save({"stands": torch.ones(1)}, tmp_path / "imagebind_huge.pth")
     with caplog.at_level(logging.WARNING):
-        loading.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
+        factory.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
     assert "CC-BY-NC-4.0" in caplog.text

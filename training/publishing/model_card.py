@@ -10,7 +10,8 @@ from huggingface_hub import ModelCardData
 
 from adfeatures import catalog
 from adfeatures.checkpoints import Checkpoint
-from adfeatures.loading import BACKBONE
+from adfeatures.resolve import BackboneSpec
+from adfeatures.trained import BACKBONE
 
 from ..metrics import CRITERIA
 from .config import PublishConfig
@@ -23,16 +24,16 @@ _HUB_DATASETS = {_REAL_IAD: "Real-IAD/Real-IAD"}
 _LEVELS = {"timm": "blocks or stages", "efficientnet": "stages"}
 
 
-def model_card(config: PublishConfig, backbone: str, entry: catalog.Backbone, weights: Checkpoint) -> str:
+def model_card(config: PublishConfig, backbone: BackboneSpec, weights: Checkpoint) -> str:
     """The whole file, the same text for the same arguments.
 
     Args:
         config: Where it is published, and what the owner says.
-        backbone: Name of the backbone in the catalog or in timm.
-        entry: Its description, with the input size of the model.
+        backbone: The backbone, with the input size of the model.
         weights: What the file of the weights holds.
     """
-    name, whole = weights.metadata["model"], any(key.startswith(BACKBONE) for key in weights.state_dict)
+    entry, name = backbone.entry, weights.metadata["model"]
+    whole = any(key.startswith(BACKBONE) for key in weights.state_dict)
     arch, tag_name = catalog.find_model(name)
     tag = catalog.MODELS[arch].tags[tag_name] if tag_name else None
     data = tag.training_data if tag else config.data or weights.metadata.get("training_data", "")
@@ -45,7 +46,7 @@ def model_card(config: PublishConfig, backbone: str, entry: catalog.Backbone, we
         trained_by="its authors" if tag else "the owner of this repository",
         name=name,
         arch=arch,
-        backbone=backbone,
+        backbone=backbone.name,
         levels=f"{_LEVELS.get(entry.family, 'blocks')} {', '.join(map(str, entry.blocks))}",
         channels=", ".join(map(str, entry.channels)),
         size=f"{entry.img_size[0]} x {entry.img_size[1]}",

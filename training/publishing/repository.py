@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from adfeatures import catalog
-from adfeatures.backbones import check_size
+from adfeatures import catalog, hub
 from adfeatures.checkpoints import Checkpoint, atomic_path, save_checkpoint, sha256
 from adfeatures.errors import CheckpointError, InputError
-from adfeatures.factory import timm_cfg
-from adfeatures.loading import BACKBONE, PROJECTOR, RANDOM, Trained, load_backbone, load_trained
+from adfeatures.factory import build_backbone, timm_cfg
+from adfeatures.resolve import RANDOM, BackboneSpec, describe_backbone, resolve_backbone
+from adfeatures.trained import BACKBONE, PROJECTOR, TrainedWeights
 
 from ..metrics import SELECTED_BY
 from .config import PublishConfig
@@ -44,7 +44,7 @@ def write_repository(checkpoint: str, config: PublishConfig, folder: Path) -> li
         InputError: If what is asked for contradicts the checkpoint, the rights of others, or what is in the folder.
         DownloadError: If weights of the backbone are asked for and cannot be fetched.
     """
-    trained = load_trained(checkpoint, (WEIGHTS,), None)
+    trained = TrainedWeights.read(hub.resolve(checkpoint, candidates=(WEIGHTS,)))
     arch, tag = _identify(trained, config.name)
     name = f"{arch}.{tag}" if tag else arch
     if tag and (config.license or config.data):
@@ -52,16 +52,15 @@ def write_repository(checkpoint: str, config: PublishConfig, folder: Path) -> li
     if config.data_license and not config.data:
         raise InputError("Say what data it is that has these terms: --data NAME.")
     _check_folder(folder, name)
-    backbone, entry = trained.find_backbone(arch)
-    check_size(entry.img_size, entry.patch_size)
-    trained.check_projector(entry.channels)
-    tensors = {f"{BACKBONE}{key}": value for key, value in _backbone_state(trained, backbone, entry, config).items()}
+    backbone = describe_backbone(arch, trained)
+    trained.check_projector(backbone.entry.channels)
+    tensors = {f"{BACKBONE}{key}": value for key, value in _backbone_state(trained, backbone, config).items()}
     tensors |= {f"{PROJECTOR}{key}": value for key, value in trained.projector.items()}
-    published = Checkpoint(tensors, trained.checkpoint.metrics, _header(trained, name, tag, entry))
-    described = timm_cfg(arch, tag, entry, entry.img_size)
-    _write_text(folder / CONFIG, json.dumps(_timm_config(described, config.license, entry), indent=2) + "\n")
-    save_checkpoint(folder / WEIGHTS, tensors, metrics=published.metrics, metadata=published.metadata)
-    _write_text(folder / CARD, model_card(config, backbone, entry, published))
+    header = _header(trained, name, tag, backbone.entry)
+    published = Checkpoint(tensors, trained.checkpoint.metrics, header)
+    _write_text(folder / CONFIG, json.dumps(_timm_config(arch, tag, backbone.entry, config.license), indent=2) + "\n")
+    save_checkpoint(folder / WEIGHTS, tensors, metrics=published.metrics, metadata=header)
+    _write_text(folder / CARD, model_card(config, backbone, published))
     return [folder / file for file in (CONFIG, WEIGHTS, CARD)]
 
 
@@ -87,20 +86,14 @@ def model_in(config: bytes) -> str:
         return "something else"
 
 
-def _identify(trained: Trained, name: str | None) -> tuple[str, str | None]:
+def _identify(trained: TrainedWeights, name: str | None) -> tuple[str, str | None]:
     """The model and the tag of a checkpoint, as its header or else the user says."""
-    found, asked = trained.model, catalog.find_model(name) if name else None
-    if found and asked and (found[0] != asked[0] or (found[1] and asked[1] and found[1] != asked[1])):
-        raise CheckpointError(
-            f"{trained.source} is a checkpoint of {trained.checkpoint.metadata['model']}, not of {name}."
-        )
-    known = asked or found
-    if known is None:
+    if name is None and "model" not in trained.checkpoint.metadata:
         raise CheckpointError(
             f"{trained.source} does not say which model it is for. Say it: --name adpretrain_dinov2_base for weights "
             "that you trained, --name adpretrain_dinov2_base.realiad_norm for a file of the authors of ADPretrain."
         )
-    arch, tag = known[0], known[1] or (found and found[1])
+    arch, tag = trained.identify(*(catalog.find_model(name) if name else (None, None)))
     if catalog.MODELS[arch].scoring != "feature_norm":
         raise InputError(f"{arch} has no projector, so there is nothing to publish.")
     if tag and _run_config(trained):
@@ -111,40 +104,42 @@ def _identify(trained: Trained, name: str | None) -> tuple[str, str | None]:
     return arch, tag
 
 
-def _backbone_state(trained: Trained, name: str, entry: catalog.Backbone, config: PublishConfig) -> dict[str, Tensor]:
+def _backbone_state(trained: TrainedWeights, backbone: BackboneSpec, config: PublishConfig) -> dict[str, Tensor]:
     """The weights of the backbone, empty where they are left to their own publisher."""
-    given, used = config.backbone_weights, _run_config(trained).get("backbone_weights")
-    published = (None, entry.tag)
+    entry, given, used = backbone.entry, config.backbone_weights, _run_config(trained).get("backbone_weights")
     if (given or used) == RANDOM:
         raise InputError(
             "A projector of a random backbone is of no use to others. Give the weights that it had: "
             "--backbone-weights PATH."
         )
-    weights: Trained | str | None = given
-    if given is None and trained.backbone:
-        weights = trained
-    elif given in published:
-        # Any file may be called as timm's own are.
-        renamed = used not in published and (entry.family == "timm" or Path(used).name != entry.original_file)
-        if given is None and renamed:
+    inside = given is None and bool(trained.backbone)
+    elsewhere = not inside and given in (None, entry.tag)
+    if elsewhere and given is None and not _may_be_published(used, entry):
+        raise InputError(
+            f"{trained.source} was trained on the weights {used!r} of {backbone.name}. Publish them with it: "
+            f"--backbone-weights PATH. Or say that they are the published ones: --backbone-weights {entry.tag}."
+        )
+    if elsewhere and not config.whole_model:
+        if entry.family == "timm" and entry.hub_file is None:
             raise InputError(
-                f"{trained.source} was trained on the weights {used!r} of {name}. Publish them with it: "
-                f"--backbone-weights PATH. Or say that they are the published ones: --backbone-weights {entry.tag}."
+                f"timm has no published weights of {backbone.name}, so they must come along: --backbone-weights PATH."
             )
-        if not config.whole_model and entry.family == "timm" and entry.hub_file is None:
-            raise InputError(
-                f"timm has no published weights of {name}, so they must come along: --backbone-weights PATH."
-            )
-        if not config.whole_model:
-            return {}
-        weights = None
+        return {}
     if config.license and "NC" in entry.license.upper() and "nc" not in config.license.split("-"):
         raise InputError(f"The backbone is licensed {entry.license}, so the whole model cannot be {config.license}.")
-    backbone, _ = load_backbone(name, weights=weights, levels=entry.blocks, img_size=entry.img_size)
-    return trained.backbone if weights is trained else backbone.state_dict()
+    if inside:
+        build_backbone(replace(backbone, weights=trained))
+        return trained.backbone
+    resolved = resolve_backbone(backbone.name, weights=given, levels=entry.blocks, img_size=entry.img_size)
+    return build_backbone(resolved).state_dict()
 
 
-def _run_config(trained: Trained) -> dict[str, Any]:
+def _may_be_published(used: str | None, entry: catalog.Backbone) -> bool:
+    """Whether weights that a run was given can be the published ones. Of timm's any file may have the name."""
+    return used in (None, entry.tag) or (entry.family != "timm" and Path(used).name == entry.original_file)
+
+
+def _run_config(trained: TrainedWeights) -> dict[str, Any]:
     """The config of the run that made a checkpoint, empty where it is not known."""
     facts = trained.fact("training")
     if facts is not None and not isinstance(facts, dict):
@@ -154,7 +149,7 @@ def _run_config(trained: Trained) -> dict[str, Any]:
     return facts or {}
 
 
-def _header(trained: Trained, name: str, tag: str | None, entry: catalog.Backbone) -> dict[str, str]:
+def _header(trained: TrainedWeights, name: str, tag: str | None, entry: catalog.Backbone) -> dict[str, str]:
     """The header of the published file. Folders of the machine that it was trained on are left out."""
     facts = dict(trained.checkpoint.metadata)
     if tag:
@@ -172,12 +167,11 @@ def _header(trained: Trained, name: str, tag: str | None, entry: catalog.Backbon
     return {**facts, "format": "adfeatures", "model": name, "num_heads": heads, "img_size": size}
 
 
-def _timm_config(cfg: Mapping[str, Any], license: str | None, entry: catalog.Backbone) -> dict[str, Any]:
+def _timm_config(arch: str, tag: str | None, entry: catalog.Backbone, license: str | None) -> dict[str, Any]:
     """The config.json: its architecture is our entry point, and everything else is in the header of the weights."""
-    facts = {"license": license, **cfg}
+    facts = {"license": license, **timm_cfg(arch, tag, entry)}
     kept = {key: value for key, value in facts.items() if value is not None and key not in _IN_HEADER}
-    sizes = {"num_classes": 0, "num_features": entry.channels[-1]}
-    return {"architecture": cfg["architecture"], **sizes, "pretrained_cfg": kept}
+    return {"architecture": arch, "num_classes": 0, "num_features": entry.channels[-1], "pretrained_cfg": kept}
 
 
 def _write_text(path: Path, text: str) -> None:
