@@ -86,15 +86,22 @@ def _blob(window: Part, rng: np.random.Generator, radius: float, stretch: float 
 
 
 def pit(part: Part, rng: np.random.Generator, strength: float) -> None:
-    """A blow that pressed the surface in, or a group of small holes."""
-    if rng.random() < 0.5:
-        radius = _extent(rng, strength, 0.045, 0.13)
-        window = part.near(*_spot(part, rng), 2.2 * radius, rng.uniform(0, math.pi))
-        ratio = length(window.x, window.y * rng.uniform(1, 1.4)) / radius
-        press = np.exp(-(ratio**2) * 1.4) - 0.22 * np.exp(-(((ratio - 1.25) / 0.28) ** 2))
-        window.height[...] -= window.body * press * radius * (0.35 + 0.45 * strength)
-        window.color[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
-        return
+    """A dent or small holes."""
+    (dent if rng.random() < 0.5 else holes)(part, rng, strength)
+
+
+def dent(part: Part, rng: np.random.Generator, strength: float) -> None:
+    """A blow that pressed the surface in and threw up a rim."""
+    radius = _extent(rng, strength, 0.045, 0.13)
+    window = part.near(*_spot(part, rng), 2.2 * radius, rng.uniform(0, math.pi))
+    ratio = length(window.x, window.y * rng.uniform(1, 1.4)) / radius
+    press = np.exp(-(ratio**2) * 1.4) - 0.22 * np.exp(-(((ratio - 1.25) / 0.28) ** 2))
+    window.height[...] -= window.body * press * radius * (0.35 + 0.45 * strength)
+    window.color[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
+
+
+def holes(part: Part, rng: np.random.Generator, strength: float) -> None:
+    """A group of small holes."""
     spread = _extent(rng, strength, 0.02, 0.16)
     center = part.near(*_spot(part, rng), 0.3)
     for _ in range(1 + int(rng.integers(0, 2 + round(5 * spread / 0.16)))):
@@ -304,6 +311,17 @@ def contamination(part: Part, rng: np.random.Generator, strength: float) -> None
                 smooth(1.4 - length(dot.x, dot.y * rng.uniform(1, 1.5)) / size) * min(1.0, opacity + 0.2) * dot.body,
                 tone,
             )
+
+
+def rust(part: Part, rng: np.random.Generator, strength: float) -> None:
+    """A corroded patch, brown, dull and rough. No kind of Real-IAD: the sample images of the package show it."""
+    radius = _extent(rng, strength, 0.04, 0.09)
+    window = part.near(*_spot(part, rng), 2 * radius)
+    rough = noise(rng, window.shape, 24, 3)
+    cover = smooth(0.5 - _blob(window, rng, radius, rng.uniform(1, 1.5), 0.4) / radius + 0.25 * rough) * window.body
+    brown = np.array((0.24, 0.085, 0.03), np.float32)[:, None, None] * np.exp(0.35 * rough)
+    window.paint(cover * (0.6 + 0.4 * strength), brown, gloss=0.05, metal=0)
+    window.height[...] += 0.004 * cover * rough
 
 
 Damage = Callable[[Part, np.random.Generator, float], None]

@@ -16,6 +16,7 @@ from .canvas import Color, Map, Part, box, disc, jitter, length, noise, polygon,
 STEEL, ZINC, BLACK, BRASS = (0.62, 0.63, 0.65), (0.58, 0.55, 0.44), (0.045, 0.045, 0.05), (0.70, 0.50, 0.20)
 # Leaves ground around everything, for the cameras that look from the side.
 SCALE = 0.93
+FLANGE_SCREWS = 6
 
 
 def table(
@@ -302,6 +303,34 @@ def rivets(part: Part, rng: np.random.Generator) -> None:
             rivet.height[...] += 0.055 * dome - 0.006 * smooth(1 - disc(rivet.x, rivet.y, 0.075) / 0.02)
             rivet.paint(rivet.inside(disc(rivet.x, rivet.y, 0.075)), (0.58, 0.58, 0.60), gloss=0.72)
     finish(part, rng, 0.05)
+
+
+def bushed_flange(part: Part, rng: np.random.Generator, *, wrong: int | None = None) -> None:
+    """A turned steel flange with a brass bushing and six socket screws on a ribbed mat; ``wrong`` numbers a screw of another kind.
+
+    It shows how the package works and belongs to no data set, so it is not in HARDWARE.
+    """
+    part.core = STEEL
+    p = table(part, rng, (0.035, 0.055, 0.075), spread=0.05)
+    part.height[...] += 0.01 * np.clip(np.cos(70 * (part.x + part.y)) * np.cos(70 * (part.x - part.y)), -0.1, 0.3)
+    radius, steel = length(p.x, p.y), jitter(rng, (0.50, 0.51, 0.53), 0.03)
+    p.solid(radius - 0.58, 0.07, steel, bevel=0.03, gloss=0.68, metal=1)
+    profile = ((0.15, 0.27, 0.30, 0.31, 0.325, 0.335, 0.345, 0.58), (0.15, 0.15, 0.08, 0.07, 0.062, 0.062, 0.07, 0.07))
+    p.paint(p.inside(radius - 0.5), height=np.interp(radius, *profile).astype(np.float32))
+    p.paint(p.inside(radius - 0.165), jitter(rng, BRASS, 0.03), height=0.14)
+    turning(p, rng, p.body, 0.0014)
+    p.hole(radius - 0.105)
+    for index in range(FLANGE_SCREWS):
+        angle, twist = index * 2 * math.pi / FLANGE_SCREWS, rng.uniform(0, 1)
+        bore = p.near(0.42 * math.cos(angle), 0.42 * math.sin(angle), 0.1, twist)
+        distance, hexagon = length(bore.x, bore.y), polygon(bore.x, bore.y, 6, 0.0)
+        bore.paint(bore.inside(distance - 0.064), 0.5 * steel, height=0.04)
+        if index == wrong:
+            bore.solid(hexagon - 0.05, 0.105, (0.66, 0.50, 0.20), bevel=0.012, base=0.04, gloss=0.7, metal=1)
+            continue
+        bore.solid(distance - 0.052, 0.09, BLACK, bevel=0.012, base=0.04, gloss=0.55, metal=0)
+        bore.paint(bore.inside(hexagon - 0.026), (0.015, 0.015, 0.015), height=0.05)
+    finish(part, rng)
 
 
 HARDWARE = {
