@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -65,7 +66,8 @@ def _photograph(key: tuple[int, int], kind: str) -> tuple[Image.Image, Image.Ima
     """The picture of one part, and the mask of its defect: white where at least half of a pixel changed."""
     sound = build(bushed_flange, key, SIZE)
     flawed = _flawed(sound, key, kind)
-    image, mask = Specimen(key, SIZE, Relief.of(sound), flawed and Relief.of(flawed)).photograph(1)
+    specimen = Specimen(key, SIZE, Relief.of(sound), None if flawed is None else Relief.of(flawed))
+    image, mask = specimen.photograph(1)
     image = image.reduce(SCALE).crop(CROP)
     if mask is None:
         return image, None
@@ -84,7 +86,7 @@ def _flawed(sound: Part, key: tuple[int, int], kind: str) -> Part | None:
     return flawed
 
 
-def _save(image: Image.Image, path: Path, **options: int | bool) -> None:
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
 

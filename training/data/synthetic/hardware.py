@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Color, Map, Part, box, disc, jitter, length, noise, polygon, ring, rounded, smooth
+from .canvas import Builder, Color, Map, Part, box, disc, jitter, length, noise, polygon, ring, rounded, smooth
 
 STEEL, ZINC, BLACK, BRASS = (0.62, 0.63, 0.65), (0.58, 0.55, 0.44), (0.045, 0.045, 0.05), (0.70, 0.50, 0.20)
 # Leaves ground around everything, for the cameras that look from the side.
@@ -28,7 +28,7 @@ def table(
     gloss: float = 0.1,
     spread: float = 0.1,
 ) -> Part:
-    """The ground, and the window on it in which the product lies, turned and shifted a little, with coordinates up to 0.8."""
+    """Draw the ground. Returns the window of the product, turned and shifted a little, with coordinates up to 0.8."""
     cloud, fine = noise(rng, part.shape, 4, 3), noise(rng, part.shape, 110, 2)
     part.color[...] = np.asarray(jitter(rng, color, 0.05))[:, None, None] * np.exp(0.04 * cloud + 30 * rough * fine)
     part.height[...], part.gloss[...] = rough * fine, gloss
@@ -141,12 +141,13 @@ def washer(
     """A flat washer, or a spring washer with its split."""
     part.core = color
     p = table(part, rng, ground, spread=1.0)
-    inner, outer, top = (0.40, 0.68, 0.16) if split else (0.29, 0.70, 0.085)
+    inner, outer, thickness = (0.40, 0.68, 0.16) if split else (0.29, 0.70, 0.085)
+    top: float | Map = thickness
     distance = ring(p.x, p.y, inner, outer)
     around = np.arctan2(p.y, p.x)
     if split:
         distance = np.maximum(distance, 0.025 - np.abs(p.y * 0.9 + p.x * 0.4) * np.where(p.x > 0, 1, 9))
-        top = top + 0.035 * around / math.pi
+        top = thickness + 0.035 * around / math.pi
     p.solid(distance, top, jitter(rng, color, 0.03), bevel=0.035, gloss=0.6, metal=1)
     stamped = noise(rng, part.shape, 40, 2)
     p.height[...] += 0.0008 * p.body * stamped
@@ -306,9 +307,10 @@ def rivets(part: Part, rng: np.random.Generator) -> None:
 
 
 def bushed_flange(part: Part, rng: np.random.Generator, *, wrong: int | None = None) -> None:
-    """A turned steel flange with a brass bushing and six socket screws on a ribbed mat; ``wrong`` numbers a screw of another kind.
+    """A turned steel flange with a brass bushing and socket screws on a ribbed mat.
 
-    It shows how the package works and belongs to no data set, so it is not in HARDWARE.
+    The screw of number ``wrong`` is of another kind. The flange is the sample of the package and not in HARDWARE, for
+    the numbers of the products would change.
     """
     part.core = STEEL
     p = table(part, rng, (0.035, 0.055, 0.075), spread=0.05)
@@ -333,7 +335,7 @@ def bushed_flange(part: Part, rng: np.random.Generator, *, wrong: int | None = N
     finish(part, rng)
 
 
-HARDWARE = {
+HARDWARE: dict[str, Builder] = {
     "hex_bolt": machine_screw,
     "wood_screw": wood_screw,
     "hex_nut": hex_nut,

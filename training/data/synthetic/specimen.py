@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -15,7 +14,7 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from .camera import OVERSAMPLING, Relief, View, develop, expose
-from .canvas import Map, Part
+from .canvas import Builder, Map, Part
 from .cloth import CLOTH
 from .defects import DEFECTS
 from .electronics import ELECTRONICS
@@ -24,7 +23,6 @@ from .hardware import HARDWARE
 from .textures import TEXTURES
 
 _KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
-Builder = Callable[[Part, np.random.Generator], None]
 # Of each kind in turn, so that the first few are already unlike each other.
 BUILDERS: dict[str, Builder] = dict(
     pair for row in zip_longest(*(kind.items() for kind in _KINDS)) for pair in row if pair is not None
@@ -140,7 +138,10 @@ def build(builder: Builder, key: tuple[int, ...], size: int, missing: int | None
 
 
 def changed(sound: Map, flawed: Map) -> np.ndarray:
-    """Where two pictures (3, H, W) differ visibly: bool (H, W), gaps closed, without specks and without areas that are faint all over."""
+    """Where two pictures (3, H, W) differ visibly, bool (H, W).
+
+    Gaps are closed; specks and areas that are faint all over are left out.
+    """
     # With a rim, for the closing of gaps would eat into areas that touch the edge.
     difference = np.pad(np.abs(flawed - sound).max(0), RIM)
     result = np.zeros(difference.shape, bool)
