@@ -77,7 +77,7 @@ def cut(state_dict: StateDict) -> StateDict:
 
 
 def serialize(tensors: StateDict, metadata: dict[str, str]) -> bytes:
-    """A safetensors file of the tensors in float16; the library writes metadata in random order, here it is as given."""
+    """A safetensors file of the float16 tensors; the library writes metadata in random order, here it is as given."""
     written = save({name: tensor.half().contiguous() for name, tensor in tensors.items()}, metadata)
     start = 8 + int.from_bytes(written[:8], "little")
     header = json.dumps(json.loads(written[8:start]) | {"__metadata__": metadata}, separators=(",", ":"))
