@@ -127,7 +127,7 @@ def _palette(defect):
 
 def test_an_entry_holds_image_mask_label_product_and_path(tmp_path):
     root = write_mvtec(tmp_path, size=(64, 48))
-    items = mvtec.find_items(root, "test")
+    items = mvtec.TREE.find_items(root, "test")
     data = pickle.loads(pickle.dumps(ImageDataset(items, TRANSFORM)))
     assert len(data) == 4
     for item, entry in zip(items, data, strict=True):
@@ -139,7 +139,7 @@ def test_an_entry_holds_image_mask_label_product_and_path(tmp_path):
 
 
 def test_batches_have_the_form_that_methods_expect(tmp_path):
-    items = mvtec.find_items(write_mvtec(tmp_path, test_good=3), "test")
+    items = mvtec.TREE.find_items(write_mvtec(tmp_path, test_good=3), "test")
     batches = list(loader(ImageDataset(items, TRANSFORM), 2))
     assert [len(batch["path"]) for batch in batches] == [2, 2, 1]
     assert batches[0]["image"].shape == (2, 3, 32, 32) and batches[0]["mask"].shape == (2, 1, 32, 32)
@@ -150,7 +150,7 @@ def test_batches_have_the_form_that_methods_expect(tmp_path):
 
 
 def test_shuffled_batches_depend_on_the_seed_only(tmp_path):
-    items = mvtec.find_items(write_mvtec(tmp_path, good=9, size=(16, 16)), "train")
+    items = mvtec.TREE.find_items(write_mvtec(tmp_path, good=9, size=(16, 16)), "train")
     data = ImageDataset(items, TRANSFORM)
 
     def passes(seed, workers):
@@ -187,7 +187,7 @@ def test_an_unreadable_file_leaves_no_workers_behind(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_files_are_named_by_the_loader_too(tmp_path, workers):
     root = write_mvtec(tmp_path, size=(16, 16))
-    items = mvtec.find_items(root, "test")
+    items = mvtec.TREE.find_items(root, "test")
     broken = root / "bottle/ground_truth/broken/001_mask.png"
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(ImageError) as caught:
@@ -221,34 +221,34 @@ def test_a_mask_of_another_size_is_refused_upright(tmp_path):
 
 def test_mvtec(tmp_path):
     root = write_mvtec(tmp_path, ("cable", "bottle"), good=2, test_good=1, bad=2, kinds=("hole", "cut"), size=(16, 16))
-    assert rows(root, mvtec.find_items(root, "train", ["bottle"])) == [
+    assert rows(root, mvtec.TREE.find_items(root, "train", ["bottle"])) == [
         ("bottle/train/good/000.png", NORMAL, None, "good"),
         ("bottle/train/good/001.png", NORMAL, None, "good"),
     ]
-    assert rows(root, mvtec.find_items(root, "test", ["bottle"])) == [
+    assert rows(root, mvtec.TREE.find_items(root, "test", ["bottle"])) == [
         ("bottle/test/cut/000.png", ANOMALOUS, "bottle/ground_truth/cut/000_mask.png", "cut"),
         ("bottle/test/cut/001.png", ANOMALOUS, "bottle/ground_truth/cut/001_mask.png", "cut"),
         ("bottle/test/good/000.png", NORMAL, None, "good"),
         ("bottle/test/hole/000.png", ANOMALOUS, "bottle/ground_truth/hole/000_mask.png", "hole"),
         ("bottle/test/hole/001.png", ANOMALOUS, "bottle/ground_truth/hole/001_mask.png", "hole"),
     ]
-    assert [item.product for item in mvtec.find_items(root, "train")] == ["bottle"] * 2 + ["cable"] * 2
-    assert [item.product for item in mvtec.find_items(root, "train", ["cable", "bottle"])] == ["cable"] * 2 + [
+    assert [item.product for item in mvtec.TREE.find_items(root, "train")] == ["bottle"] * 2 + ["cable"] * 2
+    assert [item.product for item in mvtec.TREE.find_items(root, "train", ["cable", "bottle"])] == ["cable"] * 2 + [
         "bottle"
     ] * 2
 
 
 def test_visa(tmp_path):
     root = write_visa(tmp_path, ("candle", "pcb1"), good=1, test_good=2, bad=1, size=(16, 16))
-    assert rows(root, visa.find_items(root, "train", ["pcb1"])) == [
+    assert rows(root, visa.TREE.find_items(root, "train", ["pcb1"])) == [
         ("pcb1/Data/Images/Normal/0000.JPG", NORMAL, None, "good")
     ]
-    assert rows(root, visa.find_items(root, "test", ["pcb1"])) == [
+    assert rows(root, visa.TREE.find_items(root, "test", ["pcb1"])) == [
         ("pcb1/Data/Images/Normal/0001.JPG", NORMAL, None, "good"),
         ("pcb1/Data/Images/Normal/0002.JPG", NORMAL, None, "good"),
         ("pcb1/Data/Images/Anomaly/000.JPG", ANOMALOUS, "pcb1/Data/Masks/Anomaly/000.png", "anomaly"),
     ]
-    assert [item.product for item in visa.find_items(root, "test")] == ["candle"] * 3 + ["pcb1"] * 3
+    assert [item.product for item in visa.TREE.find_items(root, "test")] == ["candle"] * 3 + ["pcb1"] * 3
 
 
 def test_visa_columns_are_found_by_name_and_rows_stay_in_order(tmp_path):
@@ -263,7 +263,7 @@ def test_visa_columns_are_found_by_name_and_rows_stay_in_order(tmp_path):
         writer = csv.DictWriter(file, ["mask", "extra", "label", "image", "split", "object"])
         writer.writeheader()
         writer.writerows(row | {"extra": "x"} for row in reversed(old))
-    assert rows(root, visa.find_items(root, "test")) == [
+    assert rows(root, visa.TREE.find_items(root, "test")) == [
         ("candle/Data/Images/Normal/0002.JPG", NORMAL, None, "good"),
         ("candle/Data/Images/Normal/0001.JPG", NORMAL, None, "good"),
         ("candle/Data/Images/Anomaly/1,1.JPG", ANOMALOUS, "candle/Data/Masks/Anomaly/001.png", "anomaly"),
@@ -274,8 +274,8 @@ def test_visa_columns_are_found_by_name_and_rows_stay_in_order(tmp_path):
 @pytest.mark.parametrize("product, image, mask", [("01", "bmp", "png"), ("02", "png", "png"), ("03", "bmp", "bmp")])
 def test_btad(tmp_path, product, image, mask):
     root = write_btad(tmp_path, (product,), good=1, test_good=1, bad=1, size=(16, 16))
-    assert rows(root, btad.find_items(root, "train")) == [(f"{product}/train/ok/0000.{image}", NORMAL, None, "good")]
-    assert rows(root, btad.find_items(root, "test")) == [
+    assert rows(root, btad.TREE.find_items(root, "train")) == [(f"{product}/train/ok/0000.{image}", NORMAL, None, "good")]
+    assert rows(root, btad.TREE.find_items(root, "test")) == [
         (f"{product}/test/ko/0000.{image}", ANOMALOUS, f"{product}/ground_truth/ko/0000.{mask}", "ko"),
         (f"{product}/test/ok/0000.{image}", NORMAL, None, "good"),
     ]
@@ -289,8 +289,8 @@ def test_mvtec3d_takes_the_color_images_only(tmp_path):
         (root / "bagel" / split / "good" / "xyz").mkdir()
         (root / "bagel" / split / "good" / "xyz" / "000.tiff").write_bytes(b"points")
     shutil.copytree(root / "bagel/train", root / "bagel/validation")
-    assert rows(root, mvtec3d.find_items(root, "train")) == [("bagel/train/good/rgb/000.png", NORMAL, None, "good")]
-    assert rows(root, mvtec3d.find_items(root, "test")) == [
+    assert rows(root, mvtec3d.TREE.find_items(root, "train")) == [("bagel/train/good/rgb/000.png", NORMAL, None, "good")]
+    assert rows(root, mvtec3d.TREE.find_items(root, "test")) == [
         ("bagel/test/broken/rgb/000.png", ANOMALOUS, "bagel/test/broken/gt/000.png", "broken"),
         ("bagel/test/good/rgb/000.png", NORMAL, None, "good"),
     ]
@@ -298,8 +298,8 @@ def test_mvtec3d_takes_the_color_images_only(tmp_path):
 
 def test_mpdd(tmp_path):
     root = write_mpdd(tmp_path, good=1, test_good=1, bad=1, size=(16, 16))
-    assert rows(root, mpdd.find_items(root, "train")) == [("tubes/train/good/000.png", NORMAL, None, "good")]
-    assert rows(root, mpdd.find_items(root, "test")) == [
+    assert rows(root, mpdd.TREE.find_items(root, "train")) == [("tubes/train/good/000.png", NORMAL, None, "good")]
+    assert rows(root, mpdd.TREE.find_items(root, "test")) == [
         ("tubes/test/broken/000.png", ANOMALOUS, "tubes/ground_truth/broken/000_mask.png", "broken"),
         ("tubes/test/good/000.png", NORMAL, None, "good"),
     ]
@@ -318,12 +318,12 @@ def test_a_folder_takes_any_names_and_image_formats(tmp_path):
     photo(9, (16, 16)).save(root / "shaft/train/good/Extra.JPG")
     photo(9, (16, 16)).save(root / "shaft/train/good/.hidden.png")
     (root / "notes").mkdir()
-    assert rows(root, folder.find_items(root, "train", ["shaft"])) == [
+    assert rows(root, folder.TREE.find_items(root, "train", ["shaft"])) == [
         ("shaft/train/good/000.png", NORMAL, None, "good"),
         ("shaft/train/good/001.png", NORMAL, None, "good"),
         ("shaft/train/good/Extra.JPG", NORMAL, None, "good"),
     ]
-    assert rows(root, folder.find_items(root, "test")) == [
+    assert rows(root, folder.TREE.find_items(root, "test")) == [
         (f"{product}/test/broken/000.png", ANOMALOUS, f"{product}/ground_truth/broken/000.png", "broken")
         for product in ("gear 7", "shaft")
     ]
@@ -332,17 +332,17 @@ def test_a_folder_takes_any_names_and_image_formats(tmp_path):
 def test_a_folder_may_be_the_only_product_and_prefers_masks_named_so(tmp_path):
     root = write_mvtec(tmp_path, ("shaft",), bad=1, test_good=1, size=(16, 16)) / "shaft"
     shutil.copy(root / "ground_truth/broken/000_mask.png", root / "ground_truth/broken/000.png")
-    items = folder.find_items(root, "test")
+    items = folder.TREE.find_items(root, "test")
     assert {item.product for item in items} == {"shaft"}
     assert items[0].mask == str(root / "ground_truth/broken/000_mask.png")
 
 
 def test_a_folder_without_ground_truth_has_no_masks(tmp_path):
     root = write_mvtec(tmp_path, ("shaft",), bad=1, test_good=1, size=(16, 16), masks=None)
-    assert [(item.label, item.mask) for item in folder.find_items(root, "test")] == [(ANOMALOUS, None), (NORMAL, None)]
+    assert [(item.label, item.mask) for item in folder.TREE.find_items(root, "test")] == [(ANOMALOUS, None), (NORMAL, None)]
     (root / "shaft/ground_truth").mkdir()
     with pytest.raises(InputError, match=r"ground_truth/broken/000_mask\.png is missing"):
-        folder.find_items(root, "test")
+        folder.TREE.find_items(root, "test")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -377,8 +377,8 @@ def test_a_missing_mask_is_named(tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrong_root_is_answered_with_the_right_one(tmp_path, name):
     data = dataset(name)
-    root = WRITERS[name](tmp_path / "sets" / name, data.PRODUCTS[:1], size=(16, 16))
-    product = root / data.PRODUCTS[0]
+    root = WRITERS[name](tmp_path / "sets" / name, data.products[:1], size=(16, 16))
+    product = root / data.products[0]
     for wrong in (root.parent, tmp_path, product, next(path for path in product.iterdir() if path.is_dir())):
         with pytest.raises(InputError, match=f"Give {root} instead"):
             data.find_items(wrong, "test")
@@ -392,31 +392,31 @@ def test_a_wrong_root_is_answered_with_the_right_one(tmp_path, name):
 def test_products_that_are_missing_or_unknown_are_named(tmp_path):
     root = write_mvtec(tmp_path, size=(16, 16))
     with pytest.raises(InputError, match="holds no cable, zipper"):
-        mvtec.find_items(root, "test", ["bottle", "cable", "zipper"])
+        mvtec.TREE.find_items(root, "test", ["bottle", "cable", "zipper"])
     with pytest.raises(UnknownNameError, match="Did you mean 'bottle'"):
-        mvtec.find_items(root, "test", ["botle"])
+        mvtec.TREE.find_items(root, "test", ["botle"])
     with pytest.raises(UnknownNameError, match="Did you mean 'bottle'"):
-        folder.find_items(root, "test", ["botle"])
+        folder.TREE.find_items(root, "test", ["botle"])
     with pytest.raises(UnknownNameError, match="Did you mean 'test'"):
-        mvtec.find_items(root, "tests")
+        mvtec.TREE.find_items(root, "tests")
 
 
 def test_a_product_that_is_named_twice_is_taken_once(tmp_path):
     root = write_mvtec(tmp_path, size=(16, 16))
-    assert mvtec.find_items(root, "test", ["bottle", "bottle"]) == mvtec.find_items(root, "test")
+    assert mvtec.TREE.find_items(root, "test", ["bottle", "bottle"]) == mvtec.TREE.find_items(root, "test")
 
 
 def test_a_half_extracted_product_is_refused(tmp_path):
     root = write_mvtec(tmp_path, size=(16, 16))
     (root / "bottle/test/crack").mkdir()
     with pytest.raises(InputError, match=r"No images in .*test/crack"):
-        mvtec.find_items(root, "test")
+        mvtec.TREE.find_items(root, "test")
     shutil.rmtree(root / "bottle/test")
     with pytest.raises(InputError, match=r"bottle/test is missing"):
-        mvtec.find_items(root, "test")
+        mvtec.TREE.find_items(root, "test")
     (root / "bottle/train/good").rename(root / "bottle/train/Good parts")
     with pytest.raises(InputError, match=r"bottle/train holds no folder 'good'"):
-        mvtec.find_items(root, "train")
+        mvtec.TREE.find_items(root, "train")
 
 
 @pytest.mark.parametrize(
@@ -445,15 +445,15 @@ def test_a_damaged_table_of_visa_is_refused(tmp_path, content, message):
     if content is not None:
         table.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
-        visa.find_items(root, "test")
+        visa.TREE.find_items(root, "test")
 
 
 def test_data_sets_are_known_by_name():
     for name in DATASETS:
-        assert callable(dataset(name).find_items) and isinstance(dataset(name).PRODUCTS, tuple)
+        assert callable(dataset(name).find_items) and isinstance(dataset(name).products, tuple)
     with pytest.raises(UnknownNameError, match="Did you mean 'mvtec"):
         dataset("mvtek")
-    assert [len(dataset(name).PRODUCTS) for name in DATASETS] == [15, 12, 3, 10, 6, 30, 0]
+    assert [len(dataset(name).products) for name in DATASETS] == [15, 12, 3, 10, 6, 30, 0]
 
 
 # --- The original's geometry ---
@@ -472,7 +472,7 @@ def test_original_geometry_is_that_of_the_published_code():
     }
     for method in METHODS:
         for name in DATASETS:
-            for product in dataset(name).PRODUCTS:
+            for product in dataset(name).products:
                 expected = "resize256_crop224" if (method, name, product) in larger else "resize224_crop224"
                 assert original_geometry(method, name, "image", product) == expected
                 assert original_geometry(method, name, "reference", product) == "resize224_crop224"
@@ -494,7 +494,7 @@ def whole(tmp_path_factory):
     """Complete sets by name, to be copied before anything is changed."""
     root = tmp_path_factory.mktemp("whole")
     for name, write in WRITERS.items():
-        write(root / name, dataset(name).PRODUCTS, good=2, test_good=1, bad=1, size=(12, 12))
+        write(root / name, dataset(name).products, good=2, test_good=1, bad=1, size=(12, 12))
     write_real_iad(root / "real_iad", real_iad.PRODUCTS, ok=1, ng=1, views=2, defects=("HS",), size=(12, 12))
     write_mvtec(root / "folder", ("shaft", "gear"), good=2, test_good=1, bad=1, size=(12, 12))
     return root
@@ -505,7 +505,7 @@ def test_nothing_is_said_of_a_whole_set_and_it_is_recognized(whole, name):
     assert checks.recognize(whole / name) == name
     assert checks.check(whole / name) == checks.check(whole / name, name) == []
     text, code = checks.report(whole / name)
-    assert code == 0 and DATASETS[name] in text and text.endswith("Nothing is missing or misnamed.")
+    assert code == 0 and DATASETS[name].title in text and text.endswith("Nothing is missing or misnamed.")
 
 
 def remove(path):
@@ -672,7 +672,7 @@ def test_the_checker_answers_a_wrong_root_with_the_right_one(whole, tmp_path, na
         with pytest.raises(InputError, match=f"Give {root} instead"):
             checks.check(wrong, name)
     if name not in ("folder", "real_iad"):
-        product = dataset(name).PRODUCTS[0]
+        product = dataset(name).products[0]
         for wrong in (root / product, next(path for path in (root / product).iterdir() if path.is_dir())):
             with pytest.raises(InputError, match=f"Give {root} instead"):
                 checks.check(wrong)
