@@ -23,8 +23,8 @@ from adfeatures.errors import InputError, UnknownNameError
 
 from . import console
 from .console import add_options, from_options
-from .data import DATASETS
-from .data.checks import report, tree_of
+from .data import dataset
+from .data.checks import report
 from .distributed import barrier, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
 from .evaluation.report import write_report
@@ -82,20 +82,21 @@ def find_products(name: str, root: str, asked: Sequence[str]) -> list[str]:
         UnknownNameError: For a product that the data set does not have.
         InputError: If the root holds none.
     """
-    tree = tree_of(name)
+    tree = dataset(name)
     present = list(tree.find_products(root))
     if not present:
         raise InputError(tree.wrong_root(root))
     known = tree.products or tuple(present)
     for product in asked:
         if product not in (*known, *present):
-            raise UnknownNameError(unknown(f"product of {DATASETS[name]}", product, known))
+            raise UnknownNameError(unknown(f"product of {tree.title}", product, known))
     return list(dict.fromkeys(asked)) or present
 
 
 def about(config: EvaluationConfig, subject: Subject, products: Sequence[str]) -> dict[str, Any]:
     """What the report says of program, model and data set."""
-    known = tree_of(str(config.dataset)).products
+    tree = dataset(str(config.dataset))
+    known = tree.products
     # A tree of other products in the layout of a known data set lacks none.
     missing = (
         [product for product in known if product not in products]
@@ -106,7 +107,7 @@ def about(config: EvaluationConfig, subject: Subject, products: Sequence[str]) -
         {"name": entry.name, "source": entry.source, "stored": entry.stored} for entry in subject.weights.values()
     ]
     return {
-        "title": f"{subject.name} on {DATASETS[str(config.dataset)]}",
+        "title": f"{subject.name} on {tree.title}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(subject.device),
         "pretrained": "residuals of features of unit length, no projector"

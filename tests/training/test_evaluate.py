@@ -711,7 +711,7 @@ class TestBadInput:
             output = tmp_path / f"{name}_run"
             assert run(dataset=name, root=root, output=output) == 0
             assert {r["product"] for r in records(output)} == set(there)
-            missing = ", ".join(product for product in dataset(name).PRODUCTS if product not in there)
+            missing = ", ".join(product for product in dataset(name).products if product not in there)
             assert f"| products not found | {missing} |" in (output / "results.md").read_text()
         assert run(products="bottle") == 0
         assert "products not found" not in report(tmp_path / "run")

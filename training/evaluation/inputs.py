@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from adfeatures.errors import InputError
 
 from ..data.images import ImageDataset, loader
 from ..data.items import ANOMALOUS, NORMAL, Item, items_digest
+from ..data.tree import Tree
 from ..methods.base import Batch
 from .extractors import Encoder
 from .feature_cache import FeatureCache, Kept
@@ -107,7 +107,7 @@ class Product:
 
     Args:
         name: Name of the product.
-        source: Module of the data set.
+        source: The data set.
         root: Folder of the data set.
         raw: Encodes the images.
 
@@ -115,7 +115,7 @@ class Product:
         InputError: If the data set is not complete, or has no normal training images.
     """
 
-    def __init__(self, name: str, source: ModuleType, root: str | os.PathLike[str], raw: RawFeatures) -> None:
+    def __init__(self, name: str, source: Tree, root: str | os.PathLike[str], raw: RawFeatures) -> None:
         self.name, self.raw = name, raw
         self.train = [item for item in source.find_items(root, "train", [name]) if item.label == NORMAL]
         self.test: list[Item] = source.find_items(root, "test", [name])

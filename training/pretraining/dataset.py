@@ -65,7 +65,7 @@ def read_items(
     if kind == "folder":
         from ..data import folder
 
-        items = [item for split in ("train", "test") for item in folder.find_items(root, split, products)]
+        items = [item for split in ("train", "test") for item in folder.TREE.find_items(root, split, products)]
         # Where the folder lies must not decide which images are held out.
         return [
             dataclasses.replace(item, sample=os.path.relpath(item.image, root).replace(os.sep, "/")) for item in items

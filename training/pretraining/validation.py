@@ -85,7 +85,7 @@ def mvtec_trials(root: str) -> list[Trial]:
     Raises:
         InputError: For products or files that are missing. A mean over fewer products would select other checkpoints.
     """
-    train, test = (mvtec.find_items(root, split, mvtec.PRODUCTS) for split in ("train", "test"))
+    train, test = (mvtec.TREE.find_items(root, split, mvtec.PRODUCTS) for split in ("train", "test"))
     trials = []
     for product in mvtec.PRODUCTS:
         normal, tested = ([item for item in items if item.product == product] for items in (train, test))

@@ -1,4 +1,4 @@
-"""Photographs of a part: light on its surface, what hides what, the projection of a tilted camera, and the faults of a sensor."""
+"""Photographs of a part: light, what hides what, the projection of a tilted camera, the faults of a sensor."""
 
 from __future__ import annotations
 

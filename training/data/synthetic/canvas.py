@@ -1,4 +1,4 @@
-"""The surface that products are drawn on: a part as maps seen from above, windows into it, distances of shapes, and noise.
+"""What products are drawn on: a part as maps seen from above, windows into it, distances of shapes, and noise.
 
 Lengths are in halves of the width of the canvas, so that coordinates run from -1 to 1; heights have the same unit.
 Colors are linear reflectances. Maps are float32, which halves the time.
@@ -7,9 +7,10 @@ Colors are linear reflectances. Maps are float32, which halves the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Map = NDArray[np.float32]
+Map: TypeAlias = NDArray[np.floating]
 Color = Sequence[float] | Map
 HEIGHT, RED, BLUE, GLOSS, METAL, BODY = 0, 1, 3, 4, 5, 6
 
@@ -90,7 +91,8 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.x.shape  # type: ignore[return-value]
+        height, width = self.x.shape
+        return height, width
 
     def near(self, x: float, y: float, reach: float, turn: float = 0.0) -> Part:
         """The window of at least ``reach`` around a point, with that point as origin and axes turned by ``turn``."""
@@ -178,6 +180,9 @@ class Part:
         self.floor = self.maps.copy()
 
 
+Builder: TypeAlias = Callable[[Part, np.random.Generator], None]
+
+
 def rounded(distance: Map, bevel: float) -> Map:
     """0 outside a shape to 1 further inside than ``bevel``, a quarter circle between."""
     depth = np.clip(1 + distance / bevel, 0, 1)
@@ -225,7 +230,10 @@ def segment(x: Map, y: Map, start: tuple[float, float], end: tuple[float, float]
 def noise(
     rng: np.random.Generator, shape: tuple[int, int], cells: float | tuple[float, float], octaves: int = 1
 ) -> Map:
-    """Smooth noise of mean 0 and standard deviation about 1, with ``cells`` bumps down and across; each octave halves their size."""
+    """Smooth noise of mean 0 and standard deviation about 1.
+
+    It has ``cells`` bumps down and across; each further octave halves their size.
+    """
     down, across = (cells, cells) if isinstance(cells, int | float) else cells
     total, weight, power = np.zeros(shape, np.float32), 1.0, 0.0
     for octave in range(octaves):

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from .canvas import (
+    Builder,
     Color,
     Map,
     Part,
@@ -358,7 +359,7 @@ def studs(part: Part, rng: np.random.Generator, *, color: Color) -> None:
     fill(part, color, 0.055 * top + 0.0012 * skin, 0.36)
 
 
-TEXTURES = {
+TEXTURES: dict[str, Builder] = {
     "brushed_steel": partial(brushed, color=(0.62, 0.63, 0.65)),
     "brushed_brass": partial(brushed, color=(0.72, 0.52, 0.22), gloss=0.7),
     "galvanised_sheet": galvanised,

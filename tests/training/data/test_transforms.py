@@ -1,0 +1,59 @@
+"""Masks stay on the pixels of their images, whatever the preset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from adfeatures.errors import UnknownNameError
+from adfeatures.images import PRESETS, build_transform
+from training.data.transforms import MaskTransform
+
+PLAIN: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+
+def cropped(image: Image.Image, shorter_side: int, resample: Image.Resampling) -> Image.Image:
+    """Resize of the shorter side and central crop of 224, in plain Pillow."""
+    width, height = image.size
+    scale = shorter_side / min(width, height)
+    size = (shorter_side, int(height * scale + 1e-9)) if width <= height else (int(width * scale + 1e-9), shorter_side)
+    left, top = round((size[0] - 224) / 2), round((size[1] - 224) / 2)
+    return image.resize(size, resample).crop((left, top, left + 224, top + 224))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 333), (97, 97), (640, 230)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_square_in_image_and_mask_lands_on_the_same_pixels(preset: str, size: tuple[int, int]) -> None:
+    width, height = size
+    box = (width // 2 - 20, height // 2 - 35, width // 2 + 25, height // 2 + 15)
+    image, mask = Image.new("RGB", size), Image.new("L", size)
+    image.paste((255, 255, 255), box)
+    mask.paste(255, box)
+
+    if preset == "squash":
+        expected = mask.resize((80, 48), Image.Resampling.NEAREST)
+    else:
+        expected = cropped(mask, {"resize224_crop224": 224, "resize256_crop224": 256}[preset], Image.Resampling.NEAREST)
+    found = MaskTransform((48, 80), preset)(mask)
+    assert found.dtype == torch.uint8 and found.shape == (1, expected.height, expected.width)
+    assert np.array_equal(found[0], np.asarray(expected) > 0)
+
+    # The image is smooth at the border of the square; beyond a pixel of it, both must tell the same.
+    drawn = build_transform((48, 80), **PLAIN, preset=preset)(image).mean(dim=0).numpy() > 0.5
+    inside = found[0].numpy().astype(bool)
+    assert drawn.shape == inside.shape and 50 < inside.sum() < inside.size
+    around = np.ones((3, 3))
+    assert (
+        drawn[ndimage.binary_erosion(inside, around)].all()
+        and not drawn[~ndimage.binary_dilation(inside, around)].any()
+    )
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="'resize224_crop224'"):
+        MaskTransform((32, 32), "resize224")
