@@ -274,7 +274,11 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("adpretrain_dinov2_base", "does not fit"), ("residual_lite", "no projector"), ("adpretrain_dino", "Did you mean")],
+    [
+        ("adpretrain_dinov2_base", "does not fit"),
+        ("residual_lite", "no projector"),
+        ("adpretrain_dino", "Did you mean"),
+    ],
 )
 def test_convert_refuses_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, reason: str

@@ -168,7 +168,9 @@ def test_precision_of_the_bank_and_of_the_queries_may_differ(dtype: torch.dtype)
     kept, queries = maps("references"), maps("queries", count=2)
     bank = ReferenceBank.from_features(kept)
     bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    assert all(rows.dtype == dtype for rows in bank.rows) and all(images.dtype == torch.int32 for images in bank.image_of_row)
+    assert all(rows.dtype == dtype for rows in bank.rows) and all(
+        images.dtype == torch.int32 for images in bank.image_of_row
+    )
     for query, level, match in zip(queries, kept, bank.match(queries), strict=True):
         assert match.dtype == torch.float32
         brute_force(query, level.to(dtype).float(), [None, None], match)
