@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.golden_values import FOLDER
 from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
@@ -115,3 +116,15 @@ def test_a_backbone_without_projector_scores_by_itself() -> None:
     assert all(
         torch.allclose(m.norm(dim=1), torch.ones(())) for m in model.backbone_features(torch.randn(1, 3, 56, 56))
     )
+
+
+def test_a_bank_of_before_gives_the_scores_of_before() -> None:
+    """The file and the numbers were made by the last commit before banks had a record of their own."""
+    model = adfeatures.create_model(img_size=(64, 96))
+    model.load_references(FOLDER / "bank_of_before.safetensors")
+    expected = {"nut": (0.9939777255, 1.0084012747), "bolt": (0.9640356898, 1.0009042025)}
+    for product, scores in expected.items():
+        assert [p.score for p in model.score([photo(20), photo(21)], product)] == pytest.approx(scores, rel=1e-5)
+    assert [bank.threshold for bank in model.references.values()] == [1.1144108533859254, 1.1418405485153198]
+    assert [bank.record.bit_depth for bank in model.references.values()] == [16, 12]
+    assert [bank.complete for bank in model.references.values()] == [True, False]
