@@ -134,7 +134,6 @@ class Step:
             folder, [Item(str(number), NORMAL, "product") for number in range(len(self.pool))], "bench"
         )
         self.store.encode(lambda number: self.pool[int(number)], self.encoder)
-        self.store.open()
 
     def ours(self, store: ReferenceStore | None = None) -> dict[str, float]:
         batch = self.batch if store is None else self.stored
