@@ -60,13 +60,20 @@ def plain_norm_loss(features: Tensor, labels: Tensor, radius: float, margin: flo
     return loss
 
 
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 @pytest.mark.parametrize("case", ["center", "no_center"])
 def test_angle_loss_is_the_original_one(case: str) -> None:
     first, second = FIRST.clone().requires_grad_(), SECOND.clone().requires_grad_()
     loss = angle_loss(first, second, MASK, CENTER if case == "center" else None)
     loss.backward()
     assert_near(loss.detach(), GOLDEN[f"angle.{case}.loss"], 1e-5)
-    assert_near([first.grad, second.grad], [GOLDEN[f"angle.{case}.grad_e1"], GOLDEN[f"angle.{case}.grad_e2"]], 1e-4)
+    assert_near(
+        [gradient(first), gradient(second)], [GOLDEN[f"angle.{case}.grad_e1"], GOLDEN[f"angle.{case}.grad_e2"]], 1e-4
+    )
 
 
 @pytest.mark.parametrize("case", NORM_CASES)
@@ -76,7 +83,7 @@ def test_norm_loss_is_the_original_one(case: str) -> None:
     loss = norm_loss(features, labels)
     loss.backward()
     assert_near(loss.detach(), GOLDEN[f"norm.{case}.loss"], 1e-5)
-    assert_near(features.grad, GOLDEN[f"norm.{case}.grad"], 1e-4)
+    assert_near(gradient(features), GOLDEN[f"norm.{case}.grad"], 1e-4)
 
 
 @settings(max_examples=25)
@@ -93,8 +100,8 @@ def test_angle_loss_is_its_formula(seed: int, count: int, channels: int, anchors
     center, labels = torch.randn(channels, generator=generator) / 4, torch.randint(2, (count,), generator=generator)
     labels[:2] = torch.tensor([0, 1])
     ours, plain = ([view.clone().requires_grad_() for view in (first, second)] for _ in range(2))
-    loss = angle_loss(*ours, labels, center, temperature, anchors)
-    expected = plain_angle_loss(*plain, labels, center, temperature, anchors)
+    loss = angle_loss(ours[0], ours[1], labels, center, temperature, anchors)
+    expected = plain_angle_loss(plain[0], plain[1], labels, center, temperature, anchors)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
     loss.backward()
     expected.backward()
@@ -119,7 +126,7 @@ def test_norm_loss_is_its_formula(seed: int, count: int, scale: float, pseudo_hu
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     (loss + 0 * ours.sum()).backward()
     (expected + 0 * plain.sum()).backward()
-    assert_near(ours.grad, plain.grad.float(), 1e-4)
+    assert_near(gradient(ours), gradient(plain).float(), 1e-4)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +145,7 @@ def test_double_precision_is_kept() -> None:
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     views = first[:6, :3].clone().requires_grad_(), second[:6, :3].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *views: angle_loss(*views, MASK[4:10], center[:3]), views)
+    assert torch.autograd.gradcheck(lambda one, other: angle_loss(one, other, MASK[4:10], center[:3]), views)
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -146,14 +153,14 @@ def test_angle_loss_without_one_of_the_labels_is_zero(label: int) -> None:
     first, second = FIRST.clone().requires_grad_(), SECOND.clone().requires_grad_()
     loss = angle_loss(first, second, torch.full((400,), label))
     loss.backward()
-    assert loss.item() == 0 and not first.grad.any() and not second.grad.any()
+    assert loss.item() == 0 and not gradient(first).any() and not gradient(second).any()
 
 
 def test_features_at_the_origin_give_no_nan() -> None:
     first, second = torch.zeros(6, 4, requires_grad=True), torch.zeros(6, 4, requires_grad=True)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     (angle_loss(first, second, labels) + norm_loss(first, labels) + norm_loss(second, labels)).backward()
-    assert torch.isfinite(first.grad).all() and torch.isfinite(second.grad).all()
+    assert torch.isfinite(gradient(first)).all() and torch.isfinite(gradient(second)).all()
 
 
 def test_bfloat16_is_stable_under_autocast() -> None:

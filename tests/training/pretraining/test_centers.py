@@ -186,9 +186,10 @@ def test_a_finished_file_is_returned_and_another_run_refused(
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     before = output.read_bytes()
     message = r"centers.safetensors is of another run, with other {}\. Remove it"
-    for setting, value in (("seed", 1), ("shots", 2), ("images", 5)):
-        with pytest.raises(CheckpointError, match=message.format(setting)):
-            compute(output, backbone, items, **{setting: value})
+    changes: tuple[tuple[str, Any], ...] = (("seed", 1), ("shots", 2), ("images", 5))
+    for name, value in changes:
+        with pytest.raises(CheckpointError, match=message.format(name)):
+            compute(output, backbone, items, **{name: value})
     with pytest.raises(CheckpointError, match=message.format("backbone")):
         compute(output, replace(backbone, name="other"), items)
     with pytest.raises(CheckpointError, match="products, normal_images, references, images"):
@@ -289,7 +290,7 @@ def test_features_that_are_not_finite_stop_it(tmp_path: Path, items: list[Item])
 
 @pytest.mark.parametrize("settings", [{"shots": 0}, {"batch_size": 0}, {"images": 0}, {"seed": -1}])
 def test_senseless_numbers(
-    tmp_path: Path, backbone: FrozenBackbone, items: list[Item], settings: dict[str, int]
+    tmp_path: Path, backbone: FrozenBackbone, items: list[Item], settings: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match="at least 1"):
         compute(tmp_path / "centers.safetensors", backbone, items, **settings)

@@ -126,5 +126,6 @@ def test_senseless_values_of_centers_are_refused(values: dict[str, Any], message
 
 @pytest.mark.parametrize("name", ["data", "anchors", "pseudo_huber", "view_statistics", "precision", "validation"])
 def test_values_that_are_no_choice_are_refused_in_python_too(name: str) -> None:
+    values: dict[str, Any] = {name: "none at all"}
     with pytest.raises(UnknownNameError, match=f"{name} 'none at all'"):
-        dataclasses.replace(PretrainConfig(), **{name: "none at all"})
+        PretrainConfig(**values)

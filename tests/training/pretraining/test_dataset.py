@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,9 +125,9 @@ def test_numbers_of_references_are_drawn_evenly() -> None:
         ({"count": 3, "batch_size": 4}, "smaller batch"),
     ],
 )
-def test_senseless_samplers_are_refused(settings: dict[str, int], message: str) -> None:
+def test_senseless_samplers_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        StepSampler(**{"count": 10, "batch_size": 2, "seed": 0, **settings})  # type: ignore[arg-type]
+        StepSampler(**{"count": 10, "batch_size": 2, "seed": 0, **settings})
 
 
 def test_positions_outside_an_epoch_are_refused() -> None:
@@ -323,7 +324,8 @@ def test_the_batches_of_a_config(items: list[Item], pool: int | None) -> None:
     backbone = load_frozen_backbone(config, torch.device("cpu"))
     sampler, loader = training_batches(config, backbone, items, real_iad.reference_pool(items))
     assert list(sampler) == list(StepSampler(len(items), 6, 5, shots=(2,)))
-    plain, views = (make((32, 48), *backbone.entry.normalization) for make in (build_transform, TwoViews))
+    statistics = backbone.entry.normalization
+    plain, views = build_transform((32, 48), *statistics), TwoViews((32, 48), *statistics)
     draws = next(iter(sampler))
     batch = next(iter(loader))
     assert batch["path"] == [items[draw.index].image for draw in draws]

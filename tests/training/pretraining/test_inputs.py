@@ -111,7 +111,7 @@ def test_a_backbone_with_what_is_known_of_it() -> None:
 
 
 def test_random_backbones_are_those_of_the_seed() -> None:
-    given = {"backbone": "resnet10t", "backbone_weights": "random", "img_size": (64,)}
+    given: dict[str, Any] = {"backbone": "resnet10t", "backbone_weights": "random", "img_size": (64,)}
     one, same = (load_frozen_backbone(make(**given), CPU) for make in (PretrainConfig, CentersConfig))
     other = load_frozen_backbone(PretrainConfig(**given, seed=1), CPU)
     assert one.fingerprint == same.fingerprint != other.fingerprint
