@@ -28,7 +28,8 @@ from .pretrain import pretrain
 from .pretraining.centers import centers_of
 from .pretraining.config import CentersConfig, PretrainConfig
 from .pretraining.inputs import load_frozen_backbone
-from .pretraining.validation import Trial, Validation, held_out_trials
+from .pretraining.trials import Trial, held_out_trials
+from .pretraining.validation import Validation
 
 BACKBONE, SIDE, NUM_HEADS, NUM_KEYS = "efficientnet_lite", 160, 8, 256
 PRODUCTS = synthetic.PRODUCTS[:24]
