@@ -88,11 +88,10 @@ def test_ranks_divide_one_global_batch_from_any_position(
     assert all(len({draw.shots for draw in batch}) == 1 for batch in batches)
     step = data.draw(st.integers(0, whole.steps_per_epoch))
     ranks = [StepSampler(count, batch_size, seed, rank=rank, world=world) for rank in range(world)]
-    parts = [all_batches(sampler, epoch, step) for sampler in ranks]
+    shares = [all_batches(sampler, epoch, step) for sampler in ranks]
     assert [len(sampler) for sampler in ranks] == [len(batches) - step] * world
-    assert [
-        [draw for turn in zip(*shares, strict=True) for draw in turn] for shares in zip(*parts, strict=True)
-    ] == batches[step:]
+    for batch, own in zip(batches[step:], zip(*shares, strict=True), strict=True):
+        assert [draw for turn in zip(*own, strict=True) for draw in turn] == batch
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
