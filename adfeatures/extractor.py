@@ -116,7 +116,7 @@ class FeatureExtractor(nn.Module):
         intermediates_only: bool = False,
         **ignored: None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's way to ask for feature maps. The levels are counted from 0; an int takes that many of the last.
+        """Timm's way to ask for feature maps. The levels are counted from 0; an int takes that many of the last.
 
         Returns:
             The maps (B, C, h, w), or (B, h * w, C) for "NLC", after the last projected level unless

@@ -189,7 +189,7 @@ def _set_references(extractor: FeatureExtractor, references: Images) -> None:
 
 
 def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, Any]:
-    """timm's description of a model: its preprocessing, and where weights of a tag come from."""
+    """Timm's description of a model: its preprocessing, and where weights of a tag come from."""
     mean, std = entry.normalization
     return {
         "architecture": arch,

@@ -22,7 +22,7 @@ def write_real_iad(
     defects: Sequence[str] = ("HS", "ZW"),
     size: tuple[int, int] = SIZE,
 ) -> Path:
-    """Write ``root/realiad_512``: per product ``ok`` good parts and ``ng`` parts of each defect, from ``views`` sides.
+    """Write ``root/realiad_512``: per product ``ok`` good parts and ``ng`` of each defect, each from ``views`` sides.
 
     The last side of a defective part shows nothing and has no mask. The first defective part of a product has a double
     underscore in its names, and the code of another defect than its folder.

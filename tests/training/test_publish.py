@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 import adfeatures
 from adfeatures import catalog, loading
 from adfeatures.checkpoints import load_checkpoint, save_checkpoint
-from adfeatures.loading import load_backbone
+from adfeatures.factory import load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.timm_backbones import find_timm
 from training.publish import main

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from adfeatures.loading import Trained, load_trained
 from torch import nn
 
 from adfeatures import catalog
+from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.errors import InputError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.factory import create_model
 from adfeatures.images import ImageTransform, build_transform
-from adfeatures.loading import Trained, load_trained
-from adfeatures.references import weights_fingerprint
 
 from ..methods import METHODS
 

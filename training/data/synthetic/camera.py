@@ -85,7 +85,8 @@ class View:
 @dataclass(frozen=True)
 class Relief:
     """What light needs to know of a part and all its views share: height without
-    the steps of the texels, normals (3, H, W) and how open each point is to the surroundings."""
+    the steps of the texels, normals (3, H, W) and how open each point is to the surroundings.
+    """
 
     part: Part
     height: Map
