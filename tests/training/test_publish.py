@@ -12,16 +12,6 @@ from helpers.hub_server import HubServer
 from helpers.publishing import REPO, OwnCheckpoint, files_in
 
 import adfeatures
-<<<<<<< HEAD
-from adfeatures import catalog, loading
-from adfeatures.checkpoints import load_checkpoint, save_checkpoint
-from adfeatures.factory import load_backbone
-from adfeatures.projector import ResidualProjector
-from adfeatures.timm_backbones import find_timm
-from training.publish import main
-from training.publishing.model_card import PAPER
-=======
->>>>>>> work/publishing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
