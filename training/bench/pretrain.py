@@ -89,7 +89,6 @@ class BenchedStep:
         items = [Item(str(number), NORMAL, "product") for number in range(sizes.pool)]
         self.store = ReferenceStore(folder, items, "bench")
         self.store.encode(lambda number: pool[int(number)], self.encode)
-        self.store.open()
 
     def ours(self, store: ReferenceStore | None = None) -> float:
         """Take a step, with references from the store if one is given, and return its loss."""
