@@ -12,6 +12,7 @@ from adfeatures.factory import load_backbone
 from training import centers
 from training.data import real_iad
 from training.pretraining.centers import compute_centers, load_centers
+from training.pretraining.config import CentersConfig
 from training.pretraining.inputs import FrozenBackbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fewer normal images")
@@ -31,9 +32,8 @@ def test_they_are_of_what_the_pretraining_sees(tmp_path: Path, capsys: pytest.Ca
     assert len(set(backbone.entry.channels)) == 3
     train, held_out = real_iad.split_by_sample(real_iad.read(root), 0.4, 42)
     assert held_out
-    expected = compute_centers(
-        tmp_path / "expected.safetensors", backbone, train, real_iad.reference_pool(train), batch_size=16
-    )
+    given = CentersConfig(output=str(tmp_path / "expected.safetensors"), workers=0)
+    expected = compute_centers(given, backbone, train, real_iad.reference_pool(train))
     found = load_centers(output, backbone)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 

@@ -44,24 +44,11 @@ _ADVICE = (
 def centers_of(config: CentersConfig, device: torch.device) -> list[Tensor]:
     """What a config asks for; errors as of ``compute_centers``, and those of reading the data and the backbone."""
     train, _ = read_split(config)
-    return compute_centers(
-        config.output,
-        load_frozen_backbone(config, device),
-        train,
-        reference_pool(train),
-        images=config.images,
-        shots=config.shots,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
+    return compute_centers(config, load_frozen_backbone(config, device), train, reference_pool(train))
 
 
 def find_centers(config: PretrainConfig, backbone: FrozenBackbone, train: Sequence[Item]) -> list[Tensor]:
-    """The centers for a pretraining: from a file or, in a single process, computed now.
-
-    Returns:
-        (C_l,) float32 per level, on the device of the backbone.
+    """The centers for a pretraining, on the device of the backbone: of a file or, in a single process, computed now.
 
     Raises:
         InputError: If they are needed by several processes and there are none.
@@ -69,8 +56,8 @@ def find_centers(config: PretrainConfig, backbone: FrozenBackbone, train: Sequen
     """
     path = config.centers or str(Path(config.output) / "centers.safetensors")
     if config.centers is None and world_size() == 1:
-        pool = reference_pool(train)
-        centers = compute_centers(path, backbone, train, pool, seed=config.seed, workers=config.workers)
+        given = CentersConfig(output=path, seed=config.seed, workers=config.workers)
+        centers = compute_centers(given, backbone, train, reference_pool(train))
     elif Path(path).exists():
         centers = load_centers(path, backbone)
     else:
@@ -82,16 +69,7 @@ def find_centers(config: PretrainConfig, backbone: FrozenBackbone, train: Sequen
 
 
 def compute_centers(
-    output: str | os.PathLike[str],
-    backbone: FrozenBackbone,
-    items: Sequence[Item],
-    pool: Sequence[Item],
-    *,
-    images: int | None = None,
-    shots: int = 4,
-    seed: int = 42,
-    batch_size: int = 16,
-    workers: int = 0,
+    config: CentersConfig, backbone: FrozenBackbone, items: Sequence[Item], pool: Sequence[Item]
 ) -> list[Tensor]:
     """Mean residual of all patches of the normal images, summed in float64, kept in a file that says what it is of.
 
@@ -99,51 +77,47 @@ def compute_centers(
     finished output of the same call is returned as it is.
 
     Args:
-        output: File to write, ``.safetensors``.
+        config: Where to write, how many images and references to draw, and how. Data and backbone are those given here.
         backbone: The backbone, on the device to compute on.
         items: What to take the normal images from: all of label 0, of the NG tree of Real-IAD as well.
         pool: Normal images that serve as references, drawn with replacement.
-        images: Take so many of the normal images, in an order drawn from the seed. None takes all.
-        shots: References of each image.
-        seed: Of what is drawn, not negative.
-        batch_size: Images encoded at once.
-        workers: Processes that read images.
 
     Returns:
         (C_l,) float32 per level, on the CPU.
 
     Raises:
-        InputError: For no normal images, a product and view without references, or senseless numbers.
+        InputError: For no normal images, or a product and view without references.
         ImageError: If image after image cannot be read; single ones are replaced by others with a warning.
         CheckpointError: If the output or the state beside it comes from another call.
         AdfeaturesError: If features are not finite, or a file cannot be written.
     """
     normal, transform = [item for item in items if item.label == NORMAL], backbone.transform
-    draws = _draws(len(normal), images, shots, seed, batch_size)
+    if not normal:
+        raise InputError("There are no normal images to compute centers from.")
     dataset = PretrainingDataset(
-        normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(shots,)
+        normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(config.shots,)
     )
+    draws = _draws(len(normal), config)
     facts = {
         "format": FORMAT,
         **origin(backbone),
         "products": json.dumps(sorted({item.product for item in normal})),
         "normal_images": f"{len(normal)} {items_digest(normal)}",
         "references": f"{len(pool)} {items_digest(pool)}",
-        "images": str(sum(map(len, draws))),
-        "shots": str(shots),
-        "seed": str(seed),
-        "batch_size": str(batch_size),
+        "images": str(len(draws)),
+        **{name: str(getattr(config, name)) for name in ("shots", "seed", "batch_size")},
     }
-    output = Path(output)
+    output = Path(config.output)
     if output.exists():
         return _read_levels(output, facts)[0]
     partial = output.with_suffix(f".partial{output.suffix}")
     total = _Total.load(partial, facts) if partial.exists() else _Total()
+    batches = [draws[start : start + config.batch_size] for start in range(0, len(draws), config.batch_size)]
     # A generator of its own, so that torch's is left as it is.
     loader = ImageLoader(
-        dataset, batch_sampler=draws[total.batches :], num_workers=workers, generator=torch.Generator()
+        dataset, batch_sampler=batches[total.batches :], num_workers=config.workers, generator=torch.Generator()
     )
-    for batch in tqdm(loader, desc="centers", unit="batch", total=len(draws), initial=total.batches, disable=None):
+    for batch in tqdm(loader, desc="centers", unit="batch", total=len(batches), initial=total.batches, disable=None):
         total.add(_residuals(backbone, batch["views"], batch["references"]), batch["path"])
         if total.batches % SAVE_EVERY == 0:
             total.save(partial, facts)
@@ -196,19 +170,11 @@ class _Plain:
         return self.transform(image)
 
 
-def _draws(count: int, images: int | None, shots: int, seed: int, batch_size: int) -> list[list[Draw]]:
-    """The batches: which images, in which order, with which seeds for their references, whatever the batch size."""
-    if not count:
-        raise InputError("There are no normal images to compute centers from.")
-    if seed < 0 or min(shots, batch_size, count if images is None else images) < 1:
-        raise InputError(
-            "images, shots and batch_size must be at least 1 and the seed not negative: "
-            f"got {images}, {shots}, {batch_size} and {seed}."
-        )
-    random = np.random.default_rng(seed)
-    order, seeds = random.permutation(count)[:images], random.integers(2**63, size=count)
-    draws = [Draw(int(index), shots, int(seeds[index])) for index in order]
-    return [draws[start : start + batch_size] for start in range(0, len(draws), batch_size)]
+def _draws(count: int, config: CentersConfig) -> list[Draw]:
+    """Which images, in which order, with which seeds for their references, whatever the size of the batches."""
+    random = np.random.default_rng(config.seed)
+    order, seeds = random.permutation(count)[: config.images], random.integers(2**63, size=count)
+    return [Draw(int(index), config.shots, int(seeds[index])) for index in order]
 
 
 @torch.no_grad()

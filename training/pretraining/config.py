@@ -21,7 +21,7 @@ class InputsConfig:
     # Data
     data: str = option("real_iad", "what root holds", ("real_iad", "folder", "manifest"))
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
-    products: tuple[str, ...] = option((), "products to train on; the default is all")
+    products: tuple[str, ...] = option((), "products to take; the default is all")
     filter_list: str | None = option(None, "Real-IAD: folder or file of lists of the anomalous images to keep")
     held_out: float = option(0.1, "fraction of the samples that is kept for validation")
     # Model
@@ -59,7 +59,6 @@ class CentersConfig(InputsConfig):
     """How centers are computed: by default on the images that ``training.pretrain`` trains on."""
 
     output: str = option("centers.safetensors", "file to write")
-    products: tuple[str, ...] = option((), "products to take; the default is all")
     held_out: float = option(0.1, "fraction of the samples that is left out, as in the pretraining with the same seed")
     images: int | None = option(None, "take only so many normal images, drawn at random; the default takes all")
     shots: int = option(4, "references of each image")

@@ -68,12 +68,8 @@ def _draw_losses(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
         y = np.array([line[name] for line in steps])
         axes.plot(x, y, linewidth=0.4, alpha=0.5, color=color)
         window = max(1, min(SMOOTHING, len(y)))
-        axes.plot(
-            x[window - 1 :],
-            np.convolve(y, np.ones(window) / window, "valid") if len(y) else y,
-            color=color,
-            label=f"{name} loss",
-        )
+        smooth = np.convolve(y, np.ones(window) / window, "valid") if len(y) else y
+        axes.plot(x[window - 1 :], smooth, color=color, label=f"{name} loss")
     # The angle loss may be negative, and the norm loss falls through orders of magnitude.
     axes.set(yscale="symlog", title="losses, summed over the levels")
 

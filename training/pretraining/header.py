@@ -25,15 +25,8 @@ def checkpoint_header(config: PretrainConfig, backbone: FrozenBackbone, train: S
         "training": json.dumps(dataclasses.asdict(config)),
     }
     if name not in catalog.MODELS or config.levels:
-        mean, std = entry.normalization
-        facts = {
-            "timm_name": entry.timm_name,
-            "blocks": entry.blocks,
-            "channels": entry.channels,
-            "reductions": entry.reductions,
-            "mean": mean,
-            "std": std,
-        }
+        facts = {key: getattr(entry, key) for key in ("timm_name", "blocks", "channels", "reductions")}
+        facts["mean"], facts["std"] = entry.normalization
         header["backbone"] = json.dumps(facts)
     # Other data may come in the same layout.
     if config.data == "real_iad" and {item.product for item in train} <= set(real_iad.PRODUCTS):

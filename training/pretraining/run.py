@@ -33,6 +33,8 @@ STATE, LOG, CURVES = "state.pt", "log.jsonl", "curves.png"
 _VALIDATED_ON = {"held_out": "held-out samples of the training data", "mvtec": "the test set of MVTec AD"}
 # Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
+# What torch raises of a file that is no state, or not whole, and what is raised of one that holds something else.
+_DAMAGE = (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 
 
 class TrainingRun:
@@ -218,16 +220,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except AdfeaturesError:
         raise
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        EOFError,
-    ) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} cannot be resumed from ({error}). Choose another --output, or remove the file to begin again."
         ) from error

@@ -128,10 +128,10 @@ def encode_images(images: Tensor, backbone: nn.Module, device: torch.device, pre
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The tensors of a batch; the indices of references stay where their store is."""
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     return {
         key: value if key == "reference_indices" else value.to(device, non_blocking=True)
-        for key, value in tensors.items()
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
     }
 
 
