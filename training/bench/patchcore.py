@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from adfeatures.coreset import greedy_coreset
 from adfeatures.demo import SAMPLES
 from adfeatures.factory import create_model, create_transform
 from adfeatures.images import read_image
 
-from ..methods.patchcore import STARTS, greedy_coreset
+from ..methods.patchcore import STARTS
 from ..methods.patches import neighborhood_vectors
 from .timing import Row, seconds
 
@@ -22,7 +23,7 @@ STEPS = 200
 
 @torch.no_grad()
 def rows(quick: bool = False) -> Iterator[Row]:
-    """Rows of the table: the choice of 10 % of 50,000 patches (quick: 10,000), in a projection, as by default, and in all dimensions."""
+    """Table rows: 10 % of 50,000 patches (quick: 10,000), in a projection (the default) and in all dimensions."""
     points = patches(10_000 if quick else 50_000)
     count = len(points) // 10
     steps = count if quick else min(STEPS, count)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
+from adfeatures.coreset import greedy_coreset
 from training.bench import padim as padim_bench
 from training.bench import patchcore as patchcore_bench
 from training.bench import timing
-from training.methods.patchcore import greedy_coreset
 
 
 def test_the_plain_loop_chooses_the_same() -> None:
