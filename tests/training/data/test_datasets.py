@@ -24,7 +24,7 @@ from adfeatures.images import PRESETS, build_transform
 from training.data import DATASETS, btad, checks, dataset, folder, mpdd, mvtec, mvtec3d, real_iad, visa
 from training.data.images import ImageDataset, loader
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.data.protocol import METHODS, original_geometry
+from training.data.protocol import EVALUATED, original_geometry
 from training.data.transforms import MaskTransform
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -470,7 +470,7 @@ def test_original_geometry_is_that_of_the_published_code():
         }.items()
         for product in products
     }
-    for method in METHODS:
+    for method in EVALUATED:
         for name in DATASETS:
             for product in dataset(name).PRODUCTS:
                 expected = "resize256_crop224" if (method, name, product) in larger else "resize224_crop224"

@@ -1,20 +1,16 @@
-"""The features that are compared: those of the frozen backbone as they are, and residuals of them, projected where there is a projector."""
+"""Residuals of features against references, projected where there is a projector."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from adfeatures.errors import InputError
 from adfeatures.references import ReferenceBank
 
-from ..data.items import Item
 from ..methods.base import Batch, Extractor
 from .feature_cache import content_key
 
@@ -22,29 +18,8 @@ from .feature_cache import content_key
 Key = tuple[str, str]
 
 
-class Encoder:
-    """Features of a frozen backbone, all levels."""
-
-    def __init__(self, backbone: nn.Module, device: torch.device | str) -> None:
-        self.backbone, self.device = backbone, device
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Sequence[Tensor]:
-        """Maps (B, C_l, h_l, w_l).
-
-        Raises:
-            InputError: For images that are not finite, as the blank ones of `KnownImages` are.
-        """
-        images = batch["image"].to(self.device)
-        finite = images.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            path = batch["path"][int(finite.int().argmin())]
-            raise InputError(f"The features of {path} are no longer in the cache. Start the same command again.")
-        return self.backbone(images)
-
-
 class Residuals:
-    """Residuals of features against the references of each image's product and view (paper section 3.2), projected (section 3.3).
+    """Residuals against the references of each image's product and view (paper section 3.2), projected (section 3.3).
 
     Args:
         features: Extractor of the backbone's features.
@@ -84,8 +59,8 @@ class Residuals:
             groups[self._bank_and_own(path)].append(index)
         residuals = [torch.empty_like(level) for level in features]
         for (key, own), members in groups.items():
-            parts = self.banks[key].residuals([level[members] for level in features], exclude=own)
-            for level, values in zip(residuals, parts, strict=True):
+            of_members = self.banks[key].residuals([level[members] for level in features], exclude=own)
+            for level, values in zip(residuals, of_members, strict=True):
                 level[members] = values
         return residuals if self.projector is None else self.projector(residuals)
 
@@ -101,25 +76,3 @@ class Residuals:
 def prepared(features: Sequence[Tensor], unit_length: bool) -> list[Tensor]:
     """Features (B, C_l, h_l, w_l), brought to unit length per patch where asked for."""
     return [F.normalize(level, dim=1) if unit_length else level for level in features]
-
-
-class KnownImages(Dataset[dict[str, Any]]):
-    """Images whose features are in a cache, as entries of the form of `training.data.images.ImageDataset`, without reading any file.
-
-    All that methods need of the pixels is their size; they are NaN, so that nothing takes them for a picture. Masks are
-    zero.
-    """
-
-    def __init__(self, items: Sequence[Item], size: tuple[int, int]) -> None:
-        self.items, self.size = list(items), size
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        image, mask = (
-            torch.tensor(torch.nan).expand(3, *self.size),
-            torch.zeros((), dtype=torch.uint8).expand(1, *self.size),
-        )
-        return {"image": image, "mask": mask, "label": item.label, "product": item.product, "path": item.image}

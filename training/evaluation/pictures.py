@@ -104,7 +104,7 @@ def curves(predictions: Predictions, masks: Tensor, labels: Tensor) -> dict[str,
     return found
 
 
-def draw_curves(path: Path, title: str, by_features: Mapping[str, Curves]) -> None:
+def draw_detection_curves(path: Path, title: str, by_features: Mapping[str, Curves]) -> None:
     """Draw the curves of a product and a method: ROC of images, ROC of pixels, PRO, a line for each kind of features."""
     from matplotlib.figure import Figure
 

@@ -18,12 +18,12 @@ from adfeatures.images import ImageTransform, build_transform
 from adfeatures.loading import Trained, load_trained
 from adfeatures.references import weights_fingerprint
 
-from ..methods import METHODS
+from ..methods import title_of
 
 Size = int | tuple[int, int]
 
 
-class Weights(NamedTuple):
+class ProjectorWeights(NamedTuple):
     """One set of trained weights.
 
     Attributes:
@@ -42,7 +42,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model as it is evaluated.
 
     Attributes:
@@ -64,7 +64,7 @@ class Subject:
     std: tuple[float, ...]
     unit_length: bool
     fingerprint: str
-    weights: dict[str, Weights]
+    weights: dict[str, ProjectorWeights]
     tags: dict[str, str]
     device: torch.device
 
@@ -81,7 +81,7 @@ class Subject:
         }
 
 
-def load_subject(
+def load_model(
     model: str,
     methods: Sequence[str],
     *,
@@ -89,7 +89,7 @@ def load_subject(
     backbone_weights: str | None = None,
     img_size: Size | None = None,
     device: torch.device | str = "cpu",
-) -> Subject:
+) -> EvaluatedModel:
     """Load a model with the weights that each method takes; the backbone once, however many these are.
 
     Args:
@@ -123,7 +123,7 @@ def load_subject(
         tags = dict.fromkeys(methods, catalog.find_model(extractor.name)[1] or "")
         names = {tag: extractor.name for tag in tags.values()}
     found = {tag: _weights(extractor, name, named, place) for tag, name in names.items()}
-    return Subject(
+    return EvaluatedModel(
         name=extractor.name if len(found) == 1 else model,
         backbone=extractor.backbone.to(device),
         img_size=extractor.img_size,
@@ -143,21 +143,20 @@ def load_subject(
 def serving_tag(arch: str, method: str) -> str:
     """The tag that the paper uses for a method: the one whose entry in the catalog names it, else the model's default; "" for none."""
     tags = catalog.MODELS[arch].tags
-    title = METHODS[method].__name__
     return next(
-        (tag for tag, entry in tags.items() if title in entry.serves.split(", ")),
+        (tag for tag, entry in tags.items() if title_of(method) in entry.serves.split(", ")),
         catalog.MODELS[arch].default_tag or "",
     )
 
 
-def _weights(extractor: FeatureExtractor, name: str, named: str | None, place: str | None) -> Weights:
+def _weights(extractor: FeatureExtractor, name: str, named: str | None, place: str | None) -> ProjectorWeights:
     """The weights of a name: those of the extractor where it has that name, and the metrics of their file."""
     if extractor.projector is None:
-        return Weights(name, None, "", "", {})
+        return ProjectorWeights(name, None, "", "", {})
     trained = _trained(name, named, place)
     projector = extractor.projector if name == extractor.name else trained.create_projector(extractor.backbone.channels)
     projector = projector.float().requires_grad_(False).eval()
-    return Weights(
+    return ProjectorWeights(
         name, projector, weights_fingerprint(projector.state_dict())[0], trained.source, trained.checkpoint.metrics
     )
 

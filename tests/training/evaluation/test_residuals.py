@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from adfeatures.errors import ReferencesError
 from adfeatures.images import build_transform, read_image
 from adfeatures.references import ReferenceBank
-from training.evaluation.extractors import Residuals
 from training.evaluation.feature_cache import content_key
+from training.evaluation.residuals import Residuals
 
 SHAPES = ((5, 4, 3), (7, 2, 2))
 
