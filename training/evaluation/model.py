@@ -141,7 +141,7 @@ def load_model(
 
 
 def serving_tag(arch: str, method: str) -> str:
-    """The tag that the paper uses for a method: the one whose entry in the catalog names it, else the model's default; "" for none."""
+    """The tag that the paper uses for a method: whose entry in the catalog names it, else the default, or ""."""
     tags = catalog.MODELS[arch].tags
     return next(
         (tag for tag, entry in tags.items() if title_of(method) in entry.serves.split(", ")),

@@ -1,4 +1,4 @@
-"""The features of the frozen backbone: an image is encoded once and kept on disk, as all methods and references take it."""
+"""The features of the frozen backbone: an image is encoded once, and kept on disk for all methods and references."""
 
 from __future__ import annotations
 

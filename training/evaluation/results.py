@@ -46,7 +46,7 @@ class Combination:
 
     @property
     def file_of_method(self) -> str:
-        """Name of the method for files; a colon is for Windows no part of a name."""
+        """Name of the method for files; Windows takes no colon."""
         return self.method.replace(":", ".")
 
     @property

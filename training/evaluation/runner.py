@@ -84,7 +84,7 @@ class Evaluation:
         return self.alone + self.jointly
 
     def evaluate_product(self, name: str) -> None:
-        """Do what is not done yet for one product alone, and make sure that it can be used for what is done for several.
+        """Do what is not done yet for one product alone, and make sure that it can be used for what is done jointly.
 
         A failure is recorded, not raised.
 

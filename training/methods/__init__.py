@@ -1,4 +1,4 @@
-"""Anomaly detection methods on features of any extractor: ``Class(extractor, **settings).fit(loader).predict(loader)``."""
+"""Anomaly detection methods on features of any extractor: ``Class(extractor).fit(loader).predict(loader)``."""
 
 from __future__ import annotations
 

@@ -169,8 +169,11 @@ def nearest_distances(queries: Tensor, rows: Tensor, count: int) -> Tensor:
     center = rows.mean(dim=0)
     count = min(count, len(rows))
     listed = min(count + SHORTLIST - 1, len(rows))
-    parts = [(chunk, _short_list(chunk - center, rows, center, listed)) for chunk in queries.split(QUERIES_PER_CHUNK)]
-    return torch.cat([_refined(chunk, rows, short_list, count) for chunk, short_list in parts])
+    found = []
+    for chunk in queries.split(QUERIES_PER_CHUNK):
+        short_list = _short_list(chunk - center, rows, center, listed)
+        found.append(_refined(chunk, rows, short_list, count))
+    return torch.cat(found)
 
 
 def _short_list(queries: Tensor, rows: Tensor, center: Tensor, count: int) -> Tensor:

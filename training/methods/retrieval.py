@@ -1,10 +1,10 @@
-"""Retrieved references: each image is compared with the few training images that are most like it, instead of a fixed few.
+"""Retrieved references: each image is compared with the few training images that are most like it.
 
 The published FeatureNorm numbers are of such references ("aligned" there), of which only the lists were published, not
 how they were made. This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a
 coarse grid, and the Kullback-Leibler divergence between those, without the cells that differ most, which may hold the
 defect. The words are of the first level of the model's own backbone, so that no second network is needed. Results
-belong under a name of their own: all training images take part, not a few shots.
+belong under a name of their own: all training images serve, not a few shots.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COUNT = 10
 WORDS = 12
 # Cells per side of the grid, and how many of all cells count: those that differ least.
 CELLS, COUNTED = 5, 20
-# Part of a uniform distribution in each histogram: the divergence from a histogram without some word would be infinite.
+# Weight of a uniform distribution in histograms: the divergence from a histogram without some word would be infinite.
 UNIFORM = 0.05
 # The words are of about so many patches at most, drawn at random.
 PATCHES = 20_000

@@ -1,4 +1,4 @@
-"""Pictures: which images are shown, on which scale, and that the curves are those of scikit-learn and of a naive count of regions."""
+"""Pictures: which images are shown, on which scale; curves against scikit-learn and a naive count of regions."""
 
 from __future__ import annotations
 
