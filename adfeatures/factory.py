@@ -77,7 +77,7 @@ def create_model(
         name=spec.name,
         img_size=entry.img_size,
         pretrained_cfg=timm_cfg(spec.arch, spec.tag, entry),
-        scorer=_scorer(spec.arch),
+        scorer=create_scorer(spec.arch),
         out_indices=out_indices,
     )
     if references is not None:
@@ -176,7 +176,8 @@ def _backbone_state(weights: Path | TrainedWeights | StateDict | None) -> tuple[
     return weights, "the given state dict"
 
 
-def _scorer(arch: str) -> Scorer:
+def create_scorer(arch: str) -> Scorer:
+    """How a model of the catalog scores."""
     model = catalog.MODELS[arch]
     return FeatureNormScorer() if model.scoring == "feature_norm" else CosineRingScorer(model.typical_distances)
 

@@ -1,4 +1,4 @@
-"""The seven metrics against the original's numbers, scikit-learn, and AUPRO's formula written out threshold by threshold."""
+"""The seven metrics against the original's numbers, scikit-learn, and AUPRO's formula, threshold by threshold."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def ranking_by_sklearn(positive: np.ndarray, scores: np.ndarray) -> list[float]:
 
 @st.composite
 def tied_maps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Maps of few distinct values and masks of random pixels, hence with many ties, and regions that touch at corners and borders."""
+    """Maps of few distinct values, so with many ties, and random masks whose regions touch at corners and borders."""
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(2, 6)))
     steps = draw(arrays(np.int8, shape, elements=st.integers(-4, draw(st.integers(-3, 60)))))
     masks = draw(arrays(np.bool_, shape, elements=st.booleans()).filter(lambda masks: masks.any() and not masks.all()))
@@ -108,7 +108,7 @@ class TestAupro:
     @given(tied_maps(), st.floats(0.01, 1) | st.sampled_from([0.1, 0.25, 0.3, 0.5, 1.0]), parts)
     def test_is_the_formula(self, example: tuple[np.ndarray, np.ndarray], limit: float, pixels_per_part: int) -> None:
         maps, masks = example
-        with mock.patch.object(metrics, "PIXELS_PER_PART", pixels_per_part):
+        with mock.patch.object(metrics, "PIXELS_PER_CHUNK", pixels_per_part):
             assert aupro(maps, masks, limit) == pytest.approx(aupro_by_formula(maps, masks, limit), abs=1e-9)
 
     @given(tied_maps(), st.sampled_from(["exp", "cube", "ranks", "shrink"]))
@@ -194,7 +194,7 @@ class TestRanking:
     @given(tied_maps(), parts)
     def test_pixels_as_scikit_learn(self, example: tuple[np.ndarray, np.ndarray], pixels_per_part: int) -> None:
         maps, masks = example
-        with mock.patch.object(metrics, "PIXELS_PER_PART", pixels_per_part), warnings.catch_warnings():
+        with mock.patch.object(metrics, "PIXELS_PER_CHUNK", pixels_per_part), warnings.catch_warnings():
             warnings.simplefilter("ignore", UndefinedMetricWarning)
             found = evaluate(maps, masks, masks.any(axis=(1, 2)))
         assert astuple(found)[3:6] == pytest.approx(ranking_by_sklearn(masks.ravel(), maps.ravel()), abs=1e-12)
@@ -218,7 +218,7 @@ class TestRanking:
     def test_parts_do_not_show(self, monkeypatch: pytest.MonkeyPatch, pixels_per_part: int) -> None:
         maps, masks, labels = some_maps()
         maps, masks = maps[:, 1:17, 8:24], masks[:, 1:17, 8:24]
-        monkeypatch.setattr(metrics, "PIXELS_PER_PART", pixels_per_part)
+        monkeypatch.setattr(metrics, "PIXELS_PER_CHUNK", pixels_per_part)
         found = astuple(evaluate(maps, masks, labels))
         assert found[3:6] == pytest.approx(ranking_by_sklearn(masks.ravel(), maps.ravel()), abs=1e-12)
         assert found[6] == pytest.approx(aupro_by_formula(maps, masks, 0.3), abs=1e-9)
@@ -357,15 +357,15 @@ class TestRefused:
 
 
 def test_memory_of_a_large_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte per pixel, and 12 bytes per pixel of a part, 100 MB, or 130 per defect pixel: together less than the maps themselves."""
-    assert 12 * metrics.PIXELS_PER_PART < 101e6
+    """A byte per pixel, and 12 per pixel of a chunk, 100 MB, or 130 per defect pixel: less than the maps themselves."""
+    assert 12 * metrics.PIXELS_PER_CHUNK < 101e6
     random = np.random.default_rng(2)
     maps = random.standard_normal((80, 128, 128), dtype=np.float32)
     masks = np.zeros(maps.shape, np.uint8)
     masks[::4, 10:40, 10:50] = 1
     labels = masks.any(axis=(1, 2))
     part = maps.size // 16
-    monkeypatch.setattr(metrics, "PIXELS_PER_PART", part)
+    monkeypatch.setattr(metrics, "PIXELS_PER_CHUNK", part)
     bound = maps.size + max(12 * part, 130 * int(masks.sum())) + 2**16
     assert bound < maps.nbytes
     for function in (aupro, aupro_original, lambda maps, masks: evaluate(maps, masks, labels)):

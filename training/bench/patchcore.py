@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adfeatures.coreset import greedy_coreset
 from adfeatures.demo import SAMPLES
 from adfeatures.factory import create_model, create_transform
 from adfeatures.images import read_image
 from adfeatures.measuring import Measurement, timed
 
-from ..methods.patchcore import STARTS, greedy_coreset
+from ..methods.patchcore import STARTS
 from ..methods.patches import neighborhood_vectors
 
 DIM, PROJECTION = 1024, 128

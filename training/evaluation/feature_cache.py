@@ -103,8 +103,8 @@ def place_key(path: str) -> str:
     return hashlib.sha256(f"{content_key(path)} {path}".encode()).hexdigest()
 
 
-class Kept:
-    """Features of another extractor, computed for each image when they are first asked for and read from the cache afterwards.
+class CachedExtractor:
+    """Features of another extractor, computed when they are first asked for and read from the cache afterwards.
 
     Images without a path, such as augmented ones, are neither looked up nor kept.
 
@@ -136,7 +136,7 @@ class Kept:
         maps = {key: found for key in keys if (found := self.cache.read(key)) is not None}
         missing = [index for index, key in enumerate(keys) if key not in maps]
         if missing:
-            levels = feature_maps(self.extractor, part(batch, missing))
+            levels = feature_maps(self.extractor, _subset(batch, missing))
             for row, index in enumerate(missing):
                 maps[keys[index]] = [level[row].cpu() for level in levels]
                 self.cache.write(keys[index], maps[keys[index]])
@@ -147,7 +147,7 @@ class Kept:
         return self.key(path) in self.cache
 
 
-def part(batch: Batch, members: Sequence[int]) -> dict[str, Any]:
+def _subset(batch: Batch, members: Sequence[int]) -> dict[str, Any]:
     """Some of the images of a batch, with all that belongs to them."""
     return {
         name: value[members] if isinstance(value, Tensor) else [value[i] for i in members]

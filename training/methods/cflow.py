@@ -1,4 +1,4 @@
-"""CFLOW-AD (Gudovskiy et al. 2022): the likelihood of every patch under a normalizing flow that knows where in the image it is."""
+"""CFLOW-AD (Gudovskiy et al. 2022): the likelihood of every patch under a normalizing flow that knows its position."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ class CFLOW:
         return gather((m, m.flatten(1).amax(dim=1)) for m in maps)
 
     def _learning_rate(self, epoch: int, progress: float) -> float:
-        """The rate of a batch, given the part of its meta-epoch done before it: linear warm-up, then one cosine step per meta-epoch."""
+        """The rate of a batch, given the fraction of its meta-epoch done before it.
+
+        Linear warm-up, then one cosine step per meta-epoch.
+        """
         if epoch >= WARMUP_EPOCHS:
             return self._cosine(epoch)
         start, end = self.learning_rate / 10, self._cosine(WARMUP_EPOCHS)

@@ -1,4 +1,4 @@
-"""GLASS (Chen et al. 2024): a discriminator between normal patches and anomalies that are made in images and, by gradients, in features."""
+"""GLASS (Chen et al. 2024): normal patches against anomalies that are made in images and, by gradients, in features."""
 
 from __future__ import annotations
 
@@ -190,7 +190,8 @@ class GLASS:
         normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)
         if len(normal) < 2:
             raise InputError(
-                "GLASS trains on statistics of a batch, and a single image of one patch has none. Use larger images or batches."
+                "GLASS trains on statistics of a batch, and a single image of one patch has none. "
+                "Use larger images or batches."
             )
         radius = _radius(torch.cat([augmented[~defective] - center[~defective], normal - center]))
         loss = self._ascent_loss(normal, center, radius, generator)
@@ -214,14 +215,14 @@ class GLASS:
 
 
 def project(points: Tensor, center: Tensor, radius: Tensor, radii: tuple[int, int]) -> Tensor:
-    """Move points (N, D) along the line to their centers until their distance lies within ``radii`` times the radius."""
+    """Move points (N, D) along the line to their centers until their distance is within ``radii`` times the radius."""
     offset = points - center
     distance = offset.norm(dim=1, keepdim=True)
     return center + offset * distance.clamp(radii[0] * radius, radii[1] * radius) / (distance + TINY)
 
 
 def hard_focal_loss(scores: Tensor, target: Tensor) -> Tensor:
-    """Focal loss over the half of the patches whose scores (N,) of 0 to 1 are farthest from their targets (N,), 0 or 1."""
+    """Focal loss over the half of the patches whose scores (N,), 0 to 1, are farthest from their targets (N,)."""
     error = (scores - target).square()
     hard = error >= error.quantile(HARD_QUANTILE)
     scores, target = scores[hard], target[hard].clamp(FOCAL_SMOOTHING, 1 - FOCAL_SMOOTHING)

@@ -1,4 +1,4 @@
-"""UniAD (You et al. 2022): one transformer for all products that reconstructs feature maps; what it cannot reconstruct is anomalous.
+"""UniAD (You et al. 2022): one transformer for all products reconstructs feature maps; what it cannot is anomalous.
 
 The network is missing from the published ADPretrain code (its files are empty). This one is built from the UniAD paper,
 section 3, with the settings that ADPretrain's configuration lists, so numbers of the ADPretrain paper may differ from
@@ -36,7 +36,7 @@ class UniAD:
         hidden: Width of the transformer, even and a multiple of ``heads``.
         heads: Attention heads.
         layers: Layers of the encoder, and of the decoder.
-        feed_forward: Width within the feed-forward parts.
+        feed_forward: Width within the feed-forward layers.
         dropout: Rate of dropout in training.
         neighbors: Side of the square around a position, itself included, that it must not attend to, odd. On a grid
             that such squares would cover it shrinks to the largest that leaves something; a single position attends to
@@ -142,8 +142,8 @@ class UniAD:
         features = _joined(feature_maps(self.extractor, batch))
         if features.shape[2:] != self.network.grid:
             raise InputError(
-                f"This UniAD was trained on maps of {tuple(self.network.grid)} positions, got {tuple(features.shape[2:])}. "
-                "Give all images the same size."
+                f"This UniAD was trained on maps of {tuple(self.network.grid)} positions, got "
+                f"{tuple(features.shape[2:])}. Give all images the same size."
             )
         return features
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
+from adfeatures.coreset import greedy_coreset
 from training.bench import patchcore as bench
-from training.methods.patchcore import greedy_coreset
 
 
 def test_the_plain_loop_chooses_the_same() -> None:

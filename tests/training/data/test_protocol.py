@@ -6,7 +6,7 @@ import pytest
 
 from adfeatures.errors import UnknownNameError
 from training.data import DATASETS, dataset, mvtec
-from training.data.protocol import METHODS, original_geometry
+from training.data.protocol import EVALUATED, original_geometry
 
 
 def test_original_geometry_is_that_of_the_published_code() -> None:
@@ -20,7 +20,7 @@ def test_original_geometry_is_that_of_the_published_code() -> None:
         }.items()
         for product in products
     }
-    for method in METHODS:
+    for method in EVALUATED:
         for name in DATASETS:
             for product in dataset(name).products:
                 expected = "resize256_crop224" if (method, name, product) in larger else "resize224_crop224"

@@ -13,11 +13,8 @@ from helpers.models import photo, write_photos
 from torch import Tensor
 
 from adfeatures.errors import AdfeaturesError, ImageError, InputError
-from training.data.images import loader
-from training.data.items import Item
 from training.evaluation import feature_cache
-from training.evaluation.extractors import Encoder, KnownImages
-from training.evaluation.feature_cache import FeatureCache, Kept, content_key, place_key
+from training.evaluation.feature_cache import CachedExtractor, FeatureCache, content_key, place_key
 
 
 class Counting:
@@ -44,7 +41,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 def test_gives_the_features_bit_for_bit(paths: list[Path], tmp_path: Path) -> None:
     batch = batch_of(paths)
-    kept = Kept(Counting(), FeatureCache(tmp_path / "cache", {"model": 1}))
+    kept = CachedExtractor(Counting(), FeatureCache(tmp_path / "cache", {"model": 1}))
     for found in (kept(batch), kept(batch)):
         expected = [batch["image"][:, :2] / 3, batch["image"][..., ::2, ::2] * 7]
         for level, full in zip(found, expected, strict=True):
@@ -53,15 +50,15 @@ def test_gives_the_features_bit_for_bit(paths: list[Path], tmp_path: Path) -> No
 
 def test_encodes_an_image_once_in_all_runs(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
-    first = Kept(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))(batch_of(paths[:2]))
-    later = Kept(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))(batch_of(paths))
+    first = CachedExtractor(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))(batch_of(paths[:2]))
+    later = CachedExtractor(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))(batch_of(paths))
     assert extractor.seen == [str(path) for path in paths]
     assert all(torch.equal(a, b[:2]) for a, b in zip(first, later, strict=True))
 
 
 def test_knows_images_by_their_content(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
-    kept = Kept(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))
+    kept = CachedExtractor(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))
     kept(batch_of(paths))
     moved = tmp_path / "elsewhere.png"
     shutil.copy(paths[0], moved)
@@ -90,25 +87,25 @@ def test_place_key_tells_copies_apart(paths: list[Path], tmp_path: Path) -> None
 def test_another_identity_shares_nothing(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
     for identity in ({"preset": "squash"}, {"preset": "resize224_crop224"}):
-        Kept(extractor, FeatureCache(tmp_path / "cache", identity))(batch_of(paths[:1]))
+        CachedExtractor(extractor, FeatureCache(tmp_path / "cache", identity))(batch_of(paths[:1]))
     assert len(extractor.seen) == 2
 
 
 def test_augmented_images_pass_by(paths: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", {})
     batch = {**batch_of(paths), "path": [None] * 4}
-    found = Kept(Counting(), cache)(batch)
+    found = CachedExtractor(Counting(), cache)(batch)
     assert torch.equal(found[0], batch["image"][:, :2] / 3)
     assert not list(cache.folder.rglob("*.safetensors"))
 
 
 def test_damaged_files_are_written_anew(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
-    first = Kept(extractor, FeatureCache(tmp_path, {}))
+    first = CachedExtractor(extractor, FeatureCache(tmp_path, {}))
     expected = first(batch_of(paths[:1]))
     (file,) = first.cache.folder.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    found = Kept(extractor, FeatureCache(tmp_path, {}))(batch_of(paths[:1]))
+    found = CachedExtractor(extractor, FeatureCache(tmp_path, {}))(batch_of(paths[:1]))
     assert len(extractor.seen) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -116,7 +113,7 @@ def test_damaged_files_are_written_anew(paths: list[Path], tmp_path: Path) -> No
 def test_files_that_vanish_are_written_anew(paths: list[Path], tmp_path: Path) -> None:
     """As when another evaluation deletes them."""
     extractor = Counting()
-    kept = Kept(extractor, FeatureCache(tmp_path, {}))
+    kept = CachedExtractor(extractor, FeatureCache(tmp_path, {}))
     for _ in range(2):
         expected = kept(batch_of(paths))
     shutil.rmtree(kept.cache.folder)
@@ -128,7 +125,7 @@ def test_files_that_vanish_are_written_anew(paths: list[Path], tmp_path: Path) -
 def test_remove(paths: list[Path], tmp_path: Path) -> None:
     cache, other = FeatureCache(tmp_path, {"a": 1}), FeatureCache(tmp_path, {"a": 2})
     extractor = Counting()
-    kept = Kept(extractor, cache)
+    kept = CachedExtractor(extractor, cache)
     kept(batch_of(paths))
     cache.remove()
     assert not cache.folder.exists() and other.folder.exists()
@@ -139,7 +136,7 @@ def test_remove(paths: list[Path], tmp_path: Path) -> None:
 def test_features_that_are_not_finite_are_not_kept(paths: list[Path], tmp_path: Path) -> None:
     batch = batch_of(paths)
     batch["image"][2] = float("nan")
-    kept = Kept(Counting(), FeatureCache(tmp_path, {}))
+    kept = CachedExtractor(Counting(), FeatureCache(tmp_path, {}))
     with pytest.raises(InputError, match=f"features of {paths[2]} hold NaN"):
         kept(batch)
     assert not list(kept.cache.folder.rglob("*.safetensors"))
@@ -156,13 +153,3 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not one of the errors of a single product, after which the evaluation would go on.
     assert not isinstance(caught.value, (ValueError, RuntimeError))
     assert "ab" not in cache and not list(cache.folder.rglob("*.safetensors"))
-
-
-def test_known_images_have_no_pixels_to_encode(paths: list[Path], tmp_path: Path) -> None:
-    items = [Item(str(path), 1, "nut") for path in paths]
-    (batch,) = loader(KnownImages(items, (12, 10)), 8)
-    assert batch["image"].shape == (4, 3, 12, 10) and batch["mask"].shape == (4, 1, 12, 10)
-    assert batch["label"].tolist() == [1] * 4 and batch["product"] == ["nut"] * 4
-    encoder = Encoder(torch.nn.Identity(), "cpu")
-    with pytest.raises(InputError, match=f"{paths[0].name} are no longer in the cache"):
-        Kept(encoder, FeatureCache(tmp_path, {}))(batch)

@@ -12,7 +12,7 @@ from helpers.planted import batches, patch_extractor
 from scipy.ndimage import gaussian_filter
 
 from adfeatures.errors import InputError
-from training.methods import METHODS, FeatureNorm
+from training.methods import FeatureNorm
 
 EXTRACT = patch_extractor(6, 8, 7, 10)
 
@@ -70,14 +70,3 @@ def test_refuses() -> None:
         FeatureNorm(lambda batch: [torch.full((1, 2, 3, 3), torch.nan)]).predict(
             [{"image": torch.zeros(1, 3, 8, 8), "path": ["a.png"]}]
         )
-
-
-def test_every_method_has_its_class() -> None:
-    assert {name: method.__name__ for name, method in METHODS.items()} == {
-        "feature_norm": "FeatureNorm",
-        "patchcore": "PatchCore",
-        "padim": "PaDiM",
-        "cflow": "CFLOW",
-        "glass": "GLASS",
-        "uniad": "UniAD",
-    }

@@ -1,4 +1,4 @@
-"""Retrieved references: the stated rule in loops, images that are alike by construction, and the residuals against the retrieved ones."""
+"""Retrieved references: the stated rule in loops, images alike by construction, residuals against those retrieved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.methods.retrieval import RetrievedReferences, VisualWords, most_si
 
 
 def retrieve(train: Tensor, test: Tensor, count: int = 10, *, seed: int = 0) -> Tensor:
-    """Indices (N, count) of the training images most like each test image, from first-level features (M or N, C, h, w)."""
+    """Indices (N, count) of the training images most like each test image, by first-level maps (M or N, C, h, w)."""
     words = VisualWords(patches_of(train), seed)
     return most_similar(words.histograms(test), words.histograms(train), count)
 

@@ -1,4 +1,4 @@
-"""Pictures: which images are shown, on which scale, and that the curves are those of scikit-learn and of a naive count of regions."""
+"""Pictures: which images are shown, on which scale; curves against scikit-learn and a naive count of regions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sklearn.metrics import auc, roc_curve
 from adfeatures.images import build_transform, read_image
 from adfeatures.overlays import colorize
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.evaluation import figures
-from training.evaluation.figures import (
+from training.evaluation import pictures
+from training.evaluation.pictures import (
     COLUMNS,
     PRO_RATES,
     RATES,
     curves,
-    draw_curves,
+    draw_detection_curves,
     draw_maps,
     extremes,
     map_scale,
@@ -123,9 +123,9 @@ def test_heat_maps_are_high_where_the_map_is(tmp_path: Path, monkeypatch: pytest
     maps = torch.zeros(6, 24, 20)
     maps[1, :12], maps[3, :12], maps[5, :12] = 3, 2, 1
     shown: list[tuple] = []
-    original = figures.overlay
+    original = pictures.overlay
     monkeypatch.setattr(
-        figures, "overlay", lambda *args, **options: shown.append((args, options)) or original(*args, **options)
+        pictures, "overlay", lambda *args, **options: shown.append((args, options)) or original(*args, **options)
     )
     draw_maps(
         tmp_path / "maps.png", items, Predictions(maps, maps.amax((1, 2))), build_transform((24, 20), *STATISTICS)
@@ -144,10 +144,10 @@ def test_heat_maps_are_high_where_the_map_is(tmp_path: Path, monkeypatch: pytest
 def test_curves_are_drawn_with_a_line_for_each_kind_of_features(tmp_path: Path) -> None:
     found, masks, labels = predictions()
     points = curves(found, masks, labels)
-    draw_curves(tmp_path / "one.png", "PatchCore on nut", {"raw": points})
+    draw_detection_curves(tmp_path / "one.png", "PatchCore on nut", {"raw": points})
     perfect = {name: [1.0] * len(values) for name, values in points.items()}
-    draw_curves(tmp_path / "two.png", "PatchCore on nut", {"raw": points, "pretrained": perfect})
-    draw_curves(tmp_path / "none.png", "PatchCore on nut", {"raw": {}})
+    draw_detection_curves(tmp_path / "two.png", "PatchCore on nut", {"raw": points, "pretrained": perfect})
+    draw_detection_curves(tmp_path / "none.png", "PatchCore on nut", {"raw": {}})
     one, two, none = (np.asarray(read_image(tmp_path / f"{name}.png"), dtype=int) for name in ("one", "two", "none"))
     assert one.shape == two.shape == none.shape
     assert (one != two).any() and (one != none).any()

@@ -31,7 +31,7 @@ Curves = Mapping[str, Sequence[float]]
 
 
 def draw_maps(path: Path, items: Sequence[Item], predictions: Predictions, transform: ImageTransform) -> None:
-    """Draw heat maps: a row each of missed defects, false alarms, defects found best and normal images that look most normal.
+    """Draw heat maps: a row each of missed defects, false alarms, best found defects and the most normal images.
 
     All are on one scale, from the median to the 99.9 % quantile of all pixels of these predictions, so that a map is
     red only where few pixels of the product score as high. Where a geometry cuts off borders, so do the pictures.
@@ -59,7 +59,7 @@ def map_scale(maps: Tensor) -> tuple[float, float]:
 
 
 def extremes(items: Sequence[Item], scores: Tensor) -> dict[str, list[int]]:
-    """Up to `COLUMNS` images of each kind that ``draw_maps`` names, by their indices, the most extreme first; none is in two kinds."""
+    """Up to `COLUMNS` images of each kind of ``draw_maps``, by index, the most extreme first; none is in two kinds."""
     order = scores.argsort(stable=True).tolist()
     anomalous = [i for i in order if items[i].label == ANOMALOUS]
     normal = [i for i in order if items[i].label == NORMAL]
@@ -91,7 +91,7 @@ def seen(image: Image.Image, transform: ImageTransform) -> Image.Image:
 
 
 def curves(predictions: Predictions, masks: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Points of the image ROC, and of the pixel ROC at `RATES` and the PRO curve at `PRO_RATES`; none where a curve is not defined."""
+    """Points of the image ROC, the pixel ROC at `RATES` and the PRO curve at `PRO_RATES`, where they are defined."""
     found: dict[str, list[float]] = {}
     if len(labels.unique()) == 2:
         x, y, _ = roc_curve(labels.numpy(), predictions.scores.numpy())
@@ -104,8 +104,8 @@ def curves(predictions: Predictions, masks: Tensor, labels: Tensor) -> dict[str,
     return found
 
 
-def draw_curves(path: Path, title: str, by_features: Mapping[str, Curves]) -> None:
-    """Draw the curves of a product and a method: ROC of images, ROC of pixels, PRO, a line for each kind of features."""
+def draw_detection_curves(path: Path, title: str, by_features: Mapping[str, Curves]) -> None:
+    """Draw the curves of a product and a method, image ROC, pixel ROC and PRO: a line for each kind of features."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")

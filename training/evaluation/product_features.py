@@ -1,4 +1,4 @@
-"""The features of a run: raw ones, or those that references make of them, computed once for all methods that take the same."""
+"""The features that methods take of products: raw ones, or those that references make of them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from adfeatures.errors import InputError
-from adfeatures.references import ReferenceBank
+from adfeatures.references import BankRecord, ReferenceBank
 from adfeatures.sources import distinct
 
+from ..data.images import loader
 from ..data.items import Item
 from ..methods.base import Extractor
 from ..methods.retrieval import RetrievedReferences
-from .extractors import Key, KnownImages, Residuals, prepared
-from .feature_cache import FeatureCache, Kept, content_key, place_key
-from .inputs import Product, RawFeatures
-from .recipes import known_loader
+from .feature_cache import CachedExtractor, FeatureCache, content_key, place_key
+from .product import Product
+from .raw_features import KnownImages, RawFeatures
+from .residuals import Key, Residuals
 
 
 class Geometry(NamedTuple):
@@ -31,23 +32,24 @@ class Geometry(NamedTuple):
 
 
 @dataclass
-class Features:
-    """Features of some products.
+class ProductFeatures:
+    """Features of some products, computed once for all methods that take the same.
 
     Attributes:
         extractor: What gives them.
+        geometry: Presets of images and references.
         weights: Name of the trained weights, None for raw features.
         references: Reference files of each product, as given, with their SHA-256.
-        own: The references that are training images and cannot be compared with others, since there is only one; by
-            SHA-256.
+        single: The references, by SHA-256, that are training images and have no others to be compared with.
         temporary: What was kept on disk for these features alone.
         retrieved: Where the references are retrieved: those of each image so far, by its path.
     """
 
     extractor: Extractor
+    geometry: Geometry
     weights: str | None = None
-    references: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    own: frozenset[str] = frozenset()
+    references: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    single: frozenset[str] = frozenset()
     temporary: FeatureCache | None = None
     retrieved: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -57,21 +59,32 @@ class Features:
         Raises:
             InputError: If there are none.
         """
-        items = (
-            [item for item in product.train if content_key(item.image) not in self.own] if self.own else product.train
-        )
+        items = [item for item in product.train if not self.single or content_key(item.image) not in self.single]
         if not items:
             raise InputError(
-                f"{product.name} has a single normal training image, which is its reference. Nothing is left to learn from."
+                f"{product.name} has a single normal training image, which is its reference. "
+                "Nothing is left to learn from."
             )
         return items
+
+    def record(self, product: Product) -> dict[str, Any]:
+        """What the results say of the features of a product."""
+        facts = {
+            "product": product.name,
+            "weights": self.weights,
+            "geometry": self.geometry._asdict(),
+            "references": self.references.get(product.name, []),
+        }
+        if self.retrieved:
+            facts["retrieved"] = {item.image: list(self.retrieved[item.image]) for item in product.test}
+        return facts
 
     def warnings(self, product: Product) -> list[str]:
         """What is odd about the references of a product."""
         known = {entry["sha256"] for entry in self.references.get(product.name, [])}
         copies = sum(content_key(item.image) in known for item in product.test) if known else 0
         single = "The only reference is a training image, which is left out of the training."
-        return [f"{copies} test images are references as well."] * bool(copies) + [single] * bool(self.own & known)
+        return [f"{copies} test images are references as well."] * bool(copies) + [single] * bool(self.single & known)
 
     def remove(self) -> None:
         """Delete what was kept for these features alone."""
@@ -88,7 +101,7 @@ def residual_features(
     *,
     leave_out: bool,
     owner: str,
-) -> Features:
+) -> ProductFeatures:
     """Projected residuals of products against fixed references.
 
     Args:
@@ -103,7 +116,7 @@ def residual_features(
     Raises:
         ImageError: For a reference that cannot be read.
     """
-    subject, weights = raw.subject, raw.subject.weights[tag]
+    model, weights = raw.model, raw.model.weights[tag]
     banks: dict[Key, ReferenceBank] = {}
     for product, items in zip(products, references, strict=True):
         raw.encode(items, geometry.references)
@@ -111,7 +124,7 @@ def residual_features(
             banks[product.name, view] = _bank(raw, geometry.references, [item for item in items if item.view == view])
     key_of = {item.image: (product.name, item.view) for product in products for item in (*product.train, *product.test)}
     extractor = Residuals(
-        raw.of(geometry.images), banks, key_of, weights.projector, unit_length=subject.unit_length, leave_out=leave_out
+        raw.of(geometry.images), banks, key_of, weights.projector, scorer=model.scorer, leave_out=leave_out
     )
     identity = {
         "images": raw.identity(geometry.images),
@@ -125,41 +138,33 @@ def residual_features(
     for (name, _), bank in sorted(banks.items()):
         files[name] += [{"file": file, "sha256": sha} for file, sha in zip(bank.files, bank.sha256s, strict=True)]
     single = [bank.sha256s[0] for bank in banks.values() if bank.num_images == 1]
-    return Features(
-        Kept(extractor, temporary, place_key, subject.device),
+    return ProductFeatures(
+        CachedExtractor(extractor, temporary, place_key, model.device),
+        geometry,
         weights.name,
-        dict(files),
-        frozenset(single if leave_out else ()),
-        temporary,
+        references=files,
+        single=frozenset(single if leave_out else ()),
+        temporary=temporary,
     )
 
 
-def retrieved_features(raw: RawFeatures, geometry: Geometry, tag: str, product: Product) -> Features:
-    """Projected residuals of a product against references that are retrieved for each image from all training images.
-
-    Raises:
-        InputError: For geometries of images and references that differ.
-    """
-    if geometry.images != geometry.references:
-        raise InputError(
-            f"References can be retrieved in the geometry of the images only, which is {geometry.images} here."
-        )
-    weights, size = raw.subject.weights[tag], tuple(product.truth(geometry.images).masks.shape[1:])
+def retrieved_features(raw: RawFeatures, geometry: Geometry, tag: str, product: Product) -> ProductFeatures:
+    """Projected residuals of a product against references retrieved for each image from all training images."""
+    model, weights = raw.model, raw.model.weights[tag]
     extractor = RetrievedReferences(
-        lambda batch: prepared(raw.of(geometry.images)(batch), raw.subject.unit_length),
+        lambda batch: model.scorer.features(raw.of(geometry.images)(batch)),
         weights.projector,
-        KnownImages(product.train, size),
+        KnownImages(product.train, model.img_size),
     )
-    return Features(extractor, weights.name, retrieved=extractor.lists)
+    return ProductFeatures(extractor, geometry, weights.name, retrieved=extractor.lists)
 
 
 def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:
     """The bank of references whose features are known. Copies are left out, with a warning."""
     kept = distinct([item.image for item in items])
     own = [item for item in items if item.image in kept.values()]
-    parts = [raw.of(preset)(batch) for batch in known_loader(own, raw.subject.img_size)]
-    bank = ReferenceBank.from_features(
-        prepared([torch.cat(level) for level in zip(*parts, strict=True)], raw.subject.unit_length)
-    )
-    bank.files, bank.sha256s = [os.fspath(item.image) for item in own], list(kept)
+    batches = [raw.of(preset)(batch) for batch in loader(KnownImages(own, raw.model.img_size))]
+    levels = [torch.cat(level) for level in zip(*batches, strict=True)]
+    bank = ReferenceBank.from_features(raw.model.scorer.features(levels))
+    bank.record = BankRecord(files=[os.fspath(item.image) for item in own], sha256s=list(kept))
     return bank
