@@ -151,7 +151,9 @@ def aupro_original(maps: Array, masks: Array) -> float:
     thresholds = np.arange(low, high, step)
     passed = thresholds.searchsorted(maps[defect], side="left")
     pro = np.bincount(passed, weights=_shares(defect), minlength=len(thresholds) + 1)[:0:-1].cumsum()[::-1]
-    false = sum(len(normal) - normal.searchsorted(thresholds, side="right") for normal in _sorted_normals(maps, defect))
+    false = np.zeros(len(thresholds), dtype=np.int64)
+    for normal in _sorted_normals(maps, defect):
+        false += len(normal) - normal.searchsorted(thresholds, side="right")
     fpr = false / (defect.size - len(passed))
     kept = fpr < LIMIT
     fpr, pro = fpr[kept], pro[kept]

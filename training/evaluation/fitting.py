@@ -37,7 +37,7 @@ def settings(
         "textures": config.textures,
         "foregrounds": config.foregrounds,
     }
-    own = {name: offered[name] for name in method.takes}
+    own: dict[str, Any] = {name: offered[name] for name in method.takes}
     if method.epochs is not None and config.epochs is not None:
         own[method.epochs] = config.epochs
     if "textures" in own and config.textures is None:

@@ -79,7 +79,7 @@ def find_method(name: str) -> Method:
         raise UnknownNameError(f"{unknown('method', name, METHODS)} A class from outside is given as module:Class.")
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute, None)
+        found: Any = getattr(import_module(module), attribute, None)
     except ModuleNotFoundError as error:
         raise InputError(
             f"The method {name} cannot be imported ({error}). Install {module}, or add its folder to PYTHONPATH."

@@ -54,6 +54,8 @@ class ConditionalFlow(nn.Module):
 class CouplingBlock(nn.Module):
     """Change the second half of the channels as the first and the condition say, then scale, shift and rotate all."""
 
+    rotation: Tensor
+
     def __init__(self, channels: int, condition: int) -> None:
         super().__init__()
         changed = channels // 2

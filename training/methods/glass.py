@@ -99,8 +99,8 @@ class GLASS:
         self.seed = seed
         self._with_adapter = adapter
         self.adapter: nn.Module = nn.Identity()
-        self.discriminator: nn.Module | None = None
-        self.center: Tensor | None = None
+        self.discriminator = nn.Sequential()
+        self.center = torch.empty(0)
 
     def fit(self, loader: Loader, on_epoch: Callable[[int], None] | None = None) -> GLASS:
         """Train on normal images.
@@ -119,7 +119,9 @@ class GLASS:
         with seeded(self.seed):
             self.adapter = (_xavier(nn.Linear(self.dim, self.dim)) if self._with_adapter else nn.Identity()).to(device)
             self.discriminator = _discriminator(self.dim, self.hidden).to(device)
-        optimizers = [torch.optim.AdamW(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=0.01)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        ]
         if self._with_adapter:
             optimizers.append(torch.optim.Adam(self.adapter.parameters(), lr=self.learning_rate / 2, weight_decay=1e-5))
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -152,7 +154,7 @@ class GLASS:
         Raises:
             InputError: Before ``fit``, for no images, images of several sizes, or NaN features.
         """
-        if self.discriminator is None:
+        if not len(self.center):
             raise InputError("This GLASS is not trained yet; call fit first.")
         self.adapter.eval()
         self.discriminator.eval()
@@ -172,7 +174,7 @@ class GLASS:
 
     @torch.no_grad()
     def _mean_vectors(self, loader: Loader) -> Tensor:
-        total, count = 0, 0
+        total, count = torch.zeros(()), 0
         for batch in loader:
             total = total + self._vectors(batch).sum(dim=0)
             count += len(batch["image"])

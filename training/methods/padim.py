@@ -110,12 +110,11 @@ class Gaussians:
         self.epsilon, self.device = epsilon, example.device
         self.count = 0  # of the images in mean and scatter
         self.mean = torch.zeros(self.positions, self.channels, dtype=torch.float64, device=self.device)
-        self.scatter: Tensor | None = (
-            None  # sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2)
-        )
+        # Sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2).
+        self.scatter: Tensor | None = None
         self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
         self.waiting = 0  # how many samples these hold
-        self.factors: Tensor | None = None  # lower triangles like the scatter
+        self.factors = torch.empty(0)  # lower triangles like the scatter
         self.whitened: Tensor | None = None  # W for few images, (P, N, C) float64
         self._samples_memory, self._packed_memory, self._matrix_memory = _Scratch(), _Scratch(), _Scratch()
 

@@ -60,8 +60,8 @@ class PatchCore:
         self.extractor, self.levels, self.patch, self.dim = extractor, levels, patch, dim
         self.coreset, self.projection, self.seed = coreset, projection, seed
         self.neighbors, self.sigma = neighbors, sigma
-        self._rows: Tensor | None = None  # (rows, dim)
-        self._images: Tensor | None = None  # (rows,), the image that each comes from
+        self._rows = torch.empty(0, dim)
+        self._images = torch.empty(0)  # (rows,), the image that each comes from
         self._numbers: dict[str | int, int] = {}  # of the images of the rows, by their paths
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class PatchCore:
         Raises:
             InputError: For no images, or features that are not finite.
         """
-        self._rows, self._numbers = None, {}
+        self._rows, self._numbers = torch.empty(0, self.dim), {}
         rows, images = [], []
         for batch in loader:
             vectors = self._vectors(batch).flatten(1, 2)
@@ -109,7 +109,7 @@ class PatchCore:
         return gather(self._score(batch, leave_one_out) for batch in loader)
 
     def _score(self, batch: Batch, leave_one_out: bool) -> tuple[Tensor, Tensor]:
-        if self._rows is None:
+        if not len(self._rows):
             raise ReferencesError("PatchCore has no patches to compare with yet: call fit first.")
         vectors = self._vectors(batch)
         if leave_one_out:

@@ -183,7 +183,7 @@ def test_levels_of_a_pyramid_meet_on_the_coarsest_grid():
     method = quick(pyramid).fit(batches(4, seed=0, size=(32, 48)))
     assert tuple(method.network.grid) == (4, 6)
     (batch,) = batches(1, seed=0, size=(32, 48))
-    found = method._features(batch)
+    found = method._features(batch, method.network)
     finest = EXTRACT(batch)[0]
     rows, columns = torch.linspace(0, 7, 4, dtype=torch.float64), torch.linspace(0, 11, 6, dtype=torch.float64)
     for y, row in enumerate(rows.tolist()):
