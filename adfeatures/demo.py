@@ -1,4 +1,4 @@
-"""The demo: the embedded default on the sample photographs of the package."""
+"""The demo: the embedded default on the sample images of the package."""
 
 from __future__ import annotations
 

@@ -23,10 +23,9 @@ from .hardware import HARDWARE
 from .textures import TEXTURES
 
 _KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
+_ROWS = zip_longest(*(kind.items() for kind in _KINDS))
 # Of each kind in turn, so that the first few are already unlike each other.
-BUILDERS: dict[str, Builder] = dict(
-    pair for row in zip_longest(*(kind.items() for kind in _KINDS)) for pair in row if pair is not None
-)
+BUILDERS: dict[str, Builder] = dict(pair for row in _ROWS for pair in row if pair is not None)
 # A pixel belongs to a defect where it changes by more than VISIBLE of the full range, in an area that somewhere changes
 # by more than CLEAR. The noise of the sensor stays below.
 VISIBLE, CLEAR = 0.024, 0.05

@@ -326,7 +326,7 @@ def flakes(part: Part, rng: np.random.Generator) -> None:
         -0.012,
     )
     tones = np.array([(0.56, 0.38, 0.19), (0.47, 0.29, 0.12), (0.62, 0.46, 0.27), (0.40, 0.24, 0.11)], np.float32)
-    for level in range(130):
+    for layer in range(130):
         half, breadth = rng.uniform(0.16, 0.36), rng.uniform(0.04, 0.10)
         chip = part.near(
             rng.uniform(-1.05, 1.05), rng.uniform(-1.05, 1.05), half, rng.normal(0, 0.55) + (rng.random() < 0.25) * 1.5
@@ -340,7 +340,7 @@ def flakes(part: Part, rng: np.random.Generator) -> None:
             * (1 + streak + 0.08 * grain(rng, chip.shape))
         )
         tone = tone * (1 - 0.25 * np.clip(1 + distance / 0.012, 0, 1))
-        chip.paint(chip.inside(distance), tone, height=0.0001 * level + rng.uniform(-0.004, 0.004) * chip.x / half)
+        chip.paint(chip.inside(distance), tone, height=0.0001 * layer + rng.uniform(-0.004, 0.004) * chip.x / half)
     part.gloss[...] = 0.12
 
 
