@@ -92,6 +92,7 @@ class Model:
 
     @property
     def default_tag(self) -> str | None:
+        """The tag that is meant where none is named, None where there are none."""
         return next(iter(self.tags), None)
 
 

@@ -17,6 +17,8 @@ from .pretraining.config import CentersConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
+
     def compute(config: CentersConfig) -> None:
         with processes(config.device) as device:
             if world_size() > 1:

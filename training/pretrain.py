@@ -122,6 +122,8 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
+
     def run(config: PretrainConfig) -> None:
         with processes(config.device) as device:
             folder = pretrain(config, device)

@@ -16,6 +16,7 @@ from .data.synthetic import DEFECTS, PRODUCTS, VIEWS, synthesize
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.synthesize",
         description=f"Render up to {len(PRODUCTS)} products with {len(DEFECTS)} kinds of defects, {VIEWS} views of "

@@ -132,6 +132,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.tutorial", description="Synthesize, pretrain, evaluate, publish."
     )

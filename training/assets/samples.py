@@ -92,6 +92,7 @@ def _save(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.assets.samples", description="Render the sample images of adfeatures demo."
     )

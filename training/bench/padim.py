@@ -48,6 +48,7 @@ def features(count: int, channels: int, side: int) -> Tensor:
 
 
 def fit(maps: Tensor) -> Gaussians:
+    """The distributions of maps (N, C, h, w)."""
     gaussians = Gaussians(maps, EPSILON)
     for chunk in maps.split(8):
         gaussians.add(chunk)

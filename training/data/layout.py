@@ -47,6 +47,7 @@ class Layout(Tree):
         return super().likeness(root) if self.products else 0.1 * bool(self.find_products(root))
 
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
+        """See ``Tree.walk``."""
         folder = self.find_products(root)[product]
         kinds = subfolders(folder / split)
         if not kinds or (split == "train" and self.normal not in kinds):

@@ -39,6 +39,7 @@ class VisA(Tree):
         return 2.0 if os.path.isfile(root / TABLE) else super().likeness(root)
 
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
+        """See ``Tree.walk``."""
         rows = [row for row in _rows(Path(root, TABLE)) if (row["object"], row["split"]) == (product, split)]
         if not rows:
             raise InputError(f"{Path(root, TABLE)} has no rows of the object {product!r} in the split {split!r}.")

@@ -133,6 +133,7 @@ class StepSampler(Sampler[list[Draw]]):
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch."""
         return self.count // self.batch_size
 
     def set_position(self, epoch: int, step: int = 0) -> None:

@@ -49,6 +49,7 @@ class FrozenBackbone:
 
     @property
     def device(self) -> torch.device:
+        """Where the module is."""
         return next(self.module.parameters()).device
 
 

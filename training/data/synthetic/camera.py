@@ -79,13 +79,15 @@ class View:
 
     @property
     def towards_camera(self) -> tuple[float, float, float]:
+        """Direction from the part to the camera, of length 1."""
         return math.sin(self.yaw) * math.sin(self.tilt), math.cos(self.yaw) * math.sin(self.tilt), math.cos(self.tilt)
 
 
 @dataclass(frozen=True)
 class Relief:
-    """What light needs to know of a part and all its views share: height without
-    the steps of the texels, normals (3, H, W) and how open each point is to the surroundings.
+    """What light needs to know of a part, the same for all its views.
+
+    Height without the steps of the texels, normals (3, H, W) and how open each point is to the surroundings.
     """
 
     part: Part
@@ -95,6 +97,7 @@ class Relief:
 
     @classmethod
     def of(cls, part: Part) -> Relief:
+        """The relief of a part."""
         height, step = ndimage.gaussian_filter(part.height, 0.6, truncate=2), 2 * part.texel
         normal = np.empty((3, *height.shape), np.float32)
         normal[0, :, 1:-1] = (height[:, :-2] - height[:, 2:]) / step

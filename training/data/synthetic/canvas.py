@@ -71,26 +71,32 @@ class Part:
 
     @property
     def height(self) -> Map:
+        """Height of each texel."""
         return self.maps[HEIGHT]
 
     @property
     def color(self) -> Map:
+        """Linear colors (3, H, W)."""
         return self.maps[RED : BLUE + 1]
 
     @property
     def gloss(self) -> Map:
+        """From 0, matt, to 1."""
         return self.maps[GLOSS]
 
     @property
     def metal(self) -> Map:
+        """From 0 to 1, which is metal."""
         return self.maps[METAL]
 
     @property
     def body(self) -> Map:
+        """Where there is material."""
         return self.maps[BODY]
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Height and width in texels."""
         height, width = self.x.shape
         return height, width
 
@@ -196,14 +202,17 @@ def smooth(t: Map) -> Map:
 
 
 def length(x: Map, y: Map) -> Map:
+    """Length of the vectors (x, y)."""
     return np.sqrt(x * x + y * y)
 
 
 def disc(x: Map, y: Map, radius: float | Map) -> Map:
+    """Distance from the edge of a disc, negative inside."""
     return length(x, y) - radius
 
 
 def ring(x: Map, y: Map, inner: float, outer: float) -> Map:
+    """Distance from the edge of a ring, negative inside."""
     return np.abs(length(x, y) - (inner + outer) / 2) - (outer - inner) / 2
 
 

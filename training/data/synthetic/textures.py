@@ -43,6 +43,7 @@ def lay(part: Part, rng: np.random.Generator, core: Color, skew: float = 0.02) -
 
 
 def fill(part: Part, color: Map, height: Map | float = 0.0, gloss: Map | float = 0.0, metal: float = 0.0) -> None:
+    """Cover a whole part with one material."""
     part.color[...] = color if np.ndim(color) == 3 else np.asarray(color, np.float32)[:, None, None]
     part.height[...], part.gloss[...], part.metal[...] = height, gloss, metal
 
