@@ -179,7 +179,8 @@ class FeatureExtractor(nn.Module):
         """
         full = self._encode(images, self.bit_depth)
         bank = full if coreset is None else full.coreset(coreset)
-        self._banks[product or DEFAULT_PRODUCT] = self._calibrated(bank, full)
+        bank.calibrate(full, self.scorer, self._project, self.backbone.reductions[0])
+        self._banks[product or DEFAULT_PRODUCT] = bank
 
     def add_references(self, images: Images, product: str | None = None) -> None:
         """Add normal images to the references of a product. A threshold is taken anew when it is next needed."""
@@ -188,7 +189,8 @@ class FeatureExtractor(nn.Module):
             return self.set_references(images, product)
         bank = self._banks[name]
         both = bank.extended(self._encode(images, bank.record.bit_depth, known=bank.sha256s))
-        self._banks[name] = self._calibrated(both, both)
+        both.calibrate(both, self.scorer, self._project, self.backbone.reductions[0])
+        self._banks[name] = both
 
     def clear_references(self) -> None:
         """Forget the references of all products."""
@@ -275,14 +277,6 @@ class FeatureExtractor(nn.Module):
         )
         return bank
 
-    @torch.no_grad()
-    def _calibrated(self, bank: ReferenceBank, full: ReferenceBank) -> ReferenceBank:
-        """The bank with what can be taken from all patches of its images alone, which ``full`` still has."""
-        bank.scales = self.scorer.scales(bank, full)
-        if bank is not full and bank.num_images > 1:
-            bank.record.normal_scores = self.leave_one_out_scores(bank, full)
-        return bank
-
     # Scores
 
     @torch.no_grad()
@@ -303,24 +297,13 @@ class FeatureExtractor(nn.Module):
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()
-    def leave_one_out_scores(self, bank: ReferenceBank, full: ReferenceBank | None = None) -> list[float]:
-        """Image scores of the references of a bank, each against the others alone.
-
-        Args:
-            bank: What to compare with.
-            full: Where all patches of the images are; the default is the bank itself.
+    def leave_one_out_scores(self, product: str | None = None) -> list[float]:
+        """Image scores of the references of a product, each against the others alone.
 
         Raises:
-            ReferencesError: With a single reference.
+            ReferencesError: With a single reference, or after a coreset.
         """
-        reduction, (height, width) = self.backbone.reductions[0], bank.grids[0]
-        size = (height * reduction, width * reduction)
-        scores: list[float] = []
-        for residuals in bank.leave_one_out(full=full):
-            scales = [bank.scales] * residuals[0].shape[0]
-            maps = self.scorer.maps(self._project(residuals), scales, size, scoring.SIGMA)
-            scores += maps.amax(dim=(1, 2)).tolist()
-        return scores
+        return self.bank(product).leave_one_out_scores(self.scorer, self._project, self.backbone.reductions[0])
 
     # Photos
 

@@ -97,7 +97,8 @@ def reference_photos(model: FeatureExtractor, images: Images, bit_depth: int, kn
     else:
         sources = distinct(image_sources(images), known)
         transform = transform_for(model, bit_depth)
-        batches = (_read(chunk, transform)[1] for chunk in _chunks(list(sources.values()), BATCH_SIZE))
+        own = list(sources.values())
+        batches = (_read(own[i : i + BATCH_SIZE], transform)[1] for i in range(0, len(own), BATCH_SIZE))
         photos = ReferencePhotos(batches, [name_of(source) for source in sources.values()], list(sources), PRESET)
     if not photos.files:
         raise InputError("No reference images were given. Give at least one normal image, better eight.")
@@ -114,24 +115,29 @@ def predict(model: FeatureExtractor, images: Images, product: Products, batch_si
         raise InputError(f"{len(products)} products were named for {len(sources)} images.")
     for name in dict.fromkeys(products):
         ensure_threshold(model, name)
-    pairs = list(zip(sources, products, strict=True))
-    return [prediction for chunk in _chunks(pairs, batch_size) for prediction in _predict_batch(model, chunk)]
+    predictions: list[Prediction] = []
+    for start in range(0, len(sources), batch_size):
+        chunk = slice(start, start + batch_size)
+        predictions += _predict_batch(model, sources[chunk], products[chunk])
+    return predictions
 
 
-def _predict_batch(model: FeatureExtractor, pairs: Sequence[tuple[ImageSource, str | None]]) -> Iterator[Prediction]:
-    banks = [model.bank(product) for _, product in pairs]
+def _predict_batch(
+    model: FeatureExtractor, sources: Sequence[ImageSource], products: Sequence[str | None]
+) -> Iterator[Prediction]:
+    banks = [model.bank(product) for product in products]
     images, inputs = [], []
-    for (source, _), bank in zip(pairs, banks, strict=True):
+    for source, bank in zip(sources, banks, strict=True):
         own, x = _read([source], transform_for(model, bank.record.bit_depth))
         images += own
         inputs.append(x)
-    result = model.anomaly_map(model.as_input(torch.cat(inputs)), [product for _, product in pairs])
-    for (source, _), bank, image, smoothed, score in zip(pairs, banks, images, *result, strict=True):
+    maps, scores = model.anomaly_map(model.as_input(torch.cat(inputs)), products)
+    for source, bank, image, smoothed, score in zip(sources, banks, images, maps, scores.tolist(), strict=True):
         size = (image.height, image.width)
         resized = F.interpolate(smoothed[None, None], size=size, mode="bilinear", align_corners=False)
-        decision = None if bank.threshold is None else score.item() > bank.threshold
+        decision = None if bank.threshold is None else score > bank.threshold
         known = digest(source) in bank.sha256s
-        yield Prediction(score.item(), resized[0, 0].cpu().numpy(), bank.threshold, decision, known)
+        yield Prediction(score, resized[0, 0].cpu().numpy(), bank.threshold, decision, known)
 
 
 def ensure_threshold(model: FeatureExtractor, product: str | None) -> None:
@@ -148,7 +154,7 @@ def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | No
     if normals is not None:
         record.normal_scores = _scores_of(model, normals, product)
     elif not record.normal_scores:
-        record.normal_scores = model.leave_one_out_scores(bank)
+        record.normal_scores = model.leave_one_out_scores(product)
         for index in outliers(record.normal_scores):
             name = record.files[index] or index
             warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
@@ -177,7 +183,3 @@ def _read(sources: Sequence[ImageSource], transform: ImageTransform) -> tuple[li
     """The images as they are, and transformed for the model."""
     images = [read_image(source, bit_depth=transform.bit_depth) for source in sources]
     return images, torch.stack([transform(image) for image in images])
-
-
-def _chunks(items: Sequence, size: int) -> Iterator[list]:
-    return (list(items[start : start + size]) for start in range(0, len(items), size))

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import bank_files
 from .coreset import greedy_coreset
 from .errors import CheckpointError, InputError, ReferencesError
+from .scoring import SIGMA, Scorer
 
 # One block of similarities, 1024 x 2048, stays in the processor's cache: larger ones are slower, and the whole matrix
 # may not fit at all.
@@ -25,6 +26,8 @@ LEAVE_ONE_OUT_IMAGES = 64
 
 # The reference image that a query must not be matched with: one for all, or one or None for each query.
 Exclude: TypeAlias = "int | Sequence[int | None] | None"
+# From residuals of all levels to features of all levels.
+Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
 
 
 @dataclass
@@ -200,6 +203,34 @@ class ReferenceBank:
         for start in range(0, len(images), 8):
             batch = list(images[start : start + 8])
             yield self.residuals([level[batch] for level in features], exclude=batch)
+
+    @torch.no_grad()
+    def leave_one_out_scores(
+        self, scorer: Scorer, project: Project, reduction: int, full: ReferenceBank | None = None
+    ) -> list[float]:
+        """Image scores of references, each against the others alone.
+
+        Args:
+            scorer: How the model scores.
+            project: From residuals of all levels to what the scorer takes.
+            reduction: Input pixels per cell of the first level.
+            full: Where the features of the references are, as for ``leave_one_out``.
+        """
+        size = (self.grids[0][0] * reduction, self.grids[0][1] * reduction)
+        scores: list[float] = []
+        for residuals in self.leave_one_out(full=full):
+            maps = scorer.maps(project(residuals), [self.scales] * len(residuals[0]), size, SIGMA)
+            scores += maps.amax(dim=(1, 2)).tolist()
+        return scores
+
+    def calibrate(self, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
+        """Keep what only all patches of the images can tell, which ``full`` still has.
+
+        Other arguments are as for ``leave_one_out_scores``.
+        """
+        self.scales = scorer.scales(self, full)
+        if self is not full and self.num_images > 1:
+            self.record.normal_scores = self.leave_one_out_scores(scorer, project, reduction, full)
 
     def check(
         self, model: str, img_size: tuple[int, int], channels: Sequence[int], fingerprint: Sequence[str], source: str

@@ -25,10 +25,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adfeatures
 from adfeatures import catalog
-from adfeatures.backbones import EfficientNet
+from adfeatures.backbones import EfficientNet, Encoder
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
+from adfeatures.resolve import BackboneSpec
 from adfeatures.scoring import FeatureNormScorer
 from training import evaluate, metrics
 from training.data import dataset
@@ -891,9 +892,14 @@ class TestWeights:
     def test_each_method_takes_its_tag_and_the_backbone_is_loaded_once(
         self, published: dict[str, ResidualProjector], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        loaded = []
-        create = evaluated_model.create_model
-        monkeypatch.setattr(evaluated_model, "create_model", lambda *a, **k: loaded.append(a) or create(*a, **k))
+        loaded: list[str] = []
+        build = evaluated_model.build_backbone
+
+        def counting(spec: BackboneSpec) -> Encoder:
+            loaded.append(spec.name)
+            return build(spec)
+
+        monkeypatch.setattr(evaluated_model, "build_backbone", counting)
         model = load_model("adpretrain_tiny", ("feature_norm", "patchcore", "uniad"), img_size=SIZE)
         assert len(loaded) == 1
         assert {method: model.tags[method] for method in ("feature_norm", "patchcore", "uniad")} == {
