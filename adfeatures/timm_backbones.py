@@ -93,7 +93,7 @@ class TimmBackbone(Encoder):
         else:
             reason = str(failure).strip().partition("\n")[0].rstrip(".")
             raise InputError(
-                f"{self.arch} takes no images of {height} x {width} pixels ({reason}). Choose another size or backbone."
+                f"{self.arch} takes no images of {(height, width)} pixels ({reason}). Choose another size or backbone."
             ) from failure
         shapes = zip(self.channels, self.reductions, strict=True)
         expected = [(1, channels, height // reduction, width // reduction) for channels, reduction in shapes]

@@ -1,4 +1,4 @@
-"""Backbones against the original implementations (goldens), timm's own models, and a plain transformer written out below."""
+"""Backbones against the original implementations (goldens), and a plain transformer written out below."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from adfeatures import catalog
 from adfeatures.backbones import EfficientNet, create_backbone
 from adfeatures.errors import CheckpointError, InputError, UnknownNameError
-from adfeatures.timm_backbones import TimmBackbone, find_timm
 
 ARCHS = {"dinov2": "dinov2_base", "clip": "clip_base", "imagebind": "imagebind_huge"}
 DEPTHS = {"dinov2": 4, "clip": 12, "imagebind": 4}
@@ -607,134 +606,3 @@ def test_refuses_heads_that_do_not_divide_the_width() -> None:
 def test_unknown_names_get_suggestions() -> None:
     with pytest.raises(UnknownNameError, match="dinov2_base"):
         create_backbone("dinov2-base")
-
-
-# timm
-
-
-def timm_whole(arch: str, **kwargs: object) -> nn.Module:
-    """A timm model of random weights, with statistics of batch norms that show whether they are used."""
-    torch.manual_seed(1)
-    model = timm.create_model(arch, **kwargs).eval()
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("running_mean", "running_var")):
-            tensor.copy_(torch.rand(tensor.shape) + 0.5)
-    return model
-
-
-def hooked(model: nn.Module, modules: list[str], x: Tensor) -> list[Tensor]:
-    """What these modules give when the whole model runs."""
-    seen: list[Tensor] = []
-    for name in modules:
-        model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    model(x)
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("arch", "levels", "blocks", "prefix"),
-    [
-        ("test_vit", None, (0, 2, 3, 5), 1),
-        ("test_vit4", (2, 5), (1, 4), 1),
-        ("vit_little_patch16_reg4_gap_256", (1,), (0,), 4),
-    ],
-)
-@pytest.mark.parametrize("grid", [None, (3, 5)])
-def test_timm_transformers_give_raw_blocks_without_prefix_tokens(
-    arch: str, levels: tuple[int, ...] | None, blocks: tuple[int, ...], prefix: int, grid: tuple[int, int] | None
-) -> None:
-    whole = timm_whole(arch, dynamic_img_size=True)
-    height, width = grid or whole.patch_embed.grid_size
-    x = images(16 * height, 16 * width, batch=2)
-    backbone = TimmBackbone(arch, levels, whole.state_dict(), "timm").eval()
-    assert backbone.levels == tuple(block + 1 for block in blocks) and backbone.reductions == (16,) * len(blocks)
-    tokens = hooked(whole, [f"blocks.{block}" for block in blocks], x)
-    assert_near(backbone(x), [level[:, prefix:].transpose(1, 2).unflatten(2, (height, width)) for level in tokens])
-    built = {key.split(".")[2] for key in backbone.state_dict() if key.startswith("model.blocks.")}
-    assert built == {str(block) for block in range(max(blocks) + 1)}
-    assert not any(key.startswith(("model.norm.", "model.fc_norm.", "model.head.")) for key in backbone.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("arch", "levels", "modules", "reductions"),
-    [
-        ("test_resnet", None, ["layer1", "layer2", "layer3"], (4, 8, 16)),
-        ("test_convnext", None, ["stages.0", "stages.1", "stages.2"], (4, 8, 16)),
-        ("test_efficientnet", (3,), ["blocks.2"], (8,)),
-    ],
-)
-def test_timm_pyramids_give_their_stages(
-    arch: str, levels: tuple[int, ...] | None, modules: list[str], reductions: tuple[int, ...]
-) -> None:
-    whole, x = timm_whole(arch), images(64, 96, batch=2)
-    backbone = TimmBackbone(arch, levels, whole.state_dict(), "timm").eval()
-    maps, expected = backbone(x), hooked(whole, modules, x)
-    assert_near(maps, expected)
-    assert [tuple(level.shape[1:]) for level in maps] == [
-        (channels, 64 // reduction, 96 // reduction)
-        for channels, reduction in zip(backbone.channels, reductions, strict=True)
-    ]
-    assert (backbone.reductions, backbone.patch_size) == (reductions, max(reductions))
-
-
-def test_timm_backbones_read_what_they_write_and_what_timm_converts() -> None:
-    state, x = timm_whole("test_vit").state_dict(), images(160, 160)
-    backbone = TimmBackbone("test_vit", None, state, "timm").eval()
-    expected = backbone(x)
-    assert_near(TimmBackbone("test_vit", None, backbone.state_dict(), "itself").eval()(x), expected, 0)
-    openclip = {f"visual.trunk.{key}": tensor for key, tensor in state.items()}
-    assert_near(
-        TimmBackbone("test_vit", None, {**openclip, "text.x": torch.ones(1)}, "open_clip").eval()(x), expected, 0
-    )
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [(_without, "missing"), (_longer, "has shape"), (_nan, "holds NaN"), (_renamed, r"unexpected something\.else")],
-)
-@pytest.mark.parametrize(
-    ("arch", "key"), [("test_vit", "blocks.1.mlp.fc1.weight"), ("test_resnet", "layer2.0.conv1.weight")]
-)
-def test_timm_backbones_refuse_weights_that_do_not_fit(
-    arch: str, key: str, spoil: Callable[[dict[str, Tensor], str], None], message: str
-) -> None:
-    state = dict(timm_whole(arch).state_dict())
-    spoil(state, key)
-    with pytest.raises(CheckpointError, match=rf"some\.file.*{message}"):
-        TimmBackbone(arch, None, state, "some.file")
-    with pytest.raises(CheckpointError, match="some.file"):
-        TimmBackbone(arch, None, original("clip"), "some.file")
-
-
-def test_find_timm_describes_what_timm_has() -> None:
-    entry = find_timm("test_vit", (2, 4), (32, 48))
-    cfg = timm.get_pretrained_cfg("test_vit")
-    assert (entry.family, entry.timm_name, entry.tag) == ("timm", f"test_vit.{cfg.tag}", cfg.tag)
-    assert (entry.blocks, entry.channels, entry.reductions, entry.img_size) == ((2, 4), (64, 64), (16, 16), (32, 48))
-    assert entry.normalization == (cfg.mean, cfg.std) and entry.hub_file == (cfg.hf_hub_id, "model.safetensors")
-    assert find_timm("test_vit").img_size == cfg.input_size[1:]
-    assert find_timm("nasnetalarge").img_size == (320, 320)  # timm's 331 cut to a multiple of 16
-
-
-@pytest.mark.parametrize(
-    ("name", "levels", "size", "error", "message"),
-    [
-        ("rensnet18", None, None, UnknownNameError, "Did you mean 'resnet18'"),
-        ("resnet18.nothing", None, None, UnknownNameError, r"tag of resnet18.*a1_in1k"),
-        ("adpretrain_timm", None, None, UnknownNameError, "Unknown backbone"),
-        ("hf-hub:owner/repo", None, None, UnknownNameError, "Unknown backbone"),
-        ("test_vit", (0, 1), None, InputError, "1 to 6"),
-        ("test_vit", (), None, InputError, "1 to 6"),
-        ("test_resnet", (2, 6), None, InputError, "1 to 5"),
-        ("test_vit", None, (100, 96), InputError, "nearest to 100 are 96 and 112"),
-        ("pit_b_224", None, None, InputError, "choose levels"),
-        ("vit_base_r26_s32_224", (1, 2), (225, 224), InputError, "multiples of 32"),
-        ("inception_v3", None, None, InputError, "instead of"),
-        ("beit_base_patch16_224", None, (240, 224), InputError, r"takes no images of \(240, 224\)"),
-    ],
-)
-def test_find_timm_refuses(
-    name: str, levels: tuple[int, ...] | None, size: tuple[int, int] | None, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        find_timm(name, levels, size)
