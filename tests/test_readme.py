@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python blocks in order, and its adfeatures commands, on photos and a loopback Hub."""
+"""What the README shows is run: its Python blocks in order, and its commands, on photos and a loopback Hub."""
 
 from __future__ import annotations
 

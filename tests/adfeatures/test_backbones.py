@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,9 @@ def original(family: str) -> dict[str, Tensor]:
     return fill(shapes(f"backbone_{family}"), f"{family}.")
 
 
-def tiny(family: str, weights: object = None, **kwargs: object) -> nn.Module:
+def tiny(family: str, weights: Any = None, **kwargs: Any) -> Any:
     settings = {"embed_dim": 64, "depth": DEPTHS[family], "num_heads": 2, **kwargs}
-    return create_backbone(ARCHS[family], weights=weights, **settings)  # type: ignore[arg-type]
+    return create_backbone(ARCHS[family], weights=weights, **settings)
 
 
 def images(height: int, width: int, batch: int = 1) -> Tensor:
@@ -49,7 +50,7 @@ def images(height: int, width: int, batch: int = 1) -> Tensor:
 
 # The oracle: a vision transformer in the authors' keys, written out step by step.
 
-KEYS = {
+KEYS: dict[str, dict[str, Any]] = {
     "dinov2": {
         "class": "cls_token",
         "position": "pos_embed",
@@ -95,7 +96,7 @@ def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def cubic(side: int, grid: int, step: float) -> np.ndarray:
-    """Bicubic interpolation (Keys, a = -0.75, no antialiasing, borders repeated) of ``side`` samples at ``grid`` places, as a matrix."""
+    """Bicubic interpolation of ``side`` samples at ``grid`` places, as a matrix: a = -0.75, borders repeated."""
     a, matrix = -0.75, np.zeros((grid, side))
     for place in range(grid):
         at = (place + 0.5) * step - 0.5
@@ -107,7 +108,7 @@ def cubic(side: int, grid: int, step: float) -> np.ndarray:
 
 
 def resized_position(position: Tensor, grid: tuple[int, int], family: str) -> Tensor:
-    """The position embedding (1 + side * side, C) for a grid: DINOv2 by the factor (grid + 0.1) / side, the others by size."""
+    """The position embedding for a grid: DINOv2's by the factor (grid + 0.1) / side, the others by size."""
     side = math.isqrt(len(position) - 1)
     if grid == (side, side):
         return position
@@ -226,7 +227,8 @@ def test_clip_of_full_width_equal_to_timm() -> None:
 def test_full_size_keys_are_those_of_timm(arch: str) -> None:
     entry = catalog.BACKBONES[arch]
     with torch.device("meta"):
-        backbone, model = create_backbone(arch), timm.create_model(str(entry.timm_name))
+        backbone: Any = create_backbone(arch)
+        model: Any = timm.create_model(str(entry.timm_name))
     trunk = {
         key: tensor.shape
         for key, tensor in model.state_dict().items()
@@ -238,7 +240,7 @@ def test_full_size_keys_are_those_of_timm(arch: str) -> None:
 
 def test_full_size_imagebind_has_its_published_size() -> None:
     with torch.device("meta"):
-        backbone = create_backbone("imagebind_huge")
+        backbone: Any = create_backbone("imagebind_huge")
     width, depth = 1280, 32
     assert [block.attn.num_heads for block in backbone.blocks] == [16] * depth
     block = 12 * width**2 + 13 * width
@@ -280,7 +282,7 @@ def test_keys_of_timm_and_of_the_authors(family: str) -> None:
 
 
 def text_tower() -> dict[str, Tensor]:
-    """Some of what stands beside the visual tower in OpenAI's files; two keys are those of the visual tower without its prefix."""
+    """Some of what stands beside the visual tower in OpenAI's files; two keys are the tower's without its prefix."""
     return {
         "positional_embedding": torch.randn(77, 48),
         "text_projection": torch.randn(48, 32),
@@ -333,15 +335,13 @@ class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.attn, self.ln_1, self.ln_2 = nn.MultiheadAttention(width, 2), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False)[0]
-        hidden = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))
 
 
 class _Tower(nn.Module):
@@ -355,14 +355,13 @@ class _Tower(nn.Module):
             nn.Parameter(torch.randn(197, width)),
         )
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*(_Block(width) for _ in range(depth)))})
         self.proj = nn.Parameter(torch.randn(width, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.conv1(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(len(x), 1, -1), tokens], dim=1) + self.positional_embedding
-        return self.transformer.resblocks(self.ln_pre(tokens).transpose(0, 1)).transpose(0, 1)
+        return self.transformer["resblocks"](self.ln_pre(tokens).transpose(0, 1)).transpose(0, 1)
 
 
 class _Clip(nn.Module):

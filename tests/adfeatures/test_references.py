@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def maps(
 
 
 def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:
-    """Check every patch of ``found`` against all cosine similarities, in float64: queries (B, C, h, w), references (K, C, h, w)."""
+    """Check every patch of ``found`` (B, C, h, w) against all cosine similarities to (K, C, h, w), in float64."""
     units = [F.normalize(level.double(), dim=1).permute(0, 2, 3, 1) for level in (queries, references)]
     similarity = torch.einsum("bhwc,kyxc->bhwkyx", *units)
     for image, other in enumerate(barred):
@@ -66,7 +67,7 @@ def test_golden() -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]:
-    """Queries, references, ``exclude`` in some form and per image, and chunk sizes; with zero vectors, duplicates and other scales."""
+    """Queries, references, ``exclude`` in some form and per image, chunk sizes; with zeros and duplicates."""
     seed = draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
     count, batch, levels = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -92,12 +93,9 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
         return queries, references, None, [None] * batch, chunks
     excluded = draw(st.one_of(st.none(), indices, st.lists(indices, min_size=batch, max_size=batch)))
     per_image: list[int | None] = list(excluded) if isinstance(excluded, list) else [excluded] * batch
-    form = (
-        draw(st.sampled_from([list, tuple, torch.tensor, np.array]))
-        if isinstance(excluded, list)
-        else lambda unchanged: unchanged
-    )
-    return queries, references, form(excluded), per_image, chunks
+    forms: list[Callable[[list[int]], object]] = [list, tuple, torch.tensor, np.array]
+    given = draw(st.sampled_from(forms))(excluded) if isinstance(excluded, list) else excluded
+    return queries, references, given, per_image, chunks
 
 
 @settings(max_examples=200)
@@ -110,8 +108,8 @@ def test_matching_is_brute_force(
         patch.setattr(references, "QUERIES_PER_CHUNK", chunks[0])
         patch.setattr(references, "ROWS_PER_CHUNK", chunks[1])
         bank = ReferenceBank.from_features(kept)
-        found = bank.match(queries, exclude)  # type: ignore[arg-type]
-        residuals = bank.residuals(queries, exclude)  # type: ignore[arg-type]
+        found = bank.match(queries, exclude)
+        residuals = bank.residuals(queries, exclude)
     for query, level, match, residual in zip(queries, kept, found, residuals, strict=True):
         assert match.shape == query.shape and match.dtype == query.dtype
         brute_force(query, level, barred, match)
@@ -249,7 +247,8 @@ def test_exclude_forms() -> None:
     bank = ReferenceBank.from_features(features)
     one = [level[:1] for level in features]
     expected = ReferenceBank.from_features([level[1:] for level in features]).match(one)
-    for exclude in (0, [0], (0,), torch.tensor([0]), np.array([0]), range(1)):
+    forms: list[Any] = [0, [0], (0,), torch.tensor([0]), np.array([0]), range(1)]
+    for exclude in forms:
         assert_near(bank.match(one, exclude), expected, 0)
     # One index serves all images, several serve one each.
     both = [level[[2, 2]] for level in features]
@@ -353,7 +352,7 @@ def test_from_features_refuses(features: list[Tensor]) -> None:
         ReferenceBank.from_features(features)
 
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "files": ["a.png", "b/ä.png", "", "d.png"],
     "sha256s": ["1" * 64, "2" * 64, "3" * 64, ""],
     "model": "adpretrain_dinov2_base.realiad_norm",
@@ -370,7 +369,7 @@ FACTS = {
 def full_bank(count: int = 4, **facts: object) -> ReferenceBank:
     bank = ReferenceBank.from_features(maps("references", count))
     bank.scales = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    bank.record = BankRecord(**{**FACTS, **facts})  # type: ignore[arg-type]
+    bank.record = BankRecord(**{**FACTS, **facts})
     return bank
 
 
@@ -703,7 +702,7 @@ def test_check() -> None:
             "fingerprint": FACTS["fingerprint"],
             "source": "the bank",
         }
-        bank.check(**{**arguments, **other})  # type: ignore[arg-type]
+        bank.check(**{**arguments, **other})
 
     check(full_bank())
     check(full_bank(), fingerprint=[FACTS["fingerprint"][0], "0"])

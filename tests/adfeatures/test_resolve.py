@@ -1,4 +1,4 @@
-"""From names and places to descriptions: what is meant, what is refused, and that nothing is built or fetched in vain."""
+"""From names and places to descriptions: what is meant, what is refused, and that nothing is built in vain."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class TestBackbones:
     def test_a_backbone_of_timm_is_built_once(self, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = timm.create_model(arch).state_dict()
         entry = resolve_backbone(arch, weights="random").entry
-        facts = {"timm_name": entry.timm_name, "blocks": entry.blocks, "channels": entry.channels}
+        facts: dict[str, Any] = {"timm_name": entry.timm_name, "blocks": entry.blocks, "channels": entry.channels}
         facts |= {"reductions": entry.reductions, "mean": (0.5,) * 3, "std": (0.5,) * 3}
         path = write(tmp_path / "own.safetensors", OWN, entry.channels, backbone=json.dumps(facts))
         save_checkpoint(tmp_path / "backbone.safetensors", whole)

@@ -92,7 +92,7 @@ def upsampled(level: Tensor, size: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("sigma", [0, 1.0, 4.0])
 def test_fuse(size: tuple[int, int], sigma: float) -> None:
     levels = [scoring.patch_norms(level) for level in features()]
-    mean = sum(upsampled(level, size) for level in levels) / len(levels)
+    mean = np.mean([upsampled(level, size) for level in levels], axis=0)
     expected = np.stack([gaussian_filter(image, sigma) for image in mean]) if sigma else mean
     assert_near(scoring.fuse(levels, size, sigma), torch.from_numpy(expected))
     assert_near(scoring.feature_norm_map(features(), size, sigma), torch.from_numpy(expected))
@@ -348,6 +348,7 @@ def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
 
 
 def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() -> None:
-    scorer, maps = scoring.FeatureNormScorer(), [torch.randn(2, 6, 4, 4)]
+    maps = [torch.randn(2, 6, 4, 4)]
+    scorer: scoring.Scorer = scoring.FeatureNormScorer()
     assert scorer.features(maps)[0] is maps[0] and scorer.scales(bank_of(maps), bank_of(maps)) is None
     assert_near(scorer.maps(maps, [None] * 2, (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0)

@@ -1,4 +1,4 @@
-"""Masks stay on the pixels of their images, whatever the preset, and the two views of an image are augmented by a seed."""
+"""Masks stay on the pixels of their images, and the two views of an image are augmented by a seed."""
 
 from __future__ import annotations
 
