@@ -66,7 +66,7 @@ def test_golden() -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]:
+def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Any, list[int | None], tuple[int, int]]:
     """Queries, references, ``exclude`` in some form and per image, chunk sizes; with zeros and duplicates."""
     seed = draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
 @settings(max_examples=200)
 @given(cases())
 def test_matching_is_brute_force(
-    case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]],
+    case: tuple[list[Tensor], list[Tensor], Any, list[int | None], tuple[int, int]],
 ) -> None:
     queries, kept, exclude, barred, chunks = case
     with pytest.MonkeyPatch.context() as patch:

@@ -25,11 +25,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adfeatures
 from adfeatures import catalog
-from adfeatures.backbones import EfficientNet, Encoder
+from adfeatures.backbones import EfficientNet
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
-from adfeatures.resolve import BackboneSpec
 from adfeatures.scoring import FeatureNormScorer
 from training import evaluate, metrics
 from training.data import dataset
@@ -48,7 +47,7 @@ Evaluate = Callable[..., int]
 
 @pytest.fixture
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {
+    sizes: dict[type, dict[str, int]] = {
         CFLOW: {"blocks": 2, "sub_epochs": 2},
         GLASS: {"dim": 64, "hidden": 32},
         UniAD: {"hidden": 32, "heads": 2, "layers": 1, "feed_forward": 32},
@@ -56,7 +55,7 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for method, defaults in sizes.items():
         for name, value in defaults.items():
-            monkeypatch.setitem(method.__init__.__kwdefaults__, name, value)
+            monkeypatch.setitem(method.__dict__["__init__"].__kwdefaults__, name, value)
 
 
 @pytest.fixture
@@ -892,16 +891,10 @@ class TestWeights:
     def test_each_method_takes_its_tag_and_the_backbone_is_loaded_once(
         self, published: dict[str, ResidualProjector], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        loaded: list[str] = []
-        build = evaluated_model.build_backbone
-
-        def counting(spec: BackboneSpec) -> Encoder:
-            loaded.append(spec.name)
-            return build(spec)
-
-        monkeypatch.setattr(evaluated_model, "build_backbone", counting)
+        build = Mock(wraps=evaluated_model.build_backbone)
+        monkeypatch.setattr(evaluated_model, "build_backbone", build)
         model = load_model("adpretrain_tiny", ("feature_norm", "patchcore", "uniad"), img_size=SIZE)
-        assert len(loaded) == 1
+        build.assert_called_once()
         assert {method: model.tags[method] for method in ("feature_norm", "patchcore", "uniad")} == {
             "feature_norm": "realiad_norm",
             "patchcore": "realiad_angle",
@@ -911,14 +904,15 @@ class TestWeights:
             found = model.weights[tag]
             assert found.name == f"adpretrain_tiny.{tag}"
             assert found.stored == {"img_auc": 0.9, "pix_auc": 0.8, "pix_pro": 0.7}
+            assert found.projector is not None
             for key, value in projector.state_dict().items():
                 assert torch.equal(found.projector.state_dict()[key], value.bfloat16().float())
 
-    @pytest.mark.parametrize("options", [{"model": "adpretrain_tiny.realiad_angle"}, {"weights": "realiad_angle"}])
-    def test_a_tag_forces_it(self, published: dict[str, ResidualProjector], options: Mapping[str, str]) -> None:
-        model = load_model(
-            **{"model": "adpretrain_tiny", "methods": ("feature_norm", "patchcore"), "img_size": SIZE, **options}
-        )
+    @pytest.mark.parametrize(
+        ("name", "tag"), [("adpretrain_tiny.realiad_angle", None), ("adpretrain_tiny", "realiad_angle")]
+    )
+    def test_a_tag_forces_it(self, published: dict[str, ResidualProjector], name: str, tag: str | None) -> None:
+        model = load_model(name, ("feature_norm", "patchcore"), weights=tag, img_size=SIZE)
         assert set(model.weights) == {"realiad_angle"} and set(model.tags.values()) == {"realiad_angle"}
         assert model.name == "adpretrain_tiny.realiad_angle"
 
@@ -946,12 +940,12 @@ class TestWeights:
     @pytest.mark.parametrize("form", ["path", "local-dir", "named"])
     def test_places(self, weights: Path, tmp_path: Path, form: str) -> None:
         shutil.copy(weights, tmp_path / "model.safetensors")
-        options = {
-            "path": {"model": str(weights)},
-            "local-dir": {"model": f"local-dir:{tmp_path}"},
-            "named": {"model": "adpretrain_efficientnet_lite", "weights": str(weights)},
+        name, place = {
+            "path": (str(weights), None),
+            "local-dir": (f"local-dir:{tmp_path}", None),
+            "named": ("adpretrain_efficientnet_lite", str(weights)),
         }[form]
-        model = load_model(**options, methods=("feature_norm", "patchcore"))
+        model = load_model(name, ("feature_norm", "patchcore"), weights=place)
         assert model.name == "adpretrain_efficientnet_lite" and model.img_size == (SIZE, SIZE)
         assert set(model.weights) == {""} and model.weights[model.tags["patchcore"]].stored["img_auc"] == 0.9123
         assert isinstance(model.scorer, FeatureNormScorer)

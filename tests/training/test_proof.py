@@ -49,6 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for product in ("easy", "control"):
                 save(picture, root / product / folder / f"{number:03d}.png")
         picture, mask = render(PRODUCT, 2000 + number, kinds[number % len(kinds)], size=SIZE)
+        assert mask is not None
         save(picture, root / "easy/test/bad" / f"{number:03d}.png")
         save(Image.fromarray(mask), root / "easy/ground_truth/bad" / f"{number:03d}.png")
         save(render(PRODUCT, 2000 + number, size=SIZE)[0], root / "control/test/bad" / f"{number:03d}.png")
@@ -58,12 +59,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(root: Path) -> tuple[RawFeatures, Product, Product, ProductFeatures]:
     raw = RawFeatures(load_model("residual_lite", tuple(METHODS), img_size=SIZE), root / "cache")
-    products = [Product(name, dataset("folder"), root, raw) for name in ("easy", "control")]
+    easy, control = products = [Product(name, dataset("folder"), root, raw) for name in ("easy", "control")]
     for product in products:
         raw.encode(product.train, "squash")
         product.truth("squash")
     references = [draw_references(product.train, SHOTS, 0) for product in products]
-    return raw, *products, residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True, owner="test")
+    features = residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True, owner="test")
+    return raw, easy, control, features
 
 
 @pytest.mark.filterwarnings("ignore:GLASS made its textures")

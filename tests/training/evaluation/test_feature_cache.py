@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ class Counting:
     def __init__(self) -> None:
         self.seen: list[str | None] = []
 
-    def __call__(self, batch: dict) -> list[Tensor]:
+    def __call__(self, batch: Mapping[str, Any]) -> list[Tensor]:
         self.seen += batch["path"]
         image = batch["image"]
         return [image[:, :2] / 3, image[..., ::2, ::2] * 7]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from training.data.items import Item
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.fitting import known_loader, settings, train_loader
 from training.evaluation.model import EvaluatedModel, load_model
-from training.methods import GLASS, METHODS, PatchCore, find_method
+from training.methods import METHODS, find_method
 
 SIZE = 64
 
@@ -30,18 +31,22 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     return dataset("mvtec").find_items(root, "train", ["bottle"])
 
 
-def config(**options: object) -> EvaluationConfig:
-    return EvaluationConfig(model="residual_lite", dataset="mvtec", root="", output="", **options)  # type: ignore[arg-type]
+def config(**options: Any) -> EvaluationConfig:
+    return EvaluationConfig(model="residual_lite", dataset="mvtec", root="", output="", **options)
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    return METHODS[name].create.__dict__["__init__"].__kwdefaults__
 
 
 def test_settings_are_the_defaults_of_the_class(model: EvaluatedModel) -> None:
     found = settings(METHODS["patchcore"], "raw", config(epochs=3), model, "squash", ["bottle"])
-    assert found == PatchCore.__init__.__kwdefaults__
+    assert found == defaults_of("patchcore")
 
 
 def test_epochs(model: EvaluatedModel) -> None:
     for name, setting in (("cflow", "meta_epochs"), ("uniad", "epochs")):
-        default = METHODS[name].create.__init__.__kwdefaults__[setting]  # type: ignore[misc]
+        default = defaults_of(name)[setting]
         assert settings(METHODS[name], "raw", config(), model, "squash", [])[setting] == default
         assert settings(METHODS[name], "raw", config(epochs=3), model, "squash", [])[setting] == 3
 
@@ -54,7 +59,7 @@ def test_glass_takes_geometry_and_folders(model: EvaluatedModel, tmp_path: Path)
         found = settings(METHODS["glass"], "raw", own, model, "resize224_crop224", ["bottle"])
     expected = {"adapter": True, "mean": model.mean, "std": model.std, "preset": "resize224_crop224"}
     folders = {"textures": str(tmp_path), "foregrounds": str(tmp_path)}
-    assert found == GLASS.__init__.__kwdefaults__ | expected | folders
+    assert found == defaults_of("glass") | expected | folders
     with pytest.warns(UserWarning, match="has no foreground masks"):
         found = settings(METHODS["glass"], "pretrained", own, model, "squash", ["bottle", "cable"])
     assert found["foregrounds"] is None and found["adapter"] is False

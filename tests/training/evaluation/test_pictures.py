@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -58,13 +59,13 @@ def test_curves_are_those_of_scikit_learn() -> None:
 def test_pro_curve_counts_regions() -> None:
     found, masks, labels = predictions()
     points = curves(found, masks, labels)["pro"]
-    maps, masks = found.maps.numpy(), masks.numpy()
-    normal = np.sort(maps[masks == 0])[::-1]
+    maps, defects = found.maps.numpy(), masks.numpy()
+    normal = np.sort(maps[defects == 0])[::-1]
     for rate, value in list(zip(PRO_RATES, points, strict=True))[1::7]:
         threshold = normal[int(rate * len(normal))]
         shares = [
             (one[regions == number] > threshold).mean()
-            for one, regions in zip(maps, (label(mask, connectivity=2) for mask in masks), strict=True)
+            for one, regions in zip(maps, (label(mask, connectivity=2) for mask in defects), strict=True)
             for number in range(1, regions.max() + 1)
         ]
         assert value == pytest.approx(np.mean(shares), abs=0.02)
@@ -104,7 +105,7 @@ def test_pictures_show_what_the_model_sees(preset: str) -> None:
     transform = build_transform((224, 224), *STATISTICS, preset=preset)
     shown = seen(image.copy(), transform)
     if preset == "squash":
-        assert shown.size == (300, 240) and np.array_equal(shown, image)
+        assert shown.size == (300, 240) and np.array_equal(np.asarray(shown), np.asarray(image))
         assert seen(photo(3, (2000, 1000)), transform).size == (640, 320)
     else:
         side = int(preset[6:9])
@@ -122,14 +123,12 @@ def test_heat_maps_are_high_where_the_map_is(tmp_path: Path, monkeypatch: pytest
         items.append(Item(str(tmp_path / f"{number}.png"), number % 2, "nut", defect="hole" if number % 2 else "good"))
     maps = torch.zeros(6, 24, 20)
     maps[1, :12], maps[3, :12], maps[5, :12] = 3, 2, 1
-    shown: list[tuple] = []
-    original = pictures.overlay
-    monkeypatch.setattr(
-        pictures, "overlay", lambda *args, **options: shown.append((args, options)) or original(*args, **options)
-    )
+    overlay = Mock(wraps=pictures.overlay)
+    monkeypatch.setattr(pictures, "overlay", overlay)
     draw_maps(
         tmp_path / "maps.png", items, Predictions(maps, maps.amax((1, 2))), build_transform((24, 20), *STATISTICS)
     )
+    shown = overlay.call_args_list
     assert {options["scale"] for _, options in shown} == {map_scale(maps)}
     captions = [options["caption"] for _, options in shown]
     assert captions[0] == "lowest defect, 1: hole 5" and "highest defect, 3: hole 1" in captions

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from adfeatures.errors import InputError
 from training.methods import FeatureNorm
+from training.methods.base import Loader
 
 EXTRACT = patch_extractor(6, 8, 7, 10)
 
@@ -41,7 +42,8 @@ def test_raw_features_give_their_norms() -> None:
 def test_it_does_not_look_at_the_training_images() -> None:
     test = batches(4, seed=1)
     plain = FeatureNorm(EXTRACT).predict(test)
-    for loader in ([], batches(3, seed=0, planted=True), iter(lambda: pytest.fail("read"), None)):
+    loaders: list[Loader] = [[], batches(3, seed=0, planted=True), iter(lambda: pytest.fail("read"), None)]
+    for loader in loaders:
         method = FeatureNorm(EXTRACT)
         assert method.fit(loader) is method
         assert torch.equal(method.predict(test).maps, plain.maps)
