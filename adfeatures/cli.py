@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("filter", nargs="?", default="*", help='pattern such as "*dinov2*"')
     listing.add_argument("--pretrained", action="store_true", help="list every set of weights, as name.tag")
 
-    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model")
-    info.add_argument("model")
+    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model; or versions")
+    info.add_argument("model", nargs="?", help="without it: the versions that are installed, for reports of errors")
 
     download = _command(
         commands, "download", _download, "fetch and verify the weights of a model, for use without a network"
@@ -130,8 +130,22 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    _print(catalog.describe(options.model), options.json)
+    _print(_versions() if options.model is None else catalog.describe(options.model), options.json)
     return DONE
+
+
+def _versions() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    libraries = ("torch", "timm", "huggingface-hub", "safetensors", "pillow", "numpy")
+    installed = {library: version(library) for library in libraries}
+    return {
+        "adfeatures": __version__,
+        "python": platform.python_version(),
+        **installed,
+        "platform": platform.platform(),
+    }
 
 
 def _download(options: argparse.Namespace) -> int:

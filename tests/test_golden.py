@@ -1,4 +1,4 @@
-"""The golden outputs of the original implementation against formulas, evaluated in float64 by tests/golden/make_formulas.py."""
+"""The golden outputs against formulas, evaluated in float64 by tests/golden/make_formulas.py."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.models import photo, write_photos
 from helpers.published import as_published
@@ -296,3 +298,12 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary == json.loads((tmp_path / "demo" / "summary.json").read_text())
     for name in ("demo.png", "worst.png", "scores.csv"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_info_without_a_model_tells_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adfeatures"] == adfeatures.__version__ and found["torch"] == torch.__version__
+    assert found["python"] == platform.python_version() and found["timm"] == timm.__version__
+    assert main(["info"]) == 0
+    assert "huggingface-hub" in capsys.readouterr().out

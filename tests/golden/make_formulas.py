@@ -193,7 +193,7 @@ def losses() -> Tensors:
     e1 = value("loss.e1", (400, 32))
     e2 = e1 + value("loss.e2", (400, 32), 0.3)
     mask = torch.arange(400) % 9 == 0
-    found = {}
+    found: Tensors = {}
     for name, center in (("no_center", None), ("center", value("loss.center", (32,), 0.2).double())):
         first, second = e1.double().requires_grad_(), e2.double().requires_grad_()
         loss = angle_loss(first, second, mask, center)
