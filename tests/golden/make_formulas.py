@@ -95,7 +95,7 @@ def imagebind_shapes(width: int) -> dict[str, list[int]]:
 
 def residual() -> Tensors:
     """Each patch minus the row of the bank with the highest cosine similarity."""
-    found = {}
+    found: Tensors = {}
     for level in range(2):
         features = value(f"residual.features.{level}", (2, 32, 16, 16)).double()
         bank = value(f"residual.bank.{level}", (512, 32)).double()
