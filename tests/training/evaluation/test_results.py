@@ -62,7 +62,13 @@ class TestResults:
             "patchcore-pretrained-1": ("patchcore", "pretrained", 1),
         }
         for name, (method, features, draw) in names.items():
-            entry = {"method": method, "features": features, "draw": draw, "product": "bottle", "metrics": {}}
+            entry: dict[str, object] = {
+                "method": method,
+                "features": features,
+                "draw": draw,
+                "product": "bottle",
+                "metrics": {},
+            }
             (tmp_path / f"results/bottle/{name}.json").write_text(json.dumps(entry))
         (tmp_path / "results/bottle/failure.json").write_text('{"product": "bottle", "error": "no images"}')
         results = Results(tmp_path, SETTINGS)
