@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python blocks in order, and its adfeatures commands, on photos and a loopback Hub."""
+"""What the README shows is run: its Python blocks in order, and its commands, on photos and a loopback Hub."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def test_commands(workplace: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*cannot pin down")
 def test_python_blocks(workplace: Path, hub: HubServer) -> None:
     model = adfeatures.create_model("adpretrain_dinov2_base", pretrained=False)
+    assert model.projector is not None
     for kind in ("norm", "angle"):
         hub.add(
             "xcyao00/ADPretrain", f"dino-base/checkpoints_pro_{kind}.pth", as_published(model.projector.state_dict())

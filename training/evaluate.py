@@ -21,8 +21,8 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from . import console
-from .data import DATASETS
-from .data.checks import report, tree_of
+from .data import DATASETS, dataset
+from .data.checks import report
 from .distributed import barrier, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
 from .evaluation.model import EvaluatedModel, load_model
@@ -80,30 +80,30 @@ def find_products(name: str, root: str, asked: Sequence[str]) -> list[str]:
         UnknownNameError: For a product that the data set does not have.
         InputError: If the root holds none.
     """
-    tree = tree_of(name)
+    tree = dataset(name)
     present = list(tree.find_products(root))
     if not present:
         raise InputError(tree.wrong_root(root))
     known = tree.products or tuple(present)
     for product in asked:
         if product not in (*known, *present):
-            raise UnknownNameError(unknown(f"product of {DATASETS[name]}", product, known))
+            raise UnknownNameError(unknown(f"product of {tree.title}", product, known))
     return list(dict.fromkeys(asked)) or present
 
 
 def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[str]) -> dict[str, Any]:
     """What the report says of program, model and data set."""
-    known = tree_of(config.dataset).products
+    tree = dataset(config.dataset)
+    known = tree.products
     # A tree of other products in the layout of a known data set lacks none.
     complete = config.products or not set(known) & set(products)
     missing = [] if complete else [product for product in known if product not in products]
+    projected = any(weights.projector is not None for weights in model.weights.values())
     facts = {
-        "title": f"{model.name} on {DATASETS[config.dataset]}",
+        "title": f"{model.name} on {tree.title}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(model.device),
-        "pretrained": "residuals of features of unit length, no projector"
-        if model.unit_length
-        else "projected residuals",
+        "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
         "weights": [{"name": w.name, "source": w.source, "stored": w.stored} for w in model.weights.values()],
     }
     return {**facts, "products not found": ", ".join(missing)} if missing else facts

@@ -112,7 +112,8 @@ def aupro(maps: Array, masks: Array, limit: float = LIMIT) -> float:
     maps of one value give limit / 2, the diagonal.
 
     Args:
-        maps, masks: As for ``evaluate``.
+        maps: As for ``evaluate``.
+        masks: As for ``evaluate``.
         limit: False positive rate up to which to integrate, in (0, 1].
 
     Returns:
@@ -167,7 +168,8 @@ def curves(maps: Array, masks: Array, rates: Array) -> tuple[np.ndarray, np.ndar
     """The ROC and the PRO curve of pixels: which fraction of defect pixels, and of a region on average, is detected.
 
     Args:
-        maps, masks: As for ``evaluate``.
+        maps: As for ``evaluate``.
+        masks: As for ``evaluate``.
         rates: False positive rates (R,), 0 to 1.
 
     Returns:

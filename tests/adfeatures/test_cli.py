@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -11,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from helpers.models import photo, write_photos
+from helpers.published import as_published
 from PIL import Image
+from safetensors import safe_open
 
 import adfeatures
 from adfeatures.cli import main
-from adfeatures.inspection import _picture_names
+from adfeatures.projector import ResidualProjector
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -44,7 +50,8 @@ def rows(photos: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["info", "residual_lite"], ["score", "--help"]])
 def test_help_and_facts_need_no_torch_and_answer_at_once(arguments: list[str]) -> None:
-    code = f"import sys; sys.argv = ['adfeatures', *{arguments}]\nfrom adfeatures.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = f"import sys; sys.argv = ['adfeatures', *{arguments}]\nfrom adfeatures.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'timm', 'PIL', 'numpy', 'huggingface_hub'} & set(sys.modules), 'imported too much'"
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
@@ -193,14 +200,14 @@ def test_sub_folders_are_products_only_when_asked(photos: Path) -> None:
     assert adfeatures.ReferenceBank.load(bank).num_images == 4
     assert run("fit", "--references", photos / "good", "--bank", bank, "--recursive") == 0
     assert adfeatures.ReferenceBank.load(bank).num_images == 10
-    assert run("fit", "--references", photos / "good", "--bank", bank, "--products") == 0
+    assert run("fit", "--references", photos / "good", "--bank", bank, "--product-folders") == 0
     assert run("score", "--bank", bank, "--output", photos / "out", photos / "new") == 2
     assert run("score", "--bank", bank, "--product", "nut", "--output", photos / "out", photos / "new") == 0
     model = adfeatures.create_model(references=photos / "good" / "nut")
     assert [float(row["score"]) for row in rows(photos)] == pytest.approx(
         [p.score for p in model.score(photos / "new")], rel=1e-5
     )
-    assert run("fit", "--references", photos / "new", "--bank", bank, "--products") == 2
+    assert run("fit", "--references", photos / "new", "--bank", bank, "--product-folders") == 2
 
 
 def test_images_in_sub_folders_only_when_asked(photos: Path) -> None:
@@ -243,27 +250,45 @@ def test_an_interrupted_run_keeps_its_rows(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_overlay_names_are_unique_and_stay_below_the_output(tmp_path: Path) -> None:
-    names = _picture_names(["a/1.png", "a/1.jpg", "b/1.png", "b/c/1.png", str(tmp_path / "x.png")])
-    assert len(set(names.values())) == 5
-    assert all(name.parts[0] == "overlays" and ".." not in name.parts for name in names.values())
-    assert list(_picture_names(["cam1/1.png", "cam2/1.png"]).values()) == [
-        Path("overlays/cam1/1.png"),
-        Path("overlays/cam2/1.png"),
-    ]
-    assert list(_picture_names(["x/1.png", "x/1.jpg"]).values()) == [
-        Path("overlays/1.png"),
-        Path("overlays/1.jpg-2.png"),
-    ]
-
-
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A published file of full size: the same tensors, bit for bit, under a name that the library loads by itself."""
+    projector = ResidualProjector((768,) * 4).state_dict()
+    source, destination = tmp_path / "checkpoints_pro_norm.pth", tmp_path / "c.safetensors"
+    source.write_bytes(as_published(projector))
+    name = "adpretrain_dinov2_base.realiad_norm"
+    assert run("convert", source, destination, "--model", name, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["file"] == str(destination) and facts["model"] == name and facts["tensors"] == len(projector)
+    assert (facts["img_auc"], facts["pix_auc"], facts["pix_pro"]) == (0.9, 0.8, 0.7)
+    assert facts["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    with safe_open(destination, framework="pt") as file:
+        for key, tensor in projector.items():
+            assert torch.equal(file.get_tensor(key), tensor.bfloat16()), key
+    model = adfeatures.create_model(weights=destination, backbone_weights="random")
+    assert model.name == name and model.projector is not None
+    for key, tensor in model.projector.state_dict().items():
+        assert torch.equal(tensor, projector[key].bfloat16().float()), key
+    # Once more changes nothing.
+    before = destination.read_bytes()
+    assert run("convert", source, destination, "--model", name) == 0
+    assert destination.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("adpretrain_dinov2_base", "does not fit"),
+        ("residual_lite", "no projector"),
+        ("adpretrain_dino", "Did you mean"),
+    ],
+)
+def test_convert_refuses_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, reason: str
+) -> None:
     source = Path(__file__).parents[1] / "golden" / "upstream_checkpoint.pth"
-    assert run("convert", source, tmp_path / "c.safetensors", "--model", "adpretrain_dinov2_base") == 2
-    message = capsys.readouterr().err
-    assert "does not fit" in message and "another model" in message
-    assert not (tmp_path / "c.safetensors").exists()
-    assert run("convert", source, tmp_path / "c.safetensors", "--model", "residual_lite") == 2
+    assert run("convert", source, tmp_path / "c.safetensors", "--model", model) == 2
+    assert reason in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,3 +298,12 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary == json.loads((tmp_path / "demo" / "summary.json").read_text())
     for name in ("demo.png", "worst.png", "scores.csv"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_info_without_a_model_tells_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adfeatures"] == adfeatures.__version__ and found["torch"] == torch.__version__
+    assert found["python"] == platform.python_version() and found["timm"] == timm.__version__
+    assert main(["info"]) == 0
+    assert "huggingface-hub" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Reading, transforming and drawing images, against formulas written out here and against files built byte by byte."""
+"""Reading and transforming images, against formulas written out here and against files built byte by byte."""
+
+from __future__ import annotations
 
 import io
 import os
@@ -6,12 +8,15 @@ import pickle
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pytest
 import torch
+from helpers.models import pixels
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
@@ -27,26 +32,31 @@ from adfeatures.images import (
     list_images,
     read_image,
 )
-from adfeatures.overlays import colorize, contact_sheet, overlay
 
 RNG = np.random.default_rng(0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOISE = RNG.integers(0, 256, (9, 13, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(NOISE)
 
-
-def pixels(image):
-    assert type(image) is Image.Image and image.mode == "RGB"
-    return np.asarray(image)
+Write: TypeAlias = "Callable[..., Path]"
 
 
-def encoded(image, kind, **options):
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def tiff(strips, size, bits, photometric, *, order="<", planar=1, extra=()):
+def tiff(
+    strips: Sequence[bytes],
+    size: tuple[int, int],
+    bits: Sequence[int],
+    photometric: int,
+    *,
+    order: str = "<",
+    planar: int = 1,
+    extra: Sequence[int] = (),
+) -> bytes:
     """A TIFF file of uncompressed strips, for layouts that Pillow reads but does not write."""
     offsets = [8 + sum(map(len, strips[:i])) for i in range(len(strips))]
     tags = {256: size[:1], 257: size[1:], 258: bits, 259: [1], 262: [photometric], 273: offsets}
@@ -64,8 +74,8 @@ def tiff(strips, size, bits, photometric, *, order="<", planar=1, extra=()):
     return head + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + tail
 
 
-def png_file(width, height, bits, color, rows, *chunks):
-    def chunk(kind, body):
+def png_file(width: int, height: int, bits: int, color: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
@@ -78,20 +88,20 @@ def png_file(width, height, bits, color, rows, *chunks):
     )
 
 
-def scaled(values, bit_depth):
+def scaled(values: np.ndarray, bit_depth: int) -> np.ndarray:
     """The stated rule in exact arithmetic. No value lies halfway, since 2**n - 1 is odd."""
     return np.array([round(Fraction(int(v) * 255, 2**bit_depth - 1)) for v in values.flat], np.uint8).reshape(
         values.shape
     )
 
 
-def gray(values):
+def gray(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, 2)
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(data, name="image.bin"):
+def write(tmp_path: Path) -> Write:
+    def write(data: bytes, name: str = "image.bin") -> Path:
         path = tmp_path / name
         path.write_bytes(data)
         return path
@@ -100,7 +110,7 @@ def write(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("images") / "scratch"
 
 
@@ -108,7 +118,7 @@ def scratch(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_files_give_their_pixels(write, kind):
+def test_lossless_files_give_their_pixels(write: Write, kind: str) -> None:
     path = write(encoded(PICTURE, kind))
     assert (pixels(read_image(path)) == NOISE).all()
     assert (pixels(read_image(str(path))) == NOISE).all()
@@ -116,18 +126,18 @@ def test_lossless_files_give_their_pixels(write, kind):
         assert (pixels(read_image(opened)) == NOISE).all()
 
 
-def test_the_suffix_does_not_matter(write):
+def test_the_suffix_does_not_matter(write: Write) -> None:
     assert (pixels(read_image(write(encoded(PICTURE, "PNG"), "photo.jpg"))) == NOISE).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
-def test_lossy_files_are_close(write, kind):
+def test_lossy_files_are_close(write: Write, kind: str) -> None:
     smooth = Image.fromarray(np.linspace(0, 200, 40 * 50 * 3).reshape(40, 50, 3).astype(np.uint8))
     read = pixels(read_image(write(encoded(smooth, kind))))
     assert np.abs(read.astype(int) - np.asarray(smooth)).mean() < 8
 
 
-def test_arrays():
+def test_arrays() -> None:
     assert (pixels(read_image(NOISE)) == NOISE).all()
     assert (pixels(read_image(NOISE[::2, ::-1])) == NOISE[::2, ::-1]).all()
     assert (pixels(read_image(NOISE[..., 0])) == gray(NOISE[..., 0])).all()
@@ -135,7 +145,7 @@ def test_arrays():
     assert pixels(read_image(NOISE[:1, :1])).shape == (1, 1, 3)
 
 
-def test_the_result_is_independent_of_the_source():
+def test_the_result_is_independent_of_the_source() -> None:
     array = NOISE[..., 0].copy()
     read = read_image(array)
     array[:] = 0
@@ -145,7 +155,7 @@ def test_the_result_is_independent_of_the_source():
     assert (np.asarray(source) == NOISE).all()
 
 
-def test_alpha_is_laid_over_the_background(write):
+def test_alpha_is_laid_over_the_background(write: Write) -> None:
     rgba = RNG.integers(0, 256, (16, 16, 4), dtype=np.uint8)
     rgba[0, 0, 3], rgba[0, 1, 3] = 0, 255
     alpha = rgba[..., 3:].astype(np.float64) / 255
@@ -157,7 +167,7 @@ def test_alpha_is_laid_over_the_background(write):
         assert tuple(read[0, 0]) == BACKGROUND and (read[0, 1] == rgba[0, 1, :3]).all()
 
 
-def test_gray_with_alpha(write):
+def test_gray_with_alpha(write: Write) -> None:
     values, alpha = RNG.integers(0, 256, (2, 8, 8), dtype=np.uint8)
     image = Image.merge("LA", [Image.fromarray(values), Image.fromarray(alpha)])
     expected = gray(values * (alpha / 255) + 255 * (1 - alpha / 255))
@@ -169,29 +179,29 @@ def test_gray_with_alpha(write):
     )  # Division by a small alpha magnifies rounding.
 
 
-@pytest.mark.parametrize("transparent", [None, 3, bytes([0, 255, 128, 64])])
-def test_palettes(write, transparent):
+@pytest.mark.parametrize(
+    ("transparent", "alpha"),
+    [(None, [255] * 4), (3, [255, 255, 255, 0]), (bytes([0, 255, 128, 64]), [0, 255, 128, 64])],
+)
+def test_palettes(write: Write, transparent: int | bytes | None, alpha: list[int]) -> None:
     indices = RNG.integers(0, 4, (8, 8), dtype=np.uint8)
     palette = np.array([[200, 10, 10], [10, 200, 10], [10, 10, 200], [90, 90, 90]], np.uint8)
     image = Image.fromarray(indices)
     image.putpalette(palette.tobytes())
-    alpha = {None: [255] * 4, 3: [255, 255, 255, 0]}.get(
-        transparent, list(transparent) if isinstance(transparent, bytes) else None
-    )
     weight = np.array(alpha)[indices][..., None] / 255
     options = {} if transparent is None else {"transparency": transparent}
     read = pixels(read_image(write(encoded(image, "PNG", **options))))
     assert np.abs(read - (palette[indices] * weight + 255 * (1 - weight))).max() <= 1
 
 
-def test_a_transparent_color_is_background(write):
+def test_a_transparent_color_is_background(write: Write) -> None:
     array = np.full((4, 4, 3), 7, np.uint8)
     array[1, 2] = (1, 2, 3)
     read = pixels(read_image(write(encoded(Image.fromarray(array), "PNG", transparency=(1, 2, 3)))))
     assert tuple(read[1, 2]) == BACKGROUND and (np.delete(read.reshape(-1, 3), 6, 0) == 7).all()
 
 
-def test_palette_with_an_alpha_channel():
+def test_palette_with_an_alpha_channel() -> None:
     image = Image.new("PA", (2, 1))
     image.putpalette([200, 10, 10, 10, 200, 10])
     image.putpixel((0, 0), (0, 255))
@@ -199,7 +209,7 @@ def test_palette_with_an_alpha_channel():
     assert pixels(read_image(image)).tolist() == [[[200, 10, 10], [255, 255, 255]]]
 
 
-def test_cmyk(write):
+def test_cmyk(write: Write) -> None:
     cmyk = RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8)
     ink = 1 - cmyk / 255
     expected = 255 * ink[..., :3] * ink[..., 3:]
@@ -207,11 +217,11 @@ def test_cmyk(write):
     assert np.abs(pixels(read_image(image)) - expected).max() <= 2
     assert np.abs(pixels(read_image(write(encoded(image, "TIFF")))) - expected).max() <= 2
     flat = Image.new("CMYK", (16, 16), (20, 200, 100, 30))
-    expected = [255 * (1 - c / 255) * (1 - 30 / 255) for c in (20, 200, 100)]
-    assert np.abs(pixels(read_image(write(encoded(flat, "JPEG", quality=95)))) - expected).max() <= 4
+    printed = [255 * (1 - c / 255) * (1 - 30 / 255) for c in (20, 200, 100)]
+    assert np.abs(pixels(read_image(write(encoded(flat, "JPEG", quality=95)))) - printed).max() <= 4
 
 
-def test_other_color_modes():
+def test_other_color_modes() -> None:
     y, cb, cr = 120, 90, 160
     expected = (y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128))
     assert np.abs(pixels(read_image(Image.new("YCbCr", (2, 2), (y, cb, cr)))) - expected).max() <= 2
@@ -221,7 +231,7 @@ def test_other_color_modes():
 
 
 @pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no color management")
-def test_lab():
+def test_lab() -> None:
     assert np.abs(pixels(read_image(Image.new("LAB", (2, 2), (255, 128, 128)))).astype(int) - 255).max() <= 3
     red = pixels(read_image(Image.new("LAB", (2, 2), (136, 208, 195))))[0, 0].astype(int)  # L* 53.2, a* 80, b* 67
     assert np.abs(red - (255, 0, 0)).max() <= 12
@@ -231,7 +241,7 @@ def test_lab():
 
 
 @pytest.mark.parametrize("bit_depth", range(9, 17))
-def test_every_16_bit_value_has_its_fixed_place(bit_depth):
+def test_every_16_bit_value_has_its_fixed_place(bit_depth: int) -> None:
     values = np.arange(2**bit_depth, dtype=np.uint16).reshape(-1, 2 ** (bit_depth // 2))
     expected = gray(scaled(values, bit_depth))
     assert (pixels(read_image(values, bit_depth=bit_depth)) == expected).all()
@@ -239,7 +249,7 @@ def test_every_16_bit_value_has_its_fixed_place(bit_depth):
     assert expected.min() == 0 and expected.max() == 255
 
 
-def test_the_scale_does_not_depend_on_the_image():
+def test_the_scale_does_not_depend_on_the_image() -> None:
     dark = np.full((4, 4), 300, np.uint16)
     mixed = dark.copy()
     mixed[0, 0] = 65535
@@ -247,7 +257,7 @@ def test_the_scale_does_not_depend_on_the_image():
 
 
 @pytest.mark.parametrize("bit_depth", [10, 12, 16])
-def test_16_bit_gray_files(write, bit_depth):
+def test_16_bit_gray_files(write: Write, bit_depth: int) -> None:
     values = RNG.integers(0, 2**bit_depth, (7, 5)).astype(np.uint16)
     little, big = values.tobytes(), values.astype(">u2").tobytes()
     files = {
@@ -268,7 +278,7 @@ def test_16_bit_gray_files(write, bit_depth):
 
 
 @pytest.mark.parametrize("bit_depth", [9, 12, 16])
-def test_files_that_state_their_own_maximum(write, bit_depth):
+def test_files_that_state_their_own_maximum(write: Write, bit_depth: int) -> None:
     values = RNG.integers(0, 4096, (4, 6)).astype(np.uint16)
     expected = gray(scaled(values, 12))
     pairs = values.reshape(-1, 2).astype(int)
@@ -279,14 +289,14 @@ def test_files_that_state_their_own_maximum(write, bit_depth):
         assert np.abs(read - expected).max() <= 1  # Pillow rounds to 16 bits in between.
 
 
-def test_transparent_gray_of_16_bits(write):
+def test_transparent_gray_of_16_bits(write: Write) -> None:
     values = np.array([[0, 513], [514, 65535]], np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     png = png_file(2, 2, 16, 0, rows, (b"tRNS", struct.pack(">H", 513)))
     assert pixels(read_image(write(png)))[..., 0].tolist() == [[0, 255], [2, 255]]
 
 
-def deep_color_files():
+def deep_color_files() -> tuple[np.ndarray, dict[str, bytes]]:
     values = RNG.integers(0, 65536, (4, 4, 3)).astype(np.uint16)
     rgba = np.concatenate([values, np.full((4, 4, 1), 65535, np.uint16)], 2)
     ppm = b"P6 4 4 65535\n" + values.astype(">u2").tobytes()
@@ -301,7 +311,7 @@ def deep_color_files():
     return values, files
 
 
-def test_16_bit_color_is_read_at_full_scale_only(write):
+def test_16_bit_color_is_read_at_full_scale_only(write: Write) -> None:
     values, files = deep_color_files()
     for name, data in files.items():
         read = pixels(read_image(write(data))).astype(float)
@@ -312,14 +322,14 @@ def test_16_bit_color_is_read_at_full_scale_only(write):
             read_image(opened, bit_depth=12)
 
 
-def test_16_bit_color_with_a_transparent_color_is_refused(write):
+def test_16_bit_color_with_a_transparent_color_is_refused(write: Write) -> None:
     rows = b"".join(b"\0" + bytes(6) for _ in range(2))
     assert pixels(read_image(write(png_file(1, 2, 16, 2, rows)))).max() == 0
     with pytest.raises(ImageError, match="transparent"):
         read_image(write(png_file(1, 2, 16, 2, rows, (b"tRNS", struct.pack(">3H", 255, 255, 255)))))
 
 
-def test_planes_of_16_bits_are_refused_but_of_8_read(write):
+def test_planes_of_16_bits_are_refused_but_of_8_read(write: Write) -> None:
     planes = RNG.integers(0, 256, (3, 6, 4), dtype=np.uint8)
     strips = [plane.tobytes() for plane in planes]
     assert (pixels(read_image(write(tiff(strips, (4, 6), [8] * 3, 2, planar=2)))) == planes.transpose(1, 2, 0)).all()
@@ -328,7 +338,7 @@ def test_planes_of_16_bits_are_refused_but_of_8_read(write):
         read_image(write(tiff(strips, (4, 6), [16] * 3, 2, planar=2)))
 
 
-def test_values_above_the_bit_depth_are_refused(write):
+def test_values_above_the_bit_depth_are_refused(write: Write) -> None:
     values = np.array([[0, 4096]], np.uint16)
     for source in (values, Image.fromarray(values), write(encoded(Image.fromarray(values), "PNG"))):
         assert read_image(source, bit_depth=13).size == (2, 1)
@@ -339,14 +349,14 @@ def test_values_above_the_bit_depth_are_refused(write):
             read_image(Image.fromarray(np.array([[0, value]], np.int32)))
 
 
-def test_16_bit_color_arrays_are_scaled_exactly():
+def test_16_bit_color_arrays_are_scaled_exactly() -> None:
     values = RNG.integers(0, 4096, (5, 4, 3)).astype(np.uint16)
     assert (pixels(read_image(values, bit_depth=12)) == scaled(values, 12)).all()
     assert (pixels(read_image(values[..., :1], bit_depth=12)) == gray(scaled(values[..., 0], 12))).all()
 
 
 @pytest.mark.parametrize("bit_depth", [0, 8, 17, -1, 12.5, None, "12"])
-def test_bit_depths_out_of_range(bit_depth):
+def test_bit_depths_out_of_range(bit_depth: Any) -> None:
     with pytest.raises(InputError, match="9 to 16") as caught:
         read_image(PICTURE, bit_depth=bit_depth)
     assert not isinstance(caught.value, ImageError)
@@ -354,7 +364,7 @@ def test_bit_depths_out_of_range(bit_depth):
 
 # --- orientation and frames
 
-UPRIGHT = {
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -369,14 +379,14 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "TIFF lzw", "WEBP", "JPEG", "16-bit PNG"])
-def test_exif_orientation(write, kind, orientation):
+def test_exif_orientation(write: Write, kind: str, orientation: int) -> None:
     stored = np.kron(NOISE, np.ones((8, 8, 1), np.uint8)) if kind == "JPEG" else NOISE
     image = Image.fromarray(stored)
     if (kind, orientation) == ("TIFF lzw", 9):
         pytest.skip("libtiff does not write it")
     if kind == "16-bit PNG":
         image, stored = Image.fromarray(stored[..., 0].astype(np.uint16) * 257), gray(stored[..., 0])
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "TIFF lzw": {"compression": "tiff_lzw"},
         "WEBP": {"lossless": True},
         "JPEG": {"quality": 98, "subsampling": 0},
@@ -399,14 +409,14 @@ def test_exif_orientation(write, kind, orientation):
 @pytest.mark.parametrize(
     "blob", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0"]
 )
-def test_damaged_exif_leaves_the_picture_as_it_is(write, blob):
+def test_damaged_exif_leaves_the_picture_as_it_is(write: Write, blob: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert (pixels(read_image(write(encoded(PICTURE, "PNG", exif=blob)))) == NOISE).all()
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
-def test_the_first_of_several_frames(write, kind):
+def test_the_first_of_several_frames(write: Write, kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime")]
     path = write(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert np.abs(pixels(read_image(path)).astype(int) - (255, 0, 0)).max() <= 3
@@ -415,15 +425,15 @@ def test_the_first_of_several_frames(write, kind):
 # --- what is refused
 
 
-def refused(source, reason, **options):
+def refused(source: Any, reason: str) -> str:
     with pytest.raises(ImageError, match=reason) as caught:
-        read_image(source, **options)
+        read_image(source)
     if isinstance(source, (str, Path)):
         assert str(source) in str(caught.value)
     return str(caught.value)
 
 
-def test_files_that_are_no_images(write, tmp_path):
+def test_files_that_are_no_images(write: Write, tmp_path: Path) -> None:
     refused(tmp_path / "missing.png", "no such file")
     refused(str(tmp_path / "missing.png"), "no such file")
     refused(tmp_path / ("x" * 5000), "no such file|too long|truncated")
@@ -436,11 +446,11 @@ def test_files_that_are_no_images(write, tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, 3, b"image.png", [[1, 2], [3, 4]], torch.zeros(3, 4, 4)])
-def test_other_objects(source):
+def test_other_objects(source: object) -> None:
     refused(source, f"Cannot read an image from {type(source).__name__}")
 
 
-def test_floating_point_is_refused_with_what_is_accepted(write):
+def test_floating_point_is_refused_with_what_is_accepted(write: Write) -> None:
     for source in (
         Image.new("F", (4, 4)),
         write(encoded(Image.new("F", (4, 4)), "TIFF")),
@@ -451,18 +461,18 @@ def test_floating_point_is_refused_with_what_is_accepted(write):
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.int16, np.int64, np.uint32, complex, object])
-def test_other_types_of_arrays(dtype):
+def test_other_types_of_arrays(dtype: type) -> None:
     refused(np.zeros((4, 4), dtype), "uint8 or uint16")
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 4, 2), (3, 8, 8), (4, 4, 5), (1, 4, 4, 3), (4, 4, 0)])
-def test_other_shapes_of_arrays(shape):
+def test_other_shapes_of_arrays(shape: tuple[int, ...]) -> None:
     for dtype in (np.uint8, np.uint16):
         refused(np.zeros(shape, dtype), r"\(H, W\)")
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0, 3), (0, 0, 1)])
-def test_zero_sized_images(shape):
+def test_zero_sized_images(shape: tuple[int, ...]) -> None:
     for dtype in (np.uint8, np.uint16):
         refused(np.zeros(shape, dtype), "pixels are no image")
     refused(Image.new("RGB", (0, 3)), "pixels are no image")
@@ -470,7 +480,7 @@ def test_zero_sized_images(shape):
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
 @pytest.mark.parametrize("action", ["ignore", "error"])
-def test_too_many_pixels_are_refused_undecoded(write, side, action):
+def test_too_many_pixels_are_refused_undecoded(write: Write, side: int, action: Literal["ignore", "error"]) -> None:
     """Of 100 million pixels Pillow warns, of 400 million it raises; here both are one refusal."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     path = write(png_file(side, side, 8, 2, b""))
@@ -481,8 +491,8 @@ def test_too_many_pixels_are_refused_undecoded(write, side, action):
     refused(np.broadcast_to(np.uint8(0), (side, side)), f"more than {MAX_PIXELS:,}")
 
 
-def test_the_limit_is_the_stated_number(monkeypatch):
-    assert MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+def test_the_limit_is_the_stated_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None and MAX_PIXELS < Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     assert read_image(np.zeros((10, 10), np.uint8)).size == (10, 10)
     refused(np.zeros((10, 11), np.uint8), "11 x 10 pixels are more than 100")
@@ -490,7 +500,7 @@ def test_the_limit_is_the_stated_number(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_no_file_is_left_open(write):
+def test_no_file_is_left_open(write: Write) -> None:
     good = write(encoded(PICTURE, "TIFF", save_all=True, append_images=[PICTURE]), "good")
     bad = write(encoded(PICTURE, "TIFF", compression="tiff_lzw")[:-40], "bad")
     before = os.listdir("/proc/self/fd")
@@ -504,7 +514,7 @@ def test_no_file_is_left_open(write):
 # --- damage
 
 
-def real_files():
+def real_files() -> dict[str, bytes]:
     color, values = (
         Image.fromarray(np.kron(NOISE, np.ones((2, 2, 1), np.uint8))),
         Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257),
@@ -538,7 +548,7 @@ def real_files():
 FILES = real_files()
 
 
-def read_or_refuse(path, data):
+def read_or_refuse(path: Path, data: bytes) -> np.ndarray | None:
     path.write_bytes(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -550,9 +560,10 @@ def read_or_refuse(path, data):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_anywhere_is_refused_or_whole(scratch, name):
+def test_a_file_cut_anywhere_is_refused_or_whole(scratch: Path, name: str) -> None:
     data = FILES[name]
     whole = read_or_refuse(scratch, data)
+    assert whole is not None
     cuts = sorted({*range(0, len(data), max(1, len(data) // 60)), *range(max(0, len(data) - 12), len(data))})
     read = {cut: read_or_refuse(scratch, data[:cut]) for cut in cuts}
     assert all(part is None or np.array_equal(part, whole) for part in read.values())
@@ -580,13 +591,13 @@ MAGIC = st.sampled_from(
 @given(start=MAGIC, rest=st.binary(max_size=200))
 @example(b"P6 ", b"99999999999 1 255\n")
 @example(b"P2 2 2 ", b"255\n1 2 3 \xff")
-def test_any_bytes_are_read_or_refused(scratch, start, rest):
+def test_any_bytes_are_read_or_refused(scratch: Path, start: bytes, rest: bytes) -> None:
     read_or_refuse(scratch, start + rest)
 
 
 @settings(RELAXED, max_examples=250)
 @given(data=st.data())
-def test_damaged_files_are_read_or_refused(scratch, data):
+def test_damaged_files_are_read_or_refused(scratch: Path, data: st.DataObject) -> None:
     content = bytearray(FILES[data.draw(st.sampled_from(sorted(FILES)))])
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, min(len(content), data.draw(st.sampled_from([40, 300, 10**6]))) - 1))
@@ -595,10 +606,12 @@ def test_damaged_files_are_read_or_refused(scratch, data):
     read_or_refuse(scratch, bytes(content))
 
 
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV", "I", "I;16", "I;16B"]
+
+
 @settings(RELAXED, max_examples=60)
-@given(mode=st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV", "I", "I;16", "I;16B"]),
-       width=st.integers(1, 9), height=st.integers(1, 9))  # fmt: skip
-def test_every_mode_of_pillow_keeps_its_size(mode, width, height):
+@given(mode=st.sampled_from(MODES), width=st.integers(1, 9), height=st.integers(1, 9))
+def test_every_mode_of_pillow_keeps_its_size(mode: str, width: int, height: int) -> None:
     assert pixels(read_image(Image.new(mode, (width, height)))).shape == (height, width, 3)
 
 
@@ -606,7 +619,7 @@ def test_every_mode_of_pillow_keeps_its_size(mode, width, height):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     for name in (
         "b.PNG",
         "a.jpg",
@@ -624,7 +637,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_listing(folder):
+def test_listing(folder: Path) -> None:
     assert list_images(folder) == [folder / name for name in ("a.jpg", "b.PNG", "c.tiff")]
     assert list_images(str(folder)) == list_images(folder)
     expected = [folder / name for name in ("a.jpg", "b.PNG", "c.tiff", "sub/deep/w.webp", "sub/z.bmp")]
@@ -632,7 +645,7 @@ def test_listing(folder):
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-def test_every_listed_suffix_can_be_read(tmp_path, suffix):
+def test_every_listed_suffix_can_be_read(tmp_path: Path, suffix: str) -> None:
     image = PICTURE.convert("L") if suffix == ".pgm" else PICTURE
     path = tmp_path / f"image{suffix.upper()}"
     image.save(path)
@@ -640,7 +653,7 @@ def test_every_listed_suffix_can_be_read(tmp_path, suffix):
     assert read_image(path).size == PICTURE.size
 
 
-def test_folders_without_images(tmp_path):
+def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="not there"):
         list_images(tmp_path / "missing")
     (tmp_path / "file.png").touch()
@@ -659,12 +672,12 @@ def test_folders_without_images(tmp_path):
 # --- transforms
 
 
-def normalized(image):
+def normalized(image: Image.Image) -> np.ndarray:
     values = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
     return (values - np.array(MEAN, np.float32)[:, None, None]) / np.array(STD, np.float32)[:, None, None]
 
 
-def test_squash_is_the_plain_bicubic_resize():
+def test_squash_is_the_plain_bicubic_resize() -> None:
     image = Image.fromarray(RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8))
     tensor = build_transform((28, 42), MEAN, STD)(image)
     assert tensor.dtype == torch.float32 and tensor.shape == (3, 28, 42)
@@ -679,7 +692,7 @@ def test_squash_is_the_plain_bicubic_resize():
 @example("resize224_crop224", 333, 500)
 @example("resize256_crop224", 700, 20)
 @example("resize256_crop224", 257, 256)
-def test_crop_presets(preset, width, height):
+def test_crop_presets(preset: str, width: int, height: int) -> None:
     side = int(preset[6:9])
     image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
     short, long = min(width, height), max(width, height)
@@ -692,7 +705,7 @@ def test_crop_presets(preset, width, height):
 
 @pytest.mark.parametrize("preset", PRESETS[1:])
 @pytest.mark.parametrize("size", [(224, 224), (301, 200), (199, 640), (1024, 31)])
-def test_crop_presets_equal_torchvision(preset, size):
+def test_crop_presets_equal_torchvision(preset: str, size: tuple[int, int]) -> None:
     from torchvision import transforms as T
 
     image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
@@ -702,193 +715,26 @@ def test_crop_presets_equal_torchvision(preset, size):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_transforms_take_any_mode_and_travel(preset):
-    transform = build_transform([224, 224], list(MEAN), STD, preset=preset)
+def test_transforms_take_any_mode_and_travel(preset: str) -> None:
+    size: Any = [224, 224]
+    transform = build_transform(size, list(MEAN), STD, preset=preset)
     assert pickle.loads(pickle.dumps(transform)) == transform and preset in repr(transform) and "224" in repr(transform)
     rgba = Image.new("RGBA", (30, 40), (10, 20, 30, 0))
     white = Image.new("RGB", (224, 224), BACKGROUND)
     np.testing.assert_allclose(transform(rgba), normalized(white), atol=1e-6)
 
 
-def test_extreme_aspect_ratios():
+def test_extreme_aspect_ratios() -> None:
     line = Image.new("RGB", (9000, 1), "red")
     assert build_transform((32, 32), MEAN, STD)(line).shape == (3, 32, 32)
     with pytest.raises(ImageError, match="squash"):
         build_transform((224, 224), MEAN, STD, preset="resize256_crop224")(line)
 
 
-def test_bad_transforms():
+def test_bad_transforms() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'squash'"):
         build_transform((224, 224), MEAN, STD, preset="squish")
-    for size in ((0, 224), (224,), (224, -1), (1, 2, 3)):
+    sizes: tuple[Any, ...] = ((0, 224), (224,), (224, -1), (1, 2, 3))
+    for size in sizes:
         with pytest.raises(InputError, match="height and a width"):
             build_transform(size, MEAN, STD)
-
-
-# --- colors
-
-
-def lightness(colors):
-    """CIE L* of sRGB colors."""
-    linear = np.where(colors / 255 <= 0.04045, colors / 255 / 12.92, ((colors / 255 + 0.055) / 1.055) ** 2.4)
-    return 116 * np.cbrt(linear @ (0.2126, 0.7152, 0.0722)) - 16
-
-
-def test_colors_rise_evenly_to_red():
-    colors = colorize(np.linspace(0, 1, 256)[None], (0, 1))[0].astype(int)
-    assert colors.shape == (256, 3) and len(np.unique(colors, axis=0)) > 200
-    assert (np.diff(colors[:, 0]) >= 0).all()
-    steps = np.diff(lightness(colors)[::15])
-    assert (steps > 0).all() and steps.max() < 3 * steps.min()
-    low, high = colors[0], colors[-1]
-    assert high[0] > 240 and high[1:].max() < 40
-    assert low.argmax() == 2 and low.max() < 100
-
-
-def test_the_scale_is_fixed_and_clips():
-    values = np.array([[-5.0, 0.0, 1.0, 2.0, 9.0, np.inf, -np.inf]])
-    colors = colorize(values, (0, 2))
-    assert colors.dtype == np.uint8 and colors.shape == (1, 7, 3)
-    assert (colors[0, 0] == colors[0, 1]).all() and (colors[0, 6] == colors[0, 1]).all()
-    assert (colors[0, 4] == colors[0, 3]).all() and (colors[0, 5] == colors[0, 3]).all()
-    assert (colorize(values[:, 2:3], (0, 2))[0, 0] == colors[0, 2]).all()
-    assert (colorize(torch.from_numpy(values), (0, 2)) == colors).all()
-
-
-@pytest.mark.parametrize("scale", [(1, 1), (2, 1), (0, float("nan")), (float("-inf"), 1)])
-def test_bad_scales(scale):
-    with pytest.raises(InputError, match="scale"):
-        colorize(np.zeros((2, 2)), scale)
-
-
-@pytest.mark.parametrize("bad", [np.array([[0.0, np.nan]]), np.zeros((1, 2, 2)), np.zeros(3), np.zeros((0, 4))])
-def test_bad_maps(bad):
-    with pytest.raises(InputError, match="anomaly map"):
-        colorize(bad, (0, 1))
-    with pytest.raises(InputError, match="anomaly map"):
-        overlay(PICTURE, bad, scale=(0, 1))
-
-
-# --- overlays
-
-
-def hill(width, height):
-    y, x = np.mgrid[:height, :width]
-    return np.exp(-(((x / width - 0.5) / 0.2) ** 2) - ((y / height - 0.5) / 0.2) ** 2)
-
-
-SIZES = [(1, 1), (16, 16), (64, 64), (300, 40), (40, 300), (640, 480), (1500, 1000)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("caption", [None, "000.png  score 0.7", "a_very_long_name_without_any_place_to_break_" * 4])
-def test_overlays_leave_normal_regions_and_cover_nothing(size, caption):
-    width, height = size
-    image = Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    drawn = overlay(image, np.zeros((height, width)), scale=(0, 1), threshold=0.5, caption=caption)
-    assert (pixels(drawn.crop((0, 0, width, height))) == np.asarray(image)).all()
-    assert drawn.width > width and drawn.height >= height
-    below = np.asarray(drawn.crop((0, height, width, drawn.height)))
-    assert (below.size > 0 and below.min() < 128) if caption and width >= 40 else True
-    whole = np.asarray(drawn)
-    assert whole[:, -2:].min() == 255, "text is cut off at the right"
-    assert whole[-1, width:].min() == 255 and (whole[-1].min() == 255 or caption is None), "text is cut off below"
-
-
-def test_a_long_caption_is_wrapped_not_cut():
-    short = overlay(np.zeros((64, 64), np.uint8), np.zeros((64, 64)), scale=(0, 1), caption="x")
-    long = overlay(
-        np.zeros((64, 64), np.uint8), np.zeros((64, 64)), scale=(0, 1), caption="many words in one caption " * 5
-    )
-    assert long.width == short.width and long.height > short.height + 40
-
-
-def test_heat_grows_towards_red():
-    values = np.linspace(0, 1, 200)[None].repeat(50, 0)
-    drawn = pixels(overlay(np.full((50, 200, 3), 128, np.uint8), values, scale=(0, 1)))[25, :200].astype(int)
-    distance = np.abs(drawn - (255, 24, 24)).sum(1)
-    assert (np.diff(np.abs(drawn - 128).sum(1)[::20]) > 0).all()
-    assert distance[-1] < 0.3 * distance[0] and (np.diff(distance[100::20]) < 0).all()
-    assert np.abs(drawn[:40] - 128).max() < 12, "normal regions stay readable"
-
-
-def test_the_same_value_looks_the_same_whatever_else_is_in_the_map():
-    flat = np.full((40, 40), 0.3)
-    peak = flat.copy()
-    peak[5, 5] = 100
-    drawn = [pixels(overlay(np.full((40, 40), 90, np.uint8), values, scale=(0, 1))) for values in (flat, peak)]
-    assert (drawn[0][20:] == drawn[1][20:]).all() and (drawn[0][5, 5] != drawn[1][5, 5]).any()
-
-
-@pytest.mark.parametrize("ground", [0, 128, 255])
-def test_the_contour_follows_the_threshold(ground):
-    size, values = 240, hill(240, 240)
-    image = np.full((size, size), ground, np.uint8)
-    plain = pixels(overlay(image, values, scale=(0, 4)))[:size, :size].astype(int)
-    lined = pixels(overlay(image, values, scale=(0, 4), threshold=0.5))[:size, :size].astype(int)
-    changed = np.abs(lined - plain).max(2) > 20
-    radius = np.hypot(*(np.mgrid[:size, :size] - 119.5)) / size
-    crossing = 0.2 * np.sqrt(np.log(2))
-    assert changed.sum() > 250
-    assert np.abs(radius[changed] - crossing).max() < 4 / size
-    angles = np.arctan2(*(np.mgrid[:size, :size] - 119.5))[changed]
-    assert len(np.unique((angles * 20).astype(int))) > 115, "a closed line"
-
-
-def test_no_contour_where_nothing_crosses():
-    image, values = np.full((64, 64), 90, np.uint8), np.full((64, 64), 0.6)
-    plain = overlay(image, values, scale=(0, 1)).crop((0, 0, 64, 64))
-    for threshold in (0.1, 0.6, 3.0):
-        assert overlay(image, values, scale=(0, 1), threshold=threshold).crop((0, 0, 64, 64)) == plain
-
-
-def test_the_legend_shows_the_colors_and_the_tick():
-    image, values = np.full((320, 320), 90, np.uint8), np.zeros((320, 320))
-    plain, ticked = (np.asarray(overlay(image, values, scale=(0, 1), threshold=t)).astype(int) for t in (None, 0.25))
-    column = plain[:, 320:].reshape(320, -1, 3)
-    x = 320 + int(np.argmax((np.abs(column - (255, 24, 24)).sum(2) < 20).any(0))) + 2
-    bar = plain[:, x]
-    colored = np.flatnonzero((bar != 255).any(1))
-    assert bar[colored[0], 0] > 240 and bar[colored[-1], 0] < 30 and len(colored) > 250
-    tick = np.flatnonzero((ticked[colored[0] : colored[-1] + 1, x] == 255).all(1)) / len(colored)
-    assert len(tick) and np.abs(tick - 0.75).max() < 0.02
-    beyond = np.asarray(overlay(image, values, scale=(0, 1), threshold=7.0))
-    assert beyond.shape[0] == 320 and (beyond[colored[0], x] == 255).all()
-
-
-def test_bad_overlays():
-    with pytest.raises(InputError, match=r"\(3, 4\).*\(4, 3\).*resize"):
-        overlay(np.zeros((4, 3), np.uint8), np.zeros((3, 4)), scale=(0, 1))
-    for threshold in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match="threshold"):
-            overlay(np.zeros((4, 4), np.uint8), np.zeros((4, 4)), scale=(0, 1), threshold=threshold)
-    with pytest.raises(ImageError, match="no such file"):
-        overlay("missing.png", np.zeros((4, 4)), scale=(0, 1))
-
-
-# --- contact sheets
-
-
-def test_contact_sheet_places_tiles_with_equal_margins():
-    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90), (0, 90, 90)]
-    sheet = pixels(contact_sheet([Image.new("RGB", (60, 30), color) for color in colors], columns=3, tile_width=240))
-    margin = 10
-    assert sheet.shape == (3 * margin + 2 * 120, 4 * margin + 3 * 240, 3)
-    expected = np.full_like(sheet, 255)
-    for i, color in enumerate(colors):
-        y, x = margin + i // 3 * (120 + margin), margin + i % 3 * (240 + margin)
-        expected[y : y + 120, x : x + 240] = color
-    assert (sheet == expected).all()
-
-
-def test_contact_sheet_of_unlike_tiles():
-    tiles = [Image.new("RGBA", (10, 1000), "red"), Image.new("L", (500, 100)), Image.new("RGB", (100, 100), "blue")]
-    sheet = pixels(contact_sheet(tiles, columns=2, tile_width=96))
-    assert sheet.shape == (4 + 192 + 4 + 96 + 4, 4 + 2 * (96 + 4), 3)
-    assert contact_sheet(tiles[2:], columns=5, tile_width=96).size == (104, 104)
-
-
-@pytest.mark.parametrize(("count", "columns", "width"), [(0, 1, 10), (1, 0, 10), (1, 1, 0)])
-def test_bad_contact_sheets(count, columns, width):
-    with pytest.raises(InputError, match="contact sheet"):
-        contact_sheet([PICTURE] * count, columns=columns, tile_width=width)

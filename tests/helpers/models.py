@@ -40,3 +40,9 @@ def write_photos(folder: Path, seeds: range, suffix: str = ".png") -> list[Path]
     for seed, path in zip(seeds, paths, strict=True):
         photo(seed).save(path)
     return paths
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """The pixels (H, W, 3) of an RGB picture that stands on its own."""
+    assert type(image) is Image.Image and image.mode == "RGB"
+    return np.asarray(image)

@@ -30,6 +30,7 @@ from adfeatures.backbones import EfficientNet
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
+from adfeatures.scoring import FeatureNormScorer
 from training import evaluate, metrics
 from training.data import dataset
 from training.data.images import ImageDataset
@@ -789,7 +790,7 @@ class TestBadInput:
             output = tmp_path / f"{name}_run"
             assert run(dataset=name, root=root, output=output) == 0
             assert {r["product"] for r in records(output)} == set(there)
-            missing = ", ".join(product for product in dataset(name).PRODUCTS if product not in there)
+            missing = ", ".join(product for product in dataset(name).products if product not in there)
             assert f"| products not found | {missing} |" in (output / "results.md").read_text()
         assert run(products="bottle") == 0
         assert "products not found" not in report(tmp_path / "run")
@@ -891,10 +892,10 @@ class TestWeights:
     def test_each_method_takes_its_tag_and_the_backbone_is_loaded_once(
         self, published: dict[str, ResidualProjector], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        create = Mock(wraps=evaluated_model.create_model)
-        monkeypatch.setattr(evaluated_model, "create_model", create)
+        build = Mock(wraps=evaluated_model.build_backbone)
+        monkeypatch.setattr(evaluated_model, "build_backbone", build)
         model = load_model("adpretrain_tiny", ("feature_norm", "patchcore", "uniad"), img_size=SIZE)
-        create.assert_called_once()
+        build.assert_called_once()
         assert {method: model.tags[method] for method in ("feature_norm", "patchcore", "uniad")} == {
             "feature_norm": "realiad_norm",
             "patchcore": "realiad_angle",
@@ -948,7 +949,7 @@ class TestWeights:
         model = load_model(name, ("feature_norm", "patchcore"), weights=place)
         assert model.name == "adpretrain_efficientnet_lite" and model.img_size == (SIZE, SIZE)
         assert set(model.weights) == {""} and model.weights[model.tags["patchcore"]].stored["img_auc"] == 0.9123
-        assert not model.unit_length
+        assert isinstance(model.scorer, FeatureNormScorer)
 
     def test_weights_twice(self, weights: Path) -> None:
         with pytest.raises(adfeatures.errors.InputError, match="leave out --weights"):

@@ -1,4 +1,4 @@
-"""The tutorial in miniature: what it leaves, that its numbers are those of the files, and that the same command resumes."""
+"""The tutorial in miniature: what it leaves, that its numbers are those of the files, that the same command resumes."""
 
 from __future__ import annotations
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from adfeatures import catalog
+from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.errors import InputError
-from adfeatures.extractor import FeatureExtractor
-from adfeatures.factory import create_model
+from adfeatures.factory import build_backbone, create_scorer
 from adfeatures.images import ImageTransform, build_transform
-from adfeatures.loading import Trained, load_trained
-from adfeatures.references import weights_fingerprint
+from adfeatures.resolve import find_trained, resolve_model
+from adfeatures.scoring import Scorer
+from adfeatures.trained import TrainedWeights
 
 from ..methods import title_of
 
@@ -50,7 +52,7 @@ class EvaluatedModel:
         backbone: Frozen encoder of images (B, 3, H, W) to maps, on its device.
         img_size: Height and width of the input.
         mean, std: Statistics of the input's channels.
-        unit_length: Whether its residuals are between features of unit length.
+        scorer: Says which features its residuals are taken of.
         fingerprint: Hash of the backbone's weights.
         weights: The trained weights by tag, "" where the weights have no tag.
         tags: The tag that each method takes.
@@ -62,7 +64,7 @@ class EvaluatedModel:
     img_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    unit_length: bool
+    scorer: Scorer
     fingerprint: str
     weights: dict[str, ProjectorWeights]
     tags: dict[str, str]
@@ -109,32 +111,30 @@ def load_model(
     is_place = any(sign in model for sign in "/\\:") or os.path.isfile(model)
     if is_place and weights is not None:
         raise InputError(f"{model} is the place of trained weights already: name the model, or leave out --weights.")
-    if not is_place and weights in catalog.MODELS[catalog.find_model(model)[0]].tags:
-        model, weights = f"{catalog.find_model(model)[0]}.{weights}", None
-    named, place = (None, model) if is_place else (model, weights)
-    if place is None:
+    resolve = partial(resolve_model, backbone_weights=backbone_weights, img_size=img_size)
+    if not is_place and weights is None:
         arch, tag = catalog.find_model(model)
         tags = {method: tag or serving_tag(arch, method) for method in methods}
-        names = {tag: f"{arch}.{tag}" if tag else arch for tag in dict.fromkeys(tags.values())}
-        extractor = create_model(next(iter(names.values())), backbone_weights=backbone_weights, img_size=img_size)
+        chosen = next(iter(tags.values()))
+        spec = resolve(f"{arch}.{chosen}" if chosen else arch)
     else:
-        options = {"weights": place, "backbone_weights": backbone_weights, "img_size": img_size}
-        extractor = create_model(**options) if named is None else create_model(named, **options)  # type: ignore[arg-type]
-        tags = dict.fromkeys(methods, catalog.find_model(extractor.name)[1] or "")
-        names = {tag: extractor.name for tag in tags.values()}
-    found = {tag: _weights(extractor, name, named, place) for tag, name in names.items()}
+        spec = resolve(None if is_place else model, weights=model if is_place else weights)
+        tags = dict.fromkeys(methods, spec.tag or "")
+    channels, found = spec.backbone.entry.channels, {}
+    for tag in dict.fromkeys(tags.values()):
+        trained = spec.trained if tag == (spec.tag or "") else find_trained(arch=spec.arch, tag=tag)
+        found[tag] = _weights(f"{spec.arch}.{tag}" if tag else spec.arch, trained, channels, device)
+    backbone = build_backbone(spec.backbone).to(device)
+    mean, std = spec.backbone.entry.normalization
     return EvaluatedModel(
-        name=extractor.name if len(found) == 1 else model,
-        backbone=extractor.backbone.to(device),
-        img_size=extractor.img_size,
-        mean=tuple(extractor.pretrained_cfg["mean"]),
-        std=tuple(extractor.pretrained_cfg["std"]),
-        unit_length=extractor.projector is None,
-        fingerprint=weights_fingerprint(extractor.backbone.state_dict())[0],
-        weights={
-            tag: entry._replace(projector=entry.projector and entry.projector.to(device))
-            for tag, entry in found.items()
-        },
+        name=spec.name if len(found) == 1 else model,
+        backbone=backbone,
+        img_size=spec.backbone.entry.img_size,
+        mean=mean,
+        std=std,
+        scorer=create_scorer(spec.arch),
+        fingerprint=weights_fingerprint(backbone.state_dict())[0],
+        weights=found,
         tags=tags,
         device=torch.device(device),
     )
@@ -149,25 +149,11 @@ def serving_tag(arch: str, method: str) -> str:
     )
 
 
-def _weights(extractor: FeatureExtractor, name: str, named: str | None, place: str | None) -> ProjectorWeights:
-    """The weights of a name: those of the extractor where it has that name, and the metrics of their file."""
-    if extractor.projector is None:
+def _weights(
+    name: str, trained: TrainedWeights | None, channels: Sequence[int], device: torch.device | str
+) -> ProjectorWeights:
+    if trained is None:
         return ProjectorWeights(name, None, "", "", {})
-    trained = _trained(name, named, place)
-    projector = extractor.projector if name == extractor.name else trained.create_projector(extractor.backbone.channels)
-    projector = projector.float().requires_grad_(False).eval()
-    return ProjectorWeights(
-        name, projector, weights_fingerprint(projector.state_dict())[0], trained.source, trained.checkpoint.metrics
-    )
-
-
-def _trained(name: str, named: str | None, place: str | None) -> Trained:
-    """The file that ``create_model`` reads the projector from."""
-    arch, tag = catalog.find_model(name)
-    tag = tag or (catalog.MODELS[arch].default_tag if named else None)
-    hub_file = catalog.MODELS[arch].tags[tag].hub_file if tag else None
-    if place is None:
-        return load_trained("hf-hub:{}:{}".format(*hub_file), (), None)  # type: ignore[misc]
-    return load_trained(
-        place, (hub_file[1], "model.safetensors") if hub_file and named else ("model.safetensors",), None
-    )
+    projector = trained.create_projector(channels).float().requires_grad_(False).eval().to(device)
+    fingerprint = weights_fingerprint(projector.state_dict())[0]
+    return ProjectorWeights(name, projector, fingerprint, trained.source, trained.checkpoint.metrics)

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from adfeatures.errors import InputError
 
 from ..data.items import ANOMALOUS, NORMAL, Item, items_digest
+from ..data.tree import Tree
 from .raw_features import RawFeatures
 
 
@@ -38,7 +38,7 @@ class Product:
 
     Args:
         name: Name of the product.
-        source: Module of the data set.
+        source: The data set.
         root: Folder of the data set.
         raw: Encodes the images.
 
@@ -46,7 +46,7 @@ class Product:
         InputError: If the data set is not complete, or has no normal training images.
     """
 
-    def __init__(self, name: str, source: ModuleType, root: str | os.PathLike[str], raw: RawFeatures) -> None:
+    def __init__(self, name: str, source: Tree, root: str | os.PathLike[str], raw: RawFeatures) -> None:
         self.name, self.raw = name, raw
         self.train = [item for item in source.find_items(root, "train", [name]) if item.label == NORMAL]
         self.test: list[Item] = source.find_items(root, "test", [name])

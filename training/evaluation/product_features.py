@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adfeatures.errors import InputError
-from adfeatures.references import ReferenceBank
+from adfeatures.references import BankRecord, ReferenceBank
 from adfeatures.sources import distinct
 
 from ..data.images import loader
@@ -21,7 +21,7 @@ from ..methods.retrieval import RetrievedReferences
 from .feature_cache import CachedExtractor, content_key, place_key
 from .product import Product
 from .raw_features import KnownImages, RawFeatures
-from .residuals import Key, Residuals, prepared
+from .residuals import Key, Residuals
 
 
 class FeatureKind(NamedTuple):
@@ -131,7 +131,7 @@ def residual_features(
             banks[product.name, view] = _bank(raw, kind.references, [item for item in items if item.view == view])
     key_of = {item.image: (product.name, item.view) for product in products for item in (*product.train, *product.test)}
     extractor = Residuals(
-        raw.of(kind.images), banks, key_of, weights.projector, unit_length=model.unit_length, leave_out=leave_out
+        raw.of(kind.images), banks, key_of, weights.projector, scorer=model.scorer, leave_out=leave_out
     )
     identity = {
         "images": raw.identity(kind.images),
@@ -159,7 +159,7 @@ def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) ->
     """Projected residuals of a product against references retrieved for each image from all training images."""
     model, weights = raw.model, raw.model.weights[kind.tag or ""]
     extractor = RetrievedReferences(
-        lambda batch: prepared(raw.of(kind.images)(batch), model.unit_length),
+        lambda batch: model.scorer.features(raw.of(kind.images)(batch)),
         weights.projector,
         KnownImages(product.train, model.img_size),
     )
@@ -172,6 +172,6 @@ def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank
     own = [item for item in items if item.image in kept.values()]
     batches = [raw.of(preset)(batch) for batch in loader(KnownImages(own, raw.model.img_size))]
     levels = [torch.cat(level) for level in zip(*batches, strict=True)]
-    bank = ReferenceBank.from_features(prepared(levels, raw.model.unit_length))
-    bank.files, bank.sha256s = [os.fspath(item.image) for item in own], list(kept)
+    bank = ReferenceBank.from_features(raw.model.scorer.features(levels))
+    bank.record = BankRecord(files=[os.fspath(item.image) for item in own], sha256s=list(kept))
     return bank

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from adfeatures.errors import InputError, ReferencesError
-from adfeatures.references import ReferenceBank
+from adfeatures.references import ReferenceBank, residuals_of_images
 
 from .base import Batch, Extractor
 from .trained import feature_maps
@@ -140,19 +140,17 @@ class RetrievedReferences:
         """
         features = feature_maps(self.features, batch)
         ranking = most_similar(self._words.histograms(features[0]), self._histograms, self.count + 1)
-        residuals = []
-        for number, (path, indices) in enumerate(zip(batch["path"], ranking.tolist(), strict=True)):
+        banks = []
+        for path, indices in zip(batch["path"], ranking.tolist(), strict=True):
             others = [index for index in indices if self._paths[index] != path][: self.count]
             if not others:
                 raise ReferencesError(
                     f"{path} is the only training image and has no other to be compared with. Add more of them."
                 )
             self.lists[path], references = self._encode(others)
-            residuals.append(
-                ReferenceBank.from_features(references).residuals([level[number : number + 1] for level in features])
-            )
-        levels = [torch.cat(level) for level in zip(*residuals, strict=True)]
-        return levels if self.projector is None else self.projector(levels)
+            banks.append(ReferenceBank.from_features(references))
+        residuals = residuals_of_images(features, banks)
+        return residuals if self.projector is None else self.projector(residuals)
 
     def _first_level(self) -> Iterator[tuple[list[str], Tensor]]:
         """Paths and first-level features of the training images, in batches."""

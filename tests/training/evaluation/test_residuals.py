@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from adfeatures.errors import ReferencesError
 from adfeatures.images import build_transform, read_image
-from adfeatures.references import ReferenceBank
+from adfeatures.references import BankRecord, ReferenceBank
+from adfeatures.scoring import CosineRingScorer, FeatureNormScorer
 from training.evaluation.feature_cache import content_key
 from training.evaluation.residuals import Residuals
 
@@ -48,7 +49,7 @@ def paths(tmp_path: Path) -> list[str]:
 
 def bank(features: list[Tensor], paths: list[str]) -> ReferenceBank:
     made = ReferenceBank.from_features(features)
-    made.sha256s = [content_key(path) for path in paths]
+    made.record = BankRecord(sha256s=[content_key(path) for path in paths])
     return made
 
 
@@ -62,7 +63,9 @@ def test_products_and_views_have_references_of_their_own(paths: list[str]) -> No
     references = {("nut", "C1"): maps(2, 1), ("nut", "C2"): maps(2, 2), ("bolt", ""): maps(3, 3)}
     banks = {key: ReferenceBank.from_features(value) for key, value in references.items()}
     keys = [("nut", "C1"), ("bolt", "C9"), ("nut", "C2"), ("bolt", "")]
-    extractor = Residuals(lambda _: queries, banks, dict(zip(paths, keys, strict=False)), None)
+    extractor = Residuals(
+        lambda _: queries, banks, dict(zip(paths, keys, strict=False)), None, scorer=FeatureNormScorer()
+    )
     found = extractor({"path": paths[:4]})
     for index, key in enumerate([("nut", "C1"), ("bolt", ""), ("nut", "C2"), ("bolt", "")]):
         one = slice(index, index + 1)
@@ -79,6 +82,7 @@ def test_references_among_the_images(paths: list[str], leave_out: bool) -> None:
         dict.fromkeys(paths, ("nut", "")),
         None,
         leave_out=leave_out,
+        scorer=FeatureNormScorer(),
     )
     found = extractor({"path": paths[:3]})
     assert_same([level[1:2] for level in found], naive([level[1:2] for level in queries], references))
@@ -97,7 +101,11 @@ def test_augmented_images_are_kept_from_their_origin(paths: list[str]) -> None:
     queries = maps(1, 0)
     references = [torch.cat([own, other]) for own, other in zip(queries, maps(1, 5), strict=True)]
     extractor = Residuals(
-        lambda _: queries, {("nut", ""): bank(references, paths[:2])}, dict.fromkeys(paths, ("nut", "")), None
+        lambda _: queries,
+        {("nut", ""): bank(references, paths[:2])},
+        dict.fromkeys(paths, ("nut", "")),
+        None,
+        scorer=FeatureNormScorer(),
     )
     found = extractor({"path": [None], "origin": paths[:1]})
     assert_same(found, naive(queries, [level[1:] for level in references]))
@@ -105,7 +113,13 @@ def test_augmented_images_are_kept_from_their_origin(paths: list[str]) -> None:
 
 def test_a_single_reference_cannot_be_left_out(paths: list[str]) -> None:
     queries = maps(1, 0)
-    extractor = Residuals(lambda _: queries, {("nut", ""): bank(queries, paths[:1])}, {paths[0]: ("nut", "")}, None)
+    extractor = Residuals(
+        lambda _: queries,
+        {("nut", ""): bank(queries, paths[:1])},
+        {paths[0]: ("nut", "")},
+        None,
+        scorer=FeatureNormScorer(),
+    )
     with pytest.raises(ReferencesError, match="single reference"):
         extractor({"path": paths[:1]})
 
@@ -117,7 +131,7 @@ def test_unit_length(paths: list[str]) -> None:
         return [level / level.norm(dim=1, keepdim=True) for level in levels]
 
     banks = {("nut", ""): ReferenceBank.from_features(unit(references))}
-    extractor = Residuals(lambda _: queries, banks, dict.fromkeys(paths, ("nut", "")), None, unit_length=True)
+    extractor = Residuals(lambda _: queries, banks, dict.fromkeys(paths, ("nut", "")), None, scorer=CosineRingScorer())
     assert_same(extractor({"path": paths[:2]}), naive(unit(queries), unit(references)))
 
 
@@ -128,7 +142,9 @@ def test_projector_gets_all_residuals(paths: list[str]) -> None:
 
     queries, references = maps(2, 0), maps(2, 1)
     banks = {("nut", ""): ReferenceBank.from_features(references)}
-    extractor = Residuals(lambda _: queries, banks, dict.fromkeys(paths, ("nut", "")), Projector())
+    extractor = Residuals(
+        lambda _: queries, banks, dict.fromkeys(paths, ("nut", "")), Projector(), scorer=FeatureNormScorer()
+    )
     assert_same(extractor({"path": paths[:2]}), [level.flip(1) for level in naive(queries, references)])
 
 
@@ -140,7 +156,11 @@ def test_equals_the_model(paths: list[str]) -> None:
     x = torch.stack([transform(read_image(path)) for path in paths[2:]])
     banks = {("nut", ""): model.references["default"]}
     extractor = Residuals(
-        lambda batch: model.backbone(batch["image"]), banks, dict.fromkeys(paths, ("nut", "")), model.projector
+        lambda batch: model.backbone(batch["image"]),
+        banks,
+        dict.fromkeys(paths, ("nut", "")),
+        model.projector,
+        scorer=FeatureNormScorer(),
     )
     for found, expected in zip(extractor({"image": x, "path": paths[2:]}), model(x), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
