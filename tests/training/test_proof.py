@@ -22,7 +22,7 @@ from training.evaluation.draws import draw_references
 from training.evaluation.fitting import known_loader, settings, train_loader
 from training.evaluation.model import load_model
 from training.evaluation.product import Product
-from training.evaluation.product_features import Geometry, ProductFeatures, residual_features
+from training.evaluation.product_features import FeatureKind, ProductFeatures, residual_features
 from training.evaluation.raw_features import RawFeatures
 from training.evaluation.results import PRETRAINED
 from training.methods import METHODS
@@ -30,7 +30,7 @@ from training.methods import METHODS
 PRODUCT, SIZE, COUNT, SHOTS = "vinyl", 128, 40, 8
 # Of the paper's 25, 640 and 1000.
 EPOCHS = {"cflow": 8, "glass": 2, "uniad": 5}
-SQUASH = Geometry("squash", "squash")
+KIND = FeatureKind("squash", "squash", "in1k_v1", draw=0)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def data(root: Path) -> tuple[RawFeatures, Product, Product, ProductFeatures]:
         raw.encode(product.train, "squash")
         product.truth("squash")
     references = [draw_references(product.train, SHOTS, 0) for product in products]
-    features = residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True, owner="test")
+    features = residual_features(raw, KIND, products, references, leave_out=True, owner="test")
     return raw, easy, control, features
 
 

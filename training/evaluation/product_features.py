@@ -18,17 +18,26 @@ from ..data.images import loader
 from ..data.items import Item
 from ..methods.base import Extractor
 from ..methods.retrieval import RetrievedReferences
-from .feature_cache import CachedExtractor, FeatureCache, content_key, place_key
+from .feature_cache import CachedExtractor, content_key, place_key
 from .product import Product
 from .raw_features import KnownImages, RawFeatures
 from .residuals import Key, Residuals
 
 
-class Geometry(NamedTuple):
-    """Presets of `adfeatures.images` for the images and for their references."""
+class FeatureKind(NamedTuple):
+    """What decides features besides the images.
+
+    Attributes:
+        images: Preset of `adfeatures.images` for the images.
+        references: Preset for their references.
+        tag: Tag of the trained weights, None for raw features.
+        draw: Number of the draw of references, None where they are retrieved or none are needed.
+    """
 
     images: str
     references: str
+    tag: str | None = None
+    draw: int | None = None
 
 
 @dataclass
@@ -37,7 +46,7 @@ class ProductFeatures:
 
     Attributes:
         extractor: What gives them.
-        geometry: Presets of images and references.
+        kind: What decides them.
         weights: Name of the trained weights, None for raw features.
         references: Reference files of each product, as given, with their SHA-256.
         single: The references, by SHA-256, that are training images and have no others to be compared with.
@@ -46,11 +55,11 @@ class ProductFeatures:
     """
 
     extractor: Extractor
-    geometry: Geometry
+    kind: FeatureKind
     weights: str | None = None
     references: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
     single: frozenset[str] = frozenset()
-    temporary: FeatureCache | None = None
+    temporary: CachedExtractor | None = None
     retrieved: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def trainable(self, product: Product) -> list[Item]:
@@ -69,10 +78,10 @@ class ProductFeatures:
 
     def record(self, product: Product) -> dict[str, Any]:
         """What the results say of the features of a product."""
-        facts = {
+        facts: dict[str, Any] = {
             "product": product.name,
             "weights": self.weights,
-            "geometry": self.geometry._asdict(),
+            "geometry": {"images": self.kind.images, "references": self.kind.references},
             "references": self.references.get(product.name, []),
         }
         if self.retrieved:
@@ -94,8 +103,7 @@ class ProductFeatures:
 
 def residual_features(
     raw: RawFeatures,
-    geometry: Geometry,
-    tag: str,
+    kind: FeatureKind,
     products: Sequence[Product],
     references: Sequence[Sequence[Item]],
     *,
@@ -106,8 +114,7 @@ def residual_features(
 
     Args:
         raw: Raw features, with the model.
-        geometry: Presets of images and references.
-        tag: Tag of the trained weights.
+        kind: Presets and tag.
         products: The products.
         references: References of each product.
         leave_out: Whether a training image that is a reference is compared with the other references alone.
@@ -116,31 +123,31 @@ def residual_features(
     Raises:
         ImageError: For a reference that cannot be read.
     """
-    model, weights = raw.model, raw.model.weights[tag]
+    model, weights = raw.model, raw.model.weights[kind.tag or ""]
     banks: dict[Key, ReferenceBank] = {}
     for product, items in zip(products, references, strict=True):
-        raw.encode(items, geometry.references)
+        raw.encode(items, kind.references)
         for view in {item.view for item in items}:
-            banks[product.name, view] = _bank(raw, geometry.references, [item for item in items if item.view == view])
+            banks[product.name, view] = _bank(raw, kind.references, [item for item in items if item.view == view])
     key_of = {item.image: (product.name, item.view) for product in products for item in (*product.train, *product.test)}
     extractor = Residuals(
-        raw.of(geometry.images), banks, key_of, weights.projector, scorer=model.scorer, leave_out=leave_out
+        raw.of(kind.images), banks, key_of, weights.projector, scorer=model.scorer, leave_out=leave_out
     )
     identity = {
-        "images": raw.identity(geometry.images),
-        "references": [geometry.references, sorted((*key, *bank.sha256s) for key, bank in banks.items())],
+        "images": raw.identity(kind.images),
+        "references": [kind.references, sorted((*key, *bank.sha256s) for key, bank in banks.items())],
         "projector": weights.fingerprint,
         "leave_out": leave_out,
         "owner": owner,
     }
-    temporary = FeatureCache(raw.folder, identity)
+    temporary = CachedExtractor(extractor, raw.folder, identity, place_key, model.device)
     files: dict[str, list[dict[str, str]]] = defaultdict(list)
     for (name, _), bank in sorted(banks.items()):
         files[name] += [{"file": file, "sha256": sha} for file, sha in zip(bank.files, bank.sha256s, strict=True)]
     single = [bank.sha256s[0] for bank in banks.values() if bank.num_images == 1]
     return ProductFeatures(
-        CachedExtractor(extractor, temporary, place_key, model.device),
-        geometry,
+        temporary,
+        kind,
         weights.name,
         references=files,
         single=frozenset(single if leave_out else ()),
@@ -148,15 +155,15 @@ def residual_features(
     )
 
 
-def retrieved_features(raw: RawFeatures, geometry: Geometry, tag: str, product: Product) -> ProductFeatures:
+def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) -> ProductFeatures:
     """Projected residuals of a product against references retrieved for each image from all training images."""
-    model, weights = raw.model, raw.model.weights[tag]
+    model, weights = raw.model, raw.model.weights[kind.tag or ""]
     extractor = RetrievedReferences(
-        lambda batch: model.scorer.features(raw.of(geometry.images)(batch)),
+        lambda batch: model.scorer.features(raw.of(kind.images)(batch)),
         weights.projector,
         KnownImages(product.train, model.img_size),
     )
-    return ProductFeatures(extractor, geometry, weights.name, retrieved=extractor.lists)
+    return ProductFeatures(extractor, kind, weights.name, retrieved=extractor.lists)
 
 
 def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:

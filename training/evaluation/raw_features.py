@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -16,7 +16,7 @@ from adfeatures.errors import InputError
 from ..data.images import ImageDataset, loader
 from ..data.items import Item
 from ..methods.base import Batch
-from .feature_cache import CachedExtractor, FeatureCache
+from .feature_cache import CachedExtractor
 from .model import EvaluatedModel
 
 
@@ -45,11 +45,13 @@ class RawFeatures:
         }
 
     def of(self, preset: str) -> CachedExtractor:
-        """The extractor of one geometry."""
+        """The extractor of one geometry.
+
+        It raises InputError for images that are not finite, as the blank ones of `KnownImages` are.
+        """
         if preset not in self._by_preset:
-            backbone = BackboneExtractor(self.model.backbone, self.model.device)
-            cache = FeatureCache(self.folder, self.identity(preset))
-            self._by_preset[preset] = CachedExtractor(backbone, cache, device=self.model.device)
+            identity = self.identity(preset)
+            self._by_preset[preset] = CachedExtractor(self._compute, self.folder, identity, device=self.model.device)
         return self._by_preset[preset]
 
     def encode(self, items: Sequence[Item], preset: str) -> None:
@@ -78,26 +80,14 @@ class RawFeatures:
         batches = loader(ImageDataset(items, self.model.transform(preset)), workers=self.workers)
         return tqdm(batches, desc="encoding", leave=False, disable=None)
 
-
-class BackboneExtractor:
-    """Features of a frozen backbone, all levels."""
-
-    def __init__(self, backbone: nn.Module, device: torch.device | str) -> None:
-        self.backbone, self.device = backbone, device
-
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Sequence[Tensor]:
-        """Maps (B, C_l, h_l, w_l).
-
-        Raises:
-            InputError: For images that are not finite, as the blank ones of `KnownImages` are.
-        """
-        images = batch["image"].to(self.device)
+    def _compute(self, batch: Batch) -> Sequence[Tensor]:
+        images = batch["image"].to(self.model.device)
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             path = batch["path"][int(finite.int().argmin())]
             raise InputError(f"The features of {path} are no longer in the cache. Start the same command again.")
-        return self.backbone(images)
+        return self.model.backbone(images)
 
 
 class KnownImages(Dataset[dict[str, Any]]):

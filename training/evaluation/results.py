@@ -45,15 +45,14 @@ class Combination:
         return self.method.removesuffix(OF_RETRIEVED)
 
     @property
-    def file_of_method(self) -> str:
-        """Name of the method for files; Windows takes no colon."""
-        return self.method.replace(":", ".")
-
-    @property
     def name(self) -> str:
         """Name for files."""
-        draw = [] if self.draw is None else [str(self.draw)]
-        return "-".join([self.file_of_method, self.features, *draw])
+        return f"{self.method_file}-{self.features}" + ("" if self.draw is None else f"-{self.draw}")
+
+    @property
+    def method_file(self) -> str:
+        """Name of the method for files; Windows takes no colon."""
+        return self.method.replace(":", ".")
 
     @property
     def is_shown(self) -> bool:

@@ -26,7 +26,7 @@ from .draws import draw_references, given_references
 from .fitting import known_loader, settings, train_loader
 from .model import EvaluatedModel
 from .product import Product
-from .product_features import Geometry, ProductFeatures, residual_features, retrieved_features
+from .product_features import FeatureKind, ProductFeatures, residual_features, retrieved_features
 from .raw_features import RawFeatures
 from .results import FOLDER, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record, Results
 from .tables import ORIGINAL_AUPRO, title
@@ -38,14 +38,6 @@ FIGURES, CACHE = "figures", "cache"
 # checkout.
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("adfeatures", "training"))
 T = TypeVar("T")
-
-
-class FeatureKind(NamedTuple):
-    """What decides the features of a combination; the tag is None for raw ones. Combinations of one kind share them."""
-
-    geometry: Geometry
-    tag: str | None
-    draw: int | None
 
 
 class Fitted(NamedTuple):
@@ -102,7 +94,7 @@ class Evaluation:
                     "to have them computed again."
                 )
             if pending or self.results.failed(name):
-                for preset in {self._kind(combination, name).geometry.images for combination in records}:
+                for preset in {self._kind(combination, name).images for combination in records}:
                     product.encode(preset)
         except FAILURES as error:
             self.results.fail(name, error)
@@ -139,7 +131,7 @@ class Evaluation:
         return all((self.results.read(name, combination) or {}).get("trained_on") == names for name in names)
 
     def _check_trainable(self, kind: FeatureKind, product: Product) -> list[Item]:
-        product.encode(kind.geometry.images)
+        product.encode(kind.images)
         features = self._features(kind, [product])
         features.remove()
         return features.trainable(product)
@@ -155,22 +147,20 @@ class Evaluation:
         return Product(name, self.source, self.config.root, self.raw)
 
     def _kind(self, combination: Combination, product: str) -> FeatureKind:
-        method, geometry = combination.base, Geometry("squash", "squash")
+        method, images, references = combination.base, "squash", "squash"
         if self.config.protocol == ORIGINAL:
-            geometry = Geometry(*(original_geometry(method, self.config.dataset, role, product) for role in ROLES))
+            images, references = (original_geometry(method, self.config.dataset, role, product) for role in ROLES)
         tag = self.model.tags[method] if combination.features == PRETRAINED else None
-        return FeatureKind(geometry, tag, combination.draw)
+        return FeatureKind(images, references, tag, combination.draw)
 
     def _features(self, kind: FeatureKind, products: Sequence[Product]) -> ProductFeatures:
         if kind.tag is None:
-            return ProductFeatures(self.raw.of(kind.geometry.images), kind.geometry)
+            return ProductFeatures(self.raw.of(kind.images), kind)
         if kind.draw is None:
-            return retrieved_features(self.raw, kind.geometry, kind.tag, products[0])
+            return retrieved_features(self.raw, kind, products[0])
         references = [self._references(product, kind.draw) for product in products]
         leave_out, owner = self.config.protocol != ORIGINAL, str(self.results.folder.resolve())
-        return residual_features(
-            self.raw, kind.geometry, kind.tag, products, references, leave_out=leave_out, owner=owner
-        )
+        return residual_features(self.raw, kind, products, references, leave_out=leave_out, owner=owner)
 
     def _references(self, product: Product, draw: int) -> list[Item]:
         folder, shots = self.config.given_references, self.config.shots
@@ -217,13 +207,13 @@ class Evaluation:
                 score = partial(self._score, combination, features, fitted, product)
                 record = self._attempt([combination], [product], noticed, score)
                 if record is not None:
-                    noticed += product.truth(kind.geometry.images).warnings + features.warnings(product)
+                    noticed += product.truth(kind.images).warnings + features.warnings(product)
                     self.results.write(combination, {**record, "warnings": noticed})
                     self._draw_curves(combination, product.name)
         features.remove()
 
     def _fit(self, combination: Combination, features: ProductFeatures, products: Sequence[Product]) -> Fitted:
-        started, preset, names = time.perf_counter(), features.geometry.images, [product.name for product in products]
+        started, preset, names = time.perf_counter(), features.kind.images, [product.name for product in products]
         entry = find_method(combination.base)
         chosen = settings(entry, combination.features, self.config, self.model, preset, names)
         method = entry.create(features.extractor, **chosen)
@@ -249,7 +239,7 @@ class Evaluation:
         return Predictions(*method.predict(known_loader(product.test, self.model)))
 
     def _score(self, combination: Combination, features: ProductFeatures, fitted: Fitted, product: Product) -> Record:
-        started, preset = time.perf_counter(), features.geometry.images
+        started, preset = time.perf_counter(), features.kind.images
         truth, predictions = product.truth(preset), self._predict(fitted.method, product)
         found = self._metrics(product, preset, predictions)
         seconds = {"predict": round(time.perf_counter() - started, 2)}
@@ -283,5 +273,5 @@ class Evaluation:
             both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
             records = [self.results.read(product, other) for other in both]
             found = {record["features"]: record["curves"] for record in records if record is not None}
-            path = self.results.folder / FIGURES / product / f"{combination.file_of_method}-curves.png"
+            path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
             pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)

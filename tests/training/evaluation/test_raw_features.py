@@ -14,9 +14,9 @@ from adfeatures.images import build_transform, read_image
 from training.data import dataset
 from training.data.images import ImageDataset, loader
 from training.data.items import Item
-from training.evaluation.feature_cache import CachedExtractor, FeatureCache
+from training.evaluation.feature_cache import CachedExtractor
 from training.evaluation.model import load_model
-from training.evaluation.raw_features import BackboneExtractor, KnownImages, RawFeatures
+from training.evaluation.raw_features import KnownImages, RawFeatures
 
 SIZE = 64
 
@@ -68,15 +68,15 @@ def test_folders_of_features_keep_their_names(tmp_path: Path) -> None:
     raw = RawFeatures(load_model("residual_lite", ("padim",), img_size=SIZE), tmp_path / "cache")
     identity = raw.identity("squash")
     assert list(identity) == ["backbone", "levels", "img_size", "preset", "mean", "std"]
-    assert raw.of("squash").cache.folder == FeatureCache(tmp_path / "cache", identity).folder
+    assert raw.of("squash").folder == CachedExtractor(raw.of("squash"), tmp_path / "cache", identity).folder
 
 
 def test_known_images_have_no_pixels_to_encode(tmp_path: Path) -> None:
+    raw = RawFeatures(load_model("residual_lite", ("padim",), img_size=SIZE), tmp_path / "cache")
     paths = write_photos(tmp_path / "photos", range(4))
     items = [Item(str(path), 1, "nut") for path in paths]
     (batch,) = loader(KnownImages(items, (12, 10)), 8)
     assert batch["image"].shape == (4, 3, 12, 10) and batch["mask"].shape == (4, 1, 12, 10)
     assert batch["label"].tolist() == [1] * 4 and batch["product"] == ["nut"] * 4
-    encoder = BackboneExtractor(torch.nn.Identity(), "cpu")
     with pytest.raises(InputError, match=f"{paths[0].name} are no longer in the cache"):
-        CachedExtractor(encoder, FeatureCache(tmp_path, {}))(batch)
+        raw.of("squash")(batch)

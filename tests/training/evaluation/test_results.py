@@ -53,6 +53,30 @@ class TestResults:
         with pytest.raises(InputError, match="weights of backbone was 'aa', is 'bb'"):
             Results(tmp_path, {**SETTINGS, "weights": {"backbone": "bb"}})
 
+    def test_a_folder_that_an_earlier_version_wrote(self, tmp_path: Path) -> None:
+        (tmp_path / "results/bottle").mkdir(parents=True)
+        (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+        names = {
+            "feature_norm-raw": ("feature_norm", "raw", None),
+            "feature_norm_retrieved-pretrained": ("feature_norm_retrieved", "pretrained", None),
+            "patchcore-pretrained-1": ("patchcore", "pretrained", 1),
+        }
+        for name, (method, features, draw) in names.items():
+            entry: dict[str, object] = {
+                "method": method,
+                "features": features,
+                "draw": draw,
+                "product": "bottle",
+                "metrics": {},
+            }
+            (tmp_path / f"results/bottle/{name}.json").write_text(json.dumps(entry))
+        (tmp_path / "results/bottle/failure.json").write_text('{"product": "bottle", "error": "no images"}')
+        results = Results(tmp_path, SETTINGS)
+        for key in names.values():
+            found = results.read("bottle", Combination(*key))
+            assert found is not None and (found["method"], found["features"], found["draw"]) == key
+        assert results.failed("bottle") and len(results.records()) == 4
+
     def test_weights_of_other_tags_may_come_later(self, tmp_path: Path) -> None:
         Results(tmp_path, {**SETTINGS, "weights": {"backbone": "aa", "projector realiad_norm": "cc"}})
         later = Results(tmp_path, {**SETTINGS, "weights": {"backbone": "aa", "projector realiad_angle": "dd"}})
