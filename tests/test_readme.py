@@ -41,6 +41,7 @@ def test_commands(workplace: Path) -> None:
     assert "pip install . && adfeatures demo" in README and 'pip install ".[test]" && pytest' in README
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cannot pin down")
 def test_python_blocks(workplace: Path, hub: HubServer) -> None:
     model = adfeatures.create_model("adpretrain_dinov2_base", pretrained=False)

@@ -101,6 +101,7 @@ def test_a_model_without_projector_has_no_published_form() -> None:
         naive_features(ours, torch.randn(1, 3, 56, 56))
 
 
+@pytest.mark.slow
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     monkeypatch.setattr(bench, "QUICK", TINY)
     assert bench.main(["--quick", "--threads", "1"]) == 0

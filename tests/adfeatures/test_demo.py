@@ -17,6 +17,7 @@ from adfeatures.images import list_images
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_samples(tmp_path: Path) -> None:
     summary = run_demo(tmp_path)
     files = list_images(SAMPLES / "test", recursive=True)

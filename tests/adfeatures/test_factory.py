@@ -88,6 +88,7 @@ class TestFromTheHub:
         published.is_served_by(model)
         assert model.name == f"{CLIP}.realiad_norm" and not model.training
 
+    @pytest.mark.slow
     def test_timm_and_torch_hub_return_the_same(
         self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -98,6 +99,7 @@ class TestFromTheHub:
         monkeypatch.chdir("/")
         published.is_served_by(torch.hub.load(str(REPOSITORY), CLIP, source="local", weights="realiad_norm"))
 
+    @pytest.mark.slow
     def test_own_repository_and_any_file_in_one(self, full_hub: HubServer, published: Published) -> None:
         for weights in (
             "hf-hub:owner/repo",
@@ -143,6 +145,7 @@ class TestFromDisk:
         (tmp_path / "backbone.safetensors").write_bytes(published.backbone)
         return tmp_path
 
+    @pytest.mark.slow
     def test_paths_and_folders(self, disk: Path, published: Published) -> None:
         projector, backbone = disk / "clip-base" / "checkpoints_pro_norm.pth", disk / "backbone.safetensors"
         for weights in (projector, str(projector), f"local-dir:{disk}", f"local-dir:{disk / 'clip-base'}"):

@@ -194,8 +194,9 @@ def test_the_checker_names_three_of_many_files(whole: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_checker_answers_a_wrong_root_with_the_right_one(whole: Path, tmp_path: Path, name: str) -> None:
-    root = shutil.copytree(whole / name, tmp_path / "downloads" / name)
-    for wrong in (root.parent, tmp_path):
+    # The folders of other tests lie beside tmp_path, and the search looks two folders up.
+    root = shutil.copytree(whole / name, tmp_path / "home" / "user" / "downloads" / name)
+    for wrong in (root.parent, root.parents[1]):
         with pytest.raises(InputError, match=f"Give {root} instead"):
             checks.check(wrong)
         with pytest.raises(InputError, match=f"Give {root} instead"):

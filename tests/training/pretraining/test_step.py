@@ -23,6 +23,7 @@ def original_masks(step: int) -> torch.Tensor:
     return masks
 
 
+@pytest.mark.slow
 def test_ten_steps_are_the_original_ones() -> None:
     projector = ResidualProjector([32] * 4)
     projector.load_state_dict(
