@@ -73,17 +73,18 @@ def resolve_model(
 ) -> ModelSpec:
     """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
     arch, tag, weights = _asked(name, weights)
-    if arch and weights is not None and catalog.MODELS[arch].scoring == "residual":
-        # All weights of such a model are those of its backbone.
-        if backbone_weights is not None:
-            raise InputError(f"{arch} has no weights but those of its backbone: leave out weights or backbone_weights.")
-        weights, backbone_weights = None, weights
     if arch and weights is None:
         _check_published(arch, pretrained, backbone_weights)
         tag = tag or catalog.MODELS[arch].default_tag if pretrained else None
     trained = find_trained(weights, arch, tag, cache_dir)
     if trained is not None:
         arch, tag = trained.identify(arch, tag)
+        if catalog.MODELS[arch].scoring == "residual":
+            # All weights of such a model are those of its backbone.
+            if backbone_weights is not None:
+                raise InputError(f"{arch} has no weights but its backbone's: leave out weights or backbone_weights.")
+            backbone_weights = trained.source
+            trained = None
     assert arch is not None
     backbone = describe_backbone(arch, trained, img_size)
     source = _backbone_source(trained, backbone_weights, pretrained)

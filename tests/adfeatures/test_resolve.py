@@ -59,7 +59,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", [catalog.DEFAULT_MODEL, "residual_lite", "adpretrain_dinov2_base", OWN])
     def test_a_name_is_meant(self, name: str, lite: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"lite\.safetensors"):
+        with pytest.raises(CheckpointError, match=rf"lite\.safetensors is a checkpoint of {LITE}, not of {name}"):
             adfeatures.create_model(name, weights=lite, backbone_weights=None if "residual" in name else "random")
 
     def test_a_tag_is_meant(self, tmp_path: Path) -> None:
@@ -84,6 +84,14 @@ class TestNames:
         assert model.projector is None
         with pytest.raises(InputError, match="leave out weights or backbone_weights"):
             resolve_model("residual_lite", weights=ASSET, backbone_weights=ASSET)
+
+    def test_the_embedded_file_names_its_model(self) -> None:
+        model = adfeatures.create_model(weights=ASSET)
+        assert model.name == "residual_lite" and model.projector is None
+        for key, value in adfeatures.create_model().backbone.state_dict().items():
+            assert torch.equal(model.backbone.state_dict()[key], value)
+        with pytest.raises(CheckpointError, match="checkpoint of residual_lite, not of adpretrain_clip_base"):
+            resolve_model("adpretrain_clip_base", weights=ASSET, backbone_weights="random")
 
     def test_a_word_that_is_no_file_is_a_tag(self) -> None:
         assert resolve_model(weights="in1k_v1").name == "residual_lite.in1k_v1"
