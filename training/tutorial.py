@@ -113,7 +113,7 @@ def _compute_centers(config: PretrainConfig) -> None:
 
 def _table(results: dict[str, list[dict[str, float]]], steps: int) -> str:
     names = {
-        "residual": "residuals, no projector",
+        "residual": "residuals of unit length, no projector",
         "untrained": "untrained projector",
         "trained": f"trained projector, {steps} steps",
     }
