@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .catalog import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
-    from .extractor import FeatureExtractor, Prediction
+    from .extractor import FeatureExtractor
     from .factory import create_model, create_transform, register_with_timm
+    from .predictor import Prediction
     from .references import ReferenceBank
     from .scoring import AnomalyMap
 
@@ -32,7 +33,7 @@ __all__ = [
 _MODULES = {
     "AnomalyMap": "scoring",
     "FeatureExtractor": "extractor",
-    "Prediction": "extractor",
+    "Prediction": "predictor",
     "ReferenceBank": "references",
     "create_model": "factory",
     "create_transform": "factory",

@@ -47,7 +47,23 @@ _FAMILIES = {
 }
 
 
-class VisionTransformer(nn.Module):
+class Encoder(nn.Module):
+    """A frozen encoder: images (B, 3, H, W) to one (B, C_l, h_l, w_l) map per level.
+
+    Attributes:
+        levels: Blocks or stages, counted from 1, whose outputs are the maps.
+        channels: Channels of each map.
+        reductions: Input pixels per cell of each map.
+        patch_size: Pixels that the sides of images must be a multiple of.
+    """
+
+    levels: tuple[int, ...]
+    channels: tuple[int, ...]
+    reductions: tuple[int, ...]
+    patch_size: int
+
+
+class VisionTransformer(Encoder):
     """The trunk of a vision transformer: raw outputs of chosen blocks, class token dropped, no final LayerNorm.
 
     Args:
@@ -111,7 +127,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Encoder):
     """The first stages of a timm EfficientNet.
 
     Args:
@@ -156,7 +172,7 @@ def create_backbone(
     depth: int | None = None,
     num_heads: int | None = None,
     source: str | None = None,
-) -> VisionTransformer | EfficientNet:
+) -> Encoder:
     """Build a frozen encoder in eval mode.
 
     Args:
@@ -185,9 +201,7 @@ def create_backbone(
     if entry.family == "efficientnet":
         if tuple(levels or entry.blocks) != entry.blocks or (embed_dim or depth or num_heads) is not None:
             raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
-        backbone: VisionTransformer | EfficientNet = EfficientNet(
-            str(entry.timm_name), entry.blocks, entry.channels, entry.reductions
-        )
+        backbone: Encoder = EfficientNet(str(entry.timm_name), entry.blocks, entry.channels, entry.reductions)
         depth = max(entry.blocks)
     else:
         embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
@@ -270,7 +284,7 @@ UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
 
 
 def _load(
-    backbone: VisionTransformer | EfficientNet,
+    backbone: Encoder,
     entry: catalog.Backbone,
     weights: str | os.PathLike[str] | StateDict,
     depth: int,
@@ -341,5 +355,6 @@ def check_fit(module: nn.Module, state: StateDict, source: str) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:5])}{more}. Is it the checkpoint of another model?"
+            f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:5])}{more}. "
+            "Is it the checkpoint of another model?"
         )

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from pathlib import Path
 from types import MappingProxyType
 
 from .errors import UnknownNameError
 
+ASSETS = Path(__file__).parent / "assets"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -79,17 +81,18 @@ class Model:
         backbone: Name in BACKBONES, "" where the file of the weights says which backbone it belongs to.
         scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
         tags: Published weights by tag, the default first; none where the weights must be given.
-        residual_scales: For "residual": typical distances between two normal images per level and ring, the interior
+        typical_distances: For "residual": typical distances between two normal images per level and ring, the interior
             last; used where there is one reference only.
     """
 
     backbone: str
     scoring: str
     tags: Mapping[str, Tag] = field(default_factory=dict)
-    residual_scales: tuple[tuple[float, ...], ...] | None = None
+    typical_distances: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def default_tag(self) -> str | None:
+        """The tag that is meant where none is named, None where there are none."""
         return next(iter(self.tags), None)
 
 
@@ -250,7 +253,11 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     serves="photos without any download; not ADPretrain",
                 )
             },
-            residual_scales=((0.274, 0.206, 0.198, 0.181), (0.273, 0.218, 0.182, 0.180), (0.382, 0.312, 0.268, 0.214)),
+            typical_distances=(
+                (0.274, 0.206, 0.198, 0.181),
+                (0.273, 0.218, 0.182, 0.180),
+                (0.382, 0.312, 0.268, 0.214),
+            ),
         ),
     }
 )
@@ -278,7 +285,8 @@ def find_model(name: str) -> tuple[str, str | None]:
     arch, _, tag = name.partition(".")
     if any(sign in name for sign in "/\\:"):
         raise UnknownNameError(
-            f"{name!r} is no model name. Give a name of list_models(), and where the weights are as weights='hf-hub:owner/repo', "
+            f"{name!r} is no model name. Give a name of list_models(), and where the weights are as "
+            "weights='hf-hub:owner/repo', "
             "weights='local-dir:/folder' or the path of a file."
         )
     if arch not in MODELS:
@@ -317,13 +325,16 @@ def describe(name: str) -> dict[str, object]:
 
 def must_be_given(arch: str) -> str:
     """What to do about a model that has no published weights."""
-    return f"{arch} has no published weights: give those that you trained as weights=PATH, hf-hub:owner/repo or local-dir:/folder"
+    return (
+        f"{arch} has no published weights: give those that you trained as weights=PATH, hf-hub:owner/repo or "
+        "local-dir:/folder"
+    )
 
 
 def _weights_facts(tag: Tag, asset: str | None) -> dict[str, object]:
     return {
         "serves": tag.serves,
-        "weights": _place(tag.hub_file, asset),
+        "weights": place(*tag.hub_file) if tag.hub_file else asset,
         "license": tag.license,
         "training_data": tag.training_data,
         "training_data_license": tag.training_data_license,
@@ -334,6 +345,7 @@ def _weights_facts(tag: Tag, asset: str | None) -> dict[str, object]:
 def _backbone_facts(name: str) -> dict[str, object]:
     backbone = BACKBONES[name]
     mean, std = backbone.normalization
+    by_hand = f"{backbone.original_file}, to be given as a path"
     return {
         "backbone": name,
         "levels": backbone.blocks,
@@ -342,17 +354,16 @@ def _backbone_facts(name: str) -> dict[str, object]:
         "img_size": backbone.img_size,
         "mean": mean,
         "std": std,
-        "backbone_weights": _place(
-            backbone.hub_file, backbone.asset or f"{backbone.original_file}, to be given as a path"
-        ),
+        "backbone_weights": place(*backbone.hub_file) if backbone.hub_file else backbone.asset or by_hand,
         "backbone_license": backbone.license,
         "backbone_origin": backbone.origin,
         "notes": backbone.notes,
     }
 
 
-def _place(hub_file: tuple[str, str] | None, otherwise: str | None) -> str | None:
-    return "hf-hub:{}:{}".format(*hub_file) if hub_file else otherwise
+def place(repo: str, file: str) -> str:
+    """The file of a Hub repository as ``weights`` takes it."""
+    return f"hf-hub:{repo}:{file}"
 
 
 def unknown(kind: str, name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:

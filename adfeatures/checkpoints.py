@@ -172,15 +172,33 @@ def convert(
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal sha256 of a file, read piece by piece."""
-    return hash_file(path, hashlib.sha256())
+    return _hash_file(path, hashlib.sha256())
 
 
-def hash_file(path: str | os.PathLike[str], digest: Any) -> str:
-    """Hexadecimal form of a hashlib digest after a file, read piece by piece."""
+def git_blob_id(path: str | os.PathLike[str]) -> str:
+    """The hexadecimal id under which git, and so the Hub, knows the content of a file."""
+    return _hash_file(path, hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False))
+
+
+def _hash_file(path: str | os.PathLike[str], digest: Any) -> str:
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return str(digest.hexdigest())
+
+
+def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Hashes of weights as rounded to each half precision: a model and its ``.half()`` or ``.bfloat16()`` share one."""
+    import torch
+
+    hashes = []
+    for dtype in (torch.float16, torch.bfloat16):
+        digest = hashlib.sha256()
+        for key, value in state_dict.items():
+            rounded = value.to("cpu", dtype if value.is_floating_point() else value.dtype)
+            digest.update(key.encode() + rounded.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -245,8 +263,8 @@ def _read_pickle(path: Path) -> object:
         raise _damaged(path, message.rpartition("error:")[2])
     # torch's own text is kept out: it recommends to unpickle without restriction
     raise CheckpointError(
-        f"{path} was not unpickled: besides tensors and float scalars it names {', '.join(refused)}, which could run code. "
-        "Use a file from its publisher that holds weights only, or have its author save the state dict alone."
+        f"{path} was not unpickled: besides tensors and float scalars it names {', '.join(refused)}, which could run "
+        "code. Use a file from its publisher that holds weights only, or have its author save the state dict alone."
     )
 
 
@@ -268,7 +286,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> float:
 
 @contextmanager
 def _only_float_scalars() -> Iterator[None]:
-    """Allow exactly what a pickled numpy float names, under the module names of numpy 1 and numpy 2, and nothing the caller allows."""
+    """Allow exactly what a pickled float of numpy 1 or 2 names, and nothing that the caller allows."""
     from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
     with _LOADING:
@@ -371,7 +389,7 @@ def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the text entries in order, which safetensors writes in a random one, so that equal content has an equal hash."""
+    """Put the text entries, which safetensors writes in random order, in one, so that equal content has one hash."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("filter", nargs="?", default="*", help='pattern such as "*dinov2*"')
     listing.add_argument("--pretrained", action="store_true", help="list every set of weights, as name.tag")
 
-    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model")
-    info.add_argument("model")
+    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model; or versions")
+    info.add_argument("model", nargs="?", help="without it: the versions that are installed, for reports of errors")
 
     download = _command(
         commands, "download", _download, "fetch and verify the weights of a model, for use without a network"
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--references", required=True, metavar="DIR", help="folder of normal images")
     fit.add_argument("--bank", required=True, metavar="FILE", help="bank to write, ending in .safetensors")
     fit.add_argument("--normals", metavar="DIR", help="further normal images to take the threshold from")
-    fit.add_argument("--coreset", type=float, metavar="PART", help="part of the patches to keep, in (0, 1]")
+    fit.add_argument("--coreset", type=float, metavar="FRACTION", help="fraction of the patches to keep, in (0, 1]")
     _add_model_options(fit)
     _add_image_options(fit)
 
@@ -105,11 +105,11 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--products", action="store_true", help="take each sub-folder of the references as a product of its own"
+        "--product-folders", action="store_true", help="take each sub-folder of the references as a product of its own"
     )
     command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
     command.add_argument(
-        "--quantile", type=float, help="part of normal images that shall stay below the threshold (0.99)"
+        "--quantile", type=float, help="fraction of normal images that shall stay below the threshold (0.99)"
     )
     command.add_argument(
         "--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)"
@@ -130,15 +130,29 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    _print(catalog.describe(options.model), options.json)
+    _print(_versions() if options.model is None else catalog.describe(options.model), options.json)
     return DONE
+
+
+def _versions() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    libraries = ("torch", "timm", "huggingface-hub", "safetensors", "pillow", "numpy")
+    installed = {library: version(library) for library in libraries}
+    return {
+        "adfeatures": __version__,
+        "python": platform.python_version(),
+        **installed,
+        "platform": platform.platform(),
+    }
 
 
 def _download(options: argparse.Namespace) -> int:
     from .checkpoints import sha256
-    from .factory import catalog_files
+    from .resolve import published_files
 
-    files, missing = catalog_files(options.model, options.cache_dir)
+    files, missing = published_files(options.model, options.cache_dir)
     if missing:
         print(f"adfeatures: {missing}", file=sys.stderr)
     _print({str(path): sha256(path) for path in files}, options.json)
@@ -146,7 +160,7 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .factory import convert_checkpoint
+    from .resolve import convert_checkpoint
 
     checkpoint = convert_checkpoint(options.source, options.destination, options.model)
     _print(
@@ -167,7 +181,11 @@ def _fit(options: argparse.Namespace) -> int:
 
     model = _create_model(options, options.model)
     set_references(
-        model, options.references, products=options.products, recursive=options.recursive, coreset=options.coreset
+        model,
+        options.references,
+        product_folders=options.product_folders,
+        recursive=options.recursive,
+        coreset=options.coreset,
     )
     normals = list_images(options.normals, recursive=options.recursive) if options.normals else None
     if normals and len(model.references) > 1:
@@ -181,7 +199,7 @@ def _fit(options: argparse.Namespace) -> int:
             "references": bank.num_images,
             "threshold": bank.threshold,
             "quantile": bank.quantile,
-            "normal_scores": len(bank.normal_scores),
+            "normal_scores": len(bank.record.normal_scores),
         }
         for product, bank in model.references.items()
     }
@@ -195,11 +213,11 @@ def _score(options: argparse.Namespace) -> int:
 
     if options.bank:
         bank = next(iter(load_banks(options.bank).values()))
-        model = _create_model(options, options.model or bank.model, bank.img_size)
+        model = _create_model(options, options.model or bank.model, bank.record.img_size)
         model.load_references(options.bank)
     else:
         model = _create_model(options, options.model)
-        set_references(model, options.references, products=options.products, recursive=options.recursive)
+        set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
     if options.threshold is None and options.quantile is not None:
         model.fit_threshold(options.quantile, product=options.product)
     files = find_images(options.images, options.recursive)
@@ -250,7 +268,7 @@ def _create_model(
     from .factory import create_model
 
     model = create_model(
-        name or catalog.DEFAULT_MODEL,
+        name,
         weights=options.weights,
         backbone_weights=options.backbone_weights,
         img_size=img_size,
@@ -265,7 +283,7 @@ def _create_model(
 
 
 def _quantile(options: argparse.Namespace) -> float:
-    from .extractor import QUANTILE
+    from .predictor import QUANTILE
 
     return QUANTILE if options.quantile is None else options.quantile
 

@@ -1,4 +1,4 @@
-"""The demo: the embedded default on the sample photographs of the package."""
+"""The demo: the embedded default on the sample images of the package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .catalog import ASSETS
 from .checkpoints import atomic_path
-from .factory import ASSETS, create_model
+from .factory import create_model
 from .images import list_images
 from .inspection import inspect
 from .overlays import contact_sheet

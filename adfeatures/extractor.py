@@ -1,55 +1,26 @@
-"""FeatureExtractor: backbone, reference banks and projector behind a timm-compatible surface."""
+"""FeatureExtractor: backbone, reference banks and projector behind timm's surface. It computes on tensors."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from . import scoring
-from .backbones import EfficientNet, VisionTransformer
+from . import predictor, scoring
+from .backbones import Encoder
 from .catalog import unknown
+from .checkpoints import weights_fingerprint
 from .errors import InputError, ReferencesError, UnknownNameError
-from .images import build_transform, read_image
+from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
-from .references import ReferenceBank, load_banks, save_banks, weights_fingerprint
-from .scoring import AnomalyMap
-from .sources import ImageSource, digest, distinct, image_sources, name_of
-from .timm_backbones import TimmBackbone
+from .references import BankRecord, ReferenceBank, load_banks, residuals_of_images, save_banks
+from .scoring import AnomalyMap, CosineRingScorer, FeatureNormScorer, Scorer
 
-Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
-
-PRESET = "squash"
-QUANTILE = 0.99
-# Images per forward pass where the caller does not say.
-BATCH = 8
-
-
-class Prediction(NamedTuple):
-    """The score of one image.
-
-    Attributes:
-        score: Image score, >= 0, without upper bound: the maximum of the smoothed map at the model's input size.
-        map: Anomaly map at the size of the original image, float32 (H, W).
-        threshold: Score above which an image counts as anomalous, None with a single reference image.
-        is_anomalous: The decision, None without a threshold.
-        is_reference: Whether the image is one of the references; then its score says nothing, since it was compared
-            with itself.
-    """
-
-    score: float
-    map: np.ndarray
-    threshold: float | None
-    is_anomalous: bool | None
-    is_reference: bool
+DEFAULT_PRODUCT = "default"
 
 
 class FeatureExtractor(nn.Module):
@@ -60,33 +31,36 @@ class FeatureExtractor(nn.Module):
     Args:
         backbone: Encoder of images (B, 3, H, W) to a list of maps.
         projector: Projector of the residuals, None to use the residuals as they are.
+        scorer: How residuals become scores. The default is FeatureNorm with a projector, cosine distances without one.
         name: Model name with tag, kept with saved references.
         img_size: Height and width that images are resized to.
         pretrained_cfg: timm's description of the preprocessing and of the origin of the weights.
-        out_indices: Levels that ``forward`` returns, counted from 0, negative from the end. The default is all.
-        residual_scales: For models that score residuals directly: typical distances per level and ring, for one
-            reference only.
+        out_indices: Indices of the levels that ``forward`` returns, from 0, negative from the end. The default is all.
+
+    Attributes:
+        levels: Blocks or stages of the backbone that the levels are, counted from 1.
+        bit_depth: Bits in use, 9 to 16, of 16-bit photos that become references from now on. Each bank keeps its own.
     """
 
     def __init__(
         self,
-        backbone: VisionTransformer | EfficientNet | TimmBackbone,
+        backbone: Encoder,
         projector: ResidualProjector | None,
         *,
         name: str,
         img_size: tuple[int, int],
         pretrained_cfg: Mapping[str, Any],
+        scorer: Scorer | None = None,
         out_indices: Sequence[int] | None = None,
-        residual_scales: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.projector = backbone, projector
+        self.scorer: Scorer = scorer or (CosineRingScorer() if projector is None else FeatureNormScorer())
         self.name, self.img_size = name, img_size
         self.pretrained_cfg = self.default_cfg = dict(pretrained_cfg)
         self.levels, self.patch_size = backbone.levels, backbone.patch_size
         self.num_features = backbone.channels[-1]
         self.bit_depth = 16
-        self._residual_scales = residual_scales
         self._banks: dict[str, ReferenceBank] = {}
         self._indices = self._take(out_indices)
         described = [
@@ -101,7 +75,7 @@ class FeatureExtractor(nn.Module):
     # Features
 
     @torch.no_grad()
-    def forward(self, x: Tensor, product: str | Sequence[str | None] | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, product: Products = None) -> list[Tensor]:
         """Projected residual features of the chosen levels.
 
         Args:
@@ -120,24 +94,16 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def backbone_features(self, x: Tensor) -> list[Tensor]:
-        """Maps of the frozen backbone, all levels; of unit length per patch in models that score residuals directly."""
+        """Maps of the frozen backbone, all levels; of unit length per patch in models that score cosine distances."""
         if not torch.isfinite(x).all():
             raise InputError("The images hold NaN or infinite values.")
-        maps = self.backbone(x)
-        return maps if self._residual_scales is None else [F.normalize(level, dim=1) for level in maps]
+        return self.scorer.features(self.backbone(x))
 
     @torch.no_grad()
-    def residuals(self, x: Tensor, product: str | Sequence[str | None] | None = None) -> list[Tensor]:
+    def residuals(self, x: Tensor, product: Products = None) -> list[Tensor]:
         """Backbone maps minus the nearest reference patches, all levels. Arguments and errors as in ``forward``."""
-        groups = self._groups(product, x.shape[0])
-        features = self.backbone_features(x)
-        if len(groups) == 1:
-            return next(iter(groups)).residuals(features)
-        residuals = [torch.empty_like(level) for level in features]
-        for bank, members in groups.items():
-            for level, part in zip(residuals, bank.residuals([level[members] for level in features]), strict=True):
-                level[members] = part
-        return residuals
+        banks = self._banks_of(product, x.shape[0])
+        return residuals_of_images(self.backbone_features(x), banks)
 
     def forward_intermediates(
         self,
@@ -150,7 +116,7 @@ class FeatureExtractor(nn.Module):
         intermediates_only: bool = False,
         **ignored: None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's way to ask for feature maps. The levels are counted from 0; an int takes that many of the last.
+        """Timm's way to ask for feature maps. The levels are counted from 0; an int takes that many of the last.
 
         Returns:
             The maps (B, C, h, w), or (B, h * w, C) for "NLC", after the last projected level unless
@@ -186,8 +152,10 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"Level indices {indices} do not exist: {self.name} has {count} levels, 0 to {count - 1}.")
         return taken
 
-    def _project(self, residuals: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        return [residuals[i] for i in indices] if self.projector is None else self.projector(residuals, indices)
+    def _project(self, residuals: Sequence[Tensor], indices: Sequence[int] | None = None) -> list[Tensor]:
+        if self.projector is not None:
+            return self.projector(residuals, indices)
+        return list(residuals) if indices is None else [residuals[i] for i in indices]
 
     # References
 
@@ -202,31 +170,36 @@ class FeatureExtractor(nn.Module):
         Args:
             images: Transformed float images (K, 3, H, W), or PIL images, uint8 arrays or paths, or a folder.
             product: Name of the product, where the model shall hold several.
-            coreset: Part of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many
+            coreset: Fraction of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many
                 references.
 
         Raises:
             ImageError: For a file that cannot be read or a folder without images.
             InputError: For no images, a wrong shape or NaN.
         """
-        bank = self._encode(images)
-        self._banks[product or "default"] = (
-            self._reduced(bank, coreset) if coreset is not None else self._with_scales(bank, bank)
-        )
+        full = self._encode(images, self.bit_depth)
+        bank = full if coreset is None else full.coreset(coreset)
+        bank.calibrate(full, self.scorer, self._project, self.backbone.reductions[0])
+        self._banks[product or DEFAULT_PRODUCT] = bank
 
     def add_references(self, images: Images, product: str | None = None) -> None:
         """Add normal images to the references of a product. A threshold is taken anew when it is next needed."""
-        name = product or "default"
-        new = self._encode(images, known=self._banks[name].sha256s if name in self._banks else ())
-        bank = self._banks[name].extended(new) if name in self._banks else new
-        self._banks[name] = self._with_scales(bank, bank)
+        name = product or DEFAULT_PRODUCT
+        if name not in self._banks:
+            return self.set_references(images, product)
+        bank = self._banks[name]
+        both = bank.extended(self._encode(images, bank.record.bit_depth, known=bank.sha256s))
+        both.calibrate(both, self.scorer, self._project, self.backbone.reductions[0])
+        self._banks[name] = both
 
     def clear_references(self) -> None:
         """Forget the references of all products."""
         self._banks.clear()
 
     def save_references(self, path: str | os.PathLike[str]) -> None:
-        """Write the banks of all products, with thresholds and the hashes of files and weights, to one safetensors file, atomically.
+        """Write the banks of all products to one safetensors file, atomically.
+
+        Thresholds go along, taken from the references where none is set yet, and the hashes of images and weights.
 
         Raises:
             ReferencesError: If no references are set.
@@ -235,8 +208,8 @@ class FeatureExtractor(nn.Module):
             raise ReferencesError(_NO_REFERENCES.format(name=self.name))
         fingerprint = weights_fingerprint(self.state_dict())
         for product, bank in self._banks.items():
-            self.threshold(product)
-            bank.fingerprint = fingerprint
+            predictor.ensure_threshold(self, product)
+            bank.record.fingerprint = fingerprint
         save_banks(path, self._banks)
 
     def load_references(self, path: str | os.PathLike[str]) -> None:
@@ -251,7 +224,6 @@ class FeatureExtractor(nn.Module):
             bank.check(self.name, self.img_size, self.backbone.channels, fingerprint, source=str(path))
             bank.apply(lambda t: t.to(self._device, self._dtype if t.is_floating_point() else t.dtype))
         self._banks = banks
-        self.bit_depth = next(iter(banks.values())).bit_depth
 
     @torch.no_grad()
     def reference_features(self, product: str | None = None) -> list[Tensor]:
@@ -263,16 +235,52 @@ class FeatureExtractor(nn.Module):
         Raises:
             ReferencesError: With fewer than two references, or after a coreset.
         """
-        bank = self._bank(product)
+        bank = self.bank(product)
         parts = [self._project(residuals, self._indices) for residuals in bank.leave_one_out(range(bank.num_images))]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def bank(self, product: str | None = None) -> ReferenceBank:
+        """The references of a product, which must be named where several are held.
+
+        Raises:
+            ReferencesError: If no references are set.
+            UnknownNameError: For a product that has none, or none named among several.
+        """
+        if not self._banks:
+            raise ReferencesError(_NO_REFERENCES.format(name=self.name))
+        if product is None and len(self._banks) > 1:
+            names = ", ".join(sorted(self._banks))
+            raise UnknownNameError(f"References of several products are set: name one of {names}.")
+        if product is not None and product not in self._banks:
+            raise UnknownNameError(unknown("product", product, self._banks))
+        return next(iter(self._banks.values())) if product is None else self._banks[product]
+
+    def _banks_of(self, product: Products, count: int) -> list[ReferenceBank]:
+        """The bank of each image of a batch."""
+        if product is None or isinstance(product, str):
+            return [self.bank(product)] * count
+        if len(product) != count:
+            raise InputError(f"{len(product)} products were named for {count} images.")
+        return [self.bank(name) for name in product]
+
+    def _encode(self, images: Images, bit_depth: int, known: Sequence[str] = ()) -> ReferenceBank:
+        photos = predictor.reference_photos(self, images, bit_depth, known)
+        maps = [self.backbone_features(self.as_input(batch)) for batch in photos.batches]
+        bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*maps, strict=True)])
+        bank.record = BankRecord(
+            files=photos.files,
+            sha256s=photos.sha256s,
+            model=self.name,
+            img_size=self.img_size,
+            preset=photos.preset,
+            bit_depth=bit_depth,
+        )
+        return bank
 
     # Scores
 
     @torch.no_grad()
-    def anomaly_map(
-        self, x: Tensor, product: str | Sequence[str | None] | None = None, *, sigma: float = scoring.SIGMA
-    ) -> AnomalyMap:
+    def anomaly_map(self, x: Tensor, product: Products = None, *, sigma: float = scoring.SIGMA) -> AnomalyMap:
         """Anomaly maps and scores of transformed images (B, 3, H, W), independent of the rest of the batch.
 
         Args:
@@ -283,14 +291,24 @@ class FeatureExtractor(nn.Module):
         Returns:
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
-        residuals, groups = self.residuals(x, product), self._groups(product, x.shape[0])
-        maps = torch.empty(x.shape[0], *x.shape[2:], device=x.device)
-        for bank, members in groups.items():
-            maps[members] = self._maps([level[members] for level in residuals], bank, (x.shape[2], x.shape[3]), sigma)
+        scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
+        features = self._project(self.residuals(x, product))
+        maps = self.scorer.maps(features, scales, (x.shape[2], x.shape[3]), sigma)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
+    @torch.no_grad()
+    def leave_one_out_scores(self, product: str | None = None) -> list[float]:
+        """Image scores of the references of a product, each against the others alone.
+
+        Raises:
+            ReferencesError: With a single reference, or after a coreset.
+        """
+        return self.bank(product).leave_one_out_scores(self.scorer, self._project, self.backbone.reductions[0])
+
+    # Photos
+
     def score(
-        self, images: Images, product: str | Sequence[str | None] | None = None, *, batch_size: int = BATCH
+        self, images: Images, product: Products = None, *, batch_size: int = predictor.BATCH_SIZE
     ) -> list[Prediction]:
         """Score images as they are: read, squashed to the model's input size, mapped back to their own size.
 
@@ -303,25 +321,15 @@ class FeatureExtractor(nn.Module):
             ImageError: For an image that cannot be read.
             ReferencesError: If no references are set.
         """
-        if isinstance(images, Tensor):
-            raise InputError("score takes images; for transformed tensors there is anomaly_map.")
-        sources = image_sources(images)
-        products = [product] * len(sources) if product is None or isinstance(product, str) else list(product)
-        if len(products) != len(sources):
-            raise InputError(f"{len(products)} products were named for {len(sources)} images.")
-        predictions: list[Prediction] = []
-        for start in range(0, len(sources), batch_size):
-            part = slice(start, start + batch_size)
-            predictions += self._score_batch(sources[part], products[part])
-        return predictions
+        return predictor.predict(self, images, product, batch_size)
 
     def fit_threshold(
-        self, quantile: float = QUANTILE, *, normals: Images | None = None, product: str | None = None
+        self, quantile: float = predictor.QUANTILE, *, normals: Images | None = None, product: str | None = None
     ) -> float:
         """Set the threshold of a product to a quantile of the scores of normal images.
 
         Args:
-            quantile: Part of normal images that shall stay below, in (0, 1].
+            quantile: Fraction of normal images that shall stay below, in (0, 1].
             normals: Normal images that are not references. The default scores every reference against the others.
             product: Whose threshold, where several products are held.
 
@@ -331,147 +339,11 @@ class FeatureExtractor(nn.Module):
         Raises:
             ReferencesError: With a single reference and no other normal images.
         """
-        bank = self._bank(product)
-        if normals is not None:
-            bank.normal_scores = self._scores_of(normals, product)
-        elif not bank.normal_scores:
-            bank.normal_scores = self._leave_one_out_scores(bank, bank)
-            for index in scoring.outliers(bank.normal_scores):
-                warnings.warn(
-                    f"Reference {bank.files[index] or index} looks anomalous among the others. Is it a good part?",
-                    stacklevel=2,
-                )
-        bank.threshold, bank.quantile = scoring.normal_quantile(bank.normal_scores, quantile), quantile
-        count = len(bank.normal_scores)
-        if count * (1 - quantile) < 1:
-            warnings.warn(
-                f"{count} normal images cannot pin down the {quantile:g} quantile: "
-                f"expect about one false alarm in {count + 1} good images.",
-                stacklevel=2,
-            )
-        return bank.threshold
-
-    @property
-    def map_scale(self) -> float:
-        """Top of the color scale for maps without a threshold."""
-        return scoring.RESIDUAL_TOP if self.projector is None else scoring.FEATURE_NORM_TOP
+        return predictor.fit_threshold(self, quantile, normals, product)
 
     def threshold(self, product: str | None = None) -> float | None:
-        """The threshold of a product; taken from its references where it is not set yet, None where there is only one of them."""
-        bank = self._bank(product)
-        if bank.threshold is None and (bank.num_images > 1 or bank.normal_scores):
-            return self.fit_threshold(product=product)
-        return bank.threshold
-
-    def _scores_of(self, normals: Images, product: str | None) -> list[float]:
-        if isinstance(normals, Tensor):
-            batches = normals.to(self._device, self._dtype).split(BATCH)
-            return [score for batch in batches for score in self.anomaly_map(batch, product).scores.tolist()]
-        return [self._score_batch([source], [product])[0].score for source in image_sources(normals)]
-
-    def _score_batch(self, sources: Sequence[ImageSource], products: Sequence[str | None]) -> list[Prediction]:
-        images, x = self._read(sources)
-        result = self.anomaly_map(x, products)
-        predictions = []
-        for source, image, product, smoothed, score in zip(sources, images, products, *result, strict=True):
-            bank, threshold = self._bank(product), self.threshold(product)
-            resized = F.interpolate(
-                smoothed[None, None], size=(image.height, image.width), mode="bilinear", align_corners=False
-            )
-            decision = None if threshold is None else score.item() > threshold
-            known = digest(source) in bank.sha256s
-            predictions.append(Prediction(score.item(), resized[0, 0].cpu().numpy(), threshold, decision, known))
-        return predictions
-
-    def _maps(
-        self, residuals: Sequence[Tensor], bank: ReferenceBank, size: tuple[int, int], sigma: float = scoring.SIGMA
-    ) -> Tensor:
-        if self.projector is not None:
-            return scoring.feature_norm_map(self.projector(residuals), size, sigma)
-        assert bank.scales is not None
-        distances = [scoring.cosine_distances(level) for level in residuals]
-        return scoring.fuse(
-            [scoring.divide_by_ring(d, s) for d, s in zip(distances, bank.scales, strict=True)], size, sigma
-        )
-
-    # Banks and thresholds
-
-    def _encode(self, images: Images, known: Sequence[str] = ()) -> ReferenceBank:
-        if isinstance(images, Tensor):
-            named, count = {}, len(images)
-            batches: Iterator[Tensor] = iter(images.to(self._device, self._dtype).split(BATCH))
-        else:
-            named = distinct(image_sources(images), known)
-            sources, count = list(named.values()), len(named)
-            batches = (self._read(sources[start : start + BATCH])[1] for start in range(0, count, BATCH))
-        if not count:
-            raise InputError("No reference images were given. Give at least one normal image, better eight.")
-        parts = [self.backbone_features(batch) for batch in batches]
-        bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*parts, strict=True)])
-        bank.files = [name_of(source) for source in named.values()] or [""] * count
-        bank.sha256s = list(named) or [""] * count
-        bank.model, bank.img_size, bank.bit_depth = self.name, self.img_size, self.bit_depth
-        bank.preset = None if isinstance(images, Tensor) else PRESET
-        return bank
-
-    def _reduced(self, full: ReferenceBank, fraction: float) -> ReferenceBank:
-        bank = self._with_scales(full.coreset(fraction), full)
-        if full.num_images > 1:
-            # Later the whole images are gone, so their scores are taken now.
-            bank.normal_scores = self._leave_one_out_scores(bank, full)
-        return bank
-
-    @torch.no_grad()
-    def _with_scales(self, bank: ReferenceBank, full: ReferenceBank) -> ReferenceBank:
-        if self._residual_scales is None or self.projector is not None:
-            return bank
-        if bank.num_images == 1:
-            bank.scales = torch.tensor(self._residual_scales)
-        else:
-            parts = [[scoring.cosine_distances(level) for level in part] for part in bank.leave_one_out(full=full)]
-            bank.scales = scoring.ring_scales([torch.cat(level) for level in zip(*parts, strict=True)]).cpu()
-        return bank
-
-    @torch.no_grad()
-    def _leave_one_out_scores(self, bank: ReferenceBank, full: ReferenceBank) -> list[float]:
-        reduction = self.backbone.reductions[0]
-        size = (full.grids[0][0] * reduction, full.grids[0][1] * reduction)
-        return [
-            score
-            for part in bank.leave_one_out(full=full)
-            for score in self._maps(part, bank, size).amax(dim=(1, 2)).tolist()
-        ]
-
-    def _bank(self, product: str | None) -> ReferenceBank:
-        if not self._banks:
-            raise ReferencesError(_NO_REFERENCES.format(name=self.name))
-        if product is None and len(self._banks) > 1:
-            raise UnknownNameError(
-                f"References of several products are set: name one of {', '.join(sorted(self._banks))}."
-            )
-        if product is not None and product not in self._banks:
-            raise UnknownNameError(unknown("product", product, self._banks))
-        return next(iter(self._banks.values())) if product is None else self._banks[product]
-
-    def _groups(self, product: str | Sequence[str | None] | None, count: int) -> dict[ReferenceBank, Any]:
-        """The banks to use, each with an index of its images in the batch."""
-        if product is None or isinstance(product, str):
-            return {self._bank(product): slice(None)}
-        if len(product) != count:
-            raise InputError(f"{len(product)} products were named for {count} images.")
-        banks = [self._bank(name) for name in product]
-        return {
-            bank: torch.tensor([i for i, other in enumerate(banks) if other is bank], device=self._device)
-            for bank in dict.fromkeys(banks)
-        }
-
-    def _read(self, sources: Sequence[ImageSource]) -> tuple[list[Image.Image], Tensor]:
-        """The images as they are, and transformed for the model."""
-        images = [read_image(source, bit_depth=self.bit_depth) for source in sources]
-        transform = build_transform(
-            self.img_size, self.pretrained_cfg["mean"], self.pretrained_cfg["std"], preset=PRESET
-        )
-        return images, torch.stack([transform(image) for image in images]).to(self._device, self._dtype)
+        """The threshold of a product, None where none was set yet. ``score`` and ``save_references`` set one."""
+        return self.bank(product).threshold
 
     # Module behavior
 
@@ -483,6 +355,10 @@ class FeatureExtractor(nn.Module):
         for bank in self._banks.values():
             bank.apply(fn)
         return super()._apply(fn, recurse)
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """Transformed images on the device and in the precision of the model."""
+        return x.to(self._device, self._dtype)
 
     @property
     def _device(self) -> torch.device:

@@ -1,7 +1,8 @@
-"""Building models from names: create_model, create_transform, registration with timm, and the entry points of torch.hub."""
+"""Building models from names: create_model, create_transform, and the entry points of timm and torch.hub."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,36 +13,24 @@ from PIL import Image
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from . import catalog
-from .catalog import DEFAULT_MODEL, find_model
-from .errors import CheckpointError, InputError, UnknownNameError
-from .extractor import FeatureExtractor, Images
+from . import catalog, predictor
+from .backbones import Encoder, StateDict, create_backbone
+from .catalog import find_model
+from .checkpoints import load_checkpoint
+from .errors import InputError
+from .extractor import FeatureExtractor
 from .images import build_transform
-from .loading import (
-    ASSETS,
-    RANDOM,
-    Trained,
-    Weights,
-    catalog_files,
-    check_fetchable,
-    convert_checkpoint,
-    load_backbone,
-    load_trained,
-)
+from .predictor import Images
 from .projector import ResidualProjector
+from .resolve import BackboneSpec, ModelSpec, Weights, resolve_backbone, resolve_model
+from .scoring import CosineRingScorer, FeatureNormScorer, Scorer
+from .trained import BACKBONE, TrainedWeights, of_prefix
 
-__all__ = [
-    "catalog_files",
-    "convert_checkpoint",
-    "create_model",
-    "create_transform",
-    "load_backbone",
-    "register_with_timm",
-]
+_logger = logging.getLogger(__name__)
 
 
 def create_model(
-    name: str = DEFAULT_MODEL,
+    name: str | None = None,
     *,
     pretrained: bool = True,
     weights: Weights = None,
@@ -54,15 +43,16 @@ def create_model(
     """Create a feature extractor: in eval mode, with frozen parameters, on the CPU.
 
     Args:
-        name: A name of ``list_models``, with or without ``.tag``. Without a name, the header of the weights says which
-            model it is.
+        name: A name of ``list_models``, with or without ``.tag``. The default is the model that the header of
+            ``weights`` names, and without weights DEFAULT_MODEL.
         pretrained: Take from the catalog what is not given here. False leaves random what is not given.
-        weights: Trained weights: a tag, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path".
+        weights: Trained weights: a tag, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path". Of
+            a model without projector they are the weights of its backbone.
         backbone_weights: Weights of the backbone in the same forms, or "random".
         references: Normal images, a folder of them, or a file made by ``save_references``.
         img_size: Input size in pixels, one side or (H, W), in multiples of the patch. The default is that of the
             weights' header, else the catalog's.
-        out_indices: Levels that the model returns, counted from 0. The default is all.
+        out_indices: Indices of the levels that the model returns, from 0. The default is all.
         cache_dir: Folder of downloaded weights. The default is that of huggingface_hub.
 
     Raises:
@@ -72,154 +62,140 @@ def create_model(
         CheckpointError: If weights are damaged or those of another model.
     """
     register_with_timm()
-    arch, tag = find_model(name)
-    tag, weights = _choose_tag(arch, tag, weights, pretrained)
-    if pretrained and weights is None and backbone_weights is None:
-        _check_fetchable(arch)
-    trained = _load_trained(arch, tag, weights, cache_dir)
-    if trained is not None:
-        arch, tag = _model_of(trained, None if name == DEFAULT_MODEL else (arch, tag))
-    elif not catalog.MODELS[arch].tags and (pretrained or not catalog.MODELS[arch].backbone):
-        raise InputError(f"{catalog.must_be_given(arch)}.")
-    backbone_name = catalog.MODELS[arch].backbone
-    backbone_name, entry = (
-        trained.find_backbone(arch) if trained is not None else (backbone_name, catalog.BACKBONES[backbone_name])
-    )
-    backbone, built = load_backbone(
-        backbone_name,
-        weights=_backbone_source(trained, backbone_weights, pretrained),
-        img_size=entry.img_size if img_size is None else img_size,
-        levels=entry.blocks,
+    spec = resolve_model(
+        name,
+        weights=weights,
+        backbone_weights=backbone_weights,
+        pretrained=pretrained,
+        img_size=img_size,
         cache_dir=cache_dir,
     )
+    entry = spec.backbone.entry
     extractor = FeatureExtractor(
-        backbone,
-        _create_projector(arch, entry.channels, trained),
-        name=f"{arch}.{tag}" if tag else arch,
-        img_size=built.img_size,
-        pretrained_cfg=timm_cfg(arch, tag, entry, built.img_size),
+        build_backbone(spec.backbone),
+        build_projector(spec),
+        name=spec.name,
+        img_size=entry.img_size,
+        pretrained_cfg=timm_cfg(spec.arch, spec.tag, entry),
+        scorer=create_scorer(spec.arch),
         out_indices=out_indices,
-        residual_scales=catalog.MODELS[arch].residual_scales,
     )
     if references is not None:
         _set_references(extractor, references)
     return extractor
 
 
-def create_transform(model: str | FeatureExtractor, *, preset: str = "squash") -> Callable[[Image.Image], Tensor]:
+def load_backbone(
+    name: str,
+    *,
+    weights: Weights | StateDict = None,
+    img_size: int | tuple[int, int] | None = None,
+    levels: Sequence[int] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[Encoder, catalog.Backbone]:
+    """Create a frozen encoder, in eval mode, on the CPU.
+
+    Args:
+        name: A name of ``catalog.BACKBONES``, or that of a vision transformer or convolutional pyramid in timm, with or
+            without ``.tag``.
+        weights: None for the published ones, "random", a path, "hf-hub:owner/repo[@revision][:path/in/repo]",
+            "local-dir:/path", or a state dict.
+        img_size: Input size in pixels that must be possible, one side or (H, W). The default is that of the backbone.
+        levels: Blocks or stages, counted from 1, whose outputs are returned. The default is that of the backbone.
+        cache_dir: Folder of downloaded weights. The default is that of huggingface_hub.
+
+    Returns:
+        The module, which maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l), and its description, with the levels and
+        the size asked for.
+
+    Raises:
+        UnknownNameError: For an unknown backbone.
+        InputError: For levels or a size that it cannot have, or weights that must be given by hand.
+        DownloadError: If weights cannot be found or fetched.
+        CheckpointError: If weights are damaged or those of another backbone.
+    """
+    spec = resolve_backbone(name, weights=weights, img_size=img_size, levels=levels, cache_dir=cache_dir)
+    return build_backbone(spec), spec.entry
+
+
+def build_backbone(spec: BackboneSpec) -> Encoder:
+    """The frozen encoder that a description is of. Its own module, of timm, is used up by that."""
+    state, source = _backbone_state(spec.weights)
+    if state is not None and "NC" in spec.entry.license.upper():
+        _logger.warning("The weights of %s are licensed %s: not for commercial use.", spec.name, spec.entry.license)
+    if spec.encoder is None:
+        entry = spec.entry
+        return create_backbone(spec.name, weights=state, img_size=entry.img_size, levels=entry.blocks, source=source)
+    spec.encoder.load(state, source)
+    return spec.encoder.requires_grad_(False).eval()
+
+
+def build_projector(spec: ModelSpec) -> ResidualProjector | None:
+    """The projector of a model, trained or random; None where it has none."""
+    channels = spec.backbone.entry.channels
+    if spec.trained is not None:
+        return spec.trained.create_projector(channels)
+    return ResidualProjector(channels) if catalog.MODELS[spec.arch].scoring == "feature_norm" else None
+
+
+def create_transform(
+    model: str | FeatureExtractor, *, preset: str = predictor.PRESET, product: str | None = None
+) -> Callable[[Image.Image], Tensor]:
     """The preprocessing of a model: PIL image to a normalized float tensor (3, H, W).
+
+    16-bit images are read as the references of the model were, see ``FeatureExtractor.bit_depth``.
 
     Args:
         model: A model or its name.
         preset: "squash" resizes the whole image to the model's size; "resize224_crop224" and "resize256_crop224" are
             the two geometries of the original, which lose the borders of images that are not square.
+        product: Whose references, where a model holds several that were read with different bit depths.
 
     Raises:
-        UnknownNameError: For an unknown model or preset.
+        UnknownNameError: For an unknown model, preset or product.
+        InputError: For a name that does not tell, or several bit depths.
     """
-    if isinstance(model, str):
-        arch, _ = find_model(model)
-        if not catalog.MODELS[arch].backbone:
-            raise InputError(
-                f"The preprocessing of {arch} stands in the header of its weights: give the created model, not its name."
-            )
-        entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
-        size, (mean, std) = entry.img_size, entry.normalization
-    else:
-        size, mean, std = model.img_size, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    return build_transform(size, mean, std, preset=preset)
-
-
-def _choose_tag(arch: str, tag: str | None, weights: Weights, pretrained: bool) -> tuple[str | None, Weights]:
-    """Settle which tag is meant, and where its weights come from: None for the catalog's place, or nothing where both are None."""
-    tags = catalog.MODELS[arch].tags
-    if isinstance(weights, str) and weights in tags:
-        if tag not in (None, weights):
-            raise InputError(f"The name asks for {arch}.{tag} and weights for {weights!r}: leave out one of them.")
-        return weights, None
-    if isinstance(weights, str) and weights.isidentifier() and not Path(weights).exists():
-        raise UnknownNameError(catalog.unknown_tag(arch, weights))
-    if weights is None and pretrained:
-        return tag or catalog.MODELS[arch].default_tag, None
-    return (tag if weights is not None else None), weights
-
-
-def _check_fetchable(arch: str) -> None:
-    """Refuse before anything is fetched."""
-    if catalog.MODELS[arch].backbone:
-        check_fetchable(catalog.MODELS[arch].backbone, catalog.BACKBONES[catalog.MODELS[arch].backbone])
-
-
-def _load_trained(
-    arch: str, tag: str | None, weights: Weights, cache_dir: str | os.PathLike[str] | None
-) -> Trained | None:
-    """The trained weights of a model, None where they shall be random or lie in the catalog's backbone."""
-    tags = catalog.MODELS[arch].tags
-    tag = tag or (catalog.MODELS[arch].default_tag if weights is not None else None)
-    hub_file = tags[tag].hub_file if tag else None
-    if weights is None:
-        return load_trained("hf-hub:{}:{}".format(*hub_file), (), cache_dir) if hub_file else None
-    return load_trained(weights, (hub_file[1], "model.safetensors") if hub_file else ("model.safetensors",), cache_dir)
-
-
-def _model_of(trained: Trained, asked: tuple[str, str | None] | None) -> tuple[str, str | None]:
-    """The model and the tag that weights are for: those asked for, else those that the header names.
-
-    Raises:
-        CheckpointError: If the two contradict each other, or there is neither.
-    """
-    found = trained.model
-    if asked is None:
-        if found is None:
-            raise CheckpointError(
-                f"{trained.source} does not say which model it is for. Name it: create_model(NAME, weights=...)."
-            )
-        return found
-    if found is not None and found[0] != asked[0]:
-        made_for = trained.checkpoint.metadata["model"]
-        raise CheckpointError(
-            f"{trained.source} is a checkpoint of {made_for}, not of {asked[0]}. Create that model instead."
-        )
-    return asked[0], asked[1] or (found and found[1])
-
-
-def _backbone_source(trained: Trained | None, weights: Weights, pretrained: bool) -> Any:
-    """What ``load_backbone`` shall take: what is given, else what stands beside the projector, else the published weights."""
-    if weights is not None:
-        return weights
-    if trained is not None and trained.backbone:
-        return trained
-    if pretrained:
-        return None
-    if trained is not None:
+    if not isinstance(model, str):
+        return predictor.transform_for(model, predictor.bit_depth_of(model, product), preset)
+    arch, _ = find_model(model)
+    if not catalog.MODELS[arch].backbone:
         raise InputError(
-            "A trained projector on a random backbone gives meaningless features. Give backbone_weights, or pretrained=True, "
-            'or backbone_weights="random" if this is really meant.'
+            f"The preprocessing of {arch} stands in the header of its weights: give the created model, not its name."
         )
-    return RANDOM
+    entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
+    return build_transform(entry.img_size, *entry.normalization, preset=preset)
 
 
-def _create_projector(arch: str, channels: Sequence[int], trained: Trained | None) -> ResidualProjector | None:
-    if trained is not None:
-        return trained.create_projector(channels)
-    return ResidualProjector(channels) if catalog.MODELS[arch].scoring == "feature_norm" else None
+def _backbone_state(weights: Path | TrainedWeights | StateDict | None) -> tuple[StateDict | None, str]:
+    """A state dict, None for random weights, and where it came from."""
+    if isinstance(weights, TrainedWeights):
+        return weights.backbone, weights.source
+    if isinstance(weights, Path):
+        state = load_checkpoint(weights).state_dict
+        return of_prefix(state, BACKBONE) or state, str(weights)
+    return weights, "the given state dict"
+
+
+def create_scorer(arch: str) -> Scorer:
+    """How a model of the catalog scores."""
+    model = catalog.MODELS[arch]
+    return FeatureNormScorer() if model.scoring == "feature_norm" else CosineRingScorer(model.typical_distances)
 
 
 def _set_references(extractor: FeatureExtractor, references: Images) -> None:
-    is_bank = isinstance(references, (str, os.PathLike)) and Path(references).suffix == ".safetensors"
-    if is_bank:
-        extractor.load_references(references)  # type: ignore[arg-type]
+    if isinstance(references, (str, os.PathLike)) and Path(references).suffix == ".safetensors":
+        extractor.load_references(references)
     else:
         extractor.set_references(references)
 
 
-def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone, size: tuple[int, int]) -> dict[str, Any]:
-    """timm's description of a model: its preprocessing, and where weights of a tag come from."""
+def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, Any]:
+    """Timm's description of a model: its preprocessing, and where weights of a tag come from."""
     mean, std = entry.normalization
     return {
         "architecture": arch,
         "tag": tag,
-        "input_size": (3, *size),
+        "input_size": (3, *entry.img_size),
         "fixed_input_size": False,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
@@ -235,7 +211,7 @@ def _weights_cfg(tag: catalog.Tag, asset: str | None) -> dict[str, Any]:
     place = (
         dict(zip(("hf_hub_id", "hf_hub_filename"), tag.hub_file, strict=True))
         if tag.hub_file
-        else {"file": str(ASSETS / str(asset))}
+        else {"file": str(catalog.ASSETS / str(asset))}
     )
     return {"license": tag.license, "origin_url": tag.origin, **place}
 
@@ -359,11 +335,7 @@ ENTRY_POINTS = (
 
 def _default_cfg(arch: str, tag: str) -> dict[str, Any]:
     entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
-    return {
-        key: value
-        for key, value in timm_cfg(arch, tag, entry, entry.img_size).items()
-        if key not in ("architecture", "tag")
-    }
+    return {key: value for key, value in timm_cfg(arch, tag, entry).items() if key not in ("architecture", "tag")}
 
 
 default_cfgs = generate_default_cfgs(

@@ -5,7 +5,6 @@ No file that is half-written or has the wrong hash is ever handed out, and no ca
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -17,14 +16,15 @@ from pathlib import Path, PurePosixPath
 from time import monotonic
 from typing import Any, TypeVar
 
-from .checkpoints import hash_file, sha256
+from .checkpoints import git_blob_id, sha256
 from .errors import DownloadError, InputError
 
 _T = TypeVar("_T")
 _PATIENCE = 20.0
 _ELSEWHERE = (
-    "on a machine with a network run `adfeatures download NAME` (or `hf download {repo} {filename}`) and copy its cache folder here (where "
-    "HF_HOME or cache_dir points), or copy the file alone and pass local-dir:/its/folder; where there is a mirror, set HF_ENDPOINT to it"
+    "on a machine with a network run `adfeatures download NAME` (or `hf download {repo} {filename}`) and copy its "
+    "cache folder here (where HF_HOME or cache_dir points), or copy the file alone and pass local-dir:/its/folder; "
+    "where there is a mirror, set HF_ENDPOINT to it"
 )
 
 
@@ -56,8 +56,9 @@ def resolve(
         raise DownloadError(f"{text} is a folder. To look for weights in it, write local-dir:{text}")
     repo = text if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else "owner/repo"
     raise DownloadError(
-        f"There is no file {text!r} (looked in {os.getcwd()}). Give the path of an existing file; or write local-dir:/path/to/it for a "
-        f"folder or a file, hf-hub:{repo} for a Hub repository (in full: hf-hub:owner/repo[@revision][:path/in/repo])."
+        f"There is no file {text!r} (looked in {os.getcwd()}). Give the path of an existing file; or write "
+        f"local-dir:/path/to/it for a folder or a file, hf-hub:{repo} for a Hub repository "
+        "(in full: hf-hub:owner/repo[@revision][:path/in/repo])."
     )
 
 
@@ -82,11 +83,11 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: str | 
     reached = threading.Event()
     try:
         path, etag = _watched(lambda: _fetch(wanted, reached), wanted)
-    except _hub_failures() as error:
+    except hub_failures() as error:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         if isinstance(cause, EntryNotFoundError):
             raise wanted.error("the repository has no such file", _listing(wanted), _FileMissing) from error
-        raise wanted.error(*_diagnose(cause, reached.is_set())) from error
+        raise wanted.error(*_explain_failure(cause, reached.is_set())) from error
     return wanted.verified(path, etag)
 
 
@@ -109,7 +110,7 @@ def verify(path: str | os.PathLike[str], etag: str | None = None) -> None:
     if re.fullmatch("[0-9a-f]{64}", expected):
         found = sha256(path)
     elif re.fullmatch("[0-9a-f]{40}", expected):
-        found = hash_file(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+        found = git_blob_id(path)
     else:
         return
     if found == expected:
@@ -184,13 +185,16 @@ class _Wanted:
         home_cache = os.path.join(environ["HF_HOME"], "hub") if environ.get("HF_HOME") else constants.HF_HUB_CACHE
         cache = cache_dir or environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or home_cache
         cache = os.path.expandvars(os.path.expanduser(cache))
-        endpoint = (environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        if not re.match("https?://[^/]", endpoint):
-            raise InputError(f"HF_ENDPOINT is {endpoint!r}, which is no http(s) address.")
         offline = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or str(constants.HF_HUB_OFFLINE)
         timeouts = (_seconds("HF_HUB_ETAG_TIMEOUT"), _seconds("HF_HUB_DOWNLOAD_TIMEOUT"))
         return _Wanted(
-            repo, filename, revision, Path(cache), endpoint, offline.upper() in {"1", "ON", "YES", "TRUE"}, *timeouts
+            repo,
+            filename,
+            revision,
+            Path(cache),
+            hub_endpoint(),
+            offline.upper() in {"1", "ON", "YES", "TRUE"},
+            *timeouts,
         )
 
     def cached(self) -> Path | None:
@@ -287,14 +291,29 @@ def _watched(call: Callable[[], _T], wanted: _Wanted) -> _T:
     return result.result()
 
 
-def _hub_failures() -> tuple[type[BaseException], ...]:
+def hub_endpoint() -> str:
+    """The address of the Hub or of the mirror that HF_ENDPOINT names.
+
+    Raises:
+        InputError: If that is no address.
+    """
+    from huggingface_hub import constants
+
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    if not re.match("https?://[^/]", endpoint):
+        raise InputError(f"HF_ENDPOINT is {endpoint!r}, which is no http(s) address.")
+    return endpoint
+
+
+def hub_failures() -> tuple[type[BaseException], ...]:
+    """What huggingface_hub raises where the Hub refuses, is out of reach or answers nonsense."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # HfHubHTTPError derives from the error class of whichever HTTP library this version of huggingface_hub uses
     return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
-def _diagnose(error: BaseException, reached: bool) -> tuple[str, str]:
+def _explain_failure(error: BaseException, reached: bool) -> tuple[str, str]:
     """The reason and the next step for an error of huggingface_hub."""
     from huggingface_hub import errors
 
@@ -331,11 +350,19 @@ def _diagnose(error: BaseException, reached: bool) -> tuple[str, str]:
             f"the cache cannot be written ({error})",
             f"free some space, or use another folder by HF_HOME or cache_dir; {_ELSEWHERE}",
         )
-    detail = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    detail = first_line(error)
     if reached:
-        again = "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, where Xet is blocked HF_HUB_DISABLE_XET=1"
+        again = (
+            "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, "
+            "where Xet is blocked HF_HUB_DISABLE_XET=1"
+        )
         return f"the download broke off ({detail}); no part of it is used", again
     return f"there is no connection ({detail})", _ELSEWHERE
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for the middle of a sentence."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _listing(wanted: _Wanted) -> str:
@@ -344,7 +371,7 @@ def _listing(wanted: _Wanted) -> str:
     ask = HfApi(endpoint=wanted.endpoint).model_info
     try:
         info = _watched(lambda: ask(wanted.repo, revision=wanted.revision, timeout=wanted.etag_timeout), wanted)
-    except _hub_failures():
+    except hub_failures():
         return "look at the repository's page for the names of its files"
     names = [sibling.rfilename for sibling in info.siblings or []]
     folder = wanted.filename.rpartition("/")[0]

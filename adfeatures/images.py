@@ -252,6 +252,7 @@ class ImageTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preset: str = "squash"
+    bit_depth: int = 16
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform an image of any mode into a float32 tensor (3, H, W).
@@ -261,7 +262,7 @@ class ImageTransform:
         """
         from torchvision.transforms import functional as F
 
-        rgb = read_image(image)
+        rgb = read_image(image, bit_depth=self.bit_depth)
         side = _SHORTER_SIDE.get(self.preset)
         if side is None:
             rgb = F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
@@ -276,7 +277,12 @@ class ImageTransform:
 
 
 def build_transform(
-    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, preset: str = "squash"
+    img_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    preset: str = "squash",
+    bit_depth: int = 16,
 ) -> ImageTransform:
     """Build the way from a PIL image to a model's input.
 
@@ -289,6 +295,7 @@ def build_transform(
         mean: Of each channel, for values in [0, 1].
         std: Of each channel, for values in [0, 1].
         preset: One of `PRESETS`.
+        bit_depth: Bits in use of 16-bit images, see `read_image`.
 
     Raises:
         UnknownNameError: For an unknown preset.
@@ -298,4 +305,5 @@ def build_transform(
         raise UnknownNameError(unknown("preset", preset, PRESETS))
     if len(img_size) != 2 or min(img_size) < 1:
         raise InputError(f"img_size is {img_size!r}; it must be a height and a width in pixels.")
-    return ImageTransform((int(img_size[0]), int(img_size[1])), tuple(map(float, mean)), tuple(map(float, std)), preset)
+    size = (int(img_size[0]), int(img_size[1]))
+    return ImageTransform(size, tuple(map(float, mean)), tuple(map(float, std)), preset, bit_depth)

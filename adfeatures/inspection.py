@@ -18,15 +18,16 @@ from tqdm.auto import tqdm
 
 from .checkpoints import atomic_path
 from .errors import AdfeaturesError, ImageError, InputError
-from .extractor import FeatureExtractor, Prediction
+from .extractor import FeatureExtractor
 from .images import list_images, read_image
 from .overlays import contact_sheet, overlay
+from .predictor import BATCH_SIZE, Prediction, ensure_threshold
 
 WORST = 12
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """One line of scores.csv and scores.jsonl.
 
     ``decision`` is normal, anomalous or empty; ``error`` says why there is no score.
@@ -43,7 +44,7 @@ class Row:
 class Inspection:
     """What came of a run: its rows, and the counts and facts of summary.json."""
 
-    rows: list[Row]
+    rows: list[ImageRow]
     summary: dict[str, Any]
 
 
@@ -60,10 +61,10 @@ def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
 
 
 def set_references(
-    model: FeatureExtractor, folder: str, *, products: bool, recursive: bool, coreset: float | None = None
+    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, coreset: float | None = None
 ) -> None:
-    """Set the references of one product, or with ``products`` of one product for each sub-folder."""
-    if not products:
+    """Set the references of one product, or with ``product_folders`` of one product for each sub-folder."""
+    if not product_folders:
         model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
         return
     folders = (
@@ -73,7 +74,8 @@ def set_references(
     )
     if not folders:
         raise InputError(
-            f"{folder} has no sub-folders to take as products. Leave out --products if its images are all of one product."
+            f"{folder} has no sub-folders to take as products. Leave out --product-folders if its images are all of "
+            "one product."
         )
     for path in folders:
         model.set_references(list_images(path, recursive=recursive), product=path.name, coreset=coreset)
@@ -86,7 +88,7 @@ def inspect(
     *,
     product: str | None = None,
     threshold: float | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
 ) -> Inspection:
     """Score image files and write scores.csv, scores.jsonl, overlays/, worst.png and summary.json.
 
@@ -106,10 +108,13 @@ def inspect(
         AdfeaturesError: If the output cannot be written.
     """
     folder, started = Path(output), time.perf_counter()
-    limit = threshold if threshold is not None else model.threshold(product)
-    scale = (0.0, 2 * limit if limit else model.map_scale)
+    if threshold is None:
+        ensure_threshold(model, product)
+    limit = model.threshold(product) if threshold is None else threshold
+    scale = (0.0, 2 * limit if limit else model.scorer.top)
+    bit_depth = model.bank(product).record.bit_depth
     pictures = _picture_names(files)
-    rows: list[Row] = []
+    rows: list[ImageRow] = []
     references: list[str] = []
     with _writing_to(folder):
         (folder / "overlays").mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,7 @@ def inspect(
             open(folder / "scores.csv", "w", newline="", encoding="utf-8") as table,
             open(folder / "scores.jsonl", "w", encoding="utf-8") as lines,
         ):
-            csv.writer(table).writerow([field.name for field in fields(Row)])
+            csv.writer(table).writerow([field.name for field in fields(ImageRow)])
             for file, result in tqdm(
                 _predict(model, files, product, batch_size), total=len(files), unit="image", disable=None
             ):
@@ -125,7 +130,7 @@ def inspect(
                 _append(row, table, lines)
                 rows.append(row)
                 if isinstance(result, Prediction):
-                    picture = _overlay(model, row, result, scale)
+                    picture = _overlay(row, result, bit_depth, scale)
                     (folder / pictures[file]).parent.mkdir(parents=True, exist_ok=True)
                     picture.save(folder / pictures[file])
                     references += [file] if result.is_reference else []
@@ -151,23 +156,23 @@ def _predict(
                 yield from _predict(model, batch, product, 1)
 
 
-def _row(file: str, result: Prediction | ImageError, threshold: float | None) -> Row:
+def _row(file: str, result: Prediction | ImageError, threshold: float | None) -> ImageRow:
     if isinstance(result, ImageError):
-        return Row(file, error=str(result))
+        return ImageRow(file, error=str(result))
     decision = "" if threshold is None else "anomalous" if result.score > threshold else "normal"
-    return Row(file, result.score, threshold, decision)
+    return ImageRow(file, result.score, threshold, decision)
 
 
-def _append(row: Row, table: TextIO, lines: TextIO) -> None:
+def _append(row: ImageRow, table: TextIO, lines: TextIO) -> None:
     csv.writer(table).writerow(["" if value is None else value for value in astuple(row)])
     lines.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
     table.flush()
     lines.flush()
 
 
-def _overlay(model: FeatureExtractor, row: Row, prediction: Prediction, scale: tuple[float, float]) -> Image.Image:
+def _overlay(row: ImageRow, prediction: Prediction, bit_depth: int, scale: tuple[float, float]) -> Image.Image:
     caption = f"{Path(row.file).name}   score {row.score:.3g}   {row.decision}".rstrip()
-    image = read_image(row.file, bit_depth=model.bit_depth)
+    image = read_image(row.file, bit_depth=bit_depth)
     return overlay(image, prediction.map, scale=scale, threshold=row.threshold, caption=caption)
 
 
@@ -190,7 +195,7 @@ def _picture_names(files: Sequence[str]) -> dict[str, Path]:
     return names
 
 
-def _write_worst(folder: Path, rows: Sequence[Row], pictures: dict[str, Path]) -> None:
+def _write_worst(folder: Path, rows: Sequence[ImageRow], pictures: dict[str, Path]) -> None:
     worst = nlargest(WORST, (row for row in rows if row.score is not None), key=lambda row: row.score or 0.0)
     if worst:
         sheet = contact_sheet([read_image(folder / pictures[row.file]) for row in worst], columns=4, tile_width=480)
@@ -199,7 +204,11 @@ def _write_worst(folder: Path, rows: Sequence[Row], pictures: dict[str, Path]) -
 
 
 def _summary(
-    model: FeatureExtractor, rows: Sequence[Row], threshold: float | None, scale: tuple[float, float], seconds: float
+    model: FeatureExtractor,
+    rows: Sequence[ImageRow],
+    threshold: float | None,
+    scale: tuple[float, float],
+    seconds: float,
 ) -> dict[str, Any]:
     scored = [row for row in rows if row.score is not None]
     return {
@@ -215,7 +224,7 @@ def _summary(
             product: {
                 "images": bank.num_images,
                 "quantile": bank.quantile,
-                "normal_scores": len(bank.normal_scores),
+                "normal_scores": len(bank.record.normal_scores),
                 "files": bank.files,
             }
             for product, bank in model.references.items()

@@ -53,7 +53,7 @@ class _Mlp(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    """Multi-head attention whose keys and values are projected apart from the queries, under the parameter names of torch's own."""
+    """Multi-head attention under the parameter names of torch's own; keys and values are projected apart."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()

@@ -1,26 +1,22 @@
-"""The reference bank: patch features of a few normal images, and the residuals of other images against them (paper section 3.2)."""
+"""The reference bank: patch features of a few normal images, and residuals against them (paper section 3.2)."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .checkpoints import atomic_path
+from . import bank_files
+from .coreset import greedy_coreset
 from .errors import CheckpointError, InputError, ReferencesError
+from .scoring import SIGMA, Scorer
 
-FORMAT = "adfeatures-references"
 # One block of similarities, 1024 x 2048, stays in the processor's cache: larger ones are slower, and the whole matrix
 # may not fit at all.
 QUERIES_PER_CHUNK = 1024
@@ -28,36 +24,30 @@ ROWS_PER_CHUNK = 2048
 # Leave-one-out over a large bank costs the square of its images, and this many already give a stable quantile.
 LEAVE_ONE_OUT_IMAGES = 64
 
+# The reference image that a query must not be matched with: one for all, or one or None for each query.
+Exclude: TypeAlias = "int | Sequence[int | None] | None"
+# From residuals of all levels to features of all levels.
+Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
 
-@dataclass(eq=False)
-class ReferenceBank:
-    """Patch features of normal images of one product, with what is needed to use them again months later.
+
+@dataclass
+class BankRecord:
+    """How a bank was made, and what was decided with it.
 
     Attributes:
-        rows: Per level the patches of all images, (N_l, C_l), image after image, row after row.
-        images: Per level the image that each row comes from, (N_l,) int32.
-        grids: Per level the height and width of the maps.
-        num_images: Number of reference images.
-        complete: Whether every patch of every image is still there (False after ``coreset``).
         files: File name of each image, "" where it did not come from a file.
         sha256s: Hash of each image file or of its pixels, "" for tensors.
         model: Name of the model that made the features.
         fingerprint: Hashes of that model's weights.
         img_size: Input height and width of that model.
         preset: Preset of the transform, None where the images came as tensors.
-        bit_depth: Bits per channel that 16-bit images were read with.
+        bit_depth: Bits per channel that 16-bit images were read with, and images to be compared with these are.
         threshold: Image score above which an image counts as anomalous.
         quantile: Quantile of the scores of normal images that the threshold is.
         normal_scores: Scores of the normal images that the threshold was taken from: these ones, each left out, or
             others.
-        scales: Typical distances of normal patches per level and ring, for models that score residuals directly.
     """
 
-    rows: list[Tensor]
-    images: list[Tensor]
-    grids: list[tuple[int, int]]
-    num_images: int
-    complete: bool = True
     files: list[str] = field(default_factory=list)
     sha256s: list[str] = field(default_factory=list)
     model: str | None = None
@@ -68,7 +58,31 @@ class ReferenceBank:
     threshold: float | None = None
     quantile: float | None = None
     normal_scores: list[float] = field(default_factory=list)
+
+    def undecided(self) -> BankRecord:
+        """The same without the threshold and what it was taken from."""
+        return dataclasses.replace(self, threshold=None, quantile=None, normal_scores=[])
+
+
+@dataclass(eq=False)
+class ReferenceBank:
+    """Patch features of normal images of one product, with the record of how they were made.
+
+    Attributes:
+        rows: Per level the patches of all images, (N_l, C_l), image after image, row after row.
+        image_of_row: Per level the index of the image that each row comes from, (N_l,) int32.
+        grids: Per level the height and width of the maps.
+        num_images: Number of reference images.
+        scales: What the model's scorer took from the images, None where it takes nothing.
+        record: How the bank was made. Its files, sha256s, model, threshold and quantile are attributes of the bank too.
+    """
+
+    rows: list[Tensor]
+    image_of_row: list[Tensor]
+    grids: list[tuple[int, int]]
+    num_images: int
     scales: Tensor | None = None
+    record: BankRecord = field(default_factory=BankRecord)
 
     @classmethod
     def from_features(cls, features: Sequence[Tensor]) -> ReferenceBank:
@@ -91,19 +105,54 @@ class ReferenceBank:
                 level.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).flatten(0, 2)
                 for level in features
             ],
-            images=[_image_of_each_patch(level, range(count)) for level in features],
+            image_of_row=[_image_of_each_patch(level, range(count)) for level in features],
             grids=[(level.shape[2], level.shape[3]) for level in features],
             num_images=count,
         )
 
-    def match(self, features: Sequence[Tensor], exclude: int | Sequence[int] | None = None) -> list[Tensor]:
+    @property
+    def files(self) -> list[str]:
+        """File name of each image, "" where it did not come from a file."""
+        return self.record.files
+
+    @property
+    def sha256s(self) -> list[str]:
+        """Hash of each image file or of its pixels, "" for tensors."""
+        return self.record.sha256s
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model that made the features."""
+        return self.record.model
+
+    @property
+    def quantile(self) -> float | None:
+        """Quantile of the scores of normal images that the threshold is."""
+        return self.record.quantile
+
+    @property
+    def threshold(self) -> float | None:
+        """Image score above which an image counts as anomalous, None where none was set."""
+        return self.record.threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self.record.threshold = value
+
+    @property
+    def complete(self) -> bool:
+        """Whether every patch of every image is still there, as after ``coreset`` it is not."""
+        sizes = [self.num_images * height * width for height, width in self.grids]
+        return [len(rows) for rows in self.rows] == sizes
+
+    def match(self, features: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
         """Find for every patch the bank row of highest cosine similarity, in bounded memory.
 
         Args:
             features: Maps of the queries, one (B, C_l, h_l, w_l) per level. The grids may differ from those of the
                 references.
-            exclude: Reference image that each of the B queries must not be matched with (one index for all, or one
-                each).
+            exclude: Index of the reference that each of the B queries must not be matched with: one for all, or one or
+                None for each.
 
         Returns:
             The matched rows, not normalized, as maps of the shapes of the features.
@@ -120,7 +169,7 @@ class ReferenceBank:
             for index, level in enumerate(features)
         ]
 
-    def residuals(self, features: Sequence[Tensor], exclude: int | Sequence[int] | None = None) -> list[Tensor]:
+    def residuals(self, features: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
         """Features minus their matched rows (equation 1 of the paper). Arguments, shapes and errors as in ``match``."""
         return [level - matched for level, matched in zip(features, self.match(features, exclude), strict=True)]
 
@@ -155,6 +204,34 @@ class ReferenceBank:
             batch = list(images[start : start + 8])
             yield self.residuals([level[batch] for level in features], exclude=batch)
 
+    @torch.no_grad()
+    def leave_one_out_scores(
+        self, scorer: Scorer, project: Project, reduction: int, full: ReferenceBank | None = None
+    ) -> list[float]:
+        """Image scores of references, each against the others alone.
+
+        Args:
+            scorer: How the model scores.
+            project: From residuals of all levels to what the scorer takes.
+            reduction: Input pixels per cell of the first level.
+            full: Where the features of the references are, as for ``leave_one_out``.
+        """
+        size = (self.grids[0][0] * reduction, self.grids[0][1] * reduction)
+        scores: list[float] = []
+        for residuals in self.leave_one_out(full=full):
+            maps = scorer.maps(project(residuals), [self.scales] * len(residuals[0]), size, SIGMA)
+            scores += maps.amax(dim=(1, 2)).tolist()
+        return scores
+
+    def calibrate(self, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
+        """Keep what only all patches of the images can tell, which ``full`` still has.
+
+        Other arguments are as for ``leave_one_out_scores``.
+        """
+        self.scales = scorer.scales(self, full)
+        if self is not full and self.num_images > 1:
+            self.record.normal_scores = self.leave_one_out_scores(scorer, project, reduction, full)
+
     def check(
         self, model: str, img_size: tuple[int, int], channels: Sequence[int], fingerprint: Sequence[str], source: str
     ) -> None:
@@ -166,13 +243,13 @@ class ReferenceBank:
         advice = "Create that model, or make the bank again with: adfeatures fit"
         if self.model not in (None, model):
             raise ReferencesError(f"{source} was made with {self.model}, not with {model}. {advice}")
-        if self.img_size not in (None, img_size):
+        if (size := self.record.img_size) not in (None, img_size):
             raise ReferencesError(
-                f"{source} was made for images of {self.img_size} pixels (height, width), not {img_size}. {advice}"
+                f"{source} was made for images of {size} pixels (height, width), not {img_size}. {advice}"
             )
         if [rows.shape[1] for rows in self.rows] != list(channels):
             raise ReferencesError(f"{source} holds features of other levels than those of {model}. {advice}")
-        if self.fingerprint and not set(self.fingerprint) & set(fingerprint):
+        if self.record.fingerprint and not set(self.record.fingerprint) & set(fingerprint):
             raise ReferencesError(f"{source} was made with other weights of {model}. {advice}")
 
     def extended(self, other: ReferenceBank) -> ReferenceBank:
@@ -185,17 +262,15 @@ class ReferenceBank:
             raise ReferencesError(
                 "Only whole banks of one model and one image size can be joined; set all references at once instead."
             )
-        return dataclasses.replace(
-            self,
+        owners = zip(self.image_of_row, other.image_of_row, strict=True)
+        record = self.record.undecided()
+        record.files, record.sha256s = self.files + other.files, self.sha256s + other.sha256s
+        return ReferenceBank(
             rows=[torch.cat(pair) for pair in zip(self.rows, other.rows, strict=True)],
-            images=[torch.cat([a, b + self.num_images]) for a, b in zip(self.images, other.images, strict=True)],
+            image_of_row=[torch.cat([own, theirs + self.num_images]) for own, theirs in owners],
+            grids=self.grids,
             num_images=self.num_images + other.num_images,
-            files=self.files + other.files,
-            sha256s=self.sha256s + other.sha256s,
-            threshold=None,
-            quantile=None,
-            normal_scores=[],
-            scales=None,
+            record=record,
         )
 
     def coreset(self, fraction: float, seed: int = 0) -> ReferenceBank:
@@ -204,7 +279,7 @@ class ReferenceBank:
         Per level, in cosine distance, as Sener and Savarese (2018) do it in Euclidean distance.
 
         Args:
-            fraction: Part of the rows to keep, in (0, 1].
+            fraction: Fraction of the rows to keep, in (0, 1].
             seed: Seed of the first row.
 
         Raises:
@@ -213,21 +288,18 @@ class ReferenceBank:
         if not 0 < fraction <= 1:
             raise InputError(f"The coreset fraction must lie in (0, 1], got {fraction}.")
         generator = torch.Generator().manual_seed(seed)
-        kept = [_k_center(rows, max(1, round(fraction * len(rows))), generator) for rows in self.rows]
-        return dataclasses.replace(
-            self,
+        kept = [_farthest_rows(rows, fraction, generator) for rows in self.rows]
+        return ReferenceBank(
             rows=[rows[k] for rows, k in zip(self.rows, kept, strict=True)],
-            images=[images[k] for images, k in zip(self.images, kept, strict=True)],
-            complete=self.complete and fraction == 1,
-            threshold=None,
-            quantile=None,
-            normal_scores=[],
-            scales=None,
+            image_of_row=[owners[k] for owners, k in zip(self.image_of_row, kept, strict=True)],
+            grids=self.grids,
+            num_images=self.num_images,
+            record=self.record.undecided(),
         )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a device or dtype move to every tensor, as ``nn.Module._apply`` does."""
-        self.rows, self.images = [fn(rows) for rows in self.rows], [fn(images) for images in self.images]
+        self.rows, self.image_of_row = [fn(rows) for rows in self.rows], [fn(owners) for owners in self.image_of_row]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to a safetensors file, atomically."""
@@ -247,44 +319,64 @@ class ReferenceBank:
             )
         return next(iter(banks.values()))
 
-    def _excluded(self, batch: int, exclude: int | Sequence[int] | None) -> Sequence[int] | None:
+    def _excluded(self, batch: int, exclude: Exclude) -> list[int | None] | None:
         if exclude is None:
             return None
-        excluded = [exclude] * batch if isinstance(exclude, int) else [int(index) for index in exclude]
-        if len(excluded) != batch or any(not 0 <= index < self.num_images for index in excluded):
+        if isinstance(exclude, int):
+            excluded: list[int | None] = [exclude] * batch
+        else:
+            excluded = [None if index is None else int(index) for index in exclude]
+        indices = {index for index in excluded if index is not None}
+        if len(excluded) != batch or not indices <= set(range(self.num_images)):
             raise InputError(
                 f"exclude must name one of {self.num_images} references for each of {batch} images, got {exclude}."
             )
-        if self.num_images == 1:
+        if indices and self.num_images == 1:
             raise ReferencesError("With a single reference image nothing is left to match it with. Add a second one.")
         return excluded
 
-    def _match_level(self, level: Tensor, index: int, excluded: Sequence[int] | None) -> Tensor:
-        rows, images, queries = self.rows[index], self.images[index], _tokens(level)
-        if excluded is not None and any((images == image).all() for image in set(excluded)):
+    def _match_level(self, level: Tensor, index: int, excluded: Sequence[int | None] | None) -> Tensor:
+        rows, owners, queries = self.rows[index], self.image_of_row[index], _tokens(level)
+        if excluded is not None and any(bool(owners.eq(image).all()) for image in set(excluded) if image is not None):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
         chunks = queries.split(QUERIES_PER_CHUNK)
-        barred = (
-            [None] * len(chunks) if excluded is None else _image_of_each_patch(level, excluded).split(QUERIES_PER_CHUNK)
-        )
-        nearest = torch.cat([_nearest(chunk, rows, images, own) for chunk, own in zip(chunks, barred, strict=True)])
+        if excluded is None:
+            barred: Sequence[Tensor | None] = [None] * len(chunks)
+        else:
+            # No row is of image -1, so nothing is barred from the images that exclude none.
+            images = [-1 if image is None else image for image in excluded]
+            barred = _image_of_each_patch(level, images).split(QUERIES_PER_CHUNK)
+        nearest = torch.cat([_nearest(chunk, rows, owners, own) for chunk, own in zip(chunks, barred, strict=True)])
         return rows[nearest].to(level.dtype).unflatten(0, (level.shape[0], *level.shape[2:])).permute(0, 3, 1, 2)
 
 
-def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Hashes of weights as rounded to each half precision, so that a model and its ``.half()`` or ``.bfloat16()`` share one."""
-    hashes = []
-    for dtype in (torch.float16, torch.bfloat16):
-        digest = hashlib.sha256()
-        for key, value in state_dict.items():
-            rounded = value.to("cpu", dtype if value.is_floating_point() else value.dtype)
-            digest.update(key.encode() + rounded.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        hashes.append(digest.hexdigest())
-    return hashes
+def residuals_of_images(
+    features: Sequence[Tensor], banks: Sequence[ReferenceBank], exclude: Sequence[int | None] | None = None
+) -> list[Tensor]:
+    """Residuals of a batch in which every image has a bank of its own, or shares one with others.
+
+    Args:
+        features: Maps of the images, one (B, C_l, h_l, w_l) per level.
+        banks: The bank of each image.
+        exclude: Index of the reference that each image must not be matched with, or None.
+
+    Returns:
+        Maps of the shapes of the features. Errors are those of ``ReferenceBank.match``.
+    """
+    residuals = [torch.empty_like(level) for level in features]
+    for bank in dict.fromkeys(banks):
+        members = [index for index, other in enumerate(banks) if other is bank]
+        own = None if exclude is None else [exclude[index] for index in members]
+        if len(members) == len(banks):
+            return bank.residuals(features, own)
+        found = bank.residuals([level[members] for level in features], own)
+        for level, of_members in zip(residuals, found, strict=True):
+            level[members] = of_members
+    return residuals
 
 
-def _nearest(queries: Tensor, rows: Tensor, images: Tensor, barred: Tensor | None) -> Tensor:
-    """Index of the row of highest cosine similarity to each query, (Q,); rows of the query's barred image do not count."""
+def _nearest(queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | None) -> Tensor:
+    """Index (Q,) of the row of highest cosine similarity to each query, rows of its barred image left out."""
     queries = queries.float()
     best = torch.full((len(queries),), -torch.inf, device=queries.device)
     nearest = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
@@ -294,7 +386,7 @@ def _nearest(queries: Tensor, rows: Tensor, images: Tensor, barred: Tensor | Non
         with torch.autocast(queries.device.type, enabled=False):
             similarity = queries @ F.normalize(chunk, dim=1).T
         if barred is not None:
-            similarity.masked_fill_(images[start : start + ROWS_PER_CHUNK] == barred[:, None], -torch.inf)
+            similarity.masked_fill_(owners[start : start + ROWS_PER_CHUNK] == barred[:, None], -torch.inf)
         value, index = similarity.max(dim=1)
         better = value > best
         best = torch.where(better, value, best)
@@ -302,17 +394,13 @@ def _nearest(queries: Tensor, rows: Tensor, images: Tensor, barred: Tensor | Non
     return nearest
 
 
-def _k_center(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices (count,) of rows, each the farthest from those before it, in ascending order."""
-    units = F.normalize(rows.float(), dim=1)
-    chosen = [int(torch.randint(len(rows), (1,), generator=generator))]
-    similarity = units @ units[chosen[0]]
-    for _ in tqdm(range(count - 1), desc="coreset", leave=False, disable=None):
-        # A row already chosen has similarity 1, up to rounding; it must not be chosen twice.
-        similarity[chosen[-1]] = torch.inf
-        chosen.append(int(similarity.argmin()))
-        similarity = torch.maximum(similarity, units @ units[chosen[-1]])
-    return torch.tensor(sorted(chosen), device=rows.device)
+def _farthest_rows(rows: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Indices of a fraction of the rows, each the farthest from those before it, in ascending order."""
+    count = max(1, round(fraction * len(rows)))
+    start = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
+    # Between vectors of unit length, Euclidean distances are ordered as cosine distances are.
+    chosen = greedy_coreset(F.normalize(rows.float(), dim=1), count, start)
+    return torch.cat([start, chosen[chosen != start][: count - 1]]).sort().values
 
 
 def _tokens(level: Tensor) -> Tensor:
@@ -326,20 +414,8 @@ def _image_of_each_patch(level: Tensor, image_of_each_map: Sequence[int]) -> Ten
 
 
 def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank]) -> None:
-    """Write the banks of several products to one safetensors file, atomically: the facts as JSON in its header, the rest as tensors."""
-    tensors: dict[str, Tensor] = {}
-    facts = []
-    for number, (product, bank) in enumerate(banks.items()):
-        for level, (rows, images) in enumerate(zip(bank.rows, bank.images, strict=True)):
-            tensors[f"{number}.rows.{level}"], tensors[f"{number}.images.{level}"] = (
-                rows.contiguous(),
-                images.contiguous(),
-            )
-        if bank.scales is not None:
-            tensors[f"{number}.scales"] = bank.scales.contiguous()
-        facts.append({"product": product, **{name: getattr(bank, name) for name in _FACTS}})
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "version": "1", "banks": json.dumps(facts)})
+    """Write the banks of several products to one safetensors file, atomically."""
+    bank_files.write({product: _packed(bank) for product, bank in banks.items()}, path)
 
 
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
@@ -348,46 +424,27 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
     Raises:
         CheckpointError: For a file that is missing, damaged or no bank.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(
-            f"There is no reference bank {path}. Make one with: adfeatures fit --references DIR --bank {path}"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{path} is not a reference bank. Make one with: adfeatures fit --references DIR --bank FILE"
-                )
-            if metadata.get("version") != "1":
-                raise CheckpointError(
-                    f"{path} was written by a newer version of adfeatures. Update the package: pip install -U adfeatures"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        facts = json.loads(metadata["banks"])
-        banks = {entry.pop("product"): _bank(number, entry, tensors) for number, entry in enumerate(facts)}
-    except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit"
-        ) from error
-    if not all(torch.isfinite(rows).all() for bank in banks.values() for rows in bank.rows):
-        raise CheckpointError(
-            f"The reference bank {path} holds NaN or infinite values. Make it again with: adfeatures fit"
-        )
-    return banks
+    return bank_files.read(path, _unpacked)
 
 
-_FACTS = [f.name for f in dataclasses.fields(ReferenceBank) if f.name not in ("rows", "images", "scales")]
+def _packed(bank: ReferenceBank) -> bank_files.Packed:
+    tensors = {f"rows.{index}": rows for index, rows in enumerate(bank.rows)}
+    tensors |= {f"images.{index}": owners for index, owners in enumerate(bank.image_of_row)}
+    if bank.scales is not None:
+        tensors["scales"] = bank.scales
+    return {"grids": bank.grids, "num_images": bank.num_images, **dataclasses.asdict(bank.record)}, tensors
 
 
-def _bank(number: int, facts: dict[str, object], tensors: Mapping[str, Tensor]) -> ReferenceBank:
-    grids = [(int(h), int(w)) for h, w in facts.pop("grids")]  # type: ignore[attr-defined]
+def _unpacked(facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> ReferenceBank:
+    grids = [(int(height), int(width)) for height, width in facts.pop("grids")]
     size = facts.pop("img_size")
+    # Of earlier versions; the number of rows says it.
+    facts.pop("complete", None)
     return ReferenceBank(
-        rows=[tensors[f"{number}.rows.{level}"] for level in range(len(grids))],
-        images=[tensors[f"{number}.images.{level}"] for level in range(len(grids))],
-        scales=tensors.get(f"{number}.scales"),
+        rows=[tensors[f"rows.{index}"] for index in range(len(grids))],
+        image_of_row=[tensors[f"images.{index}"] for index in range(len(grids))],
         grids=grids,
-        img_size=None if size is None else (int(size[0]), int(size[1])),  # type: ignore[index]
-        **facts,  # type: ignore[arg-type]
+        num_images=facts.pop("num_images"),
+        scales=tensors.get("scales"),
+        record=BankRecord(img_size=size and (int(size[0]), int(size[1])), **facts),
     )

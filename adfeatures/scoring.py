@@ -1,32 +1,130 @@
-"""From features to anomaly maps, image scores and thresholds."""
+"""From features to anomaly maps, image scores and thresholds.
+
+A scorer says how a model scores: what features it compares, what it takes from a reference bank when that is made, and
+how residuals become anomaly maps. Models with a projector score by the norm of the projected residuals, models without
+one by cosine distances.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, ReferencesError
+
+if TYPE_CHECKING:
+    from .references import ReferenceBank
 
 SIGMA = 4.0
-# Tops of the fixed color scale of maps where no threshold gives one. Of projected residuals, since training pushes
-# anomalous patches above 0.4 + 0.75; of direct residuals, as a multiple of what normal patches show.
-FEATURE_NORM_TOP = 1.15
-RESIDUAL_TOP = 4.0
 # Zero padding reaches about this far into the maps of a convolutional backbone.
 RINGS = 3
 
 
 class AnomalyMap(NamedTuple):
-    """Scores of a batch: ``maps`` (B, H, W) at the input size and ``scores`` (B,), the maximum of each map; both >= 0, no upper bound."""
+    """Scores of a batch, >= 0 and unbounded: ``maps`` (B, H, W) at the input size, ``scores`` (B,) their maxima."""
 
     maps: Tensor
     scores: Tensor
+
+
+class Scorer(Protocol):
+    """How a model scores.
+
+    Attributes:
+        top: Top of the fixed color scale of maps where no threshold gives one.
+    """
+
+    top: float
+
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The features to compare, of maps of the backbone (B, C_l, h_l, w_l)."""
+
+    def scales(self, bank: ReferenceBank, full: ReferenceBank) -> Tensor | None:
+        """What a bank keeps for the maps of later images.
+
+        Args:
+            bank: The bank, without scales.
+            full: The same images with all of their patches.
+        """
+
+    def maps(
+        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
+    ) -> Tensor:
+        """Anomaly maps (B, H, W).
+
+        Args:
+            features: Residuals, projected where the model has a projector, one (B, C_l, h_l, w_l) per level.
+            scales: Of the bank of each image.
+            size: Height and width of the maps in pixels.
+            sigma: Gaussian smoothing in pixels of the maps.
+        """
+
+
+class FeatureNormScorer:
+    """The norm of projected residuals (FeatureNorm, paper section 3.5)."""
+
+    # Training pushes anomalous patches above 0.4 + 0.75.
+    top = 1.15
+
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The maps as they are."""
+        return list(maps)
+
+    def scales(self, bank: ReferenceBank, full: ReferenceBank) -> None:
+        """Nothing: training has given all norms one scale."""
+
+    def maps(
+        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
+    ) -> Tensor:
+        """See ``feature_norm_map``."""
+        return feature_norm_map(features, size, sigma)
+
+
+class CosineRingScorer:
+    """Cosine distances, as multiples of what normal patches show at the same distance from the border of the map.
+
+    Args:
+        typical: Distances between two normal images per level and ring, the interior last, (levels, RINGS + 1). They
+            serve banks of a single image, which cannot show any. The default takes distances as they are there.
+    """
+
+    # A multiple of what normal patches show.
+    top = 4.0
+
+    def __init__(self, typical: Sequence[Sequence[float]] | None = None) -> None:
+        self.typical = typical
+
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Features of unit length per patch."""
+        return [F.normalize(level, dim=1) for level in maps]
+
+    def scales(self, bank: ReferenceBank, full: ReferenceBank) -> Tensor:
+        """Typical distances (levels, RINGS + 1) of the images of the bank from each other, float32 on the CPU."""
+        if bank.num_images == 1:
+            return torch.ones(len(bank.rows), RINGS + 1) if self.typical is None else torch.tensor(self.typical)
+        parts = [[cosine_distances(level) for level in part] for part in bank.leave_one_out(full=full)]
+        return ring_scales([torch.cat(level) for level in zip(*parts, strict=True)]).cpu()
+
+    def maps(
+        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
+    ) -> Tensor:
+        """The distances divided by the scales of each image's bank, averaged over the levels and smoothed.
+
+        Raises:
+            ReferencesError: For a bank without scales, as a model with a projector makes it.
+        """
+        of_images = [own for own in scales if own is not None]
+        if len(of_images) != len(scales):
+            raise ReferencesError("The bank was made by a model that scores otherwise. Set the references again.")
+        of_levels = torch.stack(of_images, dim=1)
+        distances = [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
+        return fuse(distances, size, sigma)
 
 
 def feature_norm_map(features: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
@@ -58,7 +156,7 @@ def cosine_distances(residuals: Tensor) -> Tensor:
 
 
 def ring_scales(distances: Sequence[Tensor]) -> Tensor:
-    """Typical leave-one-out distances of normal patches, from maps (K, h_l, w_l): (levels, RINGS + 1), the interior last.
+    """Typical leave-one-out distances (levels, RINGS + 1) of normal patches, interior last, from maps (K, h_l, w_l).
 
     Zero padding makes the border of a map stand out: outer rings count by the square of their level over the
     interior's, never below 1.
@@ -75,8 +173,9 @@ def ring_scales(distances: Sequence[Tensor]) -> Tensor:
 
 
 def divide_by_ring(distances: Tensor, scales: Tensor) -> Tensor:
-    """Bring distances (B, h, w) of one level to the scale of normal ones, given that level's ``ring_scales``, (RINGS + 1,)."""
-    return distances / scales.to(distances.device)[_rings(distances.shape[-2], distances.shape[-1], distances.device)]
+    """Bring distances (B, h, w) of a level to the scale of normal ones: ``scales`` (RINGS + 1,) or (B, RINGS + 1)."""
+    rings = _rings(distances.shape[-2], distances.shape[-1], distances.device)
+    return distances / scales.to(distances.device)[..., rings]
 
 
 def _rings(height: int, width: int, device: torch.device) -> Tensor:
@@ -136,7 +235,7 @@ def normal_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> fl
 
 
 def outliers(scores: Sequence[float] | np.ndarray) -> list[int]:
-    """Indices of scores that lie far above the others: over 1.5 times the median and 3.5 robust standard deviations from it."""
+    """Indices of scores far above the others: over 1.5 medians, and 3.5 robust standard deviations from the median."""
     values = np.asarray(scores, dtype=np.float64)
     median = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - median))
@@ -144,7 +243,7 @@ def outliers(scores: Sequence[float] | np.ndarray) -> list[int]:
 
 
 def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | Sequence[bool] | np.ndarray) -> float:
-    """Area under the ROC curve: how often an anomalous sample (label 1) scores above a normal one (0), ties counted half.
+    """Area under the ROC curve: how often an anomalous sample (label 1) scores above a normal one (0), ties half.
 
     Raises:
         InputError: If a score is not finite, or only one of the labels is there.

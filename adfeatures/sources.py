@@ -12,7 +12,6 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from .checkpoints import sha256
 from .errors import ImageError
 from .images import list_images
 
@@ -57,7 +56,7 @@ def digest(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         if not Path(source).is_file():
             raise ImageError(f"There is no image file {source}.")
-        return sha256(source)
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
     pixels = np.ascontiguousarray(source)
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Any vision transformer or convolutional pyramid of timm as a backbone, by timm's feature getters and under timm's state-dict keys."""
+"""Any vision transformer or convolutional pyramid of timm as a backbone, under timm's state-dict keys."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entr
 from torch import Tensor, nn
 
 from . import catalog
-from .backbones import UNUSED, StateDict, check_images, check_levels, load_strictly
+from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly
 from .errors import CheckpointError, InputError, UnknownNameError
 
 _PYRAMID = (4, 8, 16)
+_TIMM = "https://github.com/huggingface/pytorch-image-models"
 _FAILURES = (AssertionError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Encoder):
     """The trunk of a timm model: raw outputs of chosen blocks or stages, prefix tokens dropped, no final norm, no head.
 
     Args:
@@ -28,32 +29,37 @@ class TimmBackbone(nn.Module):
         levels: Blocks or stages, counted from 1, whose outputs are returned. The default divides the depth of a
             transformer in four equal parts, and takes the stages of a pyramid that have 4, 8 and 16 input pixels per
             cell.
-        weights: State dict with timm's keys, or with others that timm converts. None leaves random weights.
-        source: Where the weights came from, for error messages.
 
     Raises:
         InputError: For a model without feature maps, or levels that it does not have.
-        CheckpointError: For weights that are not exactly those of the architecture.
     """
 
-    def __init__(
-        self, arch: str, levels: Sequence[int] | None = None, weights: StateDict | None = None, source: str = ""
-    ) -> None:
+    def __init__(self, arch: str, levels: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.model = _build(arch)
+        self.arch, self.model = arch, _build(arch)
         stages = self.model.feature_info
         self.levels = check_levels(_default_levels(arch, stages) if levels is None else levels, len(stages))
         self.channels = tuple(int(stages[level - 1]["num_chs"]) for level in self.levels)
         self.reductions = tuple(int(stages[level - 1]["reduction"]) for level in self.levels)
         self.patch_size = max(self.reductions)
         self._indices = [level - 1 for level in self.levels]
-        if weights is not None:
-            weights = _native(weights, self.model, arch, source)
+
+    def load(self, weights: StateDict | None, source: str) -> None:
+        """Take weights, and let go of what the levels do not need.
+
+        Args:
+            weights: State dict with timm's keys, or with others that timm converts. None leaves random weights.
+            source: Where the weights came from, for error messages.
+
+        Raises:
+            CheckpointError: For weights that are not exactly those of the architecture.
+        """
+        native = None if weights is None else _native(weights, self.model, self.arch, source)
         whole = self.model.state_dict().keys()
         self.model.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
-        if weights is not None:
+        if native is not None:
             spare = whole - self.model.state_dict().keys()
-            load_strictly(self.model, {key: value for key, value in weights.items() if key not in spare}, source)
+            load_strictly(self.model, {key: value for key, value in native.items() if key not in spare}, source)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images (B, 3, H, W) to one (B, C_l, H / reduction_l, W / reduction_l) map per level.
@@ -66,35 +72,61 @@ class TimmBackbone(nn.Module):
             x, indices=self._indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
 
+    def try_out(self, size: Sequence[int]) -> None:
+        """Make sure that images of a size give maps of the described shapes: timm's own description is not always so.
 
-def find_timm(
-    name: str, levels: Sequence[int] | None = None, img_size: tuple[int, int] | None = None
-) -> catalog.Backbone:
-    """Describe a timm model as a backbone.
+        Raises:
+            InputError: Otherwise.
+        """
+        height, width = size
+        for device in ("meta", "cpu"):  # without computing first; but some models look at values
+            tensors = {name: tensor.to(device) for name, tensor in self.state_dict(keep_vars=True).items()}
+            try:
+                with torch.no_grad():
+                    images = torch.zeros(1, 3, height, width, device=device)
+                    maps = torch.func.functional_call(self.eval(), tensors, (images,))
+                break
+            except InputError:
+                raise
+            except _FAILURES as error:
+                failure = error
+        else:
+            reason = str(failure).strip().partition("\n")[0].rstrip(".")
+            raise InputError(
+                f"{self.arch} takes no images of {(height, width)} pixels ({reason}). Choose another size or backbone."
+            ) from failure
+        shapes = zip(self.channels, self.reductions, strict=True)
+        expected = [(1, channels, height // reduction, width // reduction) for channels, reduction in shapes]
+        found = [tuple(level.shape) for level in maps]
+        if found != expected:
+            raise InputError(
+                f"{self.arch} gives maps of shape {found} instead of {expected}, so it cannot be used. "
+                "Choose another backbone."
+            )
 
-    It is run on shapes alone, since timm's own description is not always what a model does.
+
+def find_timm(name: str, levels: Sequence[int] | None = None) -> tuple[catalog.Backbone, TimmBackbone]:
+    """Describe a timm model as a backbone, which only the model itself can do; it is returned without trained weights.
 
     Args:
         name: Name of a timm model, with or without ``.tag``.
         levels: Blocks or stages, counted from 1. For the default see ``TimmBackbone``.
-        img_size: Height and width that must be possible. The default is timm's, cut to a multiple of the patch.
 
     Raises:
         UnknownNameError: For an unknown model or tag, with the closest known ones.
-        InputError: For a model that has no feature maps, not these levels, or does not take images of that size.
+        InputError: For a model that has no feature maps, or not these levels.
     """
     arch, _, tag = name.partition(".")
     if arch in catalog.MODELS or not timm.is_model(arch):
         close = get_close_matches(arch, [known for known in timm.list_models() if known not in catalog.MODELS])
-        raise UnknownNameError(
-            f"{catalog.unknown('backbone', name, (*catalog.BACKBONES, *close))} Besides those there are timm.list_models()."
-        )
+        message = catalog.unknown("backbone", name, (*catalog.BACKBONES, *close))
+        raise UnknownNameError(f"{message} Besides those there are timm.list_models().")
     tags = tuple(known.partition(".")[2] for known in get_arch_pretrained_cfgs(arch))
     if tag and tag not in tags:
         raise UnknownNameError(catalog.unknown(f"tag of {arch}", tag, tags))
-    cfg = get_pretrained_cfg(name)
-    backbone, size = _try_out(arch, levels, img_size, cfg.input_size[1:])
-    return catalog.Backbone(
+    cfg, backbone = get_pretrained_cfg(name), TimmBackbone(arch, levels)
+    page = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else _TIMM
+    entry = catalog.Backbone(
         family="timm",
         timm_name=f"{arch}.{cfg.tag}" if cfg.tag else arch,
         blocks=backbone.levels,
@@ -105,15 +137,11 @@ def find_timm(
         hub_file=(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors") if cfg.hf_hub_id else None,
         original_file="pytorch_model.bin",
         license=cfg.license or "see the model's page",
-        origin=cfg.origin_url
-        or (
-            f"https://huggingface.co/{cfg.hf_hub_id}"
-            if cfg.hf_hub_id
-            else "https://github.com/huggingface/pytorch-image-models"
-        ),
+        origin=cfg.origin_url or page,
         notes="Position embeddings are resized the way timm does.",
-        img_size=size,
+        img_size=tuple(side // backbone.patch_size * backbone.patch_size for side in cfg.input_size[1:]),
     )
+    return entry, backbone
 
 
 def _build(arch: str) -> Any:
@@ -123,7 +151,8 @@ def _build(arch: str) -> Any:
         model = timm.create_model(arch, pretrained=False)
     if not (hasattr(model, "forward_intermediates") and getattr(model, "feature_info", None)):
         raise InputError(
-            f"timm {timm.__version__} has no feature maps for {arch}. Choose a vision transformer or a convolutional pyramid."
+            f"timm {timm.__version__} has no feature maps for {arch}. Choose a vision transformer or a convolutional "
+            "pyramid."
         )
     return model
 
@@ -138,41 +167,6 @@ def _default_levels(arch: str, stages: Sequence[Mapping[str, Any]]) -> tuple[int
             f"{arch} has no stages with 4, 8 or 16 pixels per cell, but {reductions}: choose levels from 1 to {depth}."
         )
     return levels
-
-
-def _try_out(
-    arch: str, levels: Sequence[int] | None, size: tuple[int, int] | None, usual: Sequence[int]
-) -> tuple[TimmBackbone, tuple[int, int]]:
-    """A backbone that was seen to give maps of the described shapes, for images of a size, or else of the usual one."""
-    for device in (
-        "meta",
-        "cpu",
-    ):  # without memory first; but some models compute with values while they are built or run
-        try:
-            with torch.device(device), torch.no_grad():
-                backbone = TimmBackbone(arch, levels).eval()
-                height, width = size or [side // backbone.patch_size * backbone.patch_size for side in usual]
-                maps = backbone(torch.zeros(1, 3, height, width))
-            break
-        except InputError:
-            raise
-        except _FAILURES as error:
-            failure = error
-    else:
-        reason = str(failure).strip().partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"{arch} takes no images of {size or usual} pixels ({reason}). Choose another size or backbone."
-        ) from failure
-    expected = [
-        (1, channels, height // r, width // r)
-        for channels, r in zip(backbone.channels, backbone.reductions, strict=True)
-    ]
-    found = [tuple(level.shape) for level in maps]
-    if found != expected:
-        raise InputError(
-            f"{arch} gives maps of shape {found} instead of {expected}, so it cannot be used. Choose another backbone."
-        )
-    return backbone, (height, width)
 
 
 def _native(state: StateDict, model: nn.Module, arch: str, source: str) -> StateDict:

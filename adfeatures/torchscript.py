@@ -66,7 +66,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of an archive by their dotted names, as ``state_dict`` of the module that it was made of.
+    """The parameters and buffers of an archive by their dotted names, as the ``state_dict`` of its module has them.
 
     Memory is bounded by the size of the file and 64 MiB.
 
@@ -134,7 +134,7 @@ class _Files:
         return found
 
     def state_names(self, kind: str) -> set[str] | None:
-        """The attributes that a class of modules lists as its parameters and buffers, None where its text is missing."""
+        """The attributes that a class lists as its parameters and buffers, None where its text is missing."""
         if kind not in self.state:
             self.state[kind] = self._listed(*kind.split(" "))
         return self.state[kind]

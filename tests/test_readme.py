@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python blocks in order, and its adfeatures commands, on photos and a loopback Hub."""
+"""What the README shows is run: its Python blocks in order, and its commands, on photos and a loopback Hub."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def test_commands(workplace: Path) -> None:
     assert "pip install . && adfeatures demo" in README and 'pip install ".[test]" && pytest' in README
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cannot pin down")
 def test_python_blocks(workplace: Path, hub: HubServer) -> None:
     model = adfeatures.create_model("adpretrain_dinov2_base", pretrained=False)

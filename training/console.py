@@ -1,4 +1,4 @@
-"""How the entry points begin and end: options from the fields of a dataclass, errors in one line, exit codes of the ``adfeatures`` command."""
+"""How the entry points begin and end: options from the fields of a dataclass, errors in one line, an exit code."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adfeatures.catalog import unknown
+from adfeatures.cli import DONE, INTERRUPTED, NOTHING_DONE
+from adfeatures.cli import SOME_FAILED as SOME_FAILED
 from adfeatures.errors import AdfeaturesError, UnknownNameError
 
-T = TypeVar("T")
-DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+# In the place of a default: the field has none, and its option must be given.
+REQUIRED: Any = dataclasses.MISSING
 
 
 def run(entry: str, function: Callable[[], int | None]) -> int:
-    """Call a function and turn its errors into a line on stderr and an exit code.
+    """Call a function and turn its errors into a line on stderr and an exit code, as those of ``adfeatures``.
 
     Args:
         entry: Name of the entry point, such as "pretrain".
@@ -35,36 +41,53 @@ def run(entry: str, function: Callable[[], int | None]) -> int:
         return INTERRUPTED
 
 
+def run_config(
+    entry: str,
+    description: str,
+    config: type[Config],
+    function: Callable[[Config], int | None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """The whole of an entry point whose options are the fields of a config.
+
+    Args:
+        entry: Name of the entry point.
+        description: For its help.
+        config: The dataclass.
+        function: What to run with the config that the options ask for; it returns as in ``run``.
+        arguments: Of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m training.{entry}", description=description)
+    add_options(parser, config)
+    options = parser.parse_args(arguments)
+    return run(entry, lambda: function(from_options(options, config)))
+
+
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A field with the help text of its command line option."""
+    """A field with the help text of its command line option; the default may be REQUIRED."""
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+def add_options(parser: argparse.ArgumentParser, config: type[DataclassInstance]) -> None:
     """An option for each field of a config dataclass: ``--batch-size 32``, several values for tuples."""
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
-        name, kind = f"--{field.name.replace('_', '-')}", str(hints[field.name])
-        if hints[field.name] is bool:
+        name, hint, required = f"--{field.name.replace('_', '-')}", hints[field.name], field.default is REQUIRED
+        if hint is bool:
             parser.add_argument(name, action="store_true", help=field.metadata["help"])
             continue
-        several = kind.startswith("tuple")
-        type_ = (
-            next((t for t in (int, float) if t.__name__ in kind), str)
-            if hints[field.name] not in (int, float)
-            else hints[field.name]
-        )
         parser.add_argument(
             name,
-            type=type_,
-            nargs="*" if several else None,
+            type=next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str),
+            nargs="*" if get_origin(hint) is tuple else None,
+            required=required,
             default=field.default,
             choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} (default: {_shown(field.default)})",
+            help=f"{field.metadata['help']} ({'required' if required else f'default: {_shown(field.default)}'})",
         )
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: DataclassInstance) -> None:
     """Raise UnknownNameError for a value of a config dataclass that is not among the choices of its field."""
     for field in dataclasses.fields(config):
         choices, value = field.metadata["choices"], getattr(config, field.name)
@@ -72,17 +95,16 @@ def check_choices(config: Any) -> None:
             raise UnknownNameError(unknown(field.name, value, choices))
 
 
-def from_options(options: argparse.Namespace, config: type[T]) -> T:
+def from_options(options: argparse.Namespace, config: type[Config]) -> Config:
     """The config that the options ask for.
 
     Raises:
         InputError: For values that the config cannot have.
     """
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _shown(default: object) -> str:
-    return (
-        " ".join(map(str, default)) or "-" if isinstance(default, tuple) else "-" if default is None else str(default)
-    )
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return "-" if shown in (None, "") else str(shown)

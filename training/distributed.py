@@ -38,7 +38,8 @@ def processes(device: str | None) -> Iterator[torch.device]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.cuda.device_count() <= local_rank):
         raise InputError(
-            f"There is no device {kind!r} for local rank {local_rank}: torch sees {torch.cuda.device_count()} CUDA devices."
+            f"There is no device {kind!r} for local rank {local_rank}: "
+            f"torch sees {torch.cuda.device_count()} CUDA devices."
         )
     own = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if "WORLD_SIZE" not in os.environ:
@@ -74,7 +75,9 @@ def barrier() -> None:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks along their first dimension, on every rank; gradients flow back to the rank they belong to.
+    """Concatenate the tensors of all ranks along their first dimension, on every rank.
+
+    Gradients flow back to the rank that they belong to.
 
     Where every rank computes the same loss of what was gathered, the gradient that reaches a rank is ``world_size``
     times its own share, so that the mean over the ranks, which DistributedDataParallel takes, is the gradient of one
@@ -95,10 +98,10 @@ def gather_objects(value: Any) -> list[Any]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(parts, tensor.contiguous())
+        tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(tensors, tensor.contiguous())
         ctx.length = len(tensor)
-        return torch.cat(parts)
+        return torch.cat(tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluate a model on a data set: ``python -m training.evaluate --model M --method all --dataset mvtec --root DIR --output RUN``.
+"""Evaluate a model on a data set: ``python -m training.evaluate --model M --dataset mvtec --root DIR --output RUN``.
 
 Writes results.json, results.csv and results.md, and pictures in figures/. The same command resumes an interrupted run,
 and adds products, methods or draws that are asked for later. For several devices, which share the products: ``torchrun
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,20 +21,20 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from . import console
-from .console import add_options, from_options
-from .data import DATASETS
-from .data.checks import report, tree_of
+from .data import DATASETS, dataset
+from .data.checks import report
 from .distributed import barrier, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
+from .evaluation.model import EvaluatedModel, load_model
 from .evaluation.report import write_report
 from .evaluation.results import Results
 from .evaluation.runner import Evaluation
-from .evaluation.subject import Subject, load_subject
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "scikit-image", "pillow")
+DESCRIPTION = "Evaluate a model on an anomaly detection data set."
 
 
-def evaluate(config: EvaluationConfig) -> int:
+def evaluate_model(config: EvaluationConfig) -> int:
     """Evaluate as the config says, or resume, and print the means.
 
     Returns:
@@ -48,29 +47,28 @@ def evaluate(config: EvaluationConfig) -> int:
         AdfeaturesError: If a product has results of other images, the disk is full, or a folder cannot be written. What
             was finished is kept.
     """
-    products = find_products(str(config.dataset), str(config.root), config.products)
+    products = find_products(config.dataset, config.root, config.products)
     with processes(config.device) as device:
-        subject = load_subject(
-            str(config.model),
+        model = load_model(
+            config.model,
             config.methods,
             weights=config.weights,
             backbone_weights=config.backbone_weights,
             img_size=config.size,
             device=device,
         )
-        results = Results(
-            config.output, {**config.settings(), "img_size": subject.img_size, "weights": subject.fingerprints}
-        )
-        evaluation = Evaluation(config, subject, results)
+        settings = {**config.settings(), "img_size": model.img_size, "weights": model.fingerprints}
+        results = Results(config.output, settings)
+        evaluation = Evaluation(config, model, results)
         for product in tqdm(products[rank() :: world_size()], desc="products", disable=None):
             evaluation.evaluate_product(product)
         barrier()
-        for run in evaluation.joint_runs[rank() :: world_size()]:
-            evaluation.evaluate_jointly(run, products)
+        for combination in evaluation.jointly[rank() :: world_size()]:
+            evaluation.evaluate_jointly(combination, products)
         barrier()
         if rank():
             return console.DONE
-        print(write_report(results, about(config, subject, products)))
+        print(write_report(results, about(config, model, products)))
         print(f"Tables and pictures: {results.folder}")
         return status(evaluation, products)
 
@@ -82,60 +80,58 @@ def find_products(name: str, root: str, asked: Sequence[str]) -> list[str]:
         UnknownNameError: For a product that the data set does not have.
         InputError: If the root holds none.
     """
-    tree = tree_of(name)
+    tree = dataset(name)
     present = list(tree.find_products(root))
     if not present:
         raise InputError(tree.wrong_root(root))
     known = tree.products or tuple(present)
     for product in asked:
         if product not in (*known, *present):
-            raise UnknownNameError(unknown(f"product of {DATASETS[name]}", product, known))
+            raise UnknownNameError(unknown(f"product of {tree.title}", product, known))
     return list(dict.fromkeys(asked)) or present
 
 
-def about(config: EvaluationConfig, subject: Subject, products: Sequence[str]) -> dict[str, Any]:
+def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[str]) -> dict[str, Any]:
     """What the report says of program, model and data set."""
-    known = tree_of(str(config.dataset)).products
+    tree = dataset(config.dataset)
+    known = tree.products
     # A tree of other products in the layout of a known data set lacks none.
-    missing = (
-        [product for product in known if product not in products]
-        if set(known) & set(products) and not config.products
-        else []
-    )
-    weights = [
-        {"name": entry.name, "source": entry.source, "stored": entry.stored} for entry in subject.weights.values()
-    ]
-    return {
-        "title": f"{subject.name} on {DATASETS[str(config.dataset)]}",
+    complete = config.products or not set(known) & set(products)
+    missing = [] if complete else [product for product in known if product not in products]
+    projected = any(weights.projector is not None for weights in model.weights.values())
+    facts = {
+        "title": f"{model.name} on {tree.title}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
-        "device": str(subject.device),
-        "pretrained": "residuals of features of unit length, no projector"
-        if subject.unit_length
-        else "projected residuals",
-        "weights": weights,
-        **({"products not found": ", ".join(missing)} if missing else {}),
+        "device": str(model.device),
+        "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
+        "weights": [{"name": w.name, "source": w.source, "stored": w.stored} for w in model.weights.values()],
     }
+    return {**facts, "products not found": ", ".join(missing)} if missing else facts
 
 
 def status(evaluation: Evaluation, products: Sequence[str]) -> int:
     """The exit code: whether all that was asked for is there, and says how well images are told apart."""
-    runs = [*evaluation.runs, *evaluation.joint_runs]
-    records = [evaluation.results.read(product, run) for product in products for run in runs]
+    read = evaluation.results.read
+    records = [read(product, combination) for product in products for combination in evaluation.combinations]
     judged = [record is not None and record["metrics"]["image_auroc"] is not None for record in records]
     return console.DONE if all(judged) else console.SOME_FAILED if any(judged) else console.NOTHING_DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description="Evaluate a model on an anomaly detection data set."
-    )
-    parser.add_argument("--check", metavar="DIR", help="only say what is missing or misnamed in a data set")
-    add_options(parser, EvaluationConfig)
-    options = parser.parse_args(arguments)
-    if options.check is not None:
-        return console.run("evaluate", partial(_check, options.check, options.dataset))
-    return console.run("evaluate", lambda: evaluate(from_options(options, EvaluationConfig)))
+    checker = argparse.ArgumentParser(prog="python -m training.evaluate", add_help=False, allow_abbrev=False)
+    checker.add_argument("--check", metavar="DIR", help="only say what is missing or misnamed in a data set")
+    parser = argparse.ArgumentParser(prog=checker.prog, description=DESCRIPTION, parents=[checker])
+    console.add_options(parser, EvaluationConfig)
+    # Nothing else is required to check a data set.
+    checker.add_argument("--dataset", choices=tuple(DATASETS))
+    options, others = checker.parse_known_args(arguments)
+    if options.check is None:
+        options = parser.parse_args(arguments)
+        return console.run("evaluate", lambda: evaluate_model(console.from_options(options, EvaluationConfig)))
+    if others:
+        checker.error(f"--check takes --dataset alone, not {' '.join(others)}")
+    return console.run("evaluate", lambda: _check(options.check, options.dataset))
 
 
 def _check(root: str, name: str | None) -> int:

@@ -1,7 +1,7 @@
-"""The seven numbers of a class: AUROC, AP and F1-max of its images and of its pixels, and AUPRO, exact or as the original computes it.
+"""The seven numbers of a class: AUROC, AP and F1-max of its images and pixels, and AUPRO, exact or the original's.
 
 A mask value above 0 is a defect pixel, whatever its gray. Scores keep their precision (half becomes float32), so ties
-stay ties. Normal pixels are sorted in parts, so that a call needs little beyond its arguments: a byte per pixel, and
+stay ties. Normal pixels are sorted in chunks, so that a call needs little beyond its arguments: a byte per pixel, and
 100 MB or, if more, 130 bytes per defect pixel.
 """
 
@@ -26,8 +26,8 @@ Array: TypeAlias = np.ndarray | torch.Tensor
 LIMIT = 0.3
 # Of the original's AUPRO.
 THRESHOLDS = 200
-# Smaller parts need less memory, but every threshold is looked up in each of them.
-PIXELS_PER_PART = 2**23
+# Smaller chunks need less memory, but every threshold is looked up in each of them.
+PIXELS_PER_CHUNK = 2**23
 EIGHT_NEIGHBORS = np.ones((3, 3))
 
 
@@ -93,7 +93,7 @@ def evaluate(maps: Array, masks: Array, labels: Array, scores: Array | None = No
         )
     if not np.isfinite(scores).all():
         raise InputError(
-            "Image scores hold NaN or infinite values. Look for them in the features or in the method that made the scores."
+            "Image scores hold NaN or infinite values. Look for them in the features or in what made the scores."
         )
     images = _of_both_kinds("image_auroc, image_ap, image_f1", "image", anomalous)
     pixels = _of_both_kinds("pixel_auroc, pixel_ap, pixel_f1, aupro", "pixel", defect)
@@ -107,12 +107,13 @@ def aupro(maps: Array, masks: Array, limit: float = LIMIT) -> float:
     """Exact area under the per-region-overlap curve up to a false positive rate, divided by that rate: in [0, 1].
 
     Every distinct score is a threshold, equal scores being passed at once. PRO is the mean, over the 8-connected
-    regions of all masks, of the part detected; FPR the part of all other pixels that is. The curve starts at (0, 0),
+    regions of all masks, of the fraction detected; FPR that of all other pixels. The curve starts at (0, 0),
     runs straight between neighboring thresholds, is interpolated at ``limit`` and integrated by the trapezoid rule. So
     maps of one value give limit / 2, the diagonal.
 
     Args:
-        maps, masks: As for ``evaluate``.
+        maps: As for ``evaluate``.
+        masks: As for ``evaluate``.
         limit: False positive rate up to which to integrate, in (0, 1].
 
     Returns:
@@ -151,7 +152,9 @@ def aupro_original(maps: Array, masks: Array) -> float:
     thresholds = np.arange(low, high, step)
     passed = thresholds.searchsorted(maps[defect], side="left")
     pro = np.bincount(passed, weights=_shares(defect), minlength=len(thresholds) + 1)[:0:-1].cumsum()[::-1]
-    false = sum(len(normal) - normal.searchsorted(thresholds, side="right") for normal in _sorted_normals(maps, defect))
+    false = np.zeros(len(thresholds), dtype=np.int64)
+    for normal in _sorted_normals(maps, defect):
+        false += len(normal) - normal.searchsorted(thresholds, side="right")
     fpr = false / (defect.size - len(passed))
     kept = fpr < LIMIT
     fpr, pro = fpr[kept], pro[kept]
@@ -162,10 +165,11 @@ def aupro_original(maps: Array, masks: Array) -> float:
 
 
 def curves(maps: Array, masks: Array, rates: Array) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC and the PRO curve of pixels: what part of all defect pixels, and of each region on average, is detected at given rates.
+    """The ROC and the PRO curve of pixels: which fraction of defect pixels, and of a region on average, is detected.
 
     Args:
-        maps, masks: As for ``evaluate``.
+        maps: As for ``evaluate``.
+        masks: As for ``evaluate``.
         rates: False positive rates (R,), 0 to 1.
 
     Returns:
@@ -177,7 +181,7 @@ def curves(maps: Array, masks: Array, rates: Array) -> tuple[np.ndarray, np.ndar
         return np.full(len(rates), nan), np.full(len(rates), nan)
     ranking = _Ranking.of(maps, defect)
     detected = (ranking.found / len(ranking.order), ranking.overlap(defect))
-    roc, pro = (np.interp(_array(rates), *ranking.curve(part)) for part in detected)
+    roc, pro = (np.interp(_array(rates), *ranking.curve(fraction)) for fraction in detected)
     return roc, pro
 
 
@@ -258,7 +262,7 @@ class _Ranking:
 
 
 def _shares(defect: np.ndarray) -> np.ndarray:
-    """What each defect pixel, in the order of ``maps[defect]``, adds to PRO: 1 / (pixels of its region * number of regions), float64."""
+    """What each defect pixel, in the order of ``maps[defect]``, adds to PRO: 1 / (pixels of its region * regions)."""
     areas, area_of_pixels = [], []
     for mask in defect[defect.any(axis=(1, 2))]:
         regions, _ = ndimage.label(mask, EIGHT_NEIGHBORS)
@@ -269,12 +273,12 @@ def _shares(defect: np.ndarray) -> np.ndarray:
 
 
 def _sorted_normals(maps: np.ndarray, defect: np.ndarray) -> Iterator[np.ndarray]:
-    """The scores of the normal pixels, ascending, in parts of whole images."""
-    images = max(1, PIXELS_PER_PART // maps[0].size)
+    """The scores of the normal pixels, ascending, in chunks of whole images."""
+    images = max(1, PIXELS_PER_CHUNK // maps[0].size)
     for start in range(0, len(maps), images):
-        part = maps[start : start + images][~defect[start : start + images]]
-        part.sort()
-        yield part
+        chunk = maps[start : start + images][~defect[start : start + images]]
+        chunk.sort()
+        yield chunk
 
 
 def _of_both_kinds(metrics: str, unit: str, positive: np.ndarray) -> bool:
@@ -295,7 +299,8 @@ def _checked(maps: Array, masks: Array) -> tuple[np.ndarray, np.ndarray]:
     )
     if maps.ndim != 3 or not maps.size or maps.shape != masks.shape:
         raise InputError(
-            f"Maps and masks must be of one shape (N, H, W), not empty, got {maps.shape} and {masks.shape}. Resize the masks."
+            f"Maps and masks must be of one shape (N, H, W), not empty, got {maps.shape} and {masks.shape}. "
+            "Resize the masks."
         )
     maps = maps.astype(np.result_type(maps, np.float32), copy=False)
     # Both are NaN where any score is, and need no copy.

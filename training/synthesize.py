@@ -16,10 +16,11 @@ from .data.synthetic import DEFECTS, PRODUCTS, VIEWS, synthesize
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.synthesize",
-        description=f"Render up to {len(PRODUCTS)} products with {len(DEFECTS)} kinds of defects, {VIEWS} views of each part and exact "
-        "masks, in the layout of Real-IAD. An interrupted run resumes where it was.",
+        description=f"Render up to {len(PRODUCTS)} products with {len(DEFECTS)} kinds of defects, {VIEWS} views of "
+        "each part and exact masks, in the layout of Real-IAD. An interrupted run resumes where it was.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _synthesize(options: argparse.Namespace) -> None:
     if any(count % VIEWS for count in options.images_per_product):
         raise InputError(
-            f"--images-per-product takes multiples of {VIEWS}, as each part has {VIEWS} views; got {options.images_per_product}."
+            f"--images-per-product takes multiples of {VIEWS}, as each part has {VIEWS} views; "
+            f"got {options.images_per_product}."
         )
     good, bad = (count // VIEWS for count in options.images_per_product)
     products = options.products

@@ -17,15 +17,21 @@ from statistics import fmean, stdev
 
 import torch
 
-from adfeatures import loading
 from adfeatures.checkpoints import atomic_path, load_checkpoint
 from adfeatures.projector import ResidualProjector
+from adfeatures.trained import PROJECTOR
 
-from . import centers, console, publish
+from . import console
 from .data import real_iad, synthetic
+from .metrics import CRITERIA
 from .pretrain import pretrain
-from .pretraining.config import PretrainConfig
-from .pretraining.validation import CRITERIA, Trial, Validation, held_out_trials
+from .pretraining.centers import centers_of
+from .pretraining.config import CentersConfig, PretrainConfig
+from .pretraining.inputs import load_frozen_backbone
+from .pretraining.trials import Trial, held_out_trials
+from .pretraining.validation import Validation
+from .publishing.config import PublishConfig
+from .publishing.repository import write_repository
 
 BACKBONE, SIDE, NUM_HEADS, NUM_KEYS = "efficientnet_lite", 160, 8, 256
 PRODUCTS = synthetic.PRODUCTS[:24]
@@ -33,7 +39,8 @@ PRODUCTS = synthetic.PRODUCTS[:24]
 UNSEEN = PRODUCTS[::4]
 SEEN = tuple(product for product in PRODUCTS if product not in UNSEEN)
 GOOD, BAD = 20, 12
-COLUMNS = {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}
+LAST = "checkpoint_last.safetensors"
+CPU = torch.device("cpu")
 
 
 def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
@@ -67,18 +74,18 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     recipes = [recipe(output, seed, steps) for seed in seeds]
     synthetic.synthesize(output / "data", products=list(PRODUCTS), good=GOOD, bad=BAD, workers=2)
     _compute_centers(recipes[0])
-    validation = Validation(
-        loading.load_backbone(BACKBONE, img_size=SIDE)[0],
-        unseen_trials(output / "data"),
-        img_size=(SIDE, SIDE),
-        statistics=loading.find_backbone(BACKBONE).normalization,
-        methods=("norm",),
-    )
+    backbone = load_frozen_backbone(recipes[0], CPU)
+    validation = Validation(backbone, unseen_trials(output / "data"), methods=("norm",))
     results = {"residual": [validation.run(None)["norm"]], "untrained": [], "trained": []}
     for config in recipes:
-        folder = pretrain(config, torch.device("cpu"))
-        results["untrained"].append(validation.run(_projector(config.seed))["norm"])
-        results["trained"].append(validation.run(_projector(config.seed, folder))["norm"])
+        trained = pretrain(config, CPU) / LAST
+        # The projector as it was at the beginning of the run, and at its end.
+        torch.manual_seed(config.seed)
+        projector = ResidualProjector(backbone.entry.channels, NUM_HEADS, NUM_KEYS)
+        results["untrained"].append(validation.run(projector)["norm"])
+        state = load_checkpoint(trained).state_dict
+        projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in state.items()})
+        results["trained"].append(validation.run(projector)["norm"])
     lines = _table(results, steps)
     with atomic_path(output / "results.json") as temporary:
         temporary.write_text(
@@ -86,14 +93,14 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         )
     with atomic_path(output / "results.md") as temporary:
         temporary.write_text(lines)
-    checkpoint = str(Path(recipes[0].output) / "checkpoint_last.safetensors")
-    wish = publish.Wish(checkpoint, license="mit", data="images of training.synthesize", data_license="MIT")
-    publish.write_repository(wish, output / "published")
+    checkpoint = str(Path(recipes[0].output) / LAST)
+    terms = PublishConfig(license="mit", data="images of training.synthesize", data_license="MIT")
+    write_repository(checkpoint, terms, output / "published")
     return lines
 
 
 def unseen_trials(root: Path) -> list[Trial]:
-    """The products that were kept from the training: references from one part of the samples, the test from the other."""
+    """Of the products that were kept from the training: references from half of the samples, tests from the others."""
     references, test = real_iad.split_by_sample(real_iad.read(root, UNSEEN), 0.5)
     return held_out_trials(real_iad.reference_pool(references), test, limit=1000, seed=0)
 
@@ -101,28 +108,21 @@ def unseen_trials(root: Path) -> list[Trial]:
 def _compute_centers(config: PretrainConfig) -> None:
     names = ("root", "products", "held_out", "backbone", "img_size", "workers", "device")
     values = {name: getattr(config, name) for name in names}
-    centers.run(centers.CentersConfig(output=str(config.centers), images=500, **values), torch.device("cpu"))
-
-
-def _projector(seed: int, folder: Path | None = None) -> ResidualProjector:
-    """The projector as it was at the beginning of a run, or at its end."""
-    torch.manual_seed(seed)
-    projector = ResidualProjector(loading.find_backbone(BACKBONE).channels, NUM_HEADS, NUM_KEYS)
-    if folder is not None:
-        state = load_checkpoint(folder / "checkpoint_last.safetensors").state_dict
-        projector.load_state_dict({key.removeprefix("projector."): value for key, value in state.items()})
-    return projector
+    centers_of(CentersConfig(output=str(config.centers), images=500, **values), CPU)
 
 
 def _table(results: dict[str, list[dict[str, float]]], steps: int) -> str:
     names = {
-        "residual": "residuals, no projector",
+        "residual": "residuals of unit length, no projector",
         "untrained": "untrained projector",
         "trained": f"trained projector, {steps} steps",
     }
-    lines = [f"| FeatureNorm on {len(UNSEEN)} unseen products | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|"]
+    titles = " | ".join(criterion.title for criterion in CRITERIA)
+    lines = [f"| FeatureNorm on {len(UNSEEN)} unseen products | {titles} |", "|---|---|---|---|"]
     for key, scores in results.items():
-        cells = (_mean_and_spread([100 * score[criterion] for score in scores]) for criterion in CRITERIA)
+        cells = []
+        for criterion in CRITERIA:
+            cells.append(_mean_and_spread([100 * score[criterion.key] for score in scores]))
         lines.append(f"| {names[key]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -132,6 +132,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.tutorial", description="Synthesize, pretrain, evaluate, publish."
     )

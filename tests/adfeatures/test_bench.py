@@ -5,22 +5,21 @@ No time is asserted, since machines differ.
 
 from __future__ import annotations
 
+import copy
 import json
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from helpers.models import tiny_extractor
 
-from adfeatures import bench
-from adfeatures.bench import NaiveExtractor, NaiveProjector, Sizes, naive_residuals
+from adfeatures import bench, measuring
+from adfeatures.bench import BenchSizes, naive_features, naive_projection, naive_residuals
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 
-TINY = Sizes(
+TINY = BenchSizes(
     repeats=1,
     seconds=1,
     width=64,
@@ -37,6 +36,11 @@ TINY = Sizes(
 WIDTHS = [(32, 48, 64), (20, 21, 23)]
 
 
+@pytest.fixture(autouse=True)
+def without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "REST", 0)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Gives torch back the threads it had."""
@@ -47,11 +51,23 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("channels", WIDTHS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_naive_projector_equals_ours(channels: tuple[int, ...], batch: int) -> None:
+def test_naive_projection_equals_ours(channels: tuple[int, ...], batch: int) -> None:
     torch.manual_seed(0)
     ours = ResidualProjector(channels, num_keys=24).requires_grad_(False)
     residuals = [torch.randn(batch, c, 3, 4) for c in channels]
-    torch.testing.assert_close(NaiveProjector(ours)(residuals), ours(residuals), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(naive_projection(ours, residuals), ours(residuals), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_the_naive_projection_are_ours() -> None:
+    torch.manual_seed(0)
+    ours = ResidualProjector((32, 20), num_keys=24)
+    naive = copy.deepcopy(ours)
+    residuals = [torch.randn(2, c, 3, 4) for c in (32, 20)]
+    for projected in (ours(residuals), naive_projection(naive, residuals)):
+        torch.stack([level.square().mean() for level in projected]).sum().backward()
+    for (name, parameter), other in zip(ours.named_parameters(), naive.parameters(), strict=True):
+        assert parameter.grad is not None and other.grad is not None, name
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_naive_residuals_equal_ours() -> None:
@@ -61,12 +77,12 @@ def test_naive_residuals_equal_ours() -> None:
     torch.testing.assert_close(naive_residuals(features, bank.rows), bank.residuals(features), rtol=0, atol=0)
 
 
-def test_naive_extractor_equals_ours() -> None:
+def test_naive_features_equal_ours() -> None:
     ours = tiny_extractor()
     ours.set_references(torch.randn(3, 3, 56, 56))
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        torch.testing.assert_close(NaiveExtractor(ours)(images), ours(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(naive_features(ours, images), ours(images), rtol=1e-5, atol=1e-5)
 
 
 def test_default_sizes_are_those_of_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +98,13 @@ def test_a_model_without_projector_has_no_published_form() -> None:
     ours = tiny_extractor()
     ours.projector = None
     with pytest.raises(TypeError, match="no projector"):
-        NaiveExtractor(ours)
+        naive_features(ours, torch.randn(1, 3, 56, 56))
 
 
-def test_table(capsys: pytest.CaptureFixture[str], threads: None) -> None:
-    assert bench.main(["--quick", "--threads", "1"], quick=TINY) == 0
+@pytest.mark.slow
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    monkeypatch.setattr(bench, "QUICK", TINY)
+    assert bench.main(["--quick", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}, device cpu, threads 1, processors ")
     assert "quick run" in lines[1] and "300 rows" in lines[1]
@@ -110,8 +128,9 @@ def test_table(capsys: pytest.CaptureFixture[str], threads: None) -> None:
 
 
 def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_child", lambda function, *arguments: None)
-    assert bench.main(["--json"], full=TINY) == 0
+    monkeypatch.setattr(bench, "in_child", lambda function, *arguments: None)
+    monkeypatch.setattr(bench, "FULL", TINY)
+    assert bench.main(["--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     rows = {row["what"]: row for row in printed["rows"]}
     assert printed["run"] == "full" and printed["sizes"]["keys"] == 24 and printed["threads"] == torch.get_num_threads()
@@ -121,14 +140,16 @@ def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert died["ours"] is died["naive"] is died["ratio"] is None and died["note"].startswith("not measured")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts no peak")
-def test_peak_is_that_of_the_child_alone() -> None:
-    ballast = torch.ones(100_000_000)
-    here, child = bench._peak_megabytes(), bench._in_child(bench._peak_megabytes)
-    assert here is not None and child is not None
-    assert child < here - 200 and len(ballast)
-    assert bench._in_child(bench.batch_peak, TINY, False, True) is not None
+@pytest.mark.skipif(not measuring.peak_megabytes(), reason="this system counts no peak")
+@pytest.mark.parametrize("forms", [bench.projector_forms, bench.extractor_forms])
+@pytest.mark.parametrize("index", [0, 1])
+def test_batches_have_a_peak(forms: Callable[[BenchSizes, int], Sequence[bench.Form]], index: int) -> None:
+    peak = bench.batch_peak(forms, TINY, index)
+    assert peak is not None and peak > 50
 
 
-def test_a_child_that_dies_gives_no_number() -> None:
-    assert bench._in_child(os._exit, 1) is None
+def test_both_forms_of_a_batch_agree() -> None:
+    for forms in (bench.projector_forms, bench.extractor_forms):
+        with torch.no_grad():
+            ours, naive = (form() for form in forms(TINY, 2))
+        torch.testing.assert_close(naive, ours, rtol=1e-4, atol=1e-5)

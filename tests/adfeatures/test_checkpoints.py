@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from adfeatures.checkpoints import (
     atomic_path,
     convert,
+    git_blob_id,
     load_checkpoint,
     save_checkpoint,
     sha256,
@@ -438,3 +439,14 @@ class TestConvert:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(CONTENT * 300)
     assert sha256(tmp_path / "file") == hashlib.sha256(CONTENT * 300).hexdigest()
+
+
+def test_git_blob_id(tmp_path: Path) -> None:
+    """The ids are those that ``git hash-object`` prints."""
+    for content, expected in (
+        (b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
+        (b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a"),
+        (bytes(3_000_000), "73e77f405a9ff5ab6f54695cf10e7be6d23c9a4b"),
+    ):
+        (tmp_path / "file").write_bytes(content)
+        assert git_blob_id(tmp_path / "file") == expected

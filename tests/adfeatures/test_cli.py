@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.models import photo, write_photos
 from helpers.published import as_published
@@ -198,14 +200,14 @@ def test_sub_folders_are_products_only_when_asked(photos: Path) -> None:
     assert adfeatures.ReferenceBank.load(bank).num_images == 4
     assert run("fit", "--references", photos / "good", "--bank", bank, "--recursive") == 0
     assert adfeatures.ReferenceBank.load(bank).num_images == 10
-    assert run("fit", "--references", photos / "good", "--bank", bank, "--products") == 0
+    assert run("fit", "--references", photos / "good", "--bank", bank, "--product-folders") == 0
     assert run("score", "--bank", bank, "--output", photos / "out", photos / "new") == 2
     assert run("score", "--bank", bank, "--product", "nut", "--output", photos / "out", photos / "new") == 0
     model = adfeatures.create_model(references=photos / "good" / "nut")
     assert [float(row["score"]) for row in rows(photos)] == pytest.approx(
         [p.score for p in model.score(photos / "new")], rel=1e-5
     )
-    assert run("fit", "--references", photos / "new", "--bank", bank, "--products") == 2
+    assert run("fit", "--references", photos / "new", "--bank", bank, "--product-folders") == 2
 
 
 def test_images_in_sub_folders_only_when_asked(photos: Path) -> None:
@@ -274,7 +276,11 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("adpretrain_dinov2_base", "does not fit"), ("residual_lite", "no projector"), ("adpretrain_dino", "Did you mean")],
+    [
+        ("adpretrain_dinov2_base", "does not fit"),
+        ("residual_lite", "no projector"),
+        ("adpretrain_dino", "Did you mean"),
+    ],
 )
 def test_convert_refuses_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, reason: str
@@ -292,3 +298,12 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary == json.loads((tmp_path / "demo" / "summary.json").read_text())
     for name in ("demo.png", "worst.png", "scores.csv"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_info_without_a_model_tells_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adfeatures"] == adfeatures.__version__ and found["torch"] == torch.__version__.partition("+")[0]
+    assert found["python"] == platform.python_version() and found["timm"] == timm.__version__
+    assert main(["info"]) == 0
+    assert "huggingface-hub" in capsys.readouterr().out

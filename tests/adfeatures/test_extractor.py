@@ -22,7 +22,9 @@ import adfeatures
 from adfeatures.backbones import create_backbone
 from adfeatures.errors import CheckpointError, ImageError, InputError, ReferencesError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
+from adfeatures.predictor import Images
 from adfeatures.projector import ResidualProjector
+from adfeatures.sources import ImageSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -58,7 +60,10 @@ def test_whole_path_equals_the_original() -> None:
     query = value("e2e.query", (2, 3, 224, 224), 1.0)
     for level, projected in enumerate(model(query)):
         torch.testing.assert_close(
-            projected, expected[f"projected.{level}"], rtol=0, atol=1e-4 * expected[f"projected.{level}"].abs().max()
+            projected,
+            expected[f"projected.{level}"],
+            rtol=0,
+            atol=1e-4 * expected[f"projected.{level}"].abs().max().item(),
         )
     maps, scores = model.anomaly_map(query)
     torch.testing.assert_close(maps, expected["score_map"], rtol=1e-4, atol=1e-4)
@@ -82,6 +87,7 @@ def test_features_are_backbone_minus_nearest_reference_then_projector(model: Fea
         queries = raw[level].permute(0, 2, 3, 1).reshape(-1, 32)
         nearest = rows[nn.functional.cosine_similarity(queries[:, None], rows[None], dim=2).argmax(dim=1)]
         torch.testing.assert_close(residual.permute(0, 2, 3, 1).reshape(-1, 32), queries - nearest)
+    assert model.projector is not None
     for level, projected in enumerate(model.projector(model.residuals(x))):
         torch.testing.assert_close(model(x)[level], projected)
 
@@ -144,6 +150,7 @@ class TestForwardIntermediates:
     def test_tokens_have_the_order_of_the_map(self, model: FeatureExtractor) -> None:
         x = images(2, 2, (56, 84))
         tokens = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+        assert isinstance(tokens, list)
         for level, expected in zip(tokens, model(x), strict=True):
             assert level.shape == (2, 24, 32)
             torch.testing.assert_close(level[1, 6 + 2], expected[1, :, 1, 2])
@@ -205,7 +212,7 @@ class TestReferences:
         paths = write_photos(tmp_path / "good", range(3))
         pictures = [Image.open(path).convert("RGB") for path in paths]
         transform = adfeatures.images.build_transform((56, 56), CFG["mean"], CFG["std"])
-        sources = [
+        sources: list[Images] = [
             torch.stack([transform(picture) for picture in pictures]),
             pictures,
             [np.asarray(picture) for picture in pictures],
@@ -234,7 +241,7 @@ class TestReferences:
         x = images(2, 2)
         torch.testing.assert_close(one_by_one(x), together(x))
         assert one_by_one.references["default"].files == together.references["default"].files
-        assert one_by_one.threshold() == pytest.approx(together.threshold(), rel=1e-5)
+        assert one_by_one.fit_threshold() == pytest.approx(together.fit_threshold(), rel=1e-5)
 
     def test_adding_takes_a_new_threshold(self, tmp_path: Path) -> None:
         model = tiny_extractor()
@@ -255,7 +262,8 @@ class TestReferences:
         assert model.references["default"].num_images == 4
 
     def test_none_are_refused_and_clearing_forgets(self, model: FeatureExtractor, tmp_path: Path) -> None:
-        for nothing in ([], images(0, 0)):
+        nothings: list[Images] = [[], images(0, 0)]
+        for nothing in nothings:
             with pytest.raises(InputError, match="No reference images"):
                 model.set_references(nothing)
         with pytest.raises(ImageError, match="No images in"):
@@ -301,8 +309,8 @@ class TestReferences:
         model.set_references(paths, coreset=0.25)
         bank = model.references["default"]
         assert [len(rows) for rows in bank.rows] == [16] * 4
-        assert len(bank.normal_scores) == 4
-        assert model.fit_threshold(1.0) == max(bank.normal_scores)
+        assert len(bank.record.normal_scores) == 4
+        assert model.fit_threshold(1.0) == max(bank.record.normal_scores)
         with pytest.raises(ReferencesError, match="coreset"):
             model.reference_features()
         model.save_references(tmp_path / "bank.safetensors")
@@ -321,7 +329,7 @@ class TestSavedReferences:
         model.save_references(tmp_path / "bank.safetensors")
         bank = adfeatures.ReferenceBank.load(tmp_path / "bank.safetensors")
         assert bank.num_images == 3 and bank.files == [str(path) for path in paths] and len(bank.sha256s) == 3
-        assert (bank.model, bank.preset, bank.threshold, bank.quantile, bank.bit_depth) == (
+        assert (bank.model, bank.record.preset, bank.threshold, bank.quantile, bank.record.bit_depth) == (
             "tiny",
             "squash",
             threshold,
@@ -330,7 +338,7 @@ class TestSavedReferences:
         )
         fresh = tiny_extractor()
         fresh.load_references(tmp_path / "bank.safetensors")
-        assert fresh.threshold() == threshold and fresh.bit_depth == 12
+        assert fresh.threshold() == threshold and fresh.bank().record.bit_depth == 12
         torch.testing.assert_close(fresh(images(2, 1)), model(images(2, 1)), rtol=0, atol=0)
 
     def test_saving_takes_the_threshold(self, model: FeatureExtractor, tmp_path: Path) -> None:
@@ -402,7 +410,7 @@ class TestScores:
 
     def test_maps_have_the_size_of_the_image(self, model: FeatureExtractor, tmp_path: Path) -> None:
         paths = write_photos(tmp_path, range(2))
-        sources = [photo(5, (300, 40)), np.asarray(photo(6, (31, 200))), paths[0], str(paths[1])]
+        sources: list[ImageSource] = [photo(5, (300, 40)), np.asarray(photo(6, (31, 200))), paths[0], str(paths[1])]
         predictions = model.score(sources, batch_size=3)
         assert [p.map.shape for p in predictions] == [(40, 300), (200, 31), (60, 80), (60, 80)]
         transform = adfeatures.images.build_transform((56, 56), CFG["mean"], CFG["std"])
@@ -435,7 +443,7 @@ class TestScores:
         held_out = images(7, 6)
         expected = np.quantile(model.anomaly_map(held_out).scores.tolist(), 0.7)
         assert model.fit_threshold(0.7, normals=held_out) == pytest.approx(expected, rel=1e-5)
-        assert len(model.references["default"].normal_scores) == 6
+        assert len(model.references["default"].record.normal_scores) == 6
         pictures = [photo(seed) for seed in range(3)]
         expected = max(p.score for p in model.score(pictures))
         assert model.fit_threshold(1.0, normals=pictures) == pytest.approx(expected, rel=1e-5)

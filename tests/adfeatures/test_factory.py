@@ -20,14 +20,21 @@ import adfeatures
 from adfeatures import catalog
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
-from adfeatures.factory import convert_checkpoint, load_backbone
+from adfeatures.extractor import FeatureExtractor
+from adfeatures.factory import load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
+from adfeatures.resolve import convert_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 REPO = "xcyao00/ADPretrain"
 CLIP = "adpretrain_clip_base"
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
+
+
+def projector_of(model: FeatureExtractor) -> ResidualProjector:
+    assert model.projector is not None
+    return model.projector
 
 
 class Published:
@@ -36,22 +43,23 @@ class Published:
     def __init__(self) -> None:
         torch.manual_seed(0)
         model = adfeatures.create_model(CLIP, pretrained=False)
-        model.projector.load_state_dict({key: value.bfloat16() for key, value in model.projector.state_dict().items()})
+        projector = projector_of(model)
+        projector.load_state_dict({key: value.bfloat16() for key, value in projector.state_dict().items()})
         self.backbone = save(
             {**model.backbone.state_dict(), "norm.weight": torch.ones(768), "head.weight": torch.ones(512, 768)}
         )
-        self.projector = as_published(model.projector.state_dict())
+        self.projector = as_published(projector.state_dict())
         self.safetensors = save(
-            {f"projector.{key}": value for key, value in model.projector.state_dict().items()}, {"model": CLIP}
+            {f"projector.{key}": value for key, value in projector.state_dict().items()}, {"model": CLIP}
         )
         self.references, self.x = torch.randn(2, 3, 224, 224), torch.randn(1, 3, 224, 224)
         self.features = self.of(model)
 
-    def of(self, model: torch.nn.Module) -> list[torch.Tensor]:
+    def of(self, model: FeatureExtractor) -> list[torch.Tensor]:
         model.set_references(self.references)
         return model(self.x)
 
-    def is_served_by(self, model: torch.nn.Module) -> None:
+    def is_served_by(self, model: FeatureExtractor) -> None:
         for found, expected in zip(self.of(model), self.features, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -80,6 +88,7 @@ class TestFromTheHub:
         published.is_served_by(model)
         assert model.name == f"{CLIP}.realiad_norm" and not model.training
 
+    @pytest.mark.slow
     def test_timm_and_torch_hub_return_the_same(
         self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -90,6 +99,7 @@ class TestFromTheHub:
         monkeypatch.chdir("/")
         published.is_served_by(torch.hub.load(str(REPOSITORY), CLIP, source="local", weights="realiad_norm"))
 
+    @pytest.mark.slow
     def test_own_repository_and_any_file_in_one(self, full_hub: HubServer, published: Published) -> None:
         for weights in (
             "hf-hub:owner/repo",
@@ -135,6 +145,7 @@ class TestFromDisk:
         (tmp_path / "backbone.safetensors").write_bytes(published.backbone)
         return tmp_path
 
+    @pytest.mark.slow
     def test_paths_and_folders(self, disk: Path, published: Published) -> None:
         projector, backbone = disk / "clip-base" / "checkpoints_pro_norm.pth", disk / "backbone.safetensors"
         for weights in (projector, str(projector), f"local-dir:{disk}", f"local-dir:{disk / 'clip-base'}"):
@@ -331,7 +342,7 @@ class Own:
         save_checkpoint(path, self.tensors_of_all if whole else self.tensors, metadata=entries)
         return path
 
-    def is_served_by(self, model: torch.nn.Module) -> None:
+    def is_served_by(self, model: FeatureExtractor) -> None:
         assert model.img_size == (48, 80) and model.levels == self.entry.blocks
         model.set_references(self.references)
         for found, expected in zip(model(self.x), self.features, strict=True):
@@ -346,9 +357,9 @@ def own() -> Own:
 class TestTimmBackbones:
     def test_the_header_says_which_model_it_is(self, own: Own, tmp_path: Path) -> None:
         path = own.write(tmp_path / "model.safetensors")
-        for name in ({}, {"name": "adpretrain_timm"}):
+        for name in (None, "adpretrain_timm"):
             for weights in (path, str(path), f"local-dir:{tmp_path}"):
-                own.is_served_by(adfeatures.create_model(**name, weights=weights))
+                own.is_served_by(adfeatures.create_model(name, weights=weights))
         model = adfeatures.create_model(weights=path, pretrained=False)
         assert model.name == "adpretrain_timm" and not model.training
         assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -477,12 +488,12 @@ class TestModelsWithoutPublishedWeights:
     def test_own_projector_on_the_embedded_backbone(self, tmp_path: Path, hub: HubServer) -> None:
         model = adfeatures.create_model("adpretrain_efficientnet_lite", pretrained=False)
         assert (model.img_size, model.backbone.channels) == ((320, 320), (40, 80, 112))
-        tensors = {f"projector.{key}": value for key, value in model.projector.state_dict().items()}
+        tensors = {f"projector.{key}": value for key, value in projector_of(model).state_dict().items()}
         header = {"model": "adpretrain_efficientnet_lite", "num_heads": "16", "img_size": "[64, 96]"}
         save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
         own, embedded = adfeatures.create_model(weights=tmp_path / "own.safetensors"), adfeatures.create_model()
         assert own.name == "adpretrain_efficientnet_lite" and own.img_size == (64, 96)
-        for part, expected in ((own.projector, model.projector), (own.backbone, embedded.backbone)):
+        for part, expected in ((projector_of(own), projector_of(model)), (own.backbone, embedded.backbone)):
             for key, value in expected.state_dict().items():
                 assert torch.equal(part.state_dict()[key], value)
         assert not hub.requests
@@ -550,10 +561,10 @@ def test_hubconf_has_one_entry_per_model() -> None:
 def test_noncommercial_weights_are_announced(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from adfeatures import loading
+    from adfeatures import factory
 
-    monkeypatch.setattr(loading, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
+    monkeypatch.setattr(factory, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
     torch.save({"stands": torch.ones(1)}, tmp_path / "imagebind_huge.pth")
     with caplog.at_level(logging.WARNING):
-        loading.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
+        factory.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
     assert "CC-BY-NC-4.0" in caplog.text

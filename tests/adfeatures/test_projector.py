@@ -1,4 +1,4 @@
-"""The projector against the original's numbers (goldens) and its published form, rebuilt below from torch.nn.MultiheadAttention."""
+"""The projector against the original's numbers (goldens) and its published form, rebuilt below from torch's parts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,11 +80,18 @@ def expected(model: ResidualProjector, x: list[Tensor]) -> list[Tensor]:
         ]
 
 
+def gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def counted(model: ResidualProjector) -> list[str]:
     """Grows by one entry for each time that a level's learnable references are projected."""
     calls: list[str] = []
     for name, level in model.named_children():
-        level.ref_proj.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
+        level.get_submodule("ref_proj").register_forward_hook(
+            lambda module, inputs, output, name=name: calls.append(name)
+        )
     return calls
 
 
@@ -105,7 +113,7 @@ def test_golden_gradients() -> None:
     loss = torch.stack([level.square().mean() for level in model(golden_inputs())]).sum()
     loss.backward()
     wanted = golden("projector_grad")
-    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    gradients = {key: gradient_of(parameter) for key, parameter in model.named_parameters()}
     assert_near(loss.detach(), wanted.pop("loss"))
     assert_near(gradients["l1_proj.x_ref"].norm(), wanted.pop("l1_proj.x_ref.norm"))
     assert len(wanted) == 3
@@ -147,9 +155,9 @@ def test_gradients_of_the_published_form() -> None:
     )
     for maps in (model(inputs), forms):
         torch.stack([level.square().mean() for level in maps]).sum().backward()
-    assert_near([level.grad for level in inputs], [level.grad for level in others])
+    assert_near([gradient_of(level) for level in inputs], [gradient_of(level) for level in others])
     for key, parameter in model.named_parameters():
-        assert_near(parameter.grad, state[key].grad, 1e-4)
+        assert_near(gradient_of(parameter), gradient_of(state[key]), 1e-4)
 
 
 def test_images_do_not_depend_on_their_batch() -> None:
@@ -208,7 +216,7 @@ def test_heads(channels: int, heads: int) -> None:
 
 @pytest.mark.parametrize(("channels", "width"), [(16, 8), (20, 8), (40, 16), (48, 16), (72, 24), (80, 24), (112, 32)])
 def test_squeeze_width(channels: int, width: int) -> None:
-    """A quarter of the channels as the nearest multiple of 8, at least 8, and the next one where that is less than nine tenths."""
+    """A quarter of the channels as a multiple of 8: the nearest, or the next where that is under nine tenths."""
     assert ResidualProjector([channels], num_keys=1).state_dict()["l1_proj.layers.0.mlp.se.fc1.weight"].shape == (
         width,
         4 * channels,
@@ -288,7 +296,7 @@ SOURCES = [
 ]
 
 
-def _level(model: ResidualProjector) -> nn.Module:
+def _level(model: ResidualProjector) -> Any:
     return model.get_submodule("l2_proj")
 
 
@@ -456,7 +464,7 @@ def test_inference_mode_then_gradients() -> None:
     found = model(inputs)
     assert_near([level.detach() for level in found], expected(model, x))
     torch.stack([level.square().mean() for level in found]).sum().backward()
-    assert all(level.grad.abs().sum() > 0 for level in inputs)
+    assert all(gradient_of(level).abs().sum() > 0 for level in inputs)
     model.requires_grad_(True)
     torch.stack([level.square().mean() for level in model(x)]).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

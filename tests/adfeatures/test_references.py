@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adfeatures import references
+from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.errors import CheckpointError, InputError, ReferencesError
-from adfeatures.references import ReferenceBank, load_banks, save_banks, weights_fingerprint
+from adfeatures.references import BankRecord, ReferenceBank, load_banks, residuals_of_images, save_banks
 
 
 def maps(
@@ -36,7 +38,7 @@ def maps(
 
 
 def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:
-    """Check every patch of ``found`` against all cosine similarities, in float64: queries (B, C, h, w), references (K, C, h, w)."""
+    """Check every patch of ``found`` (B, C, h, w) against all cosine similarities to (K, C, h, w), in float64."""
     units = [F.normalize(level.double(), dim=1).permute(0, 2, 3, 1) for level in (queries, references)]
     similarity = torch.einsum("bhwc,kyxc->bhwkyx", *units)
     for image, other in enumerate(barred):
@@ -64,8 +66,8 @@ def test_golden() -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]]:
-    """Queries, references, ``exclude`` in some form and per image, and chunk sizes; with zero vectors, duplicates and other scales."""
+def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Any, list[int | None], tuple[int, int]]:
+    """Queries, references, ``exclude`` in some form and per image, chunk sizes; with zeros and duplicates."""
     seed = draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
     count, batch, levels = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -91,26 +93,23 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], object, list[int
         return queries, references, None, [None] * batch, chunks
     excluded = draw(st.one_of(st.none(), indices, st.lists(indices, min_size=batch, max_size=batch)))
     per_image: list[int | None] = list(excluded) if isinstance(excluded, list) else [excluded] * batch
-    form = (
-        draw(st.sampled_from([list, tuple, torch.tensor, np.array]))
-        if isinstance(excluded, list)
-        else lambda unchanged: unchanged
-    )
-    return queries, references, form(excluded), per_image, chunks
+    forms: list[Callable[[list[int]], object]] = [list, tuple, torch.tensor, np.array]
+    given = draw(st.sampled_from(forms))(excluded) if isinstance(excluded, list) else excluded
+    return queries, references, given, per_image, chunks
 
 
 @settings(max_examples=200)
 @given(cases())
 def test_matching_is_brute_force(
-    case: tuple[list[Tensor], list[Tensor], object, list[int | None], tuple[int, int]],
+    case: tuple[list[Tensor], list[Tensor], Any, list[int | None], tuple[int, int]],
 ) -> None:
     queries, kept, exclude, barred, chunks = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(references, "QUERIES_PER_CHUNK", chunks[0])
         patch.setattr(references, "ROWS_PER_CHUNK", chunks[1])
         bank = ReferenceBank.from_features(kept)
-        found = bank.match(queries, exclude)  # type: ignore[arg-type]
-        residuals = bank.residuals(queries, exclude)  # type: ignore[arg-type]
+        found = bank.match(queries, exclude)
+        residuals = bank.residuals(queries, exclude)
     for query, level, match, residual in zip(queries, kept, found, residuals, strict=True):
         assert match.shape == query.shape and match.dtype == query.dtype
         brute_force(query, level, barred, match)
@@ -167,7 +166,9 @@ def test_precision_of_the_bank_and_of_the_queries_may_differ(dtype: torch.dtype)
     kept, queries = maps("references"), maps("queries", count=2)
     bank = ReferenceBank.from_features(kept)
     bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    assert all(rows.dtype == dtype for rows in bank.rows) and all(images.dtype == torch.int32 for images in bank.images)
+    assert all(rows.dtype == dtype for rows in bank.rows) and all(
+        images.dtype == torch.int32 for images in bank.image_of_row
+    )
     for query, level, match in zip(queries, kept, bank.match(queries), strict=True):
         assert match.dtype == torch.float32
         brute_force(query, level.to(dtype).float(), [None, None], match)
@@ -213,7 +214,7 @@ def test_nothing_as_large_as_the_bank_is_made(exclude: int | None, monkeypatch: 
         bank.match([query], exclude)
     # The largest pieces are one block of similarities, one of the bank, and whatever has the size of the queries or of
     # the bank's index.
-    assert largest.bytes <= max(16 * 32 * 4, 32 * 8 * 4, query.nbytes * 4, bank.images[0].numel())
+    assert largest.bytes <= max(16 * 32 * 4, 32 * 8 * 4, query.nbytes * 4, bank.image_of_row[0].numel())
 
 
 _CHILD = """
@@ -246,7 +247,8 @@ def test_exclude_forms() -> None:
     bank = ReferenceBank.from_features(features)
     one = [level[:1] for level in features]
     expected = ReferenceBank.from_features([level[1:] for level in features]).match(one)
-    for exclude in (0, [0], (0,), torch.tensor([0]), np.array([0]), range(1)):
+    forms: list[Any] = [0, [0], (0,), torch.tensor([0]), np.array([0]), range(1)]
+    for exclude in forms:
         assert_near(bank.match(one, exclude), expected, 0)
     # One index serves all images, several serve one each.
     both = [level[[2, 2]] for level in features]
@@ -320,7 +322,7 @@ def test_from_features() -> None:
     assert (bank.num_images, bank.grids, bank.complete) == (4, [(3, 4), (2, 3)], True)
     assert [tuple(rows.shape) for rows in bank.rows] == [(48, 6), (24, 5)]
     assert torch.equal(bank.rows[0][12 + 4 + 2], features[0][1, :, 1, 2])
-    assert bank.images[1].tolist() == [image for image in range(4) for _ in range(6)]
+    assert bank.image_of_row[1].tolist() == [image for image in range(4) for _ in range(6)]
     assert_near(bank.features(), features, 0)
 
 
@@ -350,7 +352,7 @@ def test_from_features_refuses(features: list[Tensor]) -> None:
         ReferenceBank.from_features(features)
 
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "files": ["a.png", "b/ä.png", "", "d.png"],
     "sha256s": ["1" * 64, "2" * 64, "3" * 64, ""],
     "model": "adpretrain_dinov2_base.realiad_norm",
@@ -367,24 +369,26 @@ FACTS = {
 def full_bank(count: int = 4, **facts: object) -> ReferenceBank:
     bank = ReferenceBank.from_features(maps("references", count))
     bank.scales = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    return dataclasses.replace(bank, **{**FACTS, **facts})  # type: ignore[arg-type]
+    bank.record = BankRecord(**{**FACTS, **facts})
+    return bank
 
 
 def test_extended() -> None:
     features, more = maps("references"), maps("more", count=3)
     first, second = full_bank(), ReferenceBank.from_features(more)
-    second.model, second.files, second.sha256s = first.model, ["x", "y", "z"], ["7", "8", "9"]
+    second.record = BankRecord(model=first.model, files=["x", "y", "z"], sha256s=["7", "8", "9"])
     both = first.extended(second)
     whole = ReferenceBank.from_features([torch.cat(pair) for pair in zip(features, more, strict=True)])
     assert_near(both.rows, whole.rows, 0)
-    assert_near(both.images, whole.images, 0)
+    assert_near(both.image_of_row, whole.image_of_row, 0)
     assert (both.num_images, both.files, both.sha256s) == (
         7,
         FACTS["files"] + ["x", "y", "z"],
         FACTS["sha256s"] + ["7", "8", "9"],
     )
-    assert (both.model, both.img_size, both.preset, both.bit_depth) == (first.model, first.img_size, "squash", 12)
-    assert (both.threshold, both.quantile, both.normal_scores, both.scales) == (None, None, [], None)
+    kept = {name: value for name, value in FACTS.items() if name in ("model", "img_size", "preset", "bit_depth")}
+    assert kept.items() <= dataclasses.asdict(both.record).items()
+    assert (both.threshold, both.quantile, both.record.normal_scores, both.scales) == (None, None, [], None)
     queries = [level[:4] for level in more]
     assert_near(both.match(queries, exclude=4), whole.match(queries, exclude=4), 0)
     assert (first.num_images, first.threshold) == (4, FACTS["threshold"])
@@ -393,13 +397,27 @@ def test_extended() -> None:
 def test_extended_refuses_what_does_not_belong_together() -> None:
     bank = full_bank()
     for other in (
-        dataclasses.replace(bank, model="another"),
+        full_bank(model="another"),
         bank.coreset(0.5),
         ReferenceBank.from_features(maps("references", grids=((4, 3), (2, 3)))),
     ):
         for pair in ((bank, other), (other, bank)):
             with pytest.raises(ReferencesError, match="joined"):
                 pair[0].extended(pair[1])
+
+
+# Batches of several banks
+
+
+def test_every_image_has_its_bank_and_its_exclusion() -> None:
+    first, second = ReferenceBank.from_features(maps("one")), ReferenceBank.from_features(maps("two", count=3))
+    queries = maps("queries", count=5)
+    banks, exclude = [first, second, first, second, first], [None, 2, 1, None, 1]
+    found = residuals_of_images(queries, banks, exclude)
+    for number, (bank, own) in enumerate(zip(banks, exclude, strict=True)):
+        alone = bank.residuals([level[number : number + 1] for level in queries], own)
+        assert_near([level[number : number + 1] for level in found], alone, 0)
+    assert_near(residuals_of_images(queries, [first] * 5), first.residuals(queries), 0)
 
 
 # Coreset
@@ -440,7 +458,7 @@ def test_coreset_is_the_greedy_one(
     if twins:
         rows[count // 2 :] = rows[: count - count // 2] * 2
     bank = single_patches(rows).coreset(fraction, seed=start)
-    kept = bank.images[0].tolist()
+    kept = bank.image_of_row[0].tolist()
     assert len(kept) == max(1, round(fraction * count))
     assert kept == sorted(set(kept))
     assert torch.equal(bank.rows[0], rows[kept])
@@ -456,9 +474,9 @@ def test_coreset_is_the_greedy_one(
 def test_coreset_takes_no_twin_while_others_are_uncovered() -> None:
     rows = torch.eye(6).repeat(5, 1) * torch.arange(1.0, 31.0)[:, None]
     for seed in range(5):
-        kept = single_patches(rows).coreset(0.2, seed).images[0]
+        kept = single_patches(rows).coreset(0.2, seed).image_of_row[0]
         assert sorted((kept % 6).tolist()) == [0, 1, 2, 3, 4, 5]
-    assert single_patches(rows).coreset(0.5).images[0].unique().numel() == 15
+    assert single_patches(rows).coreset(0.5).image_of_row[0].unique().numel() == 15
 
 
 def test_coreset_depends_on_its_seed_only() -> None:
@@ -475,16 +493,10 @@ def test_coreset_keeps_facts_and_drops_what_no_longer_holds() -> None:
     bank = full_bank()
     small = bank.coreset(0.25)
     assert [len(rows) for rows in small.rows] == [12, 6]
-    for name in ("files", "sha256s", "model", "fingerprint", "img_size", "preset", "bit_depth", "num_images", "grids"):
-        assert getattr(small, name) == getattr(bank, name)
-    assert (small.threshold, small.quantile, small.normal_scores, small.scales, small.complete) == (
-        None,
-        None,
-        [],
-        None,
-        False,
-    )
-    for rows, images, whole, owners in zip(small.rows, small.images, bank.rows, bank.images, strict=True):
+    assert (small.num_images, small.grids) == (bank.num_images, bank.grids)
+    assert small.record == dataclasses.replace(bank.record, threshold=None, quantile=None, normal_scores=[])
+    assert small.scales is None and not small.complete
+    for rows, images, whole, owners in zip(small.rows, small.image_of_row, bank.rows, bank.image_of_row, strict=True):
         for row, image in zip(rows, images, strict=True):
             assert (whole[owners == image] == row).all(dim=1).any()
     with pytest.raises(ReferencesError, match="coreset"):
@@ -497,7 +509,7 @@ def test_coreset_keeps_facts_and_drops_what_no_longer_holds() -> None:
 def test_coreset_of_a_single_image_cannot_leave_it_out() -> None:
     features = [torch.eye(2)[:, :, None, None]]
     small = ReferenceBank.from_features(features).coreset(0.5)
-    kept = int(small.images[0][0])
+    kept = int(small.image_of_row[0][0])
     with pytest.raises(ReferencesError, match="single image"):
         small.match([features[0][:1]], exclude=kept)
     assert torch.equal(small.match([features[0][:1]], exclude=1 - kept)[0][0], features[0][kept])
@@ -527,7 +539,8 @@ def assert_same(one: ReferenceBank, other: ReferenceBank) -> None:
 def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, reduced: bool, tmp_path: Path) -> None:
     bank = full_bank()
     if reduced:
-        bank = dataclasses.replace(bank.coreset(0.5), threshold=0.5, quantile=1.0)
+        bank = bank.coreset(0.5)
+        bank.record.threshold, bank.record.quantile = 0.5, 1.0
     bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
     path = tmp_path / "new folder" / "bank.safetensors"
     bank.save(path)
@@ -539,10 +552,9 @@ def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, reduced: bool, tmp_pat
 
 
 def test_every_fact_is_tested() -> None:
-    plain = ReferenceBank.from_features(maps("references"))
-    for entry in dataclasses.fields(ReferenceBank):
-        if entry.name not in ("rows", "images", "grids", "num_images", "complete"):
-            assert getattr(plain, entry.name) is None or getattr(plain, entry.name) != getattr(full_bank(), entry.name)
+    plain, full = BankRecord(), full_bank().record
+    for entry in dataclasses.fields(BankRecord):
+        assert getattr(plain, entry.name) != getattr(full, entry.name)
 
 
 def test_bare_bank_saved_and_loaded(tmp_path: Path) -> None:
@@ -631,10 +643,21 @@ def test_inconsistent_files(spoil: Callable[[dict[str, Tensor], list[dict]], obj
         load_banks(saved)
 
 
-@pytest.mark.parametrize("content", [torch.nan, torch.inf])
-def test_files_with_nan(content: float, saved: Path) -> None:
+@pytest.mark.parametrize("complete", [True, False])
+def test_files_of_before_0_1_say_whether_the_bank_is_complete(complete: bool, saved: Path) -> None:
+    expected = load_banks(saved)["default"]
     tensors, metadata = contents(saved)
-    tensors["0.rows.1"][2, 3] = content
+    facts = json.loads(metadata["banks"])
+    facts[0]["complete"] = complete
+    save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
+    assert_same(load_banks(saved)["default"], expected)
+
+
+@pytest.mark.parametrize("name", ["0.rows.1", "0.scales"])
+@pytest.mark.parametrize("content", [torch.nan, torch.inf])
+def test_files_with_nan(content: float, name: str, saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    tensors[name][1, 3] = content
     save_file(tensors, saved, metadata)
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         load_banks(saved)
@@ -679,7 +702,7 @@ def test_check() -> None:
             "fingerprint": FACTS["fingerprint"],
             "source": "the bank",
         }
-        bank.check(**{**arguments, **other})  # type: ignore[arg-type]
+        bank.check(**{**arguments, **other})
 
     check(full_bank())
     check(full_bank(), fingerprint=[FACTS["fingerprint"][0], "0"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adfeatures import scoring
 from adfeatures.backbones import create_backbone
-from adfeatures.errors import InputError
+from adfeatures.errors import InputError, ReferencesError
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 
@@ -92,7 +92,7 @@ def upsampled(level: Tensor, size: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("sigma", [0, 1.0, 4.0])
 def test_fuse(size: tuple[int, int], sigma: float) -> None:
     levels = [scoring.patch_norms(level) for level in features()]
-    mean = sum(upsampled(level, size) for level in levels) / len(levels)
+    mean = np.mean([upsampled(level, size) for level in levels], axis=0)
     expected = np.stack([gaussian_filter(image, sigma) for image in mean]) if sigma else mean
     assert_near(scoring.fuse(levels, size, sigma), torch.from_numpy(expected))
     assert_near(scoring.feature_norm_map(features(), size, sigma), torch.from_numpy(expected))
@@ -300,3 +300,55 @@ def test_auroc_of_maps_and_of_many() -> None:
 def test_auroc_refuses(values: list[float], labels: list[int]) -> None:
     with pytest.raises(InputError, match="AUROC"):
         scoring.auroc(values, labels)
+
+
+# Scorers
+
+
+def bank_of(maps: list[torch.Tensor]) -> ReferenceBank:
+    return ReferenceBank.from_features(maps)
+
+
+def test_cosine_rings_are_the_plain_formula() -> None:
+    scorer = scoring.CosineRingScorer()
+    references = scorer.features([torch.randn(4, 6, 9, 8), torch.randn(4, 5, 7, 7)])
+    queries = scorer.features([torch.randn(2, 6, 9, 8), torch.randn(2, 5, 7, 7)])
+    bank = bank_of(references)
+    scales = scorer.scales(bank, bank)
+    found = scorer.maps(bank.residuals(queries), [scales] * 2, (36, 32), 0)
+    expected = torch.zeros(2, 36, 32)
+    for index, (query, reference) in enumerate(zip(queries, references, strict=True)):
+        height, width = query.shape[2:]
+        rows = reference.permute(0, 2, 3, 1).flatten(0, 2)
+        similarity = torch.einsum("bchw,nc->bhwn", query, rows).amax(dim=3)
+        distances = 1 - similarity
+        for y, x in np.ndindex(height, width):
+            distances[:, y, x] /= scales[index, ring(y, x, height, width)]
+        resized = torch.nn.functional.interpolate(distances[:, None], (36, 32), mode="bilinear", align_corners=True)
+        expected += resized[:, 0] / 2
+    assert_near(found, expected, 1e-4)
+
+
+def test_cosine_rings_of_one_image_take_the_typical_distances() -> None:
+    bank = bank_of([torch.randn(1, 6, 4, 4)])
+    typical = ((0.4, 0.3, 0.2, 0.1),)
+    assert scoring.CosineRingScorer(typical).scales(bank, bank).tolist() == [pytest.approx(typical[0])]
+    assert scoring.CosineRingScorer().scales(bank, bank).tolist() == [[1.0] * 4]
+
+
+def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
+    scorer, residuals = scoring.CosineRingScorer(), [torch.randn(2, 6, 8, 8)]
+    scales = [torch.rand(1, scoring.RINGS + 1) + 0.1 for _ in range(2)]
+    together = scorer.maps(residuals, scales, (16, 16), 2.0)
+    for index, own in enumerate(scales):
+        alone = scorer.maps([residuals[0][index : index + 1]], [own], (16, 16), 2.0)
+        assert_near(together[index : index + 1], alone, 1e-6)
+    with pytest.raises(ReferencesError, match="scores otherwise"):
+        scorer.maps(residuals, [scales[0], None], (16, 16), 2.0)
+
+
+def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() -> None:
+    maps = [torch.randn(2, 6, 4, 4)]
+    scorer: scoring.Scorer = scoring.FeatureNormScorer()
+    assert scorer.features(maps)[0] is maps[0] and scorer.scales(bank_of(maps), bank_of(maps)) is None
+    assert_near(scorer.maps(maps, [None] * 2, (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0)

@@ -12,7 +12,7 @@ resource = pytest.importorskip("resource", reason="the size of files is limited 
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Within the block no file can grow beyond so many bytes: the system refuses the write, and nothing is simulated."""
+    """Within the block no file can grow beyond so many bytes: the system itself refuses the write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -31,12 +31,12 @@ def golden(file: str) -> dict[str, Tensor]:
 
 
 def shapes(file: str) -> dict[str, list[int]]:
-    """Keys and shapes of the original state dict behind a golden file: projector, backbone_dinov2, backbone_clip or backbone_imagebind."""
+    """Keys and shapes of the original state dict behind a golden: projector, backbone_{dinov2,clip,imagebind}."""
     return json.loads((FOLDER / "state_dicts.json").read_text())[file]
 
 
 def fill(shapes: Mapping[str, Sequence[int]], prefix: str) -> dict[str, Tensor]:
-    """The weights of a module: values of ``prefix + key``, scale 0.05, with 1 added to LayerNorm weights and LayerScale gammas."""
+    """The weights of a module: values of ``prefix + key``, scale 0.05; LayerNorm weights and gammas about 1."""
     return {key: value(prefix + key, shape, 0.05) + _is_gain(key, shape) for key, shape in shapes.items()}
 
 

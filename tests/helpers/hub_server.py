@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from helpers.hub_uploads import Uploads
@@ -59,9 +60,13 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests it matches: those of ``method`` and ``origin`` with ``match`` in their path, ``times`` of them.
+    """What goes wrong with the requests that it matches.
 
     Attributes:
+        method: Match requests of this method alone.
+        origin: Match those to this origin alone.
+        match: Match those with this in their path.
+        times: Match so many of them.
         status: Answer with this status and ``headers``.
         delay: Wait so many seconds first.
         body: Send this instead of the content, with the true headers.
@@ -108,10 +113,10 @@ class _Server(ThreadingHTTPServer):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Report mistakes of this file, but not clients that hang up."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)
 
 
 class HubServer:
@@ -169,18 +174,19 @@ class HubServer:
         """Let those who send this token create and write repositories of an owner."""
         self.writers[token] = owner
 
-    def fault(self, **what: object) -> None:
+    def fault(self, **what: Any) -> None:
         """Add a ``Fault`` with these fields."""
-        self.faults.append(Fault(**what))  # type: ignore[arg-type]
+        self.faults.append(Fault(**what))
 
-    def fail(self, status: int, **which: object) -> None:
+    def fail(self, status: int, **which: Any) -> None:
         """Answer requests with an error status."""
         self.fault(status=status, **which)
 
     @contextmanager
     def counting(self) -> Iterator[list[Request]]:
         """The requests of the block alone, filled in at its end."""
-        start, seen = len(self.requests), []  # type: ignore[var-annotated]
+        start = len(self.requests)
+        seen: list[Request] = []
         yield seen
         seen += self.requests[start:]
 
@@ -190,8 +196,7 @@ class HubServer:
             return next((fault for fault in self.faults if fault.takes(request)), Fault())
 
 
-class _Handler(Uploads, BaseHTTPRequestHandler):
-    hub: HubServer
+class _Handler(Uploads):
     origin: str
     protocol_version = "HTTP/1.1"
 

@@ -1,25 +1,26 @@
-"""What the loopback Hub answers to uploads: repositories are created, large files put into a storage of their own, then committed."""
+"""What the loopback Hub answers to uploads: repositories created, large files stored on their own, commits."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 if TYPE_CHECKING:
-    from helpers.hub_server import HubServer
+    from helpers.hub_server import File, HubServer, Request
 
 LICENSES = ("apache-2.0", "mit", "cc-by-nc-sa-4.0", "cc-by-nc-4.0", "cc-by-4.0", "other")
 _LFS = "application/vnd.git-lfs+json"
 _LARGE = 10_000_000
 
 
-class Uploads:
-    """A part of the handler of ``hub_server``, which answers the requests and sends the errors.
+class Uploads(BaseHTTPRequestHandler):
+    """The part of the handler of ``hub_server`` that takes uploads; the rest sends the answers.
 
     Tokens are given by ``HubServer.allow``. Every other one, or none, is refused, as is a request that says more or
     less than huggingface_hub says.
@@ -27,14 +28,21 @@ class Uploads:
 
     hub: HubServer
     body: bytes
+    request_seen: Request
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        raise NotImplementedError
+
+    def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        raise NotImplementedError
 
     def _writer(self, owner: str) -> bool:
         """Whether the token may write to the owner's repositories; the refusal is sent if not."""
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")  # type: ignore[attr-defined]
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self.hub.writers:
-            self._refuse(401, "", "Invalid credentials in Authorization header")  # type: ignore[attr-defined]
+            self._refuse(401, "", "Invalid credentials in Authorization header")
         elif self.hub.writers[token] != owner:
-            self._refuse(403, "", f"You don't have the rights to write to {owner}")  # type: ignore[attr-defined]
+            self._refuse(403, "", f"You don't have the rights to write to {owner}")
         else:
             return True
         return False
@@ -50,7 +58,7 @@ class Uploads:
         private = wanted.get("visibility") == "private" or wanted.get("private") is True
         self.hub.add(repo, ".gitattributes", b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", lfs=False)
         if private:
-            self.hub.require_token(repo, self.headers["Authorization"].removeprefix("Bearer "))  # type: ignore[attr-defined]
+            self.hub.require_token(repo, self.headers["Authorization"].removeprefix("Bearer "))
         return self._answer_json(200, facts)
 
     def _validate_yaml(self) -> None:
@@ -75,7 +83,7 @@ class Uploads:
             400 if errors else 200, {"errors": [{"message": text} for text in errors], "warnings": []}
         )
 
-    def _preupload(self, repo: str, tree: Mapping[str, Any]) -> None:
+    def _preupload(self, repo: str, tree: Mapping[str, File]) -> None:
         wanted = self._json({"files"})
         if wanted is None or not self._writer(repo.split("/")[0]):
             return
@@ -107,23 +115,23 @@ class Uploads:
             self.headers.get("Content-Type") != _LFS
             or wanted["operation"] != "upload"
             or "basic" not in wanted["transfers"]
-        ):  # type: ignore[attr-defined]
+        ):
             return self._bad_request()
         objects = []
-        for wish in wanted["objects"]:
+        for item in wanted["objects"]:
             links = {
-                "upload": {"href": f"{self.hub.storage_url}/uploads/{wish['oid']}"},
+                "upload": {"href": f"{self.hub.storage_url}/uploads/{item['oid']}"},
                 "verify": {"href": f"{self.hub.url}/{repo}.git/info/lfs/objects/verify"},
             }
-            objects.append({**wish, **({} if wish["oid"] in self.hub.objects else {"actions": links})})
+            objects.append({**item, **({} if item["oid"] in self.hub.objects else {"actions": links})})
         self._answer_json(200, {"transfer": "basic", "objects": objects})
 
     def _store(self, oid: str) -> None:
         """Keep an object under its hash, the only name that the storage knows."""
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return self._send(400, b"the checksum differs")  # type: ignore[attr-defined]
+            return self._send(400, b"the checksum differs")
         self.hub.objects[oid] = self.body
-        return self._send(200, b"", {"ETag": f'"{oid}"'})  # type: ignore[attr-defined]
+        return self._send(200, b"", {"ETag": f'"{oid}"'})
 
     def _commit_files(self, repo: str, revision: str, parent: str) -> None:
         if not self._writer(repo.split("/")[0]):
@@ -132,7 +140,7 @@ class Uploads:
         if header["key"] != "header" or not header["value"]["summary"] or not operations:
             return self._bad_request()
         if header["value"].get("parentCommit", parent) != parent:
-            return self._refuse(412, "", "The branch has moved on")  # type: ignore[attr-defined]
+            return self._refuse(412, "", "The branch has moved on")
         for operation in operations:
             facts = operation["value"]
             if operation["key"] == "file" and facts["encoding"] == "base64":
@@ -150,16 +158,17 @@ class Uploads:
             200, {"success": True, "commitOid": parent, "commitUrl": f"{self.hub.url}/{repo}/commit/{parent}"}
         )
 
-    def _json(self, required: set[str], optional: set[str] = frozenset()) -> dict[str, Any] | None:  # type: ignore[assignment]
+    def _json(self, required: set[str], optional: Set[str] = frozenset()) -> dict[str, Any] | None:
         """The body, None after a refusal because it does not say exactly what is expected."""
         content = json.loads(self.body)
         if required <= content.keys() <= required | optional:
             return content
-        return self._bad_request()
+        self._bad_request()
+        return None
 
     def _bad_request(self) -> None:
-        self.hub.unexpected.append(self.request_seen)  # type: ignore[attr-defined]
-        self._refuse(400, "", "not what huggingface_hub sends")  # type: ignore[attr-defined]
+        self.hub.unexpected.append(self.request_seen)
+        self._refuse(400, "", "not what huggingface_hub sends")
 
     def _answer_json(self, status: int, value: object) -> None:
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})  # type: ignore[attr-defined]
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -21,9 +21,9 @@ Extractor = Callable[[Mapping[str, Any]], Sequence[Tensor]]
 def check_finds_what_is_planted(
     method: Any, count: int = 40, size: tuple[int, int] = (32, 32), hits: float = 0.9
 ) -> None:
-    """A fitted method tells images with an outlier from those without, and finds no difference between two sets without.
+    """A fitted method tells images with an outlier from those without, and finds no difference between two of these.
 
-    In more than this part, ``hits``, of the images the highest value of the map lies within the outlier.
+    In more than this fraction, ``hits``, of the images the highest value of the map lies within the outlier.
     """
     normal, same = (batches(count, seed=seed, size=size) for seed in (2, 3))
     planted = batches(count, seed=3, planted=True, size=size)

@@ -1,4 +1,4 @@
-"""Images of normally distributed noise, with or without a planted outlier, and an extractor whose features are normally distributed too."""
+"""Images of normal noise, with or without a planted outlier, and an extractor whose features are normal noise too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches(
     batch_size: int = 8,
     product: str = "noise",
 ) -> list[dict[str, Any]]:
-    """Batches of ``count`` images; ``planted`` gives every one a brighter square, a quarter of the image wide, which its mask shows."""
+    """Batches of ``count`` images; ``planted`` gives each a brighter square, a quarter as wide; masks show it."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, *size, generator=generator)
     masks = torch.zeros(count, 1, *size, dtype=torch.uint8)

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a script, or ``-m`` and a module, as this many ranks, each with as many threads as this process: the sums are then its own."""
+    """Run a script, or ``-m`` and a module, as this many ranks.
+
+    Each has as many threads as this process: the sums are then its own.
+    """
     command = [
         sys.executable,
         "-m",

@@ -22,7 +22,7 @@ def write_real_iad(
     defects: Sequence[str] = ("HS", "ZW"),
     size: tuple[int, int] = SIZE,
 ) -> Path:
-    """Write ``root/realiad_512``: per product ``ok`` good parts and ``ng`` parts of each defect, each part from ``views`` sides.
+    """Write ``root/realiad_512``: per product ``ok`` good parts and ``ng`` of each defect, each from ``views`` sides.
 
     The last side of a defective part shows nothing and has no mask. The first defective part of a product has a double
     underscore in its names, and the code of another defect than its folder.
@@ -34,11 +34,8 @@ def write_real_iad(
     for product in products:
         for number in range(ok):
             for view in range(1, views + 1):
-                path = (
-                    root
-                    / f"realiad_512/{product}/OK/S{number + 300:04d}/{product}_{number + 300:04d}_OK_C{view}_20230925185139.jpg"
-                )
-                _write(path, seed := seed + 1, size)
+                name = f"{product}_{number + 300:04d}_OK_C{view}_20230925185139.jpg"
+                _write(root / f"realiad_512/{product}/OK/S{number + 300:04d}" / name, seed := seed + 1, size)
         for defect in defects:
             for number in range(ng):
                 odd = defect == defects[0] and number == 0

@@ -7,13 +7,15 @@ only.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from helpers.models import photo
 from PIL import Image
+
+from training.data.items import Item
 
 MARK = (255, 40, 40)
 
@@ -136,6 +138,24 @@ def write_visa(
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
     return root
+
+
+WRITERS: dict[str, Callable[..., Path]] = {
+    "mvtec": write_mvtec,
+    "visa": write_visa,
+    "btad": write_btad,
+    "mvtec3d": write_mvtec3d,
+    "mpdd": write_mpdd,
+}
+
+
+def rows(root: Path, items: Sequence[Item]) -> list[tuple[str | None, int, str | None, str]]:
+    """Items as (image, label, mask, defect) with paths relative to the root."""
+    short = [
+        [None if path is None else Path(path).relative_to(root).as_posix() for path in (item.image, item.mask)]
+        for item in items
+    ]
+    return [(image, item.label, mask, item.defect) for (image, mask), item in zip(short, items, strict=True)]
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The evaluation from end to end, on small trees of files: its numbers against the installed package, and what it does with bad input."""
+"""The evaluation from end to end, on small trees of files: numbers against the installed package, and bad input."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,27 +30,25 @@ from adfeatures.backbones import EfficientNet
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
+from adfeatures.scoring import FeatureNormScorer
 from training import evaluate, metrics
 from training.data import dataset
 from training.data.images import ImageDataset
-from training.evaluation import figures, inputs, subject
-from training.evaluation import runner as evaluation
+from training.evaluation import model as evaluated_model
+from training.evaluation import pictures, raw_features
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.feature_cache import content_key
-from training.evaluation.recipes import settings
-from training.evaluation.subject import load_subject, serving_tag
-from training.methods import CFLOW, GLASS, FeatureNorm, PatchCore, UniAD
+from training.evaluation.fitting import settings
+from training.evaluation.model import load_model, serving_tag
+from training.methods import CFLOW, GLASS, METHODS, FeatureNorm, PatchCore, UniAD
 
 SIZE = 64
 Evaluate = Callable[..., int]
 
 
-@pytest.fixture(autouse=True)
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks, except where other processes are started, and pictures only where a test is about them."""
-    if "processes" in request.node.name:
-        return
-    sizes = {
+@pytest.fixture
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[type, dict[str, int]] = {
         CFLOW: {"blocks": 2, "sub_epochs": 2},
         GLASS: {"dim": 64, "hidden": 32},
         UniAD: {"hidden": 32, "heads": 2, "layers": 1, "feed_forward": 32},
@@ -56,10 +56,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     }
     for method, defaults in sizes.items():
         for name, value in defaults.items():
-            monkeypatch.setitem(method.__init__.__kwdefaults__, name, value)
-    if "pictures" not in request.node.name:
-        monkeypatch.setattr(figures, "draw_curves", lambda *_: None)
-        monkeypatch.setattr(figures, "draw_maps", lambda *_: None)
+            monkeypatch.setitem(method.__dict__["__init__"].__kwdefaults__, name, value)
 
 
 @pytest.fixture
@@ -90,11 +87,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(root: Path, tmp_path: Path) -> Evaluate:
-    """The command, with the least that it needs; by default on the embedded model with two references."""
+def words(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The least that the command needs; by default on the embedded model with two references."""
 
-    def call(**options: object) -> int:
-        given = {
+    def given(**options: object) -> list[str]:
+        needed = {
             "model": "residual_lite",
             "img_size": SIZE,
             "dataset": "mvtec",
@@ -104,17 +101,30 @@ def run(root: Path, tmp_path: Path) -> Evaluate:
             "shots": 2,
             "workers": 0,
             "device": "cpu",
-            **options,
         }
-        words = []
-        for name, value in given.items():
+        found = []
+        for name, value in {**needed, **options}.items():
             if value is None or value is False:
                 continue
             several = value if isinstance(value, (list, tuple)) else () if value is True else (value,)
-            words += [f"--{name.replace('_', '-')}", *map(str, several)]
-        return evaluate.main(words)
+            found += [f"--{name.replace('_', '-')}", *map(str, several)]
+        return found
 
-    return call
+    return given
+
+
+@pytest.fixture
+def run_as_it_is(words: Callable[..., list[str]]) -> Evaluate:
+    """The command with its pictures, and networks of their own size."""
+    return lambda **options: evaluate.main(words(**options))
+
+
+@pytest.fixture
+def run(run_as_it_is: Evaluate, small_networks: None, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """The command with small networks, without pictures."""
+    monkeypatch.setattr(pictures, "draw_detection_curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw_maps", lambda *_: None)
+    return run_as_it_is
 
 
 def report(folder: Path) -> dict:
@@ -202,7 +212,7 @@ class TestNumbers:
     def test_all_methods(self, run: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(method="all", epochs=1, products="bottle") == 0
         rows = {(r["method"], r["features"]) for r in report(tmp_path / "run")["records"]}
-        assert rows == {(m, f) for m in evaluation.METHODS for f in ("raw", "pretrained")}
+        assert rows == {(m, f) for m in METHODS for f in ("raw", "pretrained")}
         printed = capsys.readouterr().out
         for title in ("FeatureNorm", "PatchCore", "PaDiM", "CFLOW", "GLASS", "UniAD"):
             assert title in printed
@@ -238,6 +248,74 @@ class TestNumbers:
         # Looking at the test images changes nothing of the result itself.
         assert numbers(tmp_path / "plain") == before
         assert not any("oracle" in record for record in records(tmp_path / "plain"))
+
+
+OUTSIDE = """
+from torch.nn.functional import interpolate
+
+class Brightness:
+    def __init__(self, extractor, *, level=0):
+        self.extractor, self.level = extractor, level
+
+    def fit(self, loader):
+        self.seen = sum(len(batch["path"]) for batch in loader)
+
+    def predict(self, loader):
+        (batch,) = loader
+        maps = self.extractor(batch)[self.level].norm(dim=1, keepdim=True)
+        maps = interpolate(maps, batch["image"].shape[2:])[:, 0]
+        return maps, maps.amax(dim=(1, 2)) + self.seen
+"""
+
+
+class TestMethodFromOutside:
+    @pytest.fixture(autouse=True)
+    def outside(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A class in a module of which this project knows nothing."""
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package/outside.py").write_text(OUTSIDE)
+        monkeypatch.syspath_prepend(tmp_path / "package")
+        monkeypatch.delitem(sys.modules, "outside", raising=False)
+        return tmp_path / "package/outside.py"
+
+    def test_it_is_evaluated_as_all_others(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        assert run(method=["outside:Brightness", "feature_norm"], products="bottle") == 0
+        backbone = adfeatures.create_model(img_size=SIZE).backbone
+        transform = build_transform((SIZE, SIZE), (0.5,) * 3, (0.5,) * 3)
+        items = dataset("mvtec").find_items(root, "test", ["bottle"])
+        maps = backbone(torch.stack([transform(read_image(item.image)) for item in items]))[0].norm(dim=1)
+        (found,) = records(tmp_path / "run", method="outside:Brightness", features="raw")
+        expected = roc_auc_score([item.label for item in items], maps.amax(dim=(1, 2)))
+        assert found["metrics"]["image_auroc"] == pytest.approx(expected, abs=1e-6)
+        assert found["settings"] == {"level": 0} and found["counts"]["train"] == 5
+        text = (tmp_path / "run/results.md").read_text()
+        assert text.index("## FeatureNorm") < text.index("## Brightness")
+        assert {path.name for path in (tmp_path / "run/results/bottle").iterdir()} == {
+            "outside.Brightness-raw.json",
+            "outside.Brightness-pretrained-0.json",
+            "feature_norm-raw.json",
+            "feature_norm-pretrained-0.json",
+        }
+
+    def test_its_results_stay_where_it_is_gone(
+        self, run: Evaluate, outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert run(method="outside:Brightness", products="bottle") == 0
+        outside.unlink()
+        monkeypatch.delitem(sys.modules, "outside")
+        assert run(method="feature_norm", products="bottle") == 0
+        assert "## Brightness" in (tmp_path / "run/results.md").read_text()
+
+    def test_what_cannot_be_found(self, run: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+        for method, text in (
+            ("outside:Dark", "needs a class Dark in outside with fit(loader) and predict(loader)"),
+            ("nowhere:Dark", "cannot be imported (No module named 'nowhere')"),
+            ("outside", "Unknown method 'outside'"),
+        ):
+            assert run(method=method) == 2
+            assert text in capsys.readouterr().err
+        assert run(method="outside:Brightness", protocol="original", img_size=None) == 2
+        assert "has no outside:Brightness: leave out --protocol" in capsys.readouterr().err
 
 
 class TestReferences:
@@ -375,10 +453,10 @@ class TestProtocol:
         assert "| AUPRO (original) |" in (tmp_path / "run/results.md").read_text()
 
     def test_cflow_takes_its_level_reference_from_the_test_images(self) -> None:
-        model = load_subject("residual_lite", ("cflow",), img_size=SIZE)
+        model = load_model("residual_lite", ("cflow",), img_size=SIZE)
         for protocol, reference in (("sound", "train"), ("original", "test")):
             config = EvaluationConfig(model="residual_lite", dataset="mvtec", root="", output="", protocol=protocol)
-            assert settings("cflow", "raw", config, model, "squash", ["bottle"])["level_reference"] == reference
+            assert settings(METHODS["cflow"], "raw", config, model, "squash", [])["level_reference"] == reference
 
 
 class TestGoingOn:
@@ -405,7 +483,7 @@ class TestGoingOn:
                 read.append(self.items[index].image)
                 return super().__getitem__(index)
 
-        monkeypatch.setattr(inputs, "ImageDataset", Spy)
+        monkeypatch.setattr(raw_features, "ImageDataset", Spy)
         assert run(products="bottle") == 0
         assert run(method="patchcore", draws=2) == 0
         assert sum(encoded) == 22
@@ -512,10 +590,11 @@ class TestGoingOn:
         self, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert run(method="patchcore", cache=tmp_path / "cache", output=tmp_path / "alone") == 0
-        fit, kept = PatchCore.fit, []
+        fit, calls, kept = PatchCore.fit, [], []
 
         def beside(self: PatchCore, loader: object) -> PatchCore:
-            if not kept:
+            calls.append(loader)
+            if len(calls) == 2:
                 kept.append(set((tmp_path / "cache").iterdir()))
                 assert run(cache=tmp_path / "cache", output=tmp_path / "other") == 0
                 kept.append(set((tmp_path / "cache").iterdir()))
@@ -523,7 +602,7 @@ class TestGoingOn:
 
         monkeypatch.setattr(PatchCore, "fit", beside)
         assert run(method="patchcore", cache=tmp_path / "cache") == 0
-        # Its raw features, and the residuals of the draw that it was at.
+        # Its raw features, which came first, and the residuals of the draw that it was at.
         assert kept[0] == kept[1] and len(kept[0]) == 2
         assert numbers(tmp_path / "run") == numbers(tmp_path / "alone")
 
@@ -658,7 +737,7 @@ class TestBadInput:
 
         def broken(self: PatchCore, loader: object) -> object:
             found = predict(self, loader)  # type: ignore[arg-type]
-            if len(self._numbers) == 5 and self.extractor.__class__.__name__ == "Kept":
+            if len(self._numbers) == 5 and self.extractor.__class__.__name__ == "CachedExtractor":
                 found.scores[0] = float("nan")
             return found
 
@@ -711,7 +790,7 @@ class TestBadInput:
             output = tmp_path / f"{name}_run"
             assert run(dataset=name, root=root, output=output) == 0
             assert {r["product"] for r in records(output)} == set(there)
-            missing = ", ".join(product for product in dataset(name).PRODUCTS if product not in there)
+            missing = ", ".join(product for product in dataset(name).products if product not in there)
             assert f"| products not found | {missing} |" in (output / "results.md").read_text()
         assert run(products="bottle") == 0
         assert "products not found" not in report(tmp_path / "run")
@@ -737,7 +816,6 @@ class TestBadInput:
             ({"textures": "nowhere"}, "There is no folder nowhere: correct --textures"),
             ({"foregrounds": "nowhere"}, "There is no folder nowhere: correct --foregrounds"),
             ({"protocol": "original"}, "made for 224 x 224 pixels"),
-            ({"root": None}, "An evaluation needs --root"),
         ],
     )
     def test_what_cannot_be_done(
@@ -746,6 +824,12 @@ class TestBadInput:
         assert run(**options) == 2
         error = capsys.readouterr().err
         assert error.startswith("training.evaluate: error: ") and text in error
+
+    def test_what_is_required(self, run: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+        for name in ("model", "dataset", "root", "output"):
+            with pytest.raises(SystemExit, match="2"):
+                run(**{name: None})
+            assert f"required: --{name}" in capsys.readouterr().err
 
     def test_a_folder_too_high_or_too_low(self, run: Evaluate, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(root=root.parent) == 2
@@ -770,7 +854,7 @@ class TestBadInput:
 
 class TestWeights:
     def test_tags_of_the_paper(self) -> None:
-        tags = {method: serving_tag("adpretrain_dinov2_base", method) for method in evaluation.METHODS}
+        tags = {method: serving_tag("adpretrain_dinov2_base", method) for method in METHODS}
         assert tags == {
             "feature_norm": "realiad_norm",
             "cflow": "realiad_norm",
@@ -808,11 +892,10 @@ class TestWeights:
     def test_each_method_takes_its_tag_and_the_backbone_is_loaded_once(
         self, published: dict[str, ResidualProjector], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        loaded = []
-        create = subject.create_model
-        monkeypatch.setattr(subject, "create_model", lambda *a, **k: loaded.append(a) or create(*a, **k))
-        model = load_subject("adpretrain_tiny", ("feature_norm", "patchcore", "uniad"), img_size=SIZE)
-        assert len(loaded) == 1
+        build = Mock(wraps=evaluated_model.build_backbone)
+        monkeypatch.setattr(evaluated_model, "build_backbone", build)
+        model = load_model("adpretrain_tiny", ("feature_norm", "patchcore", "uniad"), img_size=SIZE)
+        build.assert_called_once()
         assert {method: model.tags[method] for method in ("feature_norm", "patchcore", "uniad")} == {
             "feature_norm": "realiad_norm",
             "patchcore": "realiad_angle",
@@ -822,14 +905,15 @@ class TestWeights:
             found = model.weights[tag]
             assert found.name == f"adpretrain_tiny.{tag}"
             assert found.stored == {"img_auc": 0.9, "pix_auc": 0.8, "pix_pro": 0.7}
+            assert found.projector is not None
             for key, value in projector.state_dict().items():
                 assert torch.equal(found.projector.state_dict()[key], value.bfloat16().float())
 
-    @pytest.mark.parametrize("options", [{"model": "adpretrain_tiny.realiad_angle"}, {"weights": "realiad_angle"}])
-    def test_a_tag_forces_it(self, published: dict[str, ResidualProjector], options: Mapping[str, str]) -> None:
-        model = load_subject(
-            **{"model": "adpretrain_tiny", "methods": ("feature_norm", "patchcore"), "img_size": SIZE, **options}
-        )
+    @pytest.mark.parametrize(
+        ("name", "tag"), [("adpretrain_tiny.realiad_angle", None), ("adpretrain_tiny", "realiad_angle")]
+    )
+    def test_a_tag_forces_it(self, published: dict[str, ResidualProjector], name: str, tag: str | None) -> None:
+        model = load_model(name, ("feature_norm", "patchcore"), weights=tag, img_size=SIZE)
         assert set(model.weights) == {"realiad_angle"} and set(model.tags.values()) == {"realiad_angle"}
         assert model.name == "adpretrain_tiny.realiad_angle"
 
@@ -843,8 +927,8 @@ class TestWeights:
             ("realiad_norm", "feature_norm", "FeatureNorm"),
             ("realiad_angle", "patchcore", "PatchCore"),
         ):
-            cells = f"| adpretrain_tiny.{tag} | img_auc | 90.00 | {title} | Image AUROC | {100 * own[method]['image_auroc']:.2f} |"
-            assert cells in printed
+            found = f"{100 * own[method]['image_auroc']:.2f}"
+            assert f"| adpretrain_tiny.{tag} | img_auc | 90.00 | {title} | Image AUROC | {found} |" in printed
 
     def test_a_forced_tag_is_another_setting(
         self, run: Evaluate, published: dict[str, ResidualProjector], capsys: pytest.CaptureFixture[str]
@@ -857,19 +941,19 @@ class TestWeights:
     @pytest.mark.parametrize("form", ["path", "local-dir", "named"])
     def test_places(self, weights: Path, tmp_path: Path, form: str) -> None:
         shutil.copy(weights, tmp_path / "model.safetensors")
-        options = {
-            "path": {"model": str(weights)},
-            "local-dir": {"model": f"local-dir:{tmp_path}"},
-            "named": {"model": "adpretrain_efficientnet_lite", "weights": str(weights)},
+        name, place = {
+            "path": (str(weights), None),
+            "local-dir": (f"local-dir:{tmp_path}", None),
+            "named": ("adpretrain_efficientnet_lite", str(weights)),
         }[form]
-        model = load_subject(**options, methods=("feature_norm", "patchcore"))
+        model = load_model(name, ("feature_norm", "patchcore"), weights=place)
         assert model.name == "adpretrain_efficientnet_lite" and model.img_size == (SIZE, SIZE)
         assert set(model.weights) == {""} and model.weights[model.tags["patchcore"]].stored["img_auc"] == 0.9123
-        assert not model.unit_length
+        assert isinstance(model.scorer, FeatureNormScorer)
 
     def test_weights_twice(self, weights: Path) -> None:
         with pytest.raises(adfeatures.errors.InputError, match="leave out --weights"):
-            load_subject(str(weights), ("padim",), weights=str(weights))
+            load_model(str(weights), ("padim",), weights=str(weights))
 
 
 def test_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -877,10 +961,14 @@ def test_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--check", str(root)]) == 1
     printed = capsys.readouterr().out
     assert f"{root} holds MVTec AD" in printed and "001_mask.png" in printed
+    assert evaluate.main(["--check", str(root), "--dataset", "mvtec"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--check", str(root), "--shots", "2"])
+    assert "--check takes --dataset alone, not --shots 2" in capsys.readouterr().err
 
 
-def test_pictures(run: Evaluate, tmp_path: Path) -> None:
-    assert run(method="patchcore", draws=2, products="bottle") == 0
+def test_pictures(run_as_it_is: Evaluate, small_networks: None, tmp_path: Path) -> None:
+    assert run_as_it_is(method="patchcore", draws=2, products="bottle") == 0
     folder = tmp_path / "run/figures/bottle"
     assert {path.name for path in folder.iterdir()} == {
         "patchcore-raw-maps.png",
@@ -892,39 +980,14 @@ def test_pictures(run: Evaluate, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_the_products(run: Evaluate, root: Path, tmp_path: Path) -> None:
+def test_processes_share_the_products(
+    run_as_it_is: Evaluate, words: Callable[..., list[str]], root: Path, tmp_path: Path
+) -> None:
     write_mvtec(root, ("carpet",), good=5, test_good=3, bad=3, seed=5000)
     corrupt_image(root)
     options = {"method": ["feature_norm", "uniad"], "epochs": 1, "draws": 2}
-    assert run(**options, output=tmp_path / "one") == 1
-    words = [
-        "--model",
-        "residual_lite",
-        "--img-size",
-        SIZE,
-        "--dataset",
-        "mvtec",
-        "--root",
-        root,
-        "--output",
-        tmp_path / "many",
-    ]
-    words += [
-        "--shots",
-        2,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--method",
-        "feature_norm",
-        "uniad",
-        "--epochs",
-        1,
-        "--draws",
-        2,
-    ]
-    done = run_ranks(2, "-m", "training.evaluate", *words)
+    assert run_as_it_is(**options, output=tmp_path / "one") == 1
+    done = run_ranks(2, "-m", "training.evaluate", *words(**options, output=tmp_path / "many"))
     assert "mean of 2" in done.stdout, done.stderr
     one, many = (
         {

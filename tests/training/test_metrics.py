@@ -1,4 +1,4 @@
-"""The seven metrics against the original's numbers, scikit-learn, and AUPRO's formula written out threshold by threshold."""
+"""The seven metrics against the original's numbers, scikit-learn, and AUPRO's formula, threshold by threshold."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def ranking_by_sklearn(positive: np.ndarray, scores: np.ndarray) -> list[float]:
 
 @st.composite
 def tied_maps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Maps of few distinct values and masks of random pixels, hence with many ties, and regions that touch at corners and borders."""
+    """Maps of few distinct values, so with many ties, and random masks whose regions touch at corners and borders."""
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(2, 6)))
     steps = draw(arrays(np.int8, shape, elements=st.integers(-4, draw(st.integers(-3, 60)))))
     masks = draw(arrays(np.bool_, shape, elements=st.booleans()).filter(lambda masks: masks.any() and not masks.all()))
@@ -82,7 +82,7 @@ def some_maps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     masks = np.zeros((10, 32, 32), np.uint8)
     masks[::2, 3:9, 4:10] = masks[::2, 20:22, 15:30] = 1
     maps = random.standard_normal(masks.shape).astype(np.float32) + masks
-    return maps, masks, masks.any(axis=(1, 2)).astype(np.int64)
+    return maps, masks, np.any(masks, axis=(1, 2)).astype(np.int64)
 
 
 class TestGolden:
@@ -108,18 +108,19 @@ class TestAupro:
     @given(tied_maps(), st.floats(0.01, 1) | st.sampled_from([0.1, 0.25, 0.3, 0.5, 1.0]), parts)
     def test_is_the_formula(self, example: tuple[np.ndarray, np.ndarray], limit: float, pixels_per_part: int) -> None:
         maps, masks = example
-        with mock.patch.object(metrics, "PIXELS_PER_PART", pixels_per_part):
+        with mock.patch.object(metrics, "PIXELS_PER_CHUNK", pixels_per_part):
             assert aupro(maps, masks, limit) == pytest.approx(aupro_by_formula(maps, masks, limit), abs=1e-9)
 
     @given(tied_maps(), st.sampled_from(["exp", "cube", "ranks", "shrink"]))
     def test_depends_on_the_order_alone(self, example: tuple[np.ndarray, np.ndarray], name: str) -> None:
         maps, masks = example
-        transform: Callable[[np.ndarray], np.ndarray] = {
+        transforms: dict[str, Callable[[np.ndarray], np.ndarray]] = {
             "exp": np.exp,
             "cube": lambda x: x**3 - 1,
             "ranks": lambda x: rankdata(x, method="dense").reshape(x.shape),
             "shrink": lambda x: 1e-9 * x + 0.5,
-        }[name]
+        }
+        transform = transforms[name]
         assert aupro(transform(maps.astype(np.float64)), masks) == pytest.approx(aupro(maps, masks), abs=1e-12)
 
     def test_by_hand(self) -> None:
@@ -142,7 +143,7 @@ class TestAupro:
     def test_regions_count_alike_whatever_their_size(self) -> None:
         masks = np.zeros((2, 20, 20), bool)
         masks[0, :10, :10] = masks[1, 15, 15] = True
-        assert aupro(np.where(masks, [[[1.0]], [[0]]], 0.5), masks) == pytest.approx(0.5)
+        assert aupro(np.where(masks, [[[1.0]], [[0.0]]], 0.5), masks) == pytest.approx(0.5)
 
     @pytest.mark.parametrize("limit", [0, -0.1, 1.5, math.nan])
     def test_limit_out_of_range(self, limit: float) -> None:
@@ -194,9 +195,9 @@ class TestRanking:
     @given(tied_maps(), parts)
     def test_pixels_as_scikit_learn(self, example: tuple[np.ndarray, np.ndarray], pixels_per_part: int) -> None:
         maps, masks = example
-        with mock.patch.object(metrics, "PIXELS_PER_PART", pixels_per_part), warnings.catch_warnings():
+        with mock.patch.object(metrics, "PIXELS_PER_CHUNK", pixels_per_part), warnings.catch_warnings():
             warnings.simplefilter("ignore", UndefinedMetricWarning)
-            found = evaluate(maps, masks, masks.any(axis=(1, 2)))
+            found = evaluate(maps, masks, np.any(masks, axis=(1, 2)))
         assert astuple(found)[3:6] == pytest.approx(ranking_by_sklearn(masks.ravel(), maps.ravel()), abs=1e-12)
 
     @given(arrays(np.int8, st.integers(2, 12), elements=st.integers(-3, 5)), st.data())
@@ -218,7 +219,7 @@ class TestRanking:
     def test_parts_do_not_show(self, monkeypatch: pytest.MonkeyPatch, pixels_per_part: int) -> None:
         maps, masks, labels = some_maps()
         maps, masks = maps[:, 1:17, 8:24], masks[:, 1:17, 8:24]
-        monkeypatch.setattr(metrics, "PIXELS_PER_PART", pixels_per_part)
+        monkeypatch.setattr(metrics, "PIXELS_PER_CHUNK", pixels_per_part)
         found = astuple(evaluate(maps, masks, labels))
         assert found[3:6] == pytest.approx(ranking_by_sklearn(masks.ravel(), maps.ravel()), abs=1e-12)
         assert found[6] == pytest.approx(aupro_by_formula(maps, masks, 0.3), abs=1e-9)
@@ -234,7 +235,8 @@ class TestCurves:
         roc, pro = curves(maps, masks, off)
         false, true, _ = roc_curve(masks.ravel(), maps.ravel(), drop_intermediate=False)
         assert roc == pytest.approx(np.interp(off, false, true), abs=1e-12)
-        assert pro == pytest.approx(np.interp(off, *zip(*pro_by_formula(maps, masks), strict=True)), abs=1e-12)
+        x, y = np.array(pro_by_formula(maps, masks)).T
+        assert pro == pytest.approx(np.interp(off, x, y), abs=1e-12)
 
     def test_start_and_end(self) -> None:
         maps, masks, _ = some_maps()
@@ -357,16 +359,16 @@ class TestRefused:
 
 
 def test_memory_of_a_large_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte per pixel, and 12 bytes per pixel of a part, 100 MB, or 130 per defect pixel: together less than the maps themselves."""
-    assert 12 * metrics.PIXELS_PER_PART < 101e6
+    """A byte per pixel, and 12 per pixel of a chunk, 100 MB, or 130 per defect pixel: less than the maps themselves."""
+    assert 12 * metrics.PIXELS_PER_CHUNK < 101e6
     random = np.random.default_rng(2)
     maps = random.standard_normal((80, 128, 128), dtype=np.float32)
     masks = np.zeros(maps.shape, np.uint8)
     masks[::4, 10:40, 10:50] = 1
-    labels = masks.any(axis=(1, 2))
-    part = maps.size // 16
-    monkeypatch.setattr(metrics, "PIXELS_PER_PART", part)
-    bound = maps.size + max(12 * part, 130 * int(masks.sum())) + 2**16
+    labels = np.any(masks, axis=(1, 2))
+    chunk = maps.size // 16
+    monkeypatch.setattr(metrics, "PIXELS_PER_CHUNK", chunk)
+    bound = maps.size + max(12 * chunk, 130 * int(masks.sum())) + 2**16
     assert bound < maps.nbytes
     for function in (aupro, aupro_original, lambda maps, masks: evaluate(maps, masks, labels)):
         function(maps, masks)

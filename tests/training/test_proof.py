@@ -19,17 +19,18 @@ from training.data.items import ANOMALOUS, NORMAL
 from training.data.synthetic import DEFECTS, render
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.draws import draw_references
-from training.evaluation.inputs import Product, RawFeatures
-from training.evaluation.pretrained_features import Features, Geometry, residual_features
-from training.evaluation.recipes import RECIPES, known_loader, settings, train_loader
+from training.evaluation.fitting import known_loader, settings, train_loader
+from training.evaluation.model import load_model
+from training.evaluation.product import Product
+from training.evaluation.product_features import FeatureKind, ProductFeatures, residual_features
+from training.evaluation.raw_features import RawFeatures
 from training.evaluation.results import PRETRAINED
-from training.evaluation.subject import load_subject
 from training.methods import METHODS
 
 PRODUCT, SIZE, COUNT, SHOTS = "vinyl", 128, 40, 8
 # Of the paper's 25, 640 and 1000.
 EPOCHS = {"cflow": 8, "glass": 2, "uniad": 5}
-SQUASH = Geometry("squash", "squash")
+KIND = FeatureKind("squash", "squash", "in1k_v1", draw=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for product in ("easy", "control"):
                 save(picture, root / product / folder / f"{number:03d}.png")
         picture, mask = render(PRODUCT, 2000 + number, kinds[number % len(kinds)], size=SIZE)
+        assert mask is not None
         save(picture, root / "easy/test/bad" / f"{number:03d}.png")
         save(Image.fromarray(mask), root / "easy/ground_truth/bad" / f"{number:03d}.png")
         save(render(PRODUCT, 2000 + number, size=SIZE)[0], root / "control/test/bad" / f"{number:03d}.png")
@@ -55,38 +57,40 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(root: Path) -> tuple[RawFeatures, Product, Product, Features]:
-    raw = RawFeatures(load_subject("residual_lite", tuple(METHODS), img_size=SIZE), root / "cache")
-    products = [Product(name, dataset("folder"), root, raw) for name in ("easy", "control")]
+def data(root: Path) -> tuple[RawFeatures, Product, Product, ProductFeatures]:
+    raw = RawFeatures(load_model("residual_lite", tuple(METHODS), img_size=SIZE), root / "cache")
+    easy, control = products = [Product(name, dataset("folder"), root, raw) for name in ("easy", "control")]
     for product in products:
         raw.encode(product.train, "squash")
         product.truth("squash")
     references = [draw_references(product.train, SHOTS, 0) for product in products]
-    return raw, *products, residual_features(raw, SQUASH, "in1k_v1", products, references, leave_out=True, owner="test")
+    features = residual_features(raw, KIND, products, references, leave_out=True, owner="test")
+    return raw, easy, control, features
 
 
 @pytest.mark.filterwarnings("ignore:GLASS made its textures")
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(method, marks=[pytest.mark.slow] if method in EPOCHS else []) for method in METHODS],
+    [pytest.param(method, marks=[pytest.mark.release] if method in EPOCHS else []) for method in METHODS],
 )
 def test_method_finds_defects_and_nothing_else(
-    method: str, data: tuple[RawFeatures, Product, Product, Features]
+    method: str, data: tuple[RawFeatures, Product, Product, ProductFeatures]
 ) -> None:
     raw, easy, control, features = data
     assert [len([i for i in p.test if i.label == label]) for p in (easy, control) for label in (NORMAL, ANOMALOUS)] == [
         COUNT
     ] * 4
     config = EvaluationConfig(model="residual_lite", dataset="folder", root="", output="", epochs=EPOCHS.get(method))
-    chosen = settings(method, PRETRAINED, config, raw.subject, "squash", ["easy"])
+    entry = METHODS[method]
+    chosen = settings(entry, PRETRAINED, config, raw.model, "squash", ["easy"])
     if method in EPOCHS:
-        assert chosen[str(RECIPES[method].epochs)] == EPOCHS[method]
+        assert chosen[str(entry.epochs)] == EPOCHS[method]
     # The normal images of both are the same, so one training serves both.
-    batches = train_loader(method, easy.train, raw.subject, "squash", (SIZE, SIZE), workers=0)
-    fitted = METHODS[method](features.extractor, **chosen).fit(batches)
+    batches = train_loader(entry, easy.train, raw.model, "squash", workers=0)
+    fitted = entry.create(features.extractor, **chosen).fit(batches)
     found = []
     for product in (easy, control):
-        scores = fitted.predict(known_loader(product.test, (SIZE, SIZE))).scores
+        scores = fitted.predict(known_loader(product.test, raw.model)).scores
         found.append(auroc(scores.tolist(), [item.label for item in product.test]))
     assert found[0] > 0.9
     assert 0.3 <= found[1] <= 0.7

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ PATH = re.compile(
     r"realiad_512/(?P<product>[a-z0-9_]+?)/(?:OK|NG/(?P<defect>[A-Z]{2}))/S(?P<folder>\d{4})/"
     r"(?P=product)(?P<gap>_{1,2})(?P<number>\d{4})_(?:OK|NG_(?P<code>[A-Z]{2}))_C(?P<view>[1-5])_(?P<time>\d{14})\.(?:jpg|png)"
 )
-SMALL = {"products": 3, "good": 2, "bad": 8, "size": 48, "seed": 3}
+SMALL: dict[str, Any] = {"products": 3, "good": 2, "bad": 8, "size": 48, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def images(folder: Path) -> list[str]:
 
 def run_entry(*arguments: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "training.synthesize", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
 
 
 # --- what it offers
@@ -264,7 +265,7 @@ def test_a_killed_run_goes_on(dataset: Path, tmp_path: Path) -> None:
 def test_a_folder_of_other_settings_is_refused(dataset: Path, change: dict[str, object]) -> None:
     before = contents(dataset)
     with pytest.raises(InputError, match=f"other settings .*{next(iter(change))}"):
-        synthesize(dataset, **{**SMALL, **change})  # type: ignore[arg-type]
+        synthesize(dataset, **{**SMALL, **change})
     assert contents(dataset) == before
 
 
@@ -293,7 +294,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(InputError):
-        synthesize(tmp_path / "set", **{**SMALL, **change})  # type: ignore[arg-type]
+        synthesize(tmp_path / "set", **{**SMALL, **change})
     assert not (tmp_path / "set").exists()
 
 
@@ -362,7 +363,7 @@ def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
     process = run_entry("--output", str(tmp_path / "set"), "--workers", "2")
     workers: list[int] = []
     deadline = time.monotonic() + 60
-    while not (workers and list(tmp_path.glob("set/realiad_512/*/*/*/*/*.jpg"))) and time.monotonic() < deadline:
+    while not (workers and any(tmp_path.glob("set/realiad_512/*/*/*/*/*.jpg"))) and time.monotonic() < deadline:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         workers = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The tutorial in miniature: what it leaves, that its numbers are those of the files, and that the same command resumes."""
+"""The tutorial in miniature: what it leaves, that its numbers are those of the files, that the same command resumes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         for line in printed.splitlines()
         if "|" in line
     }
-    assert rows["residuals, no projector"] == [
+    assert rows["residuals of unit length, no projector"] == [
         f"{100 * found['residual'][0][key]:.1f}" for key in ("img", "pix", "pro")
     ]
     low, high = sorted(100 * scores["img"] for scores in found["trained"])

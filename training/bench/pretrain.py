@@ -7,19 +7,19 @@ pairs of patches for the angle loss.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from adfeatures.backbones import create_backbone
-from adfeatures.bench import naive_residuals
+from adfeatures.bench import naive_projection, naive_residuals
+from adfeatures.measuring import Measurement, seconds
 from adfeatures.projector import ResidualProjector
 
 from ..data.items import NORMAL, Item
@@ -28,11 +28,10 @@ from ..pretraining.config import PretrainConfig
 from ..pretraining.labels import angle_labels, norm_labels
 from ..pretraining.reference_store import ReferenceStore
 from ..pretraining.step import encode_images, losses, train_step, view_residuals
-from .timing import Row, seconds
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepSizes:
     """What a step is made of."""
 
     width: int = 768
@@ -45,50 +44,7 @@ class Sizes:
     repeats: int = 2
 
 
-FULL, QUICK = Sizes(), Sizes(width=192, depth=12, keys=1024, repeats=1)
-
-
-class NaiveProjector(nn.Module):
-    """The projector in its published form, with the initial weights of ours."""
-
-    def __init__(self, ours: ResidualProjector) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(
-            _NaiveLevel(level.state_dict(), heads) for level, heads in zip(ours.children(), ours.num_heads, strict=True)
-        )
-
-    def forward(self, residuals: Sequence[Tensor]) -> list[Tensor]:
-        return [level(residual) for level, residual in zip(self.levels, residuals, strict=True)]
-
-
-class _NaiveLevel(nn.Module):
-    def __init__(self, state: dict[str, Tensor], num_heads: int) -> None:
-        super().__init__()
-        channels, hidden, squeezed = state["x_ref"].shape[2], *reversed(state["layers.0.mlp.se.fc1.weight"].shape)
-        self.x_ref = nn.Parameter(state["x_ref"].clone())
-        self.ref_proj = nn.Conv1d(channels, channels, 1)
-        self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
-        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
-        self.squeeze, self.excite = nn.Linear(hidden, squeezed), nn.Linear(squeezed, hidden)
-        names = {
-            "ref_proj": "ref_proj.project",
-            "attention": "layers.0.cross_attn",
-            "fc1": "layers.0.mlp.fc1",
-            "fc2": "layers.0.mlp.fc2",
-            "squeeze": "layers.0.mlp.se.fc1",
-            "excite": "layers.0.mlp.se.fc2",
-        }
-        for own, name in names.items():
-            part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            getattr(self, own).load_state_dict(part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        references = self.ref_proj(self.x_ref.expand(len(x), -1, -1).transpose(1, 2)).transpose(1, 2)
-        tokens = tokens - self.attention(tokens, references, references)[0]
-        hidden = self.fc1(tokens)
-        hidden = hidden * torch.sigmoid(self.excite(F.relu(self.squeeze(hidden.mean(1, keepdim=True)))))
-        return (tokens + self.fc2(F.gelu(hidden))).transpose(1, 2).reshape(x.shape)
+FULL, QUICK = StepSizes(), StepSizes(width=192, depth=12, keys=1024, repeats=1)
 
 
 def naive_angle_loss(first: Tensor, second: Tensor, labels: Tensor, center: Tensor, temperature: float) -> Tensor:
@@ -100,49 +56,48 @@ def naive_angle_loss(first: Tensor, second: Tensor, labels: Tensor, center: Tens
     return -(positives.exp() / (similarity * (labels[:, None] != labels)).sum(1)).log().mean()
 
 
-class Step:
-    """One training step in three forms, on the same batch and from the same weights."""
+class BenchedStep:
+    """One training step in three forms, on the same batch and from the same weights.
 
-    def __init__(self, sizes: Sizes) -> None:
+    Args:
+        sizes: What it is made of.
+        folder: Where the encoded pool of references is kept.
+    """
+
+    def __init__(self, sizes: StepSizes, folder: str) -> None:
         torch.manual_seed(0)
         self.config = PretrainConfig(precision="float32")
         self.backbone = create_backbone("dinov2_base", img_size=sizes.side, embed_dim=sizes.width, depth=sizes.depth)
         self.projector = ResidualProjector(self.backbone.channels, num_keys=sizes.keys)
-        self.naive_projector = NaiveProjector(self.projector)
-        recipe = {"lr": 1e-4, "weight_decay": 5e-4}
-        self.optimizer = torch.optim.Adam(self.projector.parameters(), fused=True, **recipe)
-        self.naive_optimizer = torch.optim.Adam(self.naive_projector.parameters(), **recipe)
+        self.naive_projector = copy.deepcopy(self.projector)
+        adam = partial(torch.optim.Adam, lr=1e-4, weight_decay=5e-4)
+        self.optimizer = adam(self.projector.parameters(), fused=True)
+        self.naive_optimizer = adam(self.naive_projector.parameters())
         self.centers = [torch.randn(channels) for channels in self.backbone.channels]
         mask = torch.zeros(sizes.batch, 1, sizes.side, sizes.side, dtype=torch.uint8)
         mask[::2, :, : sizes.side // 3, : sizes.side // 3] = 1
         pool = torch.randn(sizes.pool, 3, sizes.side, sizes.side)
         indices = torch.randint(sizes.pool, (sizes.batch, sizes.shots))
-        views = torch.randn(sizes.batch, 2, 3, sizes.side, sizes.side)
         self.batch = {
-            "views": views,
+            "views": torch.randn(sizes.batch, 2, 3, sizes.side, sizes.side),
             "mask": mask,
             "label": torch.tensor([1, 0] * (sizes.batch // 2)),
             "references": pool[indices],
+            "reference_indices": indices,
         }
-        self.stored = {**self.batch, "reference_indices": indices}
-        self.pool = pool
-        self.encoder = partial(encode_images, backbone=self.backbone, device=torch.device("cpu"), precision="float32")
+        self.encode = partial(encode_images, backbone=self.backbone, device=torch.device("cpu"), precision="float32")
+        items = [Item(str(number), NORMAL, "product") for number in range(sizes.pool)]
+        self.store = ReferenceStore(folder, items, "bench")
+        self.store.encode(lambda number: pool[int(number)], self.encode)
 
-    def open_store(self, folder: str) -> None:
-        """Encode the pool."""
-        self.store = ReferenceStore(
-            folder, [Item(str(number), NORMAL, "product") for number in range(len(self.pool))], "bench"
-        )
-        self.store.encode(lambda number: self.pool[int(number)], self.encoder)
-        self.store.open()
-
-    def ours(self, store: ReferenceStore | None = None) -> dict[str, float]:
-        batch = self.batch if store is None else self.stored
-        return train_step(self.projector, self.optimizer, batch, self.encoder, store, self.centers, self.config)
+    def ours(self, store: ReferenceStore | None = None) -> float:
+        """Take a step, with references from the store if one is given, and return its loss."""
+        batch, model = self.batch, self.projector
+        return train_step(model, self.optimizer, batch, self.encode, store, self.centers, self.config)["loss"]
 
     def naive(self) -> float:
-        residuals = self.naive_view_residuals()
-        loss = self.naive_losses(residuals)
+        """The same in the published form."""
+        loss = self.naive_losses(self.naive_view_residuals())
         self.naive_optimizer.zero_grad()
         loss.backward()
         self.naive_optimizer.step()
@@ -152,15 +107,16 @@ class Step:
     def naive_view_residuals(self) -> list[list[Tensor]]:
         """Residuals of both views, every image against its own references."""
         residuals = []
-        for image in range(len(self.batch["views"])):
-            references = self.backbone(self.batch["references"][image])
-            banks = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in references]
-            residuals.append(naive_residuals(self.backbone(self.batch["views"][image]), banks))
-        return [[torch.stack([image[level][view] for image in residuals]) for level in range(4)] for view in range(2)]
+        for views, references in zip(self.batch["views"], self.batch["references"], strict=True):
+            banks = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in self.backbone(references)]
+            residuals.append(naive_residuals(self.backbone(views), banks))
+        levels = [torch.stack(level, dim=1) for level in zip(*residuals, strict=True)]
+        return [list(view) for view in zip(*levels, strict=True)]
 
     def naive_losses(self, residuals: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Both losses, summed over the levels."""
         total = torch.zeros(())
-        views = [self.naive_projector(view) for view in residuals]
+        views = [naive_projection(self.naive_projector, view) for view in residuals]
         for *levels, center in zip(*views, self.centers, strict=True):
             grid = levels[0].shape[2:]
             first, second = (level.permute(0, 2, 3, 1).flatten(0, 2) for level in levels)
@@ -170,50 +126,39 @@ class Step:
         return total
 
 
-def rows(quick: bool = False) -> Iterator[Row]:
+def rows(quick: bool = False) -> Iterator[Measurement]:
     """A whole step with references encoded on the fly and from a store, and where the time of each form goes."""
     sizes = QUICK if quick else FULL
-    step = Step(sizes)
     with tempfile.TemporaryDirectory() as folder:
-        step.open_store(folder)
-        ours, naive = step.ours()["loss"], step.naive()
-        note = f"batch {sizes.batch}, {sizes.shots} references each; first losses {ours:.5f} and {naive:.5f}"
-        forms: dict[str, Callable[[], Any]] = {
-            "fly": step.ours,
-            "store": partial(step.ours, step.store),
-            "naive": step.naive,
-        }
-        taken = [{name: seconds(form) for name, form in forms.items()} for _ in range(sizes.repeats)]
-        for name, what, target in (
-            ("fly", "references encoded", 1.7),
-            ("store", f"references of a pool of {sizes.pool}", 3.0),
-        ):
-            ratio = median(each["naive"] / each[name] for each in taken)
-            times = (median(each[form] for each in taken) for form in (name, "naive"))
-            yield Row(f"step of dinov2_base ({sizes.width}), {what}", *times, ratio, f"target {target}; {note}")
+        step = BenchedStep(sizes, folder)
+        note = f"batch {sizes.batch}, {sizes.shots} references each"
+        note += f"; first losses {step.ours():.5f} and {step.naive():.5f}"
+        forms = (step.ours, partial(step.ours, step.store), step.naive)
+        rounds = [[seconds(form) for form in forms] for _ in range(sizes.repeats)]
+        fly, stored, naive = zip(*rounds, strict=True)
+        what = f"step of dinov2_base ({sizes.width}), references"
+        yield Measurement.of_runs(f"{what} encoded", fly, naive, note=f"target 1.7; {note}")
+        yield Measurement.of_runs(f"{what} of a pool of {sizes.pool}", stored, naive, note=f"target 3.0; {note}")
         yield from _split(step)
 
 
-def _split(step: Step) -> Iterator[Row]:
+def _split(step: BenchedStep) -> Iterator[Measurement]:
     """Seconds of the two halves of a step."""
-    fly, naive = seconds(lambda: view_residuals(step.batch, step.encoder, None)), seconds(step.naive_view_residuals)
-    yield Row("  of it: encoding and matching", fly, naive, naive / fly)
-    store = seconds(lambda: view_residuals(step.stored, step.encoder, step.store))
-    yield Row("  of it: encoding and matching, from the pool", store, naive, naive / store)
-    first, second = view_residuals(step.stored, step.encoder, step.store)
+    first, second = view_residuals(step.batch, step.encode, step.store)
 
     def ours() -> None:
-        projected = [
-            level.chunk(2) for level in step.projector([torch.cat(pair) for pair in zip(first, second, strict=True)])
-        ]
-        sum(
-            losses(
-                *([level[view] for level in projected] for view in range(2)),
-                step.batch["mask"],
-                step.centers,
-                step.config,
-            )
-        ).backward()
+        joined = step.projector([torch.cat(views) for views in zip(first, second, strict=True)])
+        one, other = zip(*(level.chunk(2) for level in joined), strict=True)
+        angle, norm = losses(one, other, step.batch["mask"], step.centers, step.config)
+        (angle + norm).backward()
 
-    own, other = seconds(ours), seconds(lambda: step.naive_losses([first, second]).backward())
-    yield Row("  of it: projector, losses, backward", own, other, other / own)
+    def of_it(what: str, ours: Callable[[], object], naive: float) -> Measurement:
+        return Measurement.of_runs(f"  of it: {what}", [seconds(ours)], [naive])
+
+    naive = seconds(step.naive_view_residuals)
+    yield of_it("encoding and matching", partial(view_residuals, step.batch, step.encode, None), naive)
+    yield of_it(
+        "encoding and matching, from the pool", partial(view_residuals, step.batch, step.encode, step.store), naive
+    )
+    naive = seconds(lambda: step.naive_losses([first, second]).backward())
+    yield of_it("projector, losses, backward", ours, naive)

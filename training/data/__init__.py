@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import UnknownNameError
 
-# Name of the module of each data set, and its title.
-DATASETS: Mapping[str, str] = MappingProxyType(
+from . import btad, folder, mpdd, mvtec, mvtec3d, real_iad, visa
+from .tree import Tree
+
+DATASETS: Mapping[str, Tree] = MappingProxyType(
     {
-        "mvtec": "MVTec AD",
-        "visa": "VisA",
-        "btad": "BTAD",
-        "mvtec3d": "MVTec 3D-AD",
-        "mpdd": "MPDD",
-        "real_iad": "Real-IAD",
-        "folder": "data in the layout of MVTec AD",
+        "mvtec": mvtec.TREE,
+        "visa": visa.TREE,
+        "btad": btad.TREE,
+        "mvtec3d": mvtec3d.TREE,
+        "mpdd": mpdd.TREE,
+        "real_iad": real_iad.TREE,
+        "folder": folder.TREE,
     }
 )
 
 
-def dataset(name: str) -> ModuleType:
-    """The module of a data set: ``PRODUCTS`` and ``find_items(root, split, products=None)``.
+def dataset(name: str) -> Tree:
+    """The data set of a name.
 
     Raises:
         UnknownNameError: For an unknown name, with the closest known ones.
     """
     if name not in DATASETS:
         raise UnknownNameError(unknown("data set", name, DATASETS))
-    return import_module(f"{__name__}.{name}")
+    return DATASETS[name]

@@ -11,4 +11,3 @@ PRODUCTS = ("01", "02", "03")
 TREE = Layout(
     "BTAD", PRODUCTS, normal="ok", masks=("ground_truth/{defect}/{stem}.png", "ground_truth/{defect}/{stem}.bmp")
 )
-find_items = TREE.find_items

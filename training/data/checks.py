@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,18 @@ from adfeatures.errors import ImageError, InputError
 from adfeatures.images import IMAGE_SUFFIXES, read_image
 from training.console import DONE, SOME_FAILED
 
-from . import DATASETS, dataset, real_iad, visa
+from . import DATASETS, dataset
 from .images import different_sizes, read_mask
 from .items import ANOMALOUS, NORMAL, Item
-from .tree import SPLITS, StrPath, Tree, nearby, subfolders
+from .tree import StrPath, Tree, nearby, subfolders
 
 # How many files a problem names that many files share.
 NAMED = 3
+ODD_MASKS: dict[str, Callable[[np.ndarray], bool]] = {
+    "masks without a defect": lambda mask: not mask.any(),
+    "masks in which every pixel is a defect": lambda mask: bool(mask.any(axis=2).all()),
+    "gray masks, in which all above 0 counts as defect": lambda mask: bool(((mask > 0) & (mask < 255)).any()),
+}
 
 
 @dataclass(frozen=True)
@@ -41,55 +46,35 @@ class Problem:
         return f"{'error' if self.serious else 'warning'}: {self.text}"
 
 
-class RealIAD(Tree):
-    """Real-IAD, which this project splits by part and not by folders: walked as a whole whatever the split."""
-
-    def find_products(self, root: StrPath) -> dict[str, Path]:
-        root = Path(root)
-        folder = root / real_iad.FOLDER if os.path.isdir(root / real_iad.FOLDER) else root
-        return {
-            name: folder / name
-            for name in subfolders(folder)
-            if any(os.path.isdir(folder / name / tree) for tree in self.folders)
-        }
-
-    def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
-        yield self.find_products(root)[product], real_iad.read(root, [product])
-
-    def find_items(self, root: StrPath, split: str, products: Sequence[str] | None = None) -> list[Item]:
-        return real_iad.find_items(root, split, products)
-
-
-def report(root: StrPath, dataset: str | None = None) -> tuple[str, int]:
+def report(root: StrPath, name: str | None = None) -> tuple[str, int]:
     """The problems of a data set as text, and an exit code: DONE, or SOME_FAILED where one is serious.
 
     Arguments and errors are those of ``check``.
     """
-    name = dataset or recognize(root)
-    problems = check(root, name)
+    told = name is None
+    name = name or recognize(root)
+    tree, problems = dataset(name), check(root, name)
     serious = sum(problem.serious for problem in problems)
-    lines = [f"{root} holds {DATASETS[name]}; products: {len(tree_of(name).find_products(root))}."]
-    if dataset is None:
-        lines.append(
-            f"This was told by its folders. If it is wrong, say which data set it is with --dataset: {', '.join(DATASETS)}."
-        )
+    lines = [f"{root} holds {tree.title}; products: {len(tree.find_products(root))}."]
+    if told:
+        lines += [f"This was told by its folders. If it is wrong, name it with --dataset: {', '.join(DATASETS)}."]
     found = f"errors: {serious}, warnings: {len(problems) - serious}" if problems else "Nothing is missing or misnamed."
     return "\n".join([*lines, *map(str, problems), found]), SOME_FAILED if serious else DONE
 
 
-def check(root: StrPath, dataset: str | None = None) -> list[Problem]:
+def check(root: StrPath, name: str | None = None) -> list[Problem]:
     """Look at every folder, image and mask of a data set.
 
     Args:
         root: Folder of the data set.
-        dataset: One of `DATASETS`; None recognizes it by its folders.
+        name: One of `DATASETS`; None recognizes it by its folders.
 
     Raises:
         UnknownNameError: For an unknown data set.
         InputError: If the folder is not that of the data set, or of none that is known; the message says which one to
             give.
     """
-    tree = tree_of(dataset or recognize(root))
+    tree = dataset(name or recognize(root))
     products = tree.find_products(root)
     if not products:
         raise InputError(tree.wrong_root(root))
@@ -109,46 +94,26 @@ def recognize(root: StrPath) -> str:
     root = Path(root)
     if not os.path.isdir(root):
         raise InputError(f"There is no folder {root}.")
-    name = _recognized(root)
-    if name is None:
-        near = nearby(root, lambda folder: _recognized(folder) is not None)
-        advice = (
-            f"Give {near} instead."
-            if near
-            else f"Known are {', '.join(DATASETS.values())}; name one with --dataset to see what is missed."
-        )
-        raise InputError(f"{root} is not the folder of a data set. {advice}")
-    return name
+    if name := _recognized(root):
+        return name
+    titles = ", ".join(tree.title for tree in DATASETS.values())
+    near = nearby(root, lambda folder: _recognized(folder) is not None)
+    advice = f"Give {near} instead." if near else f"Known are {titles}; name one with --dataset to see what is missed."
+    raise InputError(f"{root} is not the folder of a data set. {advice}")
 
 
 def _recognized(root: Path) -> str | None:
-    names = subfolders(root)
-    if os.path.isfile(root / visa.TABLE):
-        return "visa"
-    if real_iad.FOLDER in names or any(os.path.isdir(root / name / "OK") for name in names if name not in SPLITS):
-        return "real_iad"
-    sets = {
-        name: len(set(names) & set(dataset(name).PRODUCTS)) for name in DATASETS if name not in ("real_iad", "folder")
-    }
-    best = max(sets, key=lambda name: sets[name])
-    if sets[best] and 2 * sets[best] >= len(names):
-        return best
+    best = max(DATASETS, key=lambda name: DATASETS[name].likeness(root))
+    if not DATASETS[best].likeness(root):
+        return None
+    # The folder of one product of a known data set looks like one of your own.
     path = root.resolve()
-    if path.parent != path and any(
-        path.name in dataset(name).PRODUCTS and _recognized(path.parent) == name for name in sets
-    ):
-        return None  # The folder of one product of a known data set.
-    return "folder" if dataset("folder").TREE.find_products(root) else None
+    known = {name for name, tree in DATASETS.items() if path.name in tree.products}
+    return None if not DATASETS[best].products and known and _recognized(path.parent) in known else best
 
 
-def tree_of(name: str) -> Tree:
-    """The products and folders of a data set.
-
-    Raises:
-        UnknownNameError: For an unknown data set.
-    """
-    module = dataset(name)
-    return RealIAD(DATASETS[name], real_iad.PRODUCTS, ("OK", "NG")) if name == "real_iad" else module.TREE
+def _unread(path: Path, reason: str) -> Problem:
+    return Problem(f"{path} is not read{reason}", serious=False)
 
 
 def _check_products(tree: Tree, root: Path, products: dict[str, Path]) -> Iterator[Problem]:
@@ -156,69 +121,57 @@ def _check_products(tree: Tree, root: Path, products: dict[str, Path]) -> Iterat
     # A tree of other products in the layout of a known data set lacks none.
     known = tree.products if set(tree.products) & set(products) else ()
     if missing := [product for product in known if product not in products]:
-        yield Problem(
-            f"{root} lacks {len(missing)} of {len(known)} products of {tree.title}: {', '.join(missing)}. Extract the rest."
-        )
+        lack = f"{root} lacks {len(missing)} of {len(known)} products of {tree.title}: {', '.join(missing)}."
+        yield Problem(f"{lack} Extract the rest.")
     if root in products.values():
         return
     folder = next(iter(products.values())).parent
     for name in subfolders(folder):
-        if known and name not in known and name != visa.TABLE.parent.name:
-            yield Problem(
-                f"{folder / name} is not read. {unknown(f'product of {tree.title}', name, known)}", serious=False
-            )
+        if known and name not in (*known, *tree.others):
+            yield _unread(folder / name, f". {unknown(f'product of {tree.title}', name, known)}")
         elif not known and name not in products:
-            yield Problem(
-                f"{folder / name} is not read: it holds none of the folders {', '.join(tree.folders)}.", serious=False
-            )
+            yield _unread(folder / name, f": it holds none of the folders {', '.join(tree.folders)}.")
 
 
 def _check_folders(tree: Tree, product: Path) -> Iterator[Problem]:
     """The folders in a product that nothing reads."""
     for name in subfolders(product):
         if name not in tree.folders:
-            yield Problem(f"{product / name} is not read. {unknown('folder', name, tree.folders)}", serious=False)
+            yield _unread(product / name, f". {unknown('folder', name, tree.folders)}")
     kinds, masks = tuple(subfolders(product / "test")), product / "ground_truth"
     for name in subfolders(masks) if kinds and masks.name in tree.folders else ():
         if name not in kinds:
-            yield Problem(
-                f"{masks / name} is not read: test has no such folder. {unknown('kind', name, kinds)}", serious=False
-            )
+            yield _unread(masks / name, f": test has no such folder. {unknown('kind', name, kinds)}")
 
 
 def _check_product(tree: Tree, root: StrPath, product: str, folder: Path) -> Iterator[Problem]:
     items: list[Item] = []
     complete = True
-    # Real-IAD has no folders of splits, so it is read as a whole.
-    for split in ("",) if isinstance(tree, RealIAD) else SPLITS:
+    for split in tree.splits:
         try:
-            folders = list(tree.walk(root, product, split))
+            walked = dict(tree.walk(root, product, split))
         except InputError as error:
             yield Problem(str(error))
             complete = False
             continue
-        yield from (
-            Problem(f"{empty} holds no images. Extract it again, or remove it.")
-            for empty, found in folders
-            if not found
-        )
-        of_split = [item for _, found in folders for item in found]
-        yield from _check_labels(of_split, folder / split, split)
+        for place, found in walked.items():
+            if not found:
+                yield Problem(f"{place} holds no images. Extract it again, or remove it.")
+        of_split = sum(walked.values(), [])
+        yield from _check_labels([item.label for item in of_split], folder / split, split)
         items += of_split
     yield from _check_files(items, product)
     if complete:
         yield from _check_left_over(items)
 
 
-def _check_labels(items: Sequence[Item], folder: Path, split: str) -> Iterator[Problem]:
-    normal = sum(item.label == NORMAL for item in items)
+def _check_labels(labels: Sequence[int], folder: Path, split: str) -> Iterator[Problem]:
+    normal = labels.count(NORMAL)
     if normal == 0:
         yield Problem(f"{folder} holds no normal images.")
     if normal == 1 and split == "train":
-        yield Problem(
-            f"{folder} holds a single normal image, so that no two references can be compared.", serious=False
-        )
-    if split != "train" and all(item.label != ANOMALOUS for item in items):
+        yield Problem(f"{folder} holds a single normal image, so that no two references can be compared.", False)
+    if split != "train" and ANOMALOUS not in labels:
         yield Problem(f"{folder} holds no images with defects, so that no metric can be computed.")
 
 
@@ -226,13 +179,14 @@ def _check_files(items: Sequence[Item], product: str) -> Iterator[Problem]:
     """Read all images and masks. What many files may share is one problem."""
     shared: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for item in tqdm(items, desc=product, leave=False, disable=None):
-        if not os.path.isfile(item.image):
+        has_image, has_mask = (path is not None and os.path.isfile(path) for path in (item.image, item.mask))
+        if not has_image:
             shared["missing images", True].append(item.image)
-        elif item.mask is not None and not os.path.isfile(item.mask):
+        elif item.mask is not None and not has_mask:
             shared["images without their mask", True].append(f"{item.image} (mask expected in {item.mask})")
         try:
-            picture = read_image(item.image) if os.path.isfile(item.image) else None
-            mask = read_mask(item.mask) if item.mask is not None and os.path.isfile(item.mask) else None
+            picture = read_image(item.image) if has_image else None
+            mask = read_mask(str(item.mask)) if has_mask else None
         except ImageError as error:
             yield Problem(str(error))
             continue
@@ -240,21 +194,11 @@ def _check_files(items: Sequence[Item], product: str) -> Iterator[Problem]:
             continue
         if picture is not None and mask.size != picture.size:
             yield Problem(different_sizes(item, picture.size, mask.size))
-        for kind in _odd_values(np.asarray(mask)):
-            shared[kind, False].append(str(item.mask))
-    yield from (
-        Problem(f"{product} has {len(paths)} {kind}: {_some(paths)}.", serious)
-        for (kind, serious), paths in shared.items()
-    )
-
-
-def _odd_values(mask: np.ndarray) -> Iterator[str]:
-    if not mask.any():
-        yield "masks without a defect"
-    elif mask.any(axis=2).all():
-        yield "masks in which every pixel is a defect"
-    if ((mask > 0) & (mask < 255)).any():
-        yield "gray masks, in which all above 0 counts as defect"
+        for kind, is_odd in ODD_MASKS.items():
+            if is_odd(np.asarray(mask)):
+                shared[kind, False].append(str(item.mask))
+    for (kind, serious), paths in shared.items():
+        yield Problem(f"{product} has {len(paths)} {kind}: {_some(paths)}.", serious)
 
 
 def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:
@@ -264,9 +208,8 @@ def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         files = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         if left := [name for name in files if os.path.join(folder, name) not in used]:
-            yield Problem(
-                f"{folder} has {len(left)} files that belong to no image: {_some(left)}. Add their images, or rename them."
-            )
+            belong = f"{folder} has {len(left)} files that belong to no image: {_some(left)}."
+            yield Problem(f"{belong} Add their images, or rename them.")
 
 
 def _some(names: Sequence[str]) -> str:

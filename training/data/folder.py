@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from .layout import Layout
 
-PRODUCTS: tuple[str, ...] = ()  # Whatever is there.
 TREE = Layout(
     "data in the layout of MVTec AD",
     masks=("ground_truth/{defect}/{stem}_mask.png", "ground_truth/{defect}/{stem}.png"),
     masks_optional=True,
 )
-find_items = TREE.find_items

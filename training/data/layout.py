@@ -42,7 +42,12 @@ class Layout(Tree):
             return {Path(root).resolve().name: Path(root)}
         return {name: Path(root, name) for name in subfolders(Path(root)) if _has_split(Path(root, name))}
 
+    def likeness(self, root: Path) -> float:
+        """As for other data sets; least of all where any folder may be a product."""
+        return super().likeness(root) if self.products else 0.1 * bool(self.find_products(root))
+
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
+        """See ``Tree.walk``."""
         folder = self.find_products(root)[product]
         kinds = subfolders(folder / split)
         if not kinds or (split == "train" and self.normal not in kinds):

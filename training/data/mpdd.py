@@ -6,4 +6,3 @@ from .layout import Layout
 
 PRODUCTS = ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes")
 TREE = Layout("MPDD", PRODUCTS)
-find_items = TREE.find_items

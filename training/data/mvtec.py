@@ -1,4 +1,7 @@
-"""MVTec AD (Bergmann et al., CVPR 2019): ``<product>/{train,test}/<kind>/*.png``, ``<product>/ground_truth/<kind>/<stem>_mask.png``."""
+"""MVTec AD (Bergmann et al., CVPR 2019).
+
+Layout: ``<product>/{train,test}/<kind>/*.png`` and ``<product>/ground_truth/<kind>/<stem>_mask.png``.
+"""
 
 from __future__ import annotations
 
@@ -22,4 +25,3 @@ PRODUCTS = (
     "zipper",
 )
 TREE = Layout("MVTec AD", PRODUCTS)
-find_items = TREE.find_items

@@ -16,4 +16,3 @@ TREE = Layout(
     images="{split}/{defect}/rgb",
     masks=("{split}/{defect}/gt/{stem}.png",),
 )
-find_items = TREE.find_items

@@ -5,10 +5,11 @@ from __future__ import annotations
 from adfeatures.catalog import unknown
 from adfeatures.errors import UnknownNameError
 
+from ..methods import METHODS
 from . import DATASETS, mvtec
 
 # "validation" is the original's evaluation of a projector while it trains, with FeatureNorm and PatchCore.
-METHODS = ("feature_norm", "patchcore", "padim", "cflow", "glass", "uniad", "validation")
+EVALUATED = (*METHODS, "validation")
 ROLES = ("image", "reference")
 # Everything is resized to 224 and cropped to 224, except the images (training and test, never references) of these
 # products, by method and data set, which are resized to 256.
@@ -26,7 +27,7 @@ def original_geometry(method: str, dataset: str, role: str, product: str) -> str
     Note that it matches some images with references at another scale.
 
     Args:
-        method: One of `METHODS`.
+        method: One of `EVALUATED`.
         dataset: One of `DATASETS`.
         role: "image", in training or test, or "reference".
         product: Name of the product.
@@ -35,7 +36,7 @@ def original_geometry(method: str, dataset: str, role: str, product: str) -> str
         UnknownNameError: For an unknown method, data set or role.
     """
     for kind, name, known in (
-        ("method", method, METHODS),
+        ("method", method, EVALUATED),
         ("data set", dataset, tuple(DATASETS)),
         ("role", role, ROLES),
     ):

@@ -23,7 +23,7 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError
 
 from .items import ANOMALOUS, NORMAL, Item
-from .tree import StrPath, check_split, subfolders
+from .tree import SPLITS, StrPath, Tree, check_split, subfolders
 
 PRODUCTS = (
     "audiojack",
@@ -87,29 +87,14 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
     items = [item for product in names for item in _product_items(folder, product, kept)]
     if kept is not None and all(_is_ok(item) for item in items):
         raise InputError(
-            f"{filter_list} keeps no NG image of {folder}. Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg."
+            f"{filter_list} keeps no NG image of {folder}. "
+            "Its entries must be paths like bottle_cap/NG/ZW/S0121/<name>.jpg."
         )
     defective = {item.product for item in items if not _is_ok(item)}
     if bare := [f"{name}/NG" for name in names if name not in defective]:
         kept_by = "" if kept is None else f" that {filter_list} keeps"
         warnings.warn(f"There are no images in {', '.join(bare)} of {folder}{kept_by}.", stacklevel=2)
     return sorted(items, key=lambda item: item.view)
-
-
-def find_items(
-    root: StrPath, split: str, products: Sequence[str] | None = None, fraction: float = 0.1, seed: int = 42
-) -> list[Item]:
-    """The items for an evaluation: "train" are the normal images of the OK tree that are not held out, "test" is all that is held out.
-
-    Arguments as for ``read`` and ``split_by_sample``, and errors too. By default the split is that of
-    ``training.pretrain``.
-
-    Raises:
-        UnknownNameError: For another split.
-    """
-    check_split(split)
-    train, held_out = split_by_sample(read(root, products), fraction, seed)
-    return held_out if split == "test" else reference_pool(train)
 
 
 def reference_pool(items: Sequence[Item]) -> list[Item]:
@@ -142,10 +127,9 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
         ranked = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}:{sample}".encode()).digest())
         count = min(max(1, math.floor(fraction * len(ranked) + 0.5)), len(ranked) - 1)
         held_out.update((*stratum, sample) for sample in ranked[:count])
-    parts: tuple[list[Item], list[Item]] = ([], [])
-    for item in items:
-        parts[(item.product, _is_ok(item), _sample(item)) in held_out].append(item)
-    return parts
+    is_held_out = [(item.product, _is_ok(item), _sample(item)) in held_out for item in items]
+    pairs = list(zip(items, is_held_out, strict=True))
+    return [item for item, held in pairs if not held], [item for item, held in pairs if held]
 
 
 def _is_ok(item: Item) -> bool:
@@ -244,3 +228,50 @@ def _untwist(entry: str) -> str:
     product, slash, rest = entry.partition("/")
     half = product[: len(product) // 2]
     return f"{half}{slash}{rest}" if half in PRODUCTS and product == half * 2 else entry
+
+
+class RealIAD(Tree):
+    """A data set that this project splits by part and not by folders."""
+
+    def likeness(self, root: Path) -> float:
+        """The folder of the published archives, or that of any product, leaves no doubt."""
+        names = subfolders(root)
+        trees = [root / name / "OK" for name in names if name not in SPLITS]
+        return 2.0 * (FOLDER in names or any(map(os.path.isdir, trees)))
+
+    def find_products(self, root: StrPath) -> dict[str, Path]:
+        """The products that are there, those of the thirty or others."""
+        root = Path(root)
+        folder = root / FOLDER if os.path.isdir(root / FOLDER) else root
+        return {
+            name: folder / name
+            for name in subfolders(folder)
+            if any(os.path.isdir(folder / name / tree) for tree in self.folders)
+        }
+
+    def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
+        """All images of a product, whatever the split."""
+        yield self.find_products(root)[product], read(root, [product])
+
+    def find_items(
+        self,
+        root: StrPath,
+        split: str,
+        products: Sequence[str] | None = None,
+        fraction: float = 0.1,
+        seed: int = 42,
+    ) -> list[Item]:
+        """The items for an evaluation.
+
+        "train" are the normal images of the OK tree that are not held out, "test" is all that is held out. Arguments as
+        for ``read`` and ``split_by_sample``, and errors too. By default the split is that of ``training.pretrain``.
+
+        Raises:
+            UnknownNameError: For another split.
+        """
+        check_split(split)
+        train, held_out = split_by_sample(read(root, products), fraction, seed)
+        return held_out if split == "test" else reference_pool(train)
+
+
+TREE = RealIAD("Real-IAD", PRODUCTS, ("OK", "NG"), splits=("",))

@@ -1,4 +1,4 @@
-"""What all data sets on disk share: finding their products, choosing some of them, and saying what is wrong with a folder."""
+"""What all data sets on disk share: finding and choosing products, and saying what is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ class Tree(ABC):
         title: Name of the data set in messages.
         products: Names of the products, which are those of their folders. Empty where any folder may hold a product.
         folders: What the folder of a product may hold.
+        others: Folders beside those of the products that belong to the data set.
+        splits: What ``walk`` takes to see everything; an empty name where the folders are not those of splits.
     """
 
     title: str
     products: tuple[str, ...] = ()
     folders: tuple[str, ...] = ("train", "test", "ground_truth")
+    others: tuple[str, ...] = ()
+    splits: tuple[str, ...] = SPLITS
 
     @abstractmethod
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
-        """The folders of images of a product that is there, each with its items, whose masks are named even where they are missing.
+        """The folders of images of a product that is there, each with its items.
+
+        Their masks are named even where they are missing.
 
         Raises:
             InputError: If the folders are not those of this data set.
@@ -43,6 +49,15 @@ class Tree(ABC):
     def find_products(self, root: StrPath) -> dict[str, Path]:
         """The products that are there, each with its folder."""
         return {product: Path(root, product) for product in self.products if os.path.isdir(Path(root, product))}
+
+    def likeness(self, root: Path) -> float:
+        """How much a folder looks like this data set: 0 not at all, above 1 without doubt.
+
+        Else it is the share of its folders that are products, from one half on.
+        """
+        names = subfolders(root)
+        share = len(set(names) & set(self.products)) / max(1, len(names))
+        return share if share >= 0.5 else 0.0
 
     def find_items(self, root: StrPath, split: str, products: Sequence[str] | None = None) -> list[Item]:
         """The images of a split, product after product, in the order of the original code.
@@ -90,7 +105,7 @@ class Tree(ABC):
         return tuple(dict.fromkeys(products))
 
     def wrong_root(self, root: StrPath) -> str:
-        """The message for a root that holds no product: what belongs there, and a folder close by that does hold some."""
+        """The message for a root that holds no product: what belongs there, and a folder close by that holds some."""
         if not os.path.isdir(root):
             return f"There is no folder {root}. Give the folder of {self.title}."
         near = nearby(Path(root), lambda folder: bool(self.find_products(folder)))

@@ -1,8 +1,9 @@
-"""VisA (Zou et al., ECCV 2022), split by its own table ``split_csv/1cls.csv``: one-class training, normal images only."""
+"""VisA (Zou et al., ECCV 2022), split by its own table ``split_csv/1cls.csv``: training on normal images only."""
 
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,12 @@ LABELS = {"normal": NORMAL, "anomaly": ANOMALOUS}
 class VisA(Tree):
     """A data set whose table names image, mask, split and label; paths are relative to the root."""
 
+    def likeness(self, root: Path) -> float:
+        """The table leaves no doubt."""
+        return 2.0 if os.path.isfile(root / TABLE) else super().likeness(root)
+
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
+        """See ``Tree.walk``."""
         rows = [row for row in _rows(Path(root, TABLE)) if (row["object"], row["split"]) == (product, split)]
         if not rows:
             raise InputError(f"{Path(root, TABLE)} has no rows of the object {product!r} in the split {split!r}.")
@@ -73,5 +79,4 @@ def _rows(table: Path) -> list[dict[str, str]]:
     return rows
 
 
-TREE = VisA("VisA", PRODUCTS, ("Data",))
-find_items = TREE.find_items
+TREE = VisA("VisA", PRODUCTS, folders=("Data",), others=(TABLE.parent.name,))

@@ -1,1 +1,1 @@
-"""The parts of ``training.evaluate``: from a model and a data set to tables and pictures."""
+"""What ``training.evaluate`` is made of: from a model and a data set to tables and pictures."""

@@ -7,34 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adfeatures.catalog import unknown
-from adfeatures.errors import InputError, UnknownNameError
+from adfeatures.errors import InputError
 
-from ..console import check_choices, option
+from ..console import REQUIRED, check_choices, option
 from ..data import DATASETS
-from ..methods import METHODS
+from ..methods import METHODS, find_method
 
 SOUND, ORIGINAL = "sound", "original"
 ALL, RETRIEVED = "all", "retrieved"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The options of ``python -m training.evaluate``."""
 
-    model: str | None = option(
-        None, "name of adfeatures.list_models(), or where trained weights are: a path, local-dir:, hf-hub:"
+    model: str = option(
+        REQUIRED, "name of adfeatures.list_models(), or where trained weights are: a path, local-dir:, hf-hub:"
     )
     weights: str | None = option(None, "place of the trained weights of a named model")
     backbone_weights: str | None = option(None, "place of the backbone's weights")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the model's")
-    method: tuple[str, ...] = option((ALL,), f"all, or some of {', '.join(METHODS)}")
-    dataset: str | None = option(None, "what root holds", tuple(DATASETS))
-    root: str | None = option(None, "folder of the data set")
-    products: tuple[str, ...] = option((), "products to evaluate; the default is all")
-    output: str | None = option(
-        None, "folder of the results; those that are there are kept, and the evaluation resumes"
+    method: tuple[str, ...] = option(
+        (ALL,),
+        f"all, or some of {', '.join(METHODS)}; or module:Class, any class with (extractor), fit(loader) and "
+        "predict(loader), which returns training.methods.base.Predictions",
     )
+    dataset: str = option(REQUIRED, "what root holds", tuple(DATASETS))
+    root: str = option(REQUIRED, "folder of the data set")
+    products: tuple[str, ...] = option((), "products to evaluate; the default is all")
+    output: str = option(REQUIRED, "folder of the results; those that are there are kept, and the evaluation resumes")
     shots: int = option(8, "references per product")
     draws: int = option(
         1, "draws of references: number d takes the images d * shots to (d + 1) * shots of the sorted training images"
@@ -52,14 +53,11 @@ class EvaluationConfig:
     device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
 
     def __post_init__(self) -> None:
-        if missing := [f"--{name}" for name in ("model", "dataset", "root", "output") if getattr(self, name) is None]:
-            raise InputError(f"An evaluation needs {', '.join(missing)}.")
         check_choices(self)
         if not self.method:
             raise InputError(f"method is {ALL}, or some of {', '.join(METHODS)}; got none.")
-        for name in self.method:
-            if name not in (ALL, *METHODS):
-                raise UnknownNameError(unknown("method", name, (ALL, *METHODS)))
+        for name in self.methods:
+            find_method(name)
         if self.workers < 0:
             raise InputError(f"workers must not be below 0, got {self.workers}.")
         if self.shots < 1 or self.draws < 1 or (self.epochs is not None and self.epochs < 1):
@@ -70,13 +68,13 @@ class EvaluationConfig:
             raise InputError(
                 f"{self.references} holds one set of references, so that there is one draw: leave out --draws."
             )
-        for name, folder in (
-            ("references", self.given_references),
-            ("textures", self.textures),
-            ("foregrounds", self.foregrounds),
-        ):
+        for name, folder in self._folders.items():
             if folder is not None and not Path(folder).is_dir():
                 raise InputError(f"There is no folder {folder}: correct --{name}.")
+        if self.protocol == ORIGINAL and (outside := [name for name in self.methods if name not in METHODS]):
+            raise InputError(
+                f"The published code, whose protocol is original, has no {', '.join(outside)}: leave out --protocol."
+            )
         if self.protocol == ORIGINAL and self.img_size and set(self.img_size) != {224}:
             raise InputError(
                 f"The protocol original is made for 224 x 224 pixels, not {self.img_size}: leave out --img-size."
@@ -87,7 +85,8 @@ class EvaluationConfig:
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the methods, without "all"."""
-        return tuple(METHODS) if ALL in self.method else tuple(dict.fromkeys(self.method))
+        names = (*METHODS, *self.method) if ALL in self.method else self.method
+        return tuple(dict.fromkeys(name for name in names if name != ALL))
 
     @property
     def given_references(self) -> str | None:
@@ -103,12 +102,12 @@ class EvaluationConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers of a method on a product."""
-        chosen = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _FREE
-        }
-        folders = {name: chosen[name] and str(Path(chosen[name]).resolve()) for name in ("textures", "foregrounds")}
-        given = self.given_references
-        return {**chosen, **folders, "references": given and str(Path(given).resolve())}
+        chosen = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
+        return chosen | {name: folder and str(Path(folder).resolve()) for name, folder in self._folders.items()}
+
+    @property
+    def _folders(self) -> dict[str, str | None]:
+        return {"references": self.given_references, "textures": self.textures, "foregrounds": self.foregrounds}
 
 
 # What may differ between commands that fill one folder: it changes no number, or names what else is to be evaluated.

@@ -13,7 +13,7 @@ from ..data.items import NORMAL, Item
 
 
 def draw_references(train: Sequence[Item], shots: int, draw: int) -> list[Item]:
-    """The references of one draw: of every view the ``shots`` normal images from number ``draw * shots`` on, sorted by path.
+    """The references of one draw: of every view ``shots`` normal images, by path, from number ``draw * shots`` on.
 
     No image is in two draws, and where the images run out nothing begins anew.
 
@@ -25,19 +25,18 @@ def draw_references(train: Sequence[Item], shots: int, draw: int) -> list[Item]:
     Raises:
         InputError: If there are too few images.
     """
-    views = {
-        view: sorted((item for item in train if item.view == view), key=lambda item: item.image)
-        for view in {i.view for i in train}
-    }
+    drawn: list[Item] = []
     wanted = (draw + 1) * shots
-    for view, items in views.items():
+    for view in sorted({item.view for item in train}):
+        items = sorted((item for item in train if item.view == view), key=lambda item: item.image)
         if len(items) < wanted:
             of_view = f" of view {view}" if view else ""
             raise InputError(
                 f"Draw {draw + 1} of {shots} references needs {wanted} normal training images{of_view}, "
                 f"{items[0].product} has {len(items)}. Lower --shots or --draws."
             )
-    return [item for view in sorted(views) for item in views[view][draw * shots : wanted]]
+        drawn += items[draw * shots : wanted]
+    return drawn
 
 
 def given_references(folder: str | os.PathLike[str], dataset: str, product: str, shots: int) -> list[Item]:

@@ -31,55 +31,6 @@ from ..methods.base import Batch, Extractor
 from ..methods.trained import feature_maps
 
 
-class FeatureCache:
-    """Feature maps by key, one safetensors file each, written atomically: several processes may share the folder.
-
-    Args:
-        folder: Where caches are.
-        identity: What the features depend on besides the image: weights, input size, geometry. Each identity has a
-            folder of its own.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True)
-        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        if not (self.folder / "identity.json").exists():
-            with atomic_path(self.folder / "identity.json") as temporary:
-                temporary.write_text(text)
-
-    def __contains__(self, key: str) -> bool:
-        """Whether the maps are there. A damaged file counts as none."""
-        try:
-            with safe_open(self._path(key), framework="pt"):
-                return True
-        except (OSError, SafetensorError):
-            return False
-
-    def write(self, key: str, levels: Sequence[Tensor]) -> None:
-        """Keep the maps (C_l, h_l, w_l) of an image.
-
-        Raises:
-            AdfeaturesError: If the disk is full, or the folder cannot be written.
-        """
-        with atomic_path(self._path(key)) as temporary:
-            save_file({str(number): level.float().contiguous().cpu() for number, level in enumerate(levels)}, temporary)
-
-    def read(self, key: str) -> list[Tensor] | None:
-        """The maps (C_l, h_l, w_l) of an image, float32; None where they are not there, or damaged."""
-        try:
-            maps = load_file(self._path(key))
-        except (OSError, SafetensorError):
-            return None
-        return [maps[str(number)] for number in range(len(maps))]
-
-    def remove(self) -> None:
-        """Delete everything of this identity."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-
 def content_key(path: str) -> str:
     """The SHA-256 of an image file.
 
@@ -103,53 +54,86 @@ def place_key(path: str) -> str:
     return hashlib.sha256(f"{content_key(path)} {path}".encode()).hexdigest()
 
 
-class Kept:
-    """Features of another extractor, computed for each image when they are first asked for and read from the cache afterwards.
+class CachedExtractor:
+    """Features of another extractor, computed when they are first asked for and read from disk afterwards.
 
-    Images without a path, such as augmented ones, are neither looked up nor kept.
+    Files are written atomically: several processes may share the folder. Images without a path, such as augmented ones,
+    are neither looked up nor kept.
 
     Args:
         extractor: What computes them.
-        cache: Where they are kept.
-        key: From the path of an image to its key.
+        folder: Where features are kept; those of each identity have a folder of their own in it.
+        identity: What they depend on besides the image: weights, input size, geometry.
+        key: From the path of an image to the name of its file.
         device: Where the features shall be.
     """
 
     def __init__(
         self,
         extractor: Extractor,
-        cache: FeatureCache,
+        folder: str | os.PathLike[str],
+        identity: Mapping[str, Any],
         key: Callable[[str], str] = content_key,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.extractor, self.cache, self.key, self.device = extractor, cache, key, device
+        self.extractor, self.key, self.device = extractor, key, device
+        text = json.dumps(identity, sort_keys=True)
+        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not (self.folder / "identity.json").exists():
+            with atomic_path(self.folder / "identity.json") as temporary:
+                temporary.write_text(text)
 
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
         """Maps (B, C_l, h_l, w_l) of a batch, float32.
 
         Raises:
             InputError: For NaN or infinite values, which are not kept.
+            AdfeaturesError: If the disk is full, or the folder cannot be written.
         """
         if None in batch["path"]:
             return self.extractor(batch)
-        keys = [self.key(path) for path in batch["path"]]
-        maps = {key: found for key in keys if (found := self.cache.read(key)) is not None}
-        missing = [index for index, key in enumerate(keys) if key not in maps]
+        paths = batch["path"]
+        maps = {index: found for index, path in enumerate(paths) if (found := self._read(path)) is not None}
+        missing = [index for index in range(len(paths)) if index not in maps]
         if missing:
-            levels = feature_maps(self.extractor, part(batch, missing))
+            levels = feature_maps(self.extractor, _subset(batch, missing))
             for row, index in enumerate(missing):
-                maps[keys[index]] = [level[row].cpu() for level in levels]
-                self.cache.write(keys[index], maps[keys[index]])
-        return [torch.stack(level).to(self.device) for level in zip(*(maps[key] for key in keys), strict=True)]
+                maps[index] = [level[row].contiguous().cpu() for level in levels]
+                self._write(paths[index], maps[index])
+        levels_of_images = zip(*(maps[index] for index in range(len(paths))), strict=True)
+        return [torch.stack(level).to(self.device) for level in levels_of_images]
 
     def holds(self, path: str) -> bool:
-        """Whether the features of an image are in the cache."""
-        return self.key(path) in self.cache
+        """Whether the features of an image are there. A damaged file counts as none."""
+        try:
+            with safe_open(self._file(path), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def remove(self) -> None:
+        """Delete everything of this identity."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, path: str) -> list[Tensor] | None:
+        try:
+            maps = load_file(self._file(path))
+        except (OSError, SafetensorError):
+            return None
+        return [maps[str(index)] for index in range(len(maps))]
+
+    def _write(self, path: str, levels: Sequence[Tensor]) -> None:
+        with atomic_path(self._file(path)) as temporary:
+            save_file({str(index): level for index, level in enumerate(levels)}, temporary)
+
+    def _file(self, path: str) -> Path:
+        key = self.key(path)
+        return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def part(batch: Batch, members: Sequence[int]) -> dict[str, Any]:
+def _subset(batch: Batch, members: Sequence[int]) -> dict[str, Any]:
     """Some of the images of a batch, with all that belongs to them."""
     return {
-        name: value[members] if isinstance(value, Tensor) else [value[i] for i in members]
+        name: value[members] if isinstance(value, Tensor) else [value[index] for index in members]
         for name, value in batch.items()
     }

@@ -1,4 +1,4 @@
-"""The results of an evaluation on disk: one JSON file for each product, method, kind of features and draw of references.
+"""The results of an evaluation on disk: one JSON file for each product and combination of method, features and draw.
 
 Each is written when it is finished, whole or not at all. So a run that was interrupted resumes, and products, methods
 and draws can be added.
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from adfeatures.errors import AdfeaturesError, InputError
 
 PRETRAINED, RAW = "pretrained", "raw"
 SETTINGS, FOLDER, FAILURE = "settings.json", "results", "failure"
+# After the name of FeatureNorm whose references are retrieved for each image.
+OF_RETRIEVED = "_retrieved"
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class Combination:
     """What is evaluated on each product.
 
     Attributes:
-        method: Name of the method.
+        method: Name of the method, with OF_RETRIEVED where its references are.
         features: PRETRAINED or RAW.
-        draw: Number of the draw of references, None for features that take none.
+        draw: Number of the draw of references, from 0; None for features that take none.
     """
 
     method: str
@@ -38,9 +40,24 @@ class Run:
     draw: int | None = None
 
     @property
+    def base(self) -> str:
+        """Name of the method, as `training.methods.find_method` takes it."""
+        return self.method.removesuffix(OF_RETRIEVED)
+
+    @property
     def name(self) -> str:
         """Name for files."""
-        return "-".join([self.method, self.features, *([] if self.draw is None else [str(self.draw)])])
+        return f"{self.method_file}-{self.features}" + ("" if self.draw is None else f"-{self.draw}")
+
+    @property
+    def method_file(self) -> str:
+        """Name of the method for files; Windows takes no colon."""
+        return self.method.replace(":", ".")
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether its curves and heat maps are drawn: of one draw are enough."""
+        return self.draw in (None, 0)
 
 
 class Results:
@@ -60,40 +77,37 @@ class Results:
         self.settings: dict[str, Any] = _plain(settings)
         path = self.folder / SETTINGS
         if path.exists():
-            before = _flat(read_json(path))
-            changed = [
-                f"{name} was {before[name]!r}, is {value!r}"
-                for name, value in _flat(self.settings).items()
-                if name in before and before[name] != value
-            ]
+            before = read_json(path)
+            changed = _differences(before, self.settings)
+            changed += [f"weights of {text}" for text in _differences(before["weights"], self.settings["weights"])]
             if changed:
                 raise InputError(
                     f"{self.folder} holds results of other settings: {'; '.join(changed)}. Choose another --output."
                 )
-            self.settings["weights"] = {**read_json(path)["weights"], **self.settings["weights"]}
+            self.settings["weights"] = {**before["weights"], **self.settings["weights"]}
         write_json(path, self.settings)
 
-    def read(self, product: str, run: Run) -> Record | None:
-        """The record of a run, None where it is not finished."""
-        path = self._path(product, run.name)
+    def read(self, product: str, combination: Combination) -> Record | None:
+        """The record of a combination on a product, None where it is not finished."""
+        path = self._path(product, combination.name)
         record = read_json(path) if path.exists() else {"error": ""}
         return None if "error" in record else record
 
-    def write(self, run: Run, record: Record) -> None:
-        """Keep the record of a run on a product."""
-        write_json(
-            self._path(record["product"], run.name),
-            {"method": run.method, "features": run.features, "draw": run.draw, **record},
-        )
+    def write(self, combination: Combination, record: Record) -> None:
+        """Keep the record of a combination on a product."""
+        write_json(self._path(record["product"], combination.name), {**asdict(combination), **record})
 
-    def fail(self, product: str, error: Exception, run: Run | None = None) -> None:
-        """Keep what went wrong with a run on a product, or with the product itself.
+    def fail(self, product: str, error: Exception, combination: Combination | None = None) -> None:
+        """Keep what went wrong with a combination on a product, or with the product itself.
 
         It is tried again by the next command.
         """
         text = str(error) if isinstance(error, AdfeaturesError) else f"{type(error).__name__}: {error}"
-        of_run = {} if run is None else {"method": run.method, "features": run.features, "draw": run.draw}
-        write_json(self._path(product, run.name if run else FAILURE), {**of_run, "product": product, "error": text})
+        record = {"product": product, "error": text}
+        if combination is None:
+            write_json(self._path(product, FAILURE), record)
+        else:
+            self.write(combination, record)
 
     def failed(self, product: str) -> bool:
         """Whether the product itself could not be used when it was last tried."""
@@ -139,9 +153,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the weights as entries of their own."""
-    return {
-        **{k: v for k, v in settings.items() if k != "weights"},
-        **{f"weights of {k}": v for k, v in settings["weights"].items()},
-    }
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has another value now; weights are left to a comparison of their own."""
+    shared = [name for name in now if name in before and name != "weights"]
+    return [f"{name} was {before[name]!r}, is {now[name]!r}" for name in shared if before[name] != now[name]]

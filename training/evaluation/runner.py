@@ -1,14 +1,14 @@
-"""Evaluating a model: on each product every method, once on raw features and once per draw of references on pretrained ones."""
+"""Evaluating a model: on each product every method, once on raw features and once per draw on pretrained ones."""
 
 from __future__ import annotations
 
 import itertools
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,18 +17,19 @@ from adfeatures.errors import AdfeaturesError
 from .. import metrics
 from ..data import dataset
 from ..data.items import ANOMALOUS, NORMAL, Item
-from ..data.protocol import original_geometry
-from ..methods import METHODS
+from ..data.protocol import ROLES, original_geometry
+from ..methods import find_method
 from ..methods.base import Predictions
-from . import figures
+from . import pictures
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
 from .draws import draw_references, given_references
-from .inputs import Product, RawFeatures
-from .pretrained_features import Features, Geometry, residual_features, retrieved_features
-from .recipes import OF_RETRIEVED, RECIPES, base, known_loader, settings, title, train_loader
-from .report import ORIGINAL_AUPRO
-from .results import FOLDER, PRETRAINED, RAW, Record, Results, Run
-from .subject import Subject
+from .fitting import known_loader, settings, train_loader
+from .model import EvaluatedModel
+from .product import Product
+from .product_features import FeatureKind, ProductFeatures, residual_features, retrieved_features
+from .raw_features import RawFeatures
+from .results import FOLDER, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record, Results
+from .tables import ORIGINAL_AUPRO, title
 
 # What makes a product or a method fail and not the evaluation. A full disk ends it.
 FAILURES = (ValueError, RuntimeError, MemoryError)
@@ -39,24 +40,12 @@ PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("adfeatures"
 T = TypeVar("T")
 
 
-class Group(NamedTuple):
-    """What decides the features of a run. Runs of one group share them."""
-
-    features: str
-    draw: int | None
-    retrieved: bool
-    tag: str
-    geometry: Geometry
-
-
 class Fitted(NamedTuple):
-    """A trained method, its settings, the number of training images, the best metrics of all epochs by product, and the time it took."""
+    """A trained method, its settings, the best metrics of all its epochs by product, and the start of its records."""
 
     method: Any
-    settings: dict[str, Any]
-    images: int
     best: dict[str, dict[str, float]]
-    seconds: float
+    record: Record
 
 
 class Evaluation:
@@ -64,46 +53,61 @@ class Evaluation:
 
     Args:
         config: What is asked for.
-        subject: The model.
+        model: The model.
         results: Where finished results are, and go.
+
+    Attributes:
+        alone: What is evaluated on each product by itself.
+        jointly: What is trained on all products together.
     """
 
-    def __init__(self, config: EvaluationConfig, subject: Subject, results: Results) -> None:
-        self.config, self.subject, self.results = config, subject, results
-        self.source = dataset(str(config.dataset))
-        self.raw = RawFeatures(subject, Path(config.cache or results.folder / CACHE), config.workers)
-        renamed = {"feature_norm": "feature_norm" + OF_RETRIEVED} if config.references == RETRIEVED else {}
-        runs = [run for method in config.methods for run in self._runs(renamed.get(method, method))]
-        self.runs = [run for run in runs if not RECIPES[base(run.method)].joint]
-        self.joint_runs = [run for run in runs if RECIPES[base(run.method)].joint]
+    def __init__(self, config: EvaluationConfig, model: EvaluatedModel, results: Results) -> None:
+        self.config, self.model, self.results = config, model, results
+        self.source = dataset(config.dataset)
+        self.raw = RawFeatures(model, Path(config.cache or results.folder / CACHE), config.workers)
+        self.alone: list[Combination] = []
+        self.jointly: list[Combination] = []
+        for name in config.methods:
+            (self.jointly if find_method(name).joint else self.alone).extend(self._combinations(name))
+
+    @property
+    def combinations(self) -> list[Combination]:
+        """Everything that is evaluated on each product."""
+        return self.alone + self.jointly
 
     def evaluate_product(self, name: str) -> None:
-        """Do what is not done yet for one product alone, and make sure that it can be used for what is done for several together.
+        """Do what is not done yet for one product alone, and make sure that it can be used for what is done jointly.
 
         A failure is recorded, not raised.
 
         Raises:
             AdfeaturesError: If there are results of other images, the disk is full, or a folder cannot be written.
         """
-        records = {run: self.results.read(name, run) for run in self.runs + self.joint_runs}
-        pending = [run for run, record in records.items() if record is None]
+        records = {combination: self.results.read(name, combination) for combination in self.combinations}
+        pending = [combination for combination, record in records.items() if record is None]
         try:
             product = self._product(name)
             if any(record is not None and record.get("images") != product.digest for record in records.values()):
                 raise AdfeaturesError(
-                    f"The results of {name} in {self.results.folder} are of other images than {self.config.root} holds now. "
-                    f"Choose another --output, or remove {self.results.folder / FOLDER / name} to have them computed again."
+                    f"The results of {name} in {self.results.folder} are of other images than {self.config.root} holds "
+                    f"now. Choose another --output, or remove {self.results.folder / FOLDER / name} "
+                    "to have them computed again."
                 )
             if pending or self.results.failed(name):
-                for preset in {self._group(run, name).geometry.images for run in records}:
+                for preset in {self._kind(combination, name).images for combination in records}:
                     product.encode(preset)
         except FAILURES as error:
             self.results.fail(name, error)
             return
         self.results.clear(name)
-        self._evaluate([run for run in pending if run in self.runs], [product])
+        by_kind: dict[FeatureKind, list[Combination]] = defaultdict(list)
+        for combination in pending:
+            if combination in self.alone:
+                by_kind[self._kind(combination, name)].append(combination)
+        for kind, combinations in by_kind.items():
+            self._evaluate(kind, combinations, [product])
 
-    def evaluate_jointly(self, run: Run, names: Sequence[str]) -> None:
+    def evaluate_jointly(self, combination: Combination, names: Sequence[str]) -> None:
         """Train one model on several products and score each, unless that is done.
 
         Products that cannot be used are left out.
@@ -111,145 +115,149 @@ class Evaluation:
         Failures and errors are those of ``evaluate_product``.
         """
         usable = [name for name in names if not self.results.failed(name)]
-        if self._is_trained_on(run, usable):
+        if self._is_trained_on(combination, usable):
             return
-        group = self._group(run, usable[0])
-        products = [
-            product
-            for product in map(self._product, usable)
-            if self._attempt([run], [product], partial(self._check_trainable, group, product))[0] is not None
-        ]
-        if not self._is_trained_on(run, [product.name for product in products]):
-            self._evaluate([run], products)
+        kind = self._kind(combination, usable[0])
+        products = []
+        for product in map(self._product, usable):
+            # Each by itself first, so that one that cannot be used is told from the others.
+            if self._attempt([combination], [product], [], partial(self._check_trainable, kind, product)):
+                products.append(product)
+        if not self._is_trained_on(combination, [product.name for product in products]):
+            self._evaluate(kind, [combination], products)
 
-    def _is_trained_on(self, run: Run, names: Sequence[str]) -> bool:
+    def _is_trained_on(self, combination: Combination, names: Sequence[str]) -> bool:
         """Whether the results of these products are there and of a model that was trained on all of them."""
-        return all((self.results.read(name, run) or {}).get("trained_on") == names for name in names)
+        return all((self.results.read(name, combination) or {}).get("trained_on") == names for name in names)
 
-    def _check_trainable(self, group: Group, product: Product) -> list[Item]:
-        """The training images of a product by itself, so that one that cannot be used is told from the others."""
-        product.encode(group.geometry.images)
-        features = self._features(group, [product])
+    def _check_trainable(self, kind: FeatureKind, product: Product) -> list[Item]:
+        product.encode(kind.images)
+        features = self._features(kind, [product])
         features.remove()
         return features.trainable(product)
 
-    def _runs(self, method: str) -> Iterator[Run]:
-        yield Run(method, RAW)
-        draws = [None] if method.endswith(OF_RETRIEVED) else range(self.config.draws)
-        yield from (Run(method, PRETRAINED, draw) for draw in draws)
+    def _combinations(self, method: str) -> Iterator[Combination]:
+        retrieved = method == "feature_norm" and self.config.references == RETRIEVED
+        method += OF_RETRIEVED * retrieved
+        yield Combination(method, RAW)
+        for draw in [None] if retrieved else range(self.config.draws):
+            yield Combination(method, PRETRAINED, draw)
 
     def _product(self, name: str) -> Product:
-        return Product(name, self.source, str(self.config.root), self.raw)
+        return Product(name, self.source, self.config.root, self.raw)
 
-    def _group(self, run: Run, product: str) -> Group:
-        method, pretrained = base(run.method), run.features == PRETRAINED
-        geometry = Geometry(*(self._preset(method, role, product) for role in ("image", "reference")))
-        retrieved = pretrained and run.method.endswith(OF_RETRIEVED)
-        return Group(run.features, run.draw, retrieved, self.subject.tags[method] if pretrained else "", geometry)
+    def _kind(self, combination: Combination, product: str) -> FeatureKind:
+        method, images, references = combination.base, "squash", "squash"
+        if self.config.protocol == ORIGINAL:
+            images, references = (original_geometry(method, self.config.dataset, role, product) for role in ROLES)
+        tag = self.model.tags[method] if combination.features == PRETRAINED else None
+        return FeatureKind(images, references, tag, combination.draw)
 
-    def _preset(self, method: str, role: str, product: str) -> str:
-        sound = self.config.protocol != ORIGINAL
-        return "squash" if sound else original_geometry(method, str(self.config.dataset), role, product)
+    def _features(self, kind: FeatureKind, products: Sequence[Product]) -> ProductFeatures:
+        if kind.tag is None:
+            return ProductFeatures(self.raw.of(kind.images), kind)
+        if kind.draw is None:
+            return retrieved_features(self.raw, kind, products[0])
+        references = [self._references(product, kind.draw) for product in products]
+        leave_out, owner = self.config.protocol != ORIGINAL, str(self.results.folder.resolve())
+        return residual_features(self.raw, kind, products, references, leave_out=leave_out, owner=owner)
 
-    def _evaluate(self, runs: Sequence[Run], products: Sequence[Product]) -> None:
-        def group_of(run: Run) -> Group:
-            return self._group(run, products[0].name)
-
-        for group, members in groupby(sorted(runs, key=lambda run: str(group_of(run))), group_of):
-            own = list(members)
-            features, noticed = self._attempt(own, products, partial(self._features, group, products))
-            for run in own if features is not None else ():
-                self._evaluate_run(run, group, features, products, noticed)
-            if features is not None:
-                features.remove()
+    def _references(self, product: Product, draw: int) -> list[Item]:
+        folder, shots = self.config.given_references, self.config.shots
+        if folder is None:
+            return draw_references(product.train, shots, draw)
+        return given_references(folder, self.config.dataset, product.name, shots)
 
     def _attempt(
-        self, runs: Sequence[Run], products: Sequence[Product], step: Callable[[], T]
-    ) -> tuple[T | None, list[str]]:
-        """Take a step, and give what it returns with its warnings.
+        self,
+        combinations: Sequence[Combination],
+        products: Sequence[Product],
+        noticed: list[str],
+        step: Callable[[], T],
+    ) -> T | None:
+        """Take a step, and give what it returns; its warnings come to those ``noticed``.
 
-        Where it fails, that is recorded for the runs and products.
+        Where it fails, that is recorded for the combinations and products.
         """
-        value = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 value = step()
             except FAILURES as error:
-                for run, product in itertools.product(runs, products):
-                    self.results.fail(product.name, error, run)
-        own = [
-            str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename.startswith(PACKAGES)
-        ]
-        return value, list(dict.fromkeys(own))
+                for combination, product in itertools.product(combinations, products):
+                    self.results.fail(product.name, error, combination)
+                return None
+        own = [w for w in caught if issubclass(w.category, UserWarning) and w.filename.startswith(PACKAGES)]
+        noticed += dict.fromkeys(str(warning.message) for warning in own)
+        return value
 
-    def _evaluate_run(
-        self, run: Run, group: Group, features: Features, products: Sequence[Product], noticed: Sequence[str]
-    ) -> None:
-        """Fit a method, and score each product with it."""
-        fitted, while_fitting = self._attempt([run], products, partial(self._fit, run, group, features, products))
-        for product in products if fitted is not None else ():
-            record, while_scoring = self._attempt(
-                [run], [product], partial(self._score, run, group, features, product, fitted)
-            )
-            if record is not None:
-                of_product = product.truth(group.geometry.images).warnings + features.warnings(product)
-                warned = [*noticed, *while_fitting, *while_scoring, *of_product]
-                self.results.write(run, {**record, "trained_on": [p.name for p in products], "warnings": warned})
-                if run.draw in (None, 0):
-                    self._draw_curves(run.method, product.name)
+    def _evaluate(self, kind: FeatureKind, combinations: Sequence[Combination], products: Sequence[Product]) -> None:
+        """Fit the methods of combinations that share their features, and score each product with them."""
+        by_features: list[str] = []
+        features = self._attempt(combinations, products, by_features, partial(self._features, kind, products))
+        if features is None:
+            return
+        for combination in combinations:
+            by_fit = [*by_features]
+            fitted = self._attempt([combination], products, by_fit, partial(self._fit, combination, features, products))
+            if fitted is None:
+                continue
+            for product in products:
+                noticed = [*by_fit]
+                score = partial(self._score, combination, features, fitted, product)
+                record = self._attempt([combination], [product], noticed, score)
+                if record is not None:
+                    noticed += product.truth(kind.images).warnings + features.warnings(product)
+                    self.results.write(combination, {**record, "warnings": noticed})
+                    self._draw_curves(combination, product.name)
+        features.remove()
 
-    def _fit(self, run: Run, group: Group, features: Features, products: Sequence[Product]) -> Fitted:
-        started, preset = time.perf_counter(), group.geometry.images
-        chosen = settings(
-            run.method, run.features, self.config, self.subject, preset, [product.name for product in products]
-        )
-        method = METHODS[base(run.method)](features.extractor, **chosen)
+    def _fit(self, combination: Combination, features: ProductFeatures, products: Sequence[Product]) -> Fitted:
+        started, preset, names = time.perf_counter(), features.kind.images, [product.name for product in products]
+        entry = find_method(combination.base)
+        chosen = settings(entry, combination.features, self.config, self.model, preset, names)
+        method = entry.create(features.extractor, **chosen)
         items = [item for product in products for item in features.trainable(product)]
-        size = tuple(products[0].truth(preset).masks.shape[1:])
-        batches = train_loader(run.method, items, self.subject, preset, size, self.config.workers)
+        batches = train_loader(entry, items, self.model, preset, self.config.workers)
         best: dict[str, dict[str, float]] = {}
 
         def on_epoch(_: int) -> None:
             for product in products:
-                found = self._metrics(product, preset, method.predict(known_loader(product.test, size)))
-                best[product.name] = {
-                    name: max(best.get(product.name, found)[name], value) for name, value in found.items()
-                }
+                found = self._metrics(product, preset, self._predict(method, product))
+                before = best.get(product.name, found)
+                best[product.name] = {name: max(before[name], value) for name, value in found.items()}
 
-        if self.config.oracle and RECIPES[base(run.method)].epochs is not None:
+        if self.config.oracle and entry.epochs is not None:
             method.fit(batches, on_epoch=on_epoch)
         else:
             method.fit(batches)
-        return Fitted(method, chosen, len(items), best, round(time.perf_counter() - started, 2))
+        seconds = {"fit": round(time.perf_counter() - started, 2)}
+        record = {"settings": chosen, "counts": {"train": len(items)}, "seconds": seconds, "trained_on": names}
+        return Fitted(method, best, record)
 
-    def _score(self, run: Run, group: Group, features: Features, product: Product, fitted: Fitted) -> Record:
-        started, preset = time.perf_counter(), group.geometry.images
-        truth = product.truth(preset)
-        predictions = fitted.method.predict(known_loader(product.test, tuple(truth.masks.shape[1:])))
+    def _predict(self, method: Any, product: Product) -> Predictions:
+        return Predictions(*method.predict(known_loader(product.test, self.model)))
+
+    def _score(self, combination: Combination, features: ProductFeatures, fitted: Fitted, product: Product) -> Record:
+        started, preset = time.perf_counter(), features.kind.images
+        truth, predictions = product.truth(preset), self._predict(fitted.method, product)
+        found = self._metrics(product, preset, predictions)
+        seconds = {"predict": round(time.perf_counter() - started, 2)}
+        normal, anomalous = (int((truth.labels == label).sum()) for label in (NORMAL, ANOMALOUS))
         record = {
-            "product": product.name,
+            **fitted.record,
+            **features.record(product),
             "images": product.digest,
-            "metrics": self._metrics(product, preset, predictions),
-            "weights": features.weights,
-            "geometry": group.geometry._asdict(),
-            "references": features.references.get(product.name, []),
-            "settings": fitted.settings,
-            "counts": {
-                "train": fitted.images,
-                "normal": int((truth.labels == NORMAL).sum()),
-                "anomalous": int((truth.labels == ANOMALOUS).sum()),
-            },
-            "seconds": {"fit": fitted.seconds, "predict": round(time.perf_counter() - started, 2)},
+            "metrics": found,
+            "counts": {**fitted.record["counts"], "normal": normal, "anomalous": anomalous},
+            "seconds": {**fitted.record["seconds"], **seconds},
         }
-        if features.retrieved:
-            record["retrieved"] = {item.image: list(features.retrieved[item.image]) for item in product.test}
         if product.name in fitted.best:
             record["oracle"] = fitted.best[product.name]
-        if run.draw in (None, 0):
-            record["curves"] = figures.curves(predictions, truth.masks, truth.labels)
-            path = self.results.folder / FIGURES / product.name / f"{run.name}-maps.png"
-            figures.draw_maps(path, product.test, predictions, self.subject.transform(preset))
+        if combination.is_shown:
+            record["curves"] = pictures.curves(predictions, truth.masks, truth.labels)
+            path = self.results.folder / FIGURES / product.name / f"{combination.name}-maps.png"
+            pictures.draw_maps(path, product.test, predictions, self.model.transform(preset))
         return record
 
     def _metrics(self, product: Product, preset: str, predictions: Predictions) -> dict[str, float]:
@@ -259,28 +267,11 @@ class Evaluation:
             found[ORIGINAL_AUPRO] = metrics.aupro_original(predictions.maps, masks)
         return found
 
-    def _draw_curves(self, method: str, product: str) -> None:
+    def _draw_curves(self, combination: Combination, product: str) -> None:
         """Draw the curves of a method, of both kinds of features as far as they are there."""
-        shown = [run for run in self.runs + self.joint_runs if run.method == method and run.draw in (None, 0)]
-        records = [self.results.read(product, run) for run in shown]
-        found = {record["features"]: record["curves"] for record in records if record is not None}
-        path = self.results.folder / FIGURES / product / f"{method}-curves.png"
-        figures.draw_curves(path, f"{title(method)} on {product}", found)
-
-    def _features(self, group: Group, products: Sequence[Product]) -> Features:
-        if group.features == RAW:
-            return Features(self.raw.of(group.geometry.images))
-        if group.retrieved:
-            return retrieved_features(self.raw, group.geometry, group.tag, products[0])
-        references = [self._references(product, group.draw) for product in products]
-        leave_out = self.config.protocol != ORIGINAL
-        owner = str(self.results.folder.resolve())
-        return residual_features(
-            self.raw, group.geometry, group.tag, products, references, leave_out=leave_out, owner=owner
-        )
-
-    def _references(self, product: Product, draw: int) -> list[Item]:
-        given = self.config.given_references
-        if given is not None:
-            return given_references(given, str(self.config.dataset), product.name, self.config.shots)
-        return draw_references(product.train, self.config.shots, draw)
+        if combination.is_shown:
+            both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
+            records = [self.results.read(product, other) for other in both]
+            found = {record["features"]: record["curves"] for record in records if record is not None}
+            path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
+            pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)

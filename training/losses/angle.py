@@ -76,7 +76,7 @@ def angle_loss(
 
 
 class _CrossLogSumExp(torch.autograd.Function):
-    """For unit vectors a (n, C) and b (m, C): log sum exp of a . b / T, over b for each a, (n,), and over a for each b, (m,).
+    """For unit vectors a (n, C), b (m, C): log sum exp of a . b / T, over b for each a, (n,), over a for each b, (m,).
 
     The matrix of similarities is shared by both sums and never held as a whole: the backward pass computes it again,
     chunk by chunk.

@@ -1,4 +1,4 @@
-"""The norm loss: residual features of normal patches on a small sphere, those of anomalous ones outside of it (paper section 3.4)."""
+"""The norm loss: residual features of normal patches on a small sphere, anomalous ones outside (paper section 3.4)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
-# Part of the smallest anomalous norm that the radius stays below, and part of the radius that normal norms stay above.
-RADIUS_PART, INNER_PART = 0.9, 0.99
+# Fraction of the smallest anomalous norm that the radius stays below, and of the radius that normal norms stay above.
+OUTER_FRACTION, INNER_FRACTION = 0.9, 0.99
 _NORMS = {
     "code": lambda features: torch.linalg.vector_norm(features, dim=1),
     "paper": lambda features: features.square().sum(dim=1),
@@ -20,7 +20,7 @@ _NORMS = {
 def norm_loss(
     features: Tensor, labels: Tensor, radius: float = 0.4, margin: float = 0.75, pseudo_huber: str = "code"
 ) -> Tensor:
-    """Pull the norms A of normal features between two radii, push those of anomalous ones beyond the outer radius plus a margin.
+    """Pull the norms A of normal features between two radii, push anomalous ones beyond the outer one plus a margin.
 
     The outer radius moves: it is 0.9 of the smallest anomalous norm of the batch, at most ``radius``; the inner one is
     0.99 of it. A feature on the wrong side of its bound by x costs exp(x) softplus(x), where the first factor is a
@@ -56,8 +56,8 @@ def norm_loss(
         smallest = (
             torch.where(anomalous, norms.detach(), torch.inf).min() if len(norms) else norms.new_tensor(torch.inf)
         )
-        outer = (RADIUS_PART * smallest).clamp_max(radius)
-        inner, bound = INNER_PART * outer, outer + margin
+        outer = (OUTER_FRACTION * smallest).clamp_max(radius)
+        inner, bound = INNER_FRACTION * outer, outer + margin
         return (
             _mean_excess(norms - outer, ~anomalous)
             + _mean_excess(inner - norms, ~anomalous)
@@ -68,7 +68,7 @@ def norm_loss(
 def _mean_excess(excess: Tensor, members: Tensor) -> Tensor:
     """Mean of exp(x) softplus(x) over the members with x > 0; 0 where there are none.
 
-    No synchronisation with the device.
+    No synchronization with the device.
     """
     counted = members & (excess > 0)
     # Where nothing is counted, exp could overflow and spoil the gradient.

@@ -1,10 +1,16 @@
-"""Anomaly detection methods on feature maps of any extractor: ``Method(extractor, **settings).fit(loader).predict(loader)``."""
+"""Anomaly detection methods on features of any extractor: ``Class(extractor).fit(loader).predict(loader)``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
+
+from adfeatures.catalog import unknown
+from adfeatures.errors import InputError, UnknownNameError
 
 from .cflow import CFLOW
 from .feature_norm import FeatureNorm
@@ -13,15 +19,78 @@ from .padim import PaDiM
 from .patchcore import PatchCore
 from .uniad import UniAD
 
-__all__ = ["CFLOW", "GLASS", "METHODS", "FeatureNorm", "PaDiM", "PatchCore", "UniAD"]
+__all__ = ["CFLOW", "GLASS", "METHODS", "FeatureNorm", "Method", "PaDiM", "PatchCore", "UniAD", "find_method"]
 
-METHODS: Mapping[str, type[Any]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Method:
+    """A method and how an evaluation runs it, as the paper does.
+
+    Attributes:
+        create: Its class, called with an extractor and settings.
+        batch: Training images of a batch.
+        shuffle: Whether their order is drawn anew in each pass.
+        drop_last: Whether a last, smaller batch is left out, unless there is no other.
+        seed: Of the order.
+        images: Whether it needs the training images and not only their features.
+        joint: Whether one model is trained on all products.
+        epochs: The setting that says for how many epochs it trains, in ``fit(loader, on_epoch)``; None for no epochs.
+        takes: Further settings that follow from the model, its features and the protocol.
+    """
+
+    create: Callable[..., Any]
+    batch: int = 8
+    shuffle: bool = False
+    drop_last: bool = False
+    seed: int = 0
+    images: bool = False
+    joint: bool = False
+    epochs: str | None = None
+    takes: tuple[str, ...] = ()
+
+
+_OF_GLASS = ("adapter", "mean", "std", "preset", "textures", "foregrounds")
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "feature_norm": FeatureNorm,
-        "patchcore": PatchCore,
-        "padim": PaDiM,
-        "cflow": CFLOW,
-        "glass": GLASS,
-        "uniad": UniAD,
+        "feature_norm": Method(FeatureNorm),
+        "patchcore": Method(PatchCore),
+        "padim": Method(PaDiM),
+        "cflow": Method(CFLOW, 32, shuffle=True, drop_last=True, epochs="meta_epochs", takes=("level_reference",)),
+        "glass": Method(GLASS, shuffle=True, images=True, epochs="epochs", takes=_OF_GLASS),
+        "uniad": Method(UniAD, shuffle=True, drop_last=True, seed=133, joint=True, epochs="epochs"),
     }
 )
+
+
+def find_method(name: str) -> Method:
+    """The method of a name in `METHODS`, or a class from outside as ``module:Class``.
+
+    The module is imported. The class is called with an extractor alone; ``fit(loader)`` and ``predict(loader)``, which
+    returns maps and scores, are as in this package. The images of its batches are blank: features are what the
+    extractor gives of a batch.
+
+    Raises:
+        UnknownNameError: For another name.
+        InputError: If there is no such module, or no such class in it.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not re.fullmatch(r"\w[\w.]*:\w+", name):
+        raise UnknownNameError(f"{unknown('method', name, METHODS)} A class from outside is given as module:Class.")
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"The method {name} cannot be imported ({error}). Install {module}, or add its folder to PYTHONPATH."
+        ) from error
+    if not all(callable(getattr(found, step, None)) for step in ("fit", "predict")):
+        raise InputError(
+            f"The method {name} needs a class {attribute} in {module} with fit(loader) and predict(loader)."
+        )
+    return Method(found)
+
+
+def title_of(name: str) -> str:
+    """The name of a method for people: that of its class, which is not imported."""
+    return METHODS[name].create.__name__ if name in METHODS else name.rpartition(":")[2]

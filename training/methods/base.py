@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -11,6 +11,16 @@ from torch import Tensor
 # lists "product" and "path" of B strings.
 Batch: TypeAlias = Mapping[str, Any]
 Loader: TypeAlias = Iterable[Batch]
+
+
+class CountedLoader(Protocol):
+    """A loader whose number of batches is known."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+
 # Anything that maps a batch to feature maps, one (B, C_l, h_l, w_l) per level: raw or pretrained features go through
 # the same code.
 Extractor: TypeAlias = Callable[[Batch], Sequence[Tensor]]

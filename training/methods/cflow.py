@@ -1,4 +1,4 @@
-"""CFLOW-AD (Gudovskiy et al. 2022): the likelihood of every patch under a normalizing flow that knows where in the image it is."""
+"""CFLOW-AD (Gudovskiy et al. 2022): the likelihood of every patch under a normalizing flow that knows its position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
-from .base import Batch, Extractor, Loader, Predictions
+from .base import Batch, CountedLoader, Extractor, Loader, Predictions
 from .flows import ConditionalFlow, position_code
 from .trained import feature_maps, first_maps, gather, seeded
 
@@ -73,10 +73,10 @@ class CFLOW:
         self.learning_rate = learning_rate
         self.level_reference = level_reference
         self.seed = seed
-        self.flows = nn.ModuleList()
+        self.flows: list[ConditionalFlow] = []
         self.reference: list[Tensor] = []
 
-    def fit(self, loader: Loader, on_epoch: Callable[[int], None] | None = None) -> CFLOW:
+    def fit(self, loader: CountedLoader, on_epoch: Callable[[int], None] | None = None) -> CFLOW:
         """Train on normal images.
 
         Args:
@@ -88,10 +88,8 @@ class CFLOW:
         """
         first = first_maps(self.extractor, loader, self.levels)
         with seeded(self.seed):
-            self.flows = nn.ModuleList(ConditionalFlow(level.shape[1], CONDITION, self.blocks) for level in first).to(
-                first[0].device
-            )
-        optimizer = torch.optim.Adam(self.flows.parameters(), lr=self.learning_rate)
+            self.flows = [ConditionalFlow(level.shape[1], CONDITION, self.blocks).to(level.device) for level in first]
+        optimizer = torch.optim.Adam(nn.ModuleList(self.flows).parameters(), lr=self.learning_rate)
         generator = torch.Generator().manual_seed(self.seed)
         steps = self.sub_epochs * len(loader)
         for epoch in tqdm(range(self.meta_epochs), desc="CFLOW", leave=False, disable=None):
@@ -119,7 +117,10 @@ class CFLOW:
         return gather((m, m.flatten(1).amax(dim=1)) for m in maps)
 
     def _learning_rate(self, epoch: int, progress: float) -> float:
-        """The rate of a batch, given the part of its meta-epoch done before it: linear warm-up, then one cosine step per meta-epoch."""
+        """The rate of a batch, given the fraction of its meta-epoch done before it.
+
+        Linear warm-up, then one cosine step per meta-epoch.
+        """
         if epoch >= WARMUP_EPOCHS:
             return self._cosine(epoch)
         start, end = self.learning_rate / 10, self._cosine(WARMUP_EPOCHS)
@@ -154,7 +155,8 @@ class CFLOW:
 
 def _patches(level: Tensor) -> tuple[Tensor, Tensor]:
     """Patches (B h w, C) of a level (B, C, h, w), image after image, and the position code (B h w, 128) of each."""
-    codes = position_code(*level.shape[2:], CONDITION).to(level.device)
+    height, width = level.shape[2:]
+    codes = position_code(height, width, CONDITION).to(level.device)
     return level.permute(0, 2, 3, 1).flatten(0, 2), codes.repeat(len(level), 1)
 
 
@@ -167,5 +169,8 @@ def _maxima(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
 def _anomaly_maps(levels: Sequence[Tensor], reference: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Anomaly maps (B, H, W) from the log-likelihoods (B, h_l, w_l) of the levels."""
     # Patches may be likelier than all of training by any factor, which would hide what is beside them, and overflow.
-    likelihoods = [(level - top).clamp(max=0).exp()[:, None] for level, top in zip(levels, reference, strict=True)]
-    return -sum(F.interpolate(level, size, mode="bilinear", align_corners=True)[:, 0] for level in likelihoods)
+    total = torch.zeros((), dtype=torch.float64)
+    for level, top in zip(levels, reference, strict=True):
+        likelihoods = (level - top).clamp(max=0).exp()[:, None]
+        total = total + F.interpolate(likelihoods, size, mode="bilinear", align_corners=True)[:, 0]
+    return -total

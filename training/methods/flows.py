@@ -52,7 +52,9 @@ class ConditionalFlow(nn.Module):
 
 
 class CouplingBlock(nn.Module):
-    """Change the second half of the channels as the first and the condition say, then scale, shift and rotate all of them."""
+    """Change the second half of the channels as the first and the condition say, then scale, shift and rotate all."""
+
+    rotation: Tensor
 
     def __init__(self, channels: int, condition: int) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class CouplingBlock(nn.Module):
 
 
 def random_rotation(size: int) -> Tensor:
-    """A rotation (size, size), uniform over all of them: the sign fix makes the QR decomposition of normal values unique."""
+    """A rotation (size, size), uniform over all: the sign fix makes the QR decomposition of normal values unique."""
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
     q = q * r.diagonal().sign()
     q[:, 0] *= torch.linalg.det(q).sign()

@@ -1,4 +1,4 @@
-"""GLASS (Chen et al. 2024): a discriminator between normal patches and anomalies that are made in images and, by gradients, in features."""
+"""GLASS (Chen et al. 2024): normal patches against anomalies that are made in images and, by gradients, in features."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class GLASS:
         self.seed = seed
         self._with_adapter = adapter
         self.adapter: nn.Module = nn.Identity()
-        self.discriminator: nn.Module | None = None
-        self.center: Tensor | None = None
+        self.discriminator = nn.Sequential()
+        self.center = torch.empty(0)
 
     def fit(self, loader: Loader, on_epoch: Callable[[int], None] | None = None) -> GLASS:
         """Train on normal images.
@@ -119,7 +119,9 @@ class GLASS:
         with seeded(self.seed):
             self.adapter = (_xavier(nn.Linear(self.dim, self.dim)) if self._with_adapter else nn.Identity()).to(device)
             self.discriminator = _discriminator(self.dim, self.hidden).to(device)
-        optimizers = [torch.optim.AdamW(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=0.01)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        ]
         if self._with_adapter:
             optimizers.append(torch.optim.Adam(self.adapter.parameters(), lr=self.learning_rate / 2, weight_decay=1e-5))
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -152,7 +154,7 @@ class GLASS:
         Raises:
             InputError: Before ``fit``, for no images, images of several sizes, or NaN features.
         """
-        if self.discriminator is None:
+        if not len(self.center):
             raise InputError("This GLASS is not trained yet; call fit first.")
         self.adapter.eval()
         self.discriminator.eval()
@@ -172,7 +174,7 @@ class GLASS:
 
     @torch.no_grad()
     def _mean_vectors(self, loader: Loader) -> Tensor:
-        total, count = 0, 0
+        total, count = torch.zeros(()), 0
         for batch in loader:
             total = total + self._vectors(batch).sum(dim=0)
             count += len(batch["image"])
@@ -190,7 +192,8 @@ class GLASS:
         normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)
         if len(normal) < 2:
             raise InputError(
-                "GLASS trains on statistics of a batch, and a single image of one patch has none. Use larger images or batches."
+                "GLASS trains on statistics of a batch, and a single image of one patch has none. "
+                "Use larger images or batches."
             )
         radius = _radius(torch.cat([augmented[~defective] - center[~defective], normal - center]))
         loss = self._ascent_loss(normal, center, radius, generator)
@@ -214,14 +217,14 @@ class GLASS:
 
 
 def project(points: Tensor, center: Tensor, radius: Tensor, radii: tuple[int, int]) -> Tensor:
-    """Move points (N, D) along the line to their centers until their distance lies within ``radii`` times the radius."""
+    """Move points (N, D) along the line to their centers until their distance is within ``radii`` times the radius."""
     offset = points - center
     distance = offset.norm(dim=1, keepdim=True)
     return center + offset * distance.clamp(radii[0] * radius, radii[1] * radius) / (distance + TINY)
 
 
 def hard_focal_loss(scores: Tensor, target: Tensor) -> Tensor:
-    """Focal loss over the half of the patches whose scores (N,) of 0 to 1 are farthest from their targets (N,), 0 or 1."""
+    """Focal loss over the half of the patches whose scores (N,), 0 to 1, are farthest from their targets (N,)."""
     error = (scores - target).square()
     hard = error >= error.quantile(HARD_QUANTILE)
     scores, target = scores[hard], target[hard].clamp(FOCAL_SMOOTHING, 1 - FOCAL_SMOOTHING)

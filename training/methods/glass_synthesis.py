@@ -1,4 +1,4 @@
-"""Synthetic defects for GLASS: foreign textures blended into normal images under masks of Perlin noise (Zavrtanik et al. 2021, DRAEM)."""
+"""Synthetic defects for GLASS: foreign textures in normal images under masks of Perlin noise (DRAEM, 2021)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class DefectSynthesis:
             )
         if not mask.any():
             raise InputError(
-                f"The foreground mask {file} is zero everywhere, so no defect can be placed. Correct or remove the masks."
+                f"The foreground mask {file} is zero everywhere, so no defect can be placed. Correct or remove it."
             )
         return mask
 

@@ -26,7 +26,7 @@ LEVEL_BYTES = 600 * 2**20
 
 
 class PaDiM:
-    """Fit a normal distribution to the patches at each position of each level; score patches by their Mahalanobis distances from them.
+    """Fit a normal distribution to the patches at each position of each level; score by Mahalanobis distances from it.
 
     As ADPretrain uses it: all channels of all levels, each level on its own, the mean of their maps. The original also
     rescales the maps by the extremes of the whole test set, which moves no ranking metric; here a map depends on its
@@ -41,7 +41,7 @@ class PaDiM:
     def __init__(self, extractor: Extractor, *, epsilon: float = 0.01, sigma: float = scoring.SIGMA) -> None:
         if not epsilon > 0:
             raise InputError(
-                f"PaDiM needs epsilon above 0, got {epsilon}: with few images the covariances have no inverse without it."
+                f"PaDiM needs epsilon above 0, got {epsilon}: the covariances of few images have no inverse without it."
             )
         self.extractor, self.epsilon, self.sigma = extractor, epsilon, sigma
         self._levels: list[Gaussians] = []
@@ -86,10 +86,10 @@ class PaDiM:
 
 
 class Gaussians:
-    """A normal distribution of C channels at each of P positions; mean, and covariance with N - 1 in the denominator plus epsilon I.
+    """A normal distribution of C channels at each of P positions: mean, and covariance plus epsilon I.
 
-    Nothing is inverted. The squared distance of a deviation d from the mean comes from a Cholesky factor in float64,
-    one of two:
+    Covariances have N - 1 in the denominator. Nothing is inverted. The squared distance of a deviation d from the mean
+    comes from a Cholesky factor in float64, one of two:
 
     * of the covariance S: |L^-1 d|^2 with S = L L^T;
     * for few images, of the N x N matrix of inner products of the centered samples X (N, C), by the identity of
@@ -110,12 +110,11 @@ class Gaussians:
         self.epsilon, self.device = epsilon, example.device
         self.count = 0  # of the images in mean and scatter
         self.mean = torch.zeros(self.positions, self.channels, dtype=torch.float64, device=self.device)
-        self.scatter: Tensor | None = (
-            None  # sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2)
-        )
+        # Sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2).
+        self.scatter: Tensor | None = None
         self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
         self.waiting = 0  # how many samples these hold
-        self.factors: Tensor | None = None  # lower triangles like the scatter
+        self.factors = torch.empty(0)  # lower triangles like the scatter
         self.whitened: Tensor | None = None  # W for few images, (P, N, C) float64
         self._samples_memory, self._packed_memory, self._matrix_memory = _Scratch(), _Scratch(), _Scratch()
 
@@ -136,17 +135,17 @@ class Gaussians:
             self._add_to_scatter()
         if self.scatter is not None:
             self.factors, self.scatter = self.scatter, None
-            for part in self._parts(self.channels**2):
-                covariances = self._unpack(self.factors[part]).div_(max(self.count - 1, 1))
-                self.factors[part] = _pack(self._factor(covariances, self.epsilon))
+            for chunk in self._chunks(self.channels**2):
+                covariances = self._unpack(self.factors[chunk]).div_(max(self.count - 1, 1))
+                self.factors[chunk] = _pack(self._factor(covariances, self.epsilon))
             return
         self.whitened = self.mean.new_empty(self.positions, self.waiting, self.channels)
-        for part in self._parts(self.waiting * self.channels):
-            samples = self._samples(part)
-            self.mean[part] = samples.mean(dim=1)
-            samples -= self.mean[part, None]
+        for chunk in self._chunks(self.waiting * self.channels):
+            samples = self._samples(chunk)
+            self.mean[chunk] = samples.mean(dim=1)
+            samples -= self.mean[chunk, None]
             factors = self._factor(samples @ samples.mT, max(self.waiting - 1, 1) * self.epsilon)
-            self.whitened[part] = torch.linalg.solve_triangular(factors, samples, upper=False)
+            self.whitened[chunk] = torch.linalg.solve_triangular(factors, samples, upper=False)
         self.blocks, self.waiting, self.count = [], 0, self.waiting
 
     def distances(self, level: Tensor) -> Tensor:
@@ -157,18 +156,18 @@ class Gaussians:
         """
         deviations = self._patches(level).double() - self.mean[:, None]
         squared = torch.empty(deviations.shape[:2], dtype=torch.float64, device=self.device)
-        for part in self._parts(self.channels * (self.channels if self.whitened is None else self.count)):
-            squared[part] = self._squared_distances(deviations[part], part)
+        for chunk in self._chunks(self.channels * (self.channels if self.whitened is None else self.count)):
+            squared[chunk] = self._squared_distances(deviations[chunk], chunk)
         # Near the span of the samples both terms of a difference agree in most digits, and rounding may leave less than
         # nothing.
         return squared.clamp_min(0).sqrt().float().T.unflatten(1, self.grid)
 
-    def _squared_distances(self, deviations: Tensor, part: slice) -> Tensor:
-        """Squared distances (p, B) of deviations (p, B, C) from the means at a part of the positions."""
+    def _squared_distances(self, deviations: Tensor, chunk: slice) -> Tensor:
+        """Squared distances (p, B) of deviations (p, B, C) from the means at a chunk of the positions."""
         if self.whitened is None:
-            factors = self._unpack(self.factors[part])
+            factors = self._unpack(self.factors[chunk])
             return torch.linalg.solve_triangular(factors, deviations.mT, upper=False).square().sum(dim=1)
-        explained = deviations @ self.whitened[part].mT
+        explained = deviations @ self.whitened[chunk].mT
         return (deviations.square().sum(dim=2) - explained.square().sum(dim=2)) / self.epsilon
 
     def _add_to_scatter(self) -> None:
@@ -178,29 +177,29 @@ class Gaussians:
             dtype = torch.float64 if 8 * self.positions * size <= LEVEL_BYTES else torch.float32
             self.scatter = torch.zeros(self.positions, size, dtype=dtype, device=self.device)
         total = self.count + self.waiting
-        for part in self._parts(self.channels * max(self.channels, self.waiting)):
-            samples = self._samples(part)
+        for chunk in self._chunks(self.channels * max(self.channels, self.waiting)):
+            samples = self._samples(chunk)
             mean = samples.mean(dim=1)
-            step = mean - self.mean[part]
+            step = mean - self.mean[chunk]
             samples -= mean[:, None]
             between = step[:, None] * (self.count * self.waiting / total) ** 0.5
-            self.scatter[part] += _pack(torch.baddbmm(between.mT @ between, samples.mT, samples))
-            self.mean[part] += step * (self.waiting / total)
+            self.scatter[chunk] += _pack(torch.baddbmm(between.mT @ between, samples.mT, samples))
+            self.mean[chunk] += step * (self.waiting / total)
         self.blocks, self.waiting, self.count = [], 0, total
 
-    def _samples(self, part: slice) -> Tensor:
-        """The samples (p, N, C) at a part of the positions, float64, in memory that the next call uses again."""
-        samples = self._samples_memory(self.mean[part].shape[0], self.waiting, self.channels, like=self.mean)
+    def _samples(self, chunk: slice) -> Tensor:
+        """The samples (p, N, C) at a chunk of the positions, float64, in memory that the next call uses again."""
+        samples = self._samples_memory(self.mean[chunk].shape[0], self.waiting, self.channels, like=self.mean)
         for own, block in zip(samples.split(BLOCK, dim=1), self.blocks, strict=True):
-            own.copy_(block[part, : own.shape[1]])
+            own.copy_(block[chunk, : own.shape[1]])
         return samples
 
     def _patches(self, level: Tensor) -> Tensor:
         """Maps (B, C, h, w) as (P, B, C)."""
         if list(level.shape[1:]) != [self.channels, *self.grid]:
             raise InputError(
-                f"PaDiM keeps a distribution per position, of maps (channels, height, width) {(self.channels, *self.grid)}, "
-                f"and got maps {tuple(level.shape[1:])}. Give it images of one size."
+                "PaDiM keeps a distribution per position, of maps (channels, height, width) "
+                f"{(self.channels, *self.grid)}, and got maps {tuple(level.shape[1:])}. Give it images of one size."
             )
         return level.flatten(2).permute(2, 0, 1)
 
@@ -210,12 +209,13 @@ class Gaussians:
         factors, failed = torch.linalg.cholesky_ex(matrices)
         if failed.any():
             raise InputError(
-                f"The features vary too much for epsilon = {self.epsilon}: a covariance has no factor. Use a larger one."
+                f"The features vary too much for epsilon = {self.epsilon}: a covariance has no factor. "
+                "Use a larger one."
             )
         return factors
 
-    def _parts(self, numbers: int) -> Iterator[slice]:
-        """Parts of the positions, for matrices of so many numbers per position."""
+    def _chunks(self, numbers: int) -> Iterator[slice]:
+        """Chunks of the positions, for matrices of so many numbers per position."""
         step = max(1, CHUNK_BYTES // (8 * numbers))
         return (slice(start, start + step) for start in range(0, self.positions, step))
 
@@ -243,7 +243,7 @@ def _places(size: int, device: torch.device) -> Tensor:
 
 
 class _Scratch:
-    """Memory that is used again and again: fresh memory of this size took longer at first touch than the computation in it."""
+    """Memory that is used again: fresh memory of this size took longer at first touch than the computation in it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adfeatures import scoring
+from adfeatures.coreset import greedy_coreset
 from adfeatures.errors import InputError, ReferencesError
 
 from .base import Batch, Extractor, Loader, Predictions
@@ -20,8 +18,6 @@ from .trained import feature_maps, gather
 
 # In the search for the coreset a row's first distance is its mean distance to so many random rows.
 STARTS = 10
-# Rows that compete for the next places of the coreset before all rows are updated.
-CONTENDERS = 512
 QUERIES_PER_CHUNK, ROWS_PER_CHUNK = 1024, 4096
 # Rows whose distance to a query is computed once more, from the difference of the vectors.
 SHORTLIST = 8
@@ -35,7 +31,7 @@ class PatchCore:
         levels: How many of the last levels to use, or all where there are fewer.
         patch: Side of the neighborhood that describes a patch, odd.
         dim: Length of the vectors.
-        coreset: Part of the patches to keep, in (0, 1].
+        coreset: Fraction of the patches to keep, in (0, 1].
         projection: Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions,
             which takes longer and covers the patches more closely.
         neighbors: How many nearest neighbors a score is the mean over.
@@ -62,15 +58,10 @@ class PatchCore:
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, got {value}.")
         self.extractor, self.levels, self.patch, self.dim = extractor, levels, patch, dim
-        self.coreset, self.projection, self.neighbors, self.seed, self.sigma = (
-            coreset,
-            projection,
-            neighbors,
-            seed,
-            sigma,
-        )
-        self._rows: Tensor | None = None  # (rows, dim)
-        self._images: Tensor | None = None  # (rows,), the image that each comes from
+        self.coreset, self.projection, self.seed = coreset, projection, seed
+        self.neighbors, self.sigma = neighbors, sigma
+        self._rows = torch.empty(0, dim)
+        self._images = torch.empty(0)  # (rows,), the image that each comes from
         self._numbers: dict[str | int, int] = {}  # of the images of the rows, by their paths
 
     @torch.no_grad()
@@ -80,7 +71,7 @@ class PatchCore:
         Raises:
             InputError: For no images, or features that are not finite.
         """
-        self._rows, self._numbers = None, {}
+        self._rows, self._numbers = torch.empty(0, self.dim), {}
         rows, images = [], []
         for batch in loader:
             vectors = self._vectors(batch).flatten(1, 2)
@@ -92,10 +83,9 @@ class PatchCore:
         if not rows:
             raise InputError("PatchCore learns from normal images, and the loader gives none.")
         kept = self._choose(rows)
-        # Part by part: all rows side by side would take their memory twice.
-        self._rows = torch.cat(
-            [part[own] for part, own in zip(rows, kept.split([len(part) for part in rows]), strict=True)]
-        )
+        # Batch by batch: all rows side by side would take their memory twice.
+        kept_of_batches = kept.split([len(of_batch) for of_batch in rows])
+        self._rows = torch.cat([of_batch[own] for of_batch, own in zip(rows, kept_of_batches, strict=True)])
         self._images = torch.cat(images)[kept]
         return self
 
@@ -119,7 +109,7 @@ class PatchCore:
         return gather(self._score(batch, leave_one_out) for batch in loader)
 
     def _score(self, batch: Batch, leave_one_out: bool) -> tuple[Tensor, Tensor]:
-        if self._rows is None:
+        if not len(self._rows):
             raise ReferencesError("PatchCore has no patches to compare with yet: call fit first.")
         vectors = self._vectors(batch)
         if leave_one_out:
@@ -130,9 +120,8 @@ class PatchCore:
         else:
             nearest = nearest_distances(vectors.flatten(0, 2), self._rows, self.neighbors)
         patches = nearest.mean(dim=-1).view(vectors.shape[:3])
-        maps = F.interpolate(patches[:, None], size=batch["image"].shape[-2:], mode="bilinear", align_corners=False)[
-            :, 0
-        ]
+        size = batch["image"].shape[-2:]
+        maps = F.interpolate(patches[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
         return scoring.smooth(maps, self.sigma), patches.amax(dim=(1, 2))
 
     def _vectors(self, batch: Batch) -> Tensor:
@@ -140,8 +129,8 @@ class PatchCore:
         return neighborhood_vectors(feature_maps(self.extractor, batch, self.levels), self.dim, self.patch)
 
     def _choose(self, rows: Sequence[Tensor]) -> Tensor:
-        """Which of all rows are kept, (N,) bool."""
-        total = sum(len(part) for part in rows)
+        """Which of all rows, one tensor a batch, are kept: (N,) bool."""
+        total = sum(map(len, rows))
         count = max(1, int(self.coreset * total))
         if count == total:
             return torch.ones(total, dtype=torch.bool, device=rows[0].device)
@@ -150,11 +139,10 @@ class PatchCore:
         if self.projection is not None:
             # The default weights of torch's Linear, which the original projects with.
             bound = self.dim**-0.5
-            weights = (
-                torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator).to(rows[0].device)
-            )
+            drawn = torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator)
+            weights = drawn.to(rows[0].device)
             with torch.autocast(weights.device.type, enabled=False):
-                rows = [part @ weights for part in rows]
+                rows = [of_batch @ weights for of_batch in rows]
         kept = torch.zeros(total, dtype=torch.bool, device=rows[0].device)
         kept[greedy_coreset(torch.cat(list(rows)), count, starts)] = True
         return kept
@@ -171,82 +159,21 @@ class PatchCore:
         return others
 
 
-def greedy_coreset(points: Tensor, count: int, starts: Tensor) -> Tensor:
-    """Choose points one after another, each the farthest from those chosen before (greedy k-center search, Sener and Savarese 2018).
-
-    A plain loop compares all points with each new one as it comes. Here a few of the farthest points compete for the
-    next places among themselves, for as long as the farthest of them is farther than all other points were, which can
-    only have come closer since. Then all points are compared with all those new ones in one product of matrices. The
-    choice is that of the plain loop.
-
-    Args:
-        points: (N, d), finite.
-        count: How many to choose, at most N.
-        starts: Points (S,) that the first distances are the mean over, as PatchCore does it. They are not chosen by
-            that.
-
-    Returns:
-        Indices (count,) in the order in which they are chosen, each at most once.
-    """
-    points = points - points.mean(dim=0)
-    squares = points.square().sum(dim=1)
-    distances = torch.cdist(points, points[starts]).mean(dim=1).square()
-    chosen = torch.empty(0, dtype=torch.long, device=points.device)
-    with tqdm(total=count, desc="coreset", leave=False, disable=None) as progress:
-        while len(chosen) < count:
-            bounds, contenders = distances.topk(min(CONTENDERS + 1, len(points)))
-            limit = float(bounds[CONTENDERS]) if len(bounds) > CONTENDERS else -math.inf
-            bounds, contenders = bounds[:CONTENDERS], contenders[:CONTENDERS]
-            between = _squared_distances(
-                points[contenders], squares[contenders], points[contenders], squares[contenders]
-            )
-            places = _compete(between.cpu().numpy(), bounds.cpu().numpy(), limit, count - len(chosen))
-            new = contenders[torch.tensor(places, device=points.device)]
-            for start in range(0, len(points), ROWS_PER_CHUNK):
-                part = slice(start, start + ROWS_PER_CHUNK)
-                nearest = _squared_distances(points[part], squares[part], points[new], squares[new]).amin(dim=1)
-                torch.minimum(distances[part], nearest, out=distances[part])
-            distances[new] = -math.inf
-            chosen = torch.cat([chosen, new])
-            progress.update(len(new))
-    return chosen
-
-
-def _compete(between: np.ndarray, distances: np.ndarray, limit: float, most: int) -> list[int]:
-    """Choose up to ``most`` of the contenders as the greedy search does, until the farthest is no farther than ``limit``.
-
-    Args:
-        between: Squared distances between the contenders, (M, M).
-        distances: Their squared distances to what is chosen already, (M,).
-    """
-    places: list[int] = []
-    while len(places) < most:
-        farthest = int(distances.argmax())
-        if places and distances[farthest] <= limit:
-            break
-        places.append(farthest)
-        distances = np.minimum(distances, between[farthest])
-        distances[places] = -np.inf
-    return places
-
-
-def _squared_distances(first: Tensor, first_squares: Tensor, second: Tensor, second_squares: Tensor) -> Tensor:
-    with torch.autocast(first.device.type, enabled=False):
-        return torch.addmm(second_squares, first, second.T, alpha=-2) + first_squares[:, None]
-
-
 def nearest_distances(queries: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Squared Euclidean distances (Q, count) of queries (Q, d) to the nearest of the rows (N, d), ascending, in bounded memory.
+    """Squared distances (Q, count) of queries (Q, d) to the nearest of the rows (N, d), ascending.
 
-    Expanding the square makes the search a product of matrices, but loses the digits of small distances. So it only
-    draws up a short list, about the mean of the rows, where the vectors are shortest; the distances themselves come
-    from differences. Fewer rows than ``count`` give as many distances.
+    Memory is bounded. Expanding the square makes the search a product of matrices, but loses the digits of small
+    distances. So it only draws up a short list, about the mean of the rows, where the vectors are shortest; the
+    distances themselves come from differences. Fewer rows than ``count`` give as many distances.
     """
     center = rows.mean(dim=0)
     count = min(count, len(rows))
     listed = min(count + SHORTLIST - 1, len(rows))
-    parts = [(chunk, _short_list(chunk - center, rows, center, listed)) for chunk in queries.split(QUERIES_PER_CHUNK)]
-    return torch.cat([_refined(chunk, rows, short_list, count) for chunk, short_list in parts])
+    found = []
+    for chunk in queries.split(QUERIES_PER_CHUNK):
+        short_list = _short_list(chunk - center, rows, center, listed)
+        found.append(_refined(chunk, rows, short_list, count))
+    return torch.cat(found)
 
 
 def _short_list(queries: Tensor, rows: Tensor, center: Tensor, count: int) -> Tensor:

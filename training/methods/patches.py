@@ -1,4 +1,4 @@
-"""Patch vectors of locally aware features, as PatchCore (Roth et al. 2022, section 3.1) makes them and GLASS takes them over."""
+"""Patch vectors of locally aware features, as PatchCore (Roth et al. 2022, section 3.1) and GLASS make them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Retrieved references: each image is compared with the few training images that are most like it, instead of a fixed few.
+"""Retrieved references: each image is compared with the few training images that are most like it.
 
 The published FeatureNorm numbers are of such references ("aligned" there), of which only the lists were published, not
 how they were made. This is a retrieval of our own: k-means words of patch features, their histograms in the cells of a
 coarse grid, and the Kullback-Leibler divergence between those, without the cells that differ most, which may hold the
 defect. The words are of the first level of the model's own backbone, so that no second network is needed. Results
-belong under a name of their own: all training images take part, not a few shots.
+belong under a name of their own: all training images serve, not a few shots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from adfeatures.errors import InputError, ReferencesError
-from adfeatures.references import ReferenceBank
+from adfeatures.references import ReferenceBank, residuals_of_images
 
 from .base import Batch, Extractor
 from .trained import feature_maps
@@ -29,7 +29,7 @@ COUNT = 10
 WORDS = 12
 # Cells per side of the grid, and how many of all cells count: those that differ least.
 CELLS, COUNTED = 5, 20
-# Part of a uniform distribution in each histogram: the divergence from a histogram without some word would be infinite.
+# Weight of a uniform distribution in histograms: the divergence from a histogram without some word would be infinite.
 UNIFORM = 0.05
 # The words are of about so many patches at most, drawn at random.
 PATCHES = 20_000
@@ -140,19 +140,17 @@ class RetrievedReferences:
         """
         features = feature_maps(self.features, batch)
         ranking = most_similar(self._words.histograms(features[0]), self._histograms, self.count + 1)
-        residuals = []
-        for number, (path, indices) in enumerate(zip(batch["path"], ranking.tolist(), strict=True)):
+        banks = []
+        for path, indices in zip(batch["path"], ranking.tolist(), strict=True):
             others = [index for index in indices if self._paths[index] != path][: self.count]
             if not others:
                 raise ReferencesError(
                     f"{path} is the only training image and has no other to be compared with. Add more of them."
                 )
             self.lists[path], references = self._encode(others)
-            residuals.append(
-                ReferenceBank.from_features(references).residuals([level[number : number + 1] for level in features])
-            )
-        levels = [torch.cat(level) for level in zip(*residuals, strict=True)]
-        return levels if self.projector is None else self.projector(levels)
+            banks.append(ReferenceBank.from_features(references))
+        residuals = residuals_of_images(features, banks)
+        return residuals if self.projector is None else self.projector(residuals)
 
     def _first_level(self) -> Iterator[tuple[list[str], Tensor]]:
         """Paths and first-level features of the training images, in batches."""

@@ -1,4 +1,4 @@
-"""What the methods do alike: take features without gradient, draw from seeds of their own, gather the predictions of batches."""
+"""What the methods do alike: take features without gradient, draw from seeds of their own, gather predictions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def feature_maps(extractor: Extractor, batch: Batch, levels: int | None = None) 
     if not finite.all():
         path = batch.get("path", ["an image"] * len(finite))[int(finite.int().argmin())]
         raise InputError(
-            f"The features of {path or 'an augmented image'} hold NaN or infinite values. Check the weights and the image."
+            f"The features of {path or 'an augmented image'} hold NaN or infinite values. "
+            "Check the weights and the image."
         )
     return maps
 

@@ -1,4 +1,4 @@
-"""UniAD (You et al. 2022): one transformer for all products that reconstructs feature maps; what it cannot reconstruct is anomalous.
+"""UniAD (You et al. 2022): one transformer for all products reconstructs feature maps; what it cannot is anomalous.
 
 The network is missing from the published ADPretrain code (its files are empty). This one is built from the UniAD paper,
 section 3, with the settings that ADPretrain's configuration lists, so numbers of the ADPretrain paper may differ from
@@ -8,6 +8,7 @@ ours for that reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class UniAD:
         hidden: Width of the transformer, even and a multiple of ``heads``.
         heads: Attention heads.
         layers: Layers of the encoder, and of the decoder.
-        feed_forward: Width within the feed-forward parts.
+        feed_forward: Width within the feed-forward layers.
         dropout: Rate of dropout in training.
         neighbors: Side of the square around a position, itself included, that it must not attend to, odd. On a grid
             that such squares would cover it shrinks to the largest that leaves something; a single position attends to
@@ -72,14 +73,16 @@ class UniAD:
         if hidden % 2 or hidden % heads:
             raise InputError(f"hidden must be even and a multiple of heads, got {hidden} and {heads}.")
         self.extractor = extractor
-        self.shape = {
-            "hidden": hidden,
-            "heads": heads,
-            "layers": layers,
-            "feed_forward": feed_forward,
-            "dropout": dropout,
-        }
-        self.neighbors, self.jitter = neighbors, jitter
+        self._create = partial(
+            ReconstructionTransformer,
+            hidden=hidden,
+            heads=heads,
+            layers=layers,
+            feed_forward=feed_forward,
+            dropout=dropout,
+            neighbors=neighbors,
+        )
+        self.jitter = jitter
         self.epochs, self.learning_rate = epochs, learning_rate
         self.seed = seed
         self.network: ReconstructionTransformer | None = None
@@ -97,23 +100,21 @@ class UniAD:
         """
         first = _joined(first_maps(self.extractor, loader))
         with seeded(self.seed):
-            self.network = ReconstructionTransformer(
-                first.shape[1], first.shape[2:], neighbors=self.neighbors, **self.shape
-            )
-        self.network.to(first.device)
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
+            network = self._create(first.shape[1], first.shape[2:]).to(first.device)
+        self.network = network
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, DECAY_EVERY, DECAY)
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in tqdm(range(1, self.epochs + 1), desc="UniAD", leave=False, disable=None):
-            self.network.train()
+            network.train()
             for batch in loader:
-                features = self._features(batch)
+                features = self._features(batch, network)
                 # Dropout draws from the global generators only.
                 with seeded(int(torch.randint(2**62, (), generator=generator)), first.device):
-                    loss = F.mse_loss(self.network(jittered(features, self.jitter)), features)
+                    loss = F.mse_loss(network(jittered(features, self.jitter)), features)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRADIENT_NORM)
+                nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
                 optimizer.step()
             schedule.step()
             if on_epoch is not None and (epoch % EVALUATE_EVERY == 0 or epoch == self.epochs):
@@ -129,21 +130,21 @@ class UniAD:
         """
         if self.network is None:
             raise InputError("This UniAD is not trained yet; call fit first.")
-        self.network.eval()
-        return gather(self._score(batch) for batch in loader)
+        network = self.network.eval()
+        return gather(self._score(batch, network) for batch in loader)
 
-    def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        features = self._features(batch)
-        distances = (self.network(features) - features).norm(dim=1, keepdim=True)
+    def _score(self, batch: Batch, network: ReconstructionTransformer) -> tuple[Tensor, Tensor]:
+        features = self._features(batch, network)
+        distances = (network(features) - features).norm(dim=1, keepdim=True)
         maps = F.interpolate(distances, batch["image"].shape[-2:], mode="bilinear", align_corners=True)[:, 0]
         return maps, maps.flatten(1).amax(dim=1)
 
-    def _features(self, batch: Batch) -> Tensor:
+    def _features(self, batch: Batch, network: ReconstructionTransformer) -> Tensor:
         features = _joined(feature_maps(self.extractor, batch))
-        if features.shape[2:] != self.network.grid:
+        if features.shape[2:] != network.grid:
             raise InputError(
-                f"This UniAD was trained on maps of {tuple(self.network.grid)} positions, got {tuple(features.shape[2:])}. "
-                "Give all images the same size."
+                f"This UniAD was trained on maps of {tuple(network.grid)} positions, got "
+                f"{tuple(features.shape[2:])}. Give all images the same size."
             )
         return features
 

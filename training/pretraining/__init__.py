@@ -1,1 +1,1 @@
-"""The parts of ``training.pretrain``: from images with masks to trained projectors."""
+"""What ``training.pretrain`` is made of: from images with masks to trained projectors."""

@@ -1,8 +1,12 @@
-"""Every hyper-parameter of the pretraining, once. The defaults are the recipe of the published weights."""
+"""Every hyper-parameter of the pretraining and of its centers, once.
+
+The defaults are the recipe of the published weights.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from adfeatures.errors import InputError
 
@@ -10,29 +14,79 @@ from ..console import check_choices, option
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """How a projector is pretrained.
-
-    Method: section 4.1 and appendix of the paper, and the published code where it differs.
-    """
+class InputsConfig:
+    """The images and the frozen backbone, which the pretraining and its centers take alike."""
 
     output: str = option("runs/pretrain", "folder of the run; a run that is there is resumed")
     # Data
     data: str = option("real_iad", "what root holds", ("real_iad", "folder", "manifest"))
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
-    products: tuple[str, ...] = option((), "products to train on; the default is all")
+    products: tuple[str, ...] = option((), "products to take; the default is all")
     filter_list: str | None = option(None, "Real-IAD: folder or file of lists of the anomalous images to keep")
-    held_out: float = option(0.1, "part of the samples that is kept for validation")
+    held_out: float = option(0.1, "fraction of the samples that is kept for validation")
     # Model
     backbone: str = option("dinov2_base", "name of a backbone of adfeatures, or of a timm ViT or CNN")
     backbone_weights: str | None = option(None, "file or place of its weights; the default is the published ones")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the backbone's")
     levels: tuple[int, ...] = option((), "blocks or stages, counted from 1; the default is the backbone's")
+    # Running
+    seed: int = option(42, "of weights, order, augmentation and references")
+    workers: int = option(4, "processes that read images")
+    device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        self._check_numbers("workers", "seed")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
+        if len(self.img_size) > 2:
+            raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Input height and width in pixels, None for the backbone's."""
+        return (self.img_size[0], self.img_size[-1]) if self.img_size else None
+
+    def _check_numbers(self, *names: str, positive: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (value > 0 if positive else value >= 0):
+                raise InputError(f"{name} must {'be above' if positive else 'not be below'} 0, got {value}.")
+
+
+@dataclass(frozen=True)
+class CentersConfig(InputsConfig):
+    """How centers are computed: by default on the images that ``training.pretrain`` trains on."""
+
+    output: str = option("centers.safetensors", "file to write")
+    held_out: float = option(0.1, "fraction of the samples that is left out, as in the pretraining with the same seed")
+    images: int | None = option(None, "take only so many normal images, drawn at random; the default takes all")
+    shots: int = option(4, "references of each image")
+    batch_size: int = option(16, "images encoded at once")
+    seed: int = option(42, "of the images left out and the references")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_numbers("images", "shots", "batch_size", positive=True)
+        if Path(self.output).suffix != ".safetensors":
+            raise InputError(f"Centers are written as .safetensors, not {self.output}.")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(InputsConfig):
+    """How a projector is pretrained.
+
+    Method: section 4.1 and appendix of the paper, and the published code where it differs.
+    """
+
+    # Projector
     num_heads: int = option(16, "attention heads per level")
     num_keys: int = option(2048, "learnable references per level")
     # Recipe
     batch_size: int = option(32, "images of a step, over all devices")
-    accumulate: int = option(1, "parts that a device divides its images of a step into; contrast is within a part")
+    accumulate: int = option(
+        1, "micro-batches that a device divides its images of a step into; contrast is within a micro-batch"
+    )
     shots: tuple[int, ...] = option((1, 4, 8), "numbers of references, one of which is drawn for each step")
     epochs: int = option(10, "epochs")
     milestones: tuple[int, ...] = option((7, 9), "epochs after which the learning rate falls to a tenth")
@@ -54,50 +108,32 @@ class PretrainConfig:
         "autocast: float32 weights, bfloat16 products; bfloat16: weights and moments too, as the original",
         ("autocast", "float32", "bfloat16"),
     )
-    seed: int = option(42, "of weights, order, augmentation and references")
     max_steps: int | None = option(None, "stop after so many steps")
     # References
     pool: int | None = option(
         None,
-        "encode so many references per product and view once, and draw from these; the default encodes those of every step",
+        "encode so many references per product and view once, and draw from these; "
+        "the default encodes those of every step",
     )
     # Validation
     validation: str = option("held_out", "what is evaluated after each epoch", ("held_out", "mvtec", "none"))
     validation_root: str | None = option(None, "folder of MVTec AD, for validation=mvtec")
     validation_images: int = option(200, "most images of a product for each of: memory bank, normal, anomalous")
-    # Running
-    workers: int = option(4, "processes that read images")
     save_every: int = option(500, "steps between two checkpoints to resume from")
-    device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        positive = (
-            "num_heads",
-            "num_keys",
-            "batch_size",
-            "accumulate",
-            "epochs",
-            "temperature",
-            "save_every",
-            "validation_images",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("lr", "weight_decay", "radius", "margin", "workers", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must not be below 0, got {getattr(self, name)}.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"max_steps must be above 0, got {self.max_steps}.")
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
+        super().__post_init__()
+        self._check_numbers("num_heads", "num_keys", "batch_size", "accumulate", "epochs", "max_steps", positive=True)
+        self._check_numbers("temperature", "save_every", "validation_images", positive=True)
+        self._check_numbers("lr", "weight_decay", "radius", "margin")
         if not self.shots or min(self.shots) < 1 or (self.pool is not None and self.pool < 1):
             raise InputError(f"shots and pool count reference images, at least 1; got {self.shots} and {self.pool}.")
-        if len(self.img_size) > 2:
-            raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
         if self.validation == "mvtec" and self.validation_root is None:
             raise InputError("validation=mvtec needs validation_root, the folder of MVTec AD.")
+
+    def learning_rate(self, epoch: int) -> float:
+        """A tenth from each milestone on; of the epoch alone, so that a resumed run has nothing to catch up with."""
+        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
 
 
 # What may differ between a run and its resumption, because it changes no number.

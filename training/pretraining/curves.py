@@ -13,8 +13,11 @@ import numpy as np
 
 from adfeatures.checkpoints import atomic_path
 
+from ..metrics import CRITERIA, SELECTED_BY
+
 SMOOTHING = 50
-_NAMES = {"norm": "FeatureNorm", "angle": "PatchCore", "img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}
+_COLORS = {"angle": "tab:orange", "norm": "tab:blue"}
+_STYLES = {"img": "-", "pix": "--", "pro": ":"}
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -61,23 +64,21 @@ def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) ->
 def _draw_losses(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
     """Thin as they are and thick as a running mean."""
     x = np.array([line["step"] for line in steps])
-    for name, color in (("angle", "tab:orange"), ("norm", "tab:blue")):
+    for name, color in _COLORS.items():
         y = np.array([line[name] for line in steps])
         axes.plot(x, y, linewidth=0.4, alpha=0.5, color=color)
         window = max(1, min(SMOOTHING, len(y)))
-        axes.plot(
-            x[window - 1 :],
-            np.convolve(y, np.ones(window) / window, "valid") if len(y) else y,
-            color=color,
-            label=f"{name} loss",
-        )
+        smooth = np.convolve(y, np.ones(window) / window, "valid") if len(y) else y
+        axes.plot(x[window - 1 :], smooth, color=color, label=f"{name} loss")
     # The angle loss may be negative, and the norm loss falls through orders of magnitude.
     axes.set(yscale="symlog", title="losses, summed over the levels")
 
 
 def _draw_metrics(axes: Any, validations: Sequence[Mapping[str, Any]]) -> None:
-    for method, color in (("norm", "tab:blue"), ("angle", "tab:orange")):
-        for criterion, style in (("img", "-"), ("pix", "--"), ("pro", ":")):
-            points = [line["step"] for line in validations], [line[method][criterion] for line in validations]
-            axes.plot(*points, style, color=color, marker=".", label=f"{_NAMES[method]}, {_NAMES[criterion]}")
+    steps = [line["step"] for line in validations]
+    for method, title in SELECTED_BY.items():
+        for criterion in CRITERIA:
+            values = [line[method][criterion.key] for line in validations]
+            label = f"{title}, {criterion.title}"
+            axes.plot(steps, values, _STYLES[criterion.key], color=_COLORS[method], marker=".", label=label)
     axes.set(title="validation, mean over products")

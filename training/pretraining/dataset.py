@@ -1,4 +1,4 @@
-"""The data of the pretraining: two augmented views of an image, its mask, and normal images of the same product and view to compare with.
+"""The data of the pretraining: two views of an image, its mask, and normal images of the same kind to compare with.
 
 The sampler decides everything that is drawn as a function of the seed and of the position in the training. So the
 batches are the same whatever the number of workers or processes, and a training that was interrupted resumes with the
@@ -7,13 +7,12 @@ very batches that it would have seen.
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,76 +20,70 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from adfeatures.catalog import unknown
-from adfeatures.errors import ImageError, InputError, UnknownNameError
+from adfeatures import catalog
+from adfeatures.errors import ImageError, InputError
 from adfeatures.images import ImageTransform, read_image
 
-from ..data import real_iad
-from ..data.images import different_sizes, read_mask
+from ..data.images import ImageLoader, different_sizes, read_mask
 from ..data.items import ANOMALOUS, Item
-from ..data.manifest import read_manifest
-from ..data.transforms import MaskTransform
+from ..data.transforms import MaskTransform, TwoViews
+from ..distributed import rank, world_size
+from .config import PretrainConfig
+from .inputs import FrozenBackbone
 
-KINDS = ("real_iad", "folder", "manifest")
-# Numbers of references of the published training.
-SHOTS = (1, 4, 8)
 # Unreadable files in a row after which the data set, not a file, must be at fault.
 MAX_FAILURES = 10
 # First words of the seeds, so that no two kinds of draw share their random numbers.
 _PERMUTATION, _STEP, _ITEM, _REFERENCES = range(4)
 
 
-def read_items(
-    kind: str, root: str, products: Sequence[str] | None = None, filter_list: str | None = None
-) -> list[Item]:
-    """The items to pretrain on.
-
-    Args:
-        kind: "real_iad" (the layout of Real-IAD), "folder" (the layout of MVTec AD, train and test together) or
-            "manifest".
-        root: The folder of the data set, or the file of the manifest.
-        products: Which products. The default is all.
-        filter_list: NG images of Real-IAD to keep, see ``real_iad.read``.
+def training_batches(
+    config: PretrainConfig, backbone: FrozenBackbone, items: Sequence[Item], pool: Sequence[Item]
+) -> tuple[StepSampler, ImageLoader]:
+    """The batches of this process, and the sampler that decides which of them comes next.
 
     Raises:
-        UnknownNameError: For another kind, or a product that the manifest does not have.
-        InputError: As the readers raise it, and for a filter list of another data set than Real-IAD.
+        InputError: As of the sampler and of the data set, and for micro-batches that would not be equal.
     """
-    if kind not in KINDS:
-        raise UnknownNameError(unknown("kind of data", kind, KINDS))
-    if kind == "real_iad":
-        return real_iad.read(root, products, filter_list)
-    if filter_list is not None:
-        raise InputError(f"A filter list goes with the data of Real-IAD only, not with {kind}.")
-    if kind == "folder":
-        from ..data import folder
-
-        items = [item for split in ("train", "test") for item in folder.find_items(root, split, products)]
-        # Where the folder lies must not decide which images are held out.
-        return [
-            dataclasses.replace(item, sample=os.path.relpath(item.image, root).replace(os.sep, "/")) for item in items
-        ]
-    return _of_products(read_manifest(root), products)
-
-
-def _of_products(items: list[Item], products: Sequence[str] | None) -> list[Item]:
-    known = {item.product: item for item in items}
-    for product in products or ():
-        if product not in known:
-            raise UnknownNameError(unknown("product", product, known))
-    return [item for item in items if products is None or item.product in products]
+    share = config.batch_size // world_size()
+    if share % config.accumulate:
+        raise InputError(f"{share} images a device cannot be divided into {config.accumulate} equal micro-batches.")
+    img_size = backbone.entry.img_size
+    dataset = PretrainingDataset(
+        items,
+        pool,
+        TwoViews(img_size, *view_statistics(config.view_statistics, backbone.entry)),
+        backbone.transform,
+        MaskTransform(img_size),
+        load_references=config.pool is None,
+        shots=config.shots,
+    )
+    sampler = StepSampler(
+        len(dataset), config.batch_size, config.seed, shots=config.shots, rank=rank(), world=world_size()
+    )
+    pinned = backbone.device.type == "cuda"
+    return sampler, ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
 
 
-class Draw(NamedTuple):
-    """What one element of a batch is made of: the image, the number of its references, and the seed of all that is random in it."""
+def view_statistics(choice: str, entry: catalog.Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for the augmented views: those of the "backbone", or the "original" ones.
 
-    index: int  # type: ignore[assignment]  # tuples have a method of this name, of no use here
+    The published weights were made with CLIP's, for DINOv2 too.
+    """
+    return catalog.OPENAI_CLIP if choice == "original" and entry.family == "dinov2" else entry.normalization
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one element of a batch is made of: an image, the number of its references, the seed of all that is drawn."""
+
+    index: int
     shots: int
     seed: int
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """The batches of one process, from a position on: every epoch all images in another order, without an incomplete last batch.
+    """The batches of one process, from a position on: every epoch all images in another order, in full batches only.
 
     The global batch of a step, and the number of references that all its images get, depend on the seed, the epoch and
     the step only; the process takes its share of it. Iterating does not move the position, since loaders fetch batches
@@ -110,7 +103,14 @@ class StepSampler(Sampler[list[Draw]]):
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, *, shots: Sequence[int] = SHOTS, rank: int = 0, world: int = 1
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        *,
+        shots: Sequence[int] = PretrainConfig.shots,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world or seed < 0 or not shots or min(shots) < 1:
             raise InputError(
@@ -119,19 +119,21 @@ class StepSampler(Sampler[list[Draw]]):
             )
         if batch_size % world:
             raise InputError(
-                f"A batch of {batch_size} images cannot be divided among {world} processes. Choose a multiple of {world}."
+                f"A batch of {batch_size} images cannot be divided among {world} processes. "
+                f"Choose a multiple of {world}."
             )
         if count < batch_size:
             raise InputError(
                 f"{count} images do not fill a batch of {batch_size}. Choose a smaller batch or add images."
             )
         self.count, self.batch_size, self.seed, self.shots = count, batch_size, seed, tuple(shots)
-        # Every world-th image: parts of the shares of all ranks then make up the same part of the global batch.
+        # Every world-th image: the first micro-batches of all ranks then make up the first fraction of the batch.
         self.share = slice(rank, None, world)
         self.epoch = self.step = 0
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch."""
         return self.count // self.batch_size
 
     def set_position(self, epoch: int, step: int = 0) -> None:
@@ -160,7 +162,7 @@ class StepSampler(Sampler[list[Draw]]):
 
 
 class PretrainingDataset(Dataset[dict[str, Any]]):
-    """Images by ``Draw``, each a dict that the default collation makes batches of:
+    """Images by ``Draw``, each a dict that the default collation makes batches of.
 
     ``views`` (2, 3, H, W) float32, the augmented views; ``mask`` (1, H, W) uint8 of 0 and 1, which both share;
     ``label`` of the item, which stays anomalous where the defect is too small to survive in the mask; ``references``
@@ -196,7 +198,7 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         mask_transform: MaskTransform,
         *,
         load_references: bool = True,
-        shots: Sequence[int] = SHOTS,
+        shots: Sequence[int] = PretrainConfig.shots,
     ) -> None:
         self.items, self.pool = list(items), list(pool)
         self.views, self.reference_transform, self.mask_transform = views, reference_transform, mask_transform

@@ -8,9 +8,9 @@ from torch import Tensor
 from adfeatures.errors import InputError
 
 # A patch of 14 or 16 pixels counts as anomalous for the angle loss when it holds more than 32 mask pixels. The
-# published code has no rule for other sizes; there it is the same part of a patch of 14.
+# published code has no rule for other sizes; there it is the same fraction as of a patch of 14.
 MASK_PIXELS = 32
-MASK_PART = 32 / 14**2
+MASK_FRACTION = 32 / 14**2
 
 
 def angle_labels(masks: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -32,7 +32,7 @@ def angle_labels(masks: Tensor, grid: tuple[int, int]) -> Tensor:
             f"Masks of {tuple(masks.shape[-2:])} pixels cannot be divided into {grid[0]} x {grid[1]} patches."
         )
     pixels = F.avg_pool2d((masks > 0).float(), (height, width), divisor_override=1)[:, 0]
-    limit = MASK_PIXELS if (height, width) in ((14, 14), (16, 16)) else MASK_PART * height * width
+    limit = MASK_PIXELS if (height, width) in ((14, 14), (16, 16)) else MASK_FRACTION * height * width
     return pixels > limit
 
 

@@ -18,8 +18,10 @@ from adfeatures.checkpoints import atomic_path
 from adfeatures.errors import AdfeaturesError, ImageError
 
 from ..data.items import Item, items_digest
+from ..distributed import barrier, rank
 
-BATCH = 16
+# Images that are encoded at once.
+ENCODED_AT_ONCE = 16
 
 
 def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
@@ -51,7 +53,9 @@ class ReferenceStore:
         self._levels: list[np.ndarray] = []
 
     def encode(self, read: Callable[[str], Tensor], backbone: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        """Encode what is not there yet; an interrupted call resumes where it was.
+        """Encode what is not there yet, on rank 0, and map all of it into memory, on every rank.
+
+        An interrupted call resumes where it was.
 
         Args:
             read: File to transformed image (3, H, W).
@@ -62,46 +66,44 @@ class ReferenceStore:
             AdfeaturesError: If the store cannot be written, as on a full disk, or features exceed half precision. What
                 was encoded is kept.
         """
-        facts = self._facts()
-        try:
-            if not facts:
-                # Else an interruption would leave facts of another store beside the first features of this one.
-                (self.folder / "store.json").unlink(missing_ok=True)
-            for start in tqdm(
-                range(int(facts.get("done", 0)), len(self.items), BATCH), desc="references", unit="batch", disable=None
-            ):
-                batch = torch.stack([read(item.image) for item in self.items[start : start + BATCH]])
-                maps = [level.half().cpu().numpy() for level in backbone(batch)]
-                if not all(np.isfinite(level).all() for level in maps):
-                    raise AdfeaturesError("Reference features do not fit into half precision. Leave out --pool.")
-                for number, level in enumerate(maps):
-                    self._write(number, start, level)
-                facts = {
-                    "identity": self._identity,
-                    "done": start + len(batch),
-                    "shapes": [level.shape[1:] for level in maps],
-                }
-                with atomic_path(self.folder / "store.json") as temporary:
-                    temporary.write_text(json.dumps(facts))
-        except ImageError as error:
-            raise ImageError(
-                f"{error} It belongs to the pool of references: restore it, or take it out of the data set."
-            ) from error
-        except OSError as error:
-            raise AdfeaturesError(
-                f"Cannot write the references to {self.folder}: {error}. Free some space or lower --pool."
-            ) from error
-
-    def open(self) -> None:
-        """Map the arrays into memory, once they are encoded."""
+        if rank() == 0:
+            try:
+                self._encode(read, backbone)
+            except ImageError as error:
+                raise ImageError(
+                    f"{error} It belongs to the pool of references: restore it, or take it out of the data set."
+                ) from error
+            except OSError as error:
+                raise AdfeaturesError(
+                    f"Cannot write the references to {self.folder}: {error}. Free some space or lower --pool."
+                ) from error
+        barrier()
         shapes = [(len(self.items), *shape) for shape in self._facts()["shapes"]]
         self._levels = [
-            np.memmap(self._path(number), np.float16, "r", shape=shape) for number, shape in enumerate(shapes)
+            np.memmap(self._path(index), np.float16, "r", shape=shape) for index, shape in enumerate(shapes)
         ]
 
     def read(self, indices: Tensor) -> list[Tensor]:
-        """The maps of images by their index in the pool: (B, k) on the CPU to float16 (B, k, C_l, h_l, w_l) per level."""
+        """The maps (B, k, C_l, h_l, w_l) float16 per level, of images by their index in the pool, (B, k) on the CPU."""
         return [torch.from_numpy(level[indices.numpy()]) for level in self._levels]
+
+    def _encode(self, read: Callable[[str], Tensor], backbone: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        facts = self._facts()
+        if not facts:
+            # Else an interruption would leave facts of another store beside the first features of this one.
+            (self.folder / "store.json").unlink(missing_ok=True)
+        starts = range(int(facts.get("done", 0)), len(self.items), ENCODED_AT_ONCE)
+        for start in tqdm(starts, desc="references", unit="batch", disable=None):
+            batch = torch.stack([read(item.image) for item in self.items[start : start + ENCODED_AT_ONCE]])
+            maps = [level.half().cpu().numpy() for level in backbone(batch)]
+            if not all(np.isfinite(level).all() for level in maps):
+                raise AdfeaturesError("Reference features do not fit into half precision. Leave out --pool.")
+            for index, level in enumerate(maps):
+                self._write(index, start, level)
+            shapes = [level.shape[1:] for level in maps]
+            facts = {"identity": self._identity, "done": start + len(batch), "shapes": shapes}
+            with atomic_path(self.folder / "store.json") as temporary:
+                temporary.write_text(json.dumps(facts))
 
     def _facts(self) -> dict[str, Any]:
         """What the arrays hold; nothing where they are of another store, or shorter than they should be."""
@@ -110,18 +112,18 @@ class ReferenceStore:
             if facts.get("identity") != self._identity:
                 return {}
             sizes = [facts["done"] * math.prod(shape) * np.dtype(np.float16).itemsize for shape in facts["shapes"]]
-            whole = all(self._path(number).stat().st_size >= size for number, size in enumerate(sizes))
+            whole = all(self._path(index).stat().st_size >= size for index, size in enumerate(sizes))
         except (OSError, ValueError):
             return {}
         return facts if whole else {}
 
-    def _write(self, number: int, start: int, level: np.ndarray) -> None:
+    def _write(self, index: int, start: int, level: np.ndarray) -> None:
         # Not through the memory map, which would end the process, instead of raising, on a full disk.
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._path(number).touch()
-        with self._path(number).open("r+b") as file:
+        self._path(index).touch()
+        with self._path(index).open("r+b") as file:
             file.seek(start * level[0].nbytes)
             file.write(level.tobytes())
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"level{number + 1}.f16"
+    def _path(self, index: int) -> Path:
+        return self.folder / f"level{index + 1}.f16"

@@ -16,7 +16,7 @@ QUERIES_PER_CHUNK = 1024
 
 @torch.no_grad()
 def batch_residuals(features: Sequence[Tensor], references: Sequence[Tensor]) -> list[Tensor]:
-    """Features minus, per patch, the reference patch of highest cosine similarity among the references of the same image.
+    """Features minus, per patch, the reference patch of highest cosine similarity among those of the same image.
 
     ``adfeatures.ReferenceBank`` does the same for one bank; here are as many banks as images.
 

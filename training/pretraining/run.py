@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adfeatures.checkpoints import atomic_path, save_checkpoint
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
+from adfeatures.projector import ResidualProjector
+from adfeatures.trained import PROJECTOR
 
 from ..distributed import barrier, rank, world_size
+from ..metrics import CRITERIA, SELECTED_BY
 from .config import FREE, PretrainConfig
 from .curves import draw_curves
-from .validation import CRITERIA, Scores
+from .validation import Scores
 
 STATE, LOG, CURVES = "state.pt", "log.jsonl", "curves.png"
+_VALIDATED_ON = {"held_out": "held-out samples of the training data", "mvtec": "the test set of MVTec AD"}
 # Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
+# What torch raises of a file that is no state, or not whole, and what is raised of one that holds something else.
+_DAMAGE = (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 
 
-class Run:
+class TrainingRun:
     """The folder of a run. Only rank 0 writes.
 
     Args:
@@ -61,6 +66,8 @@ class Run:
             with _reading(self.folder / STATE):
                 self._found = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
                 self._check(json.loads(self._found["config"]), self._found["world_size"])
+                # As a state of an earlier version has it.
+                self._found["inputs"].setdefault("centers", self._found["inputs"].get("centres"))
 
     def depend_on(self, name: str, digest: str) -> None:
         """Say by its digest what else the run depends on.
@@ -92,6 +99,10 @@ class Run:
             self._tidy(log_bytes)
         self._board = _tensorboard(self.folder, self.step + 1)
 
+    def advance(self) -> None:
+        """Count a step."""
+        self.step, self.step_of_epoch = self.step + 1, self.step_of_epoch + 1
+
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append a line to log.jsonl, and to TensorBoard where it is installed."""
         if rank():
@@ -121,7 +132,7 @@ class Run:
                 "world_size": world_size(),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
                 "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
-                **{name: part.state_dict() for name, part in self._resumable.items()},
+                **{name: each.state_dict() for name, each in self._resumable.items()},
             }
             with atomic_path(self.folder / STATE) as temporary:
                 _save(state, temporary)
@@ -129,49 +140,36 @@ class Run:
                     self._board.flush()
         barrier()
 
-    def keep_best(self, scores: Scores, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
-        """Write ``checkpoints_{img,pix,pro}_{norm,angle}.safetensors`` for each criterion that was surpassed; their names are returned."""
-        kept = []
+    def keep_best(self, scores: Scores, projector: ResidualProjector, header: Mapping[str, str]) -> None:
+        """Write ``checkpoints_{img,pix,pro}_{norm,angle}.safetensors`` for each criterion that was surpassed."""
         for method, found in scores.items():
-            for criterion in CRITERIA:
-                name = f"checkpoints_{criterion}_{method}"
-                if found[criterion] > self.best.get(name, 0.0):
-                    self.best[name] = found[criterion]
-                    kept.append(name)
-        for name in kept if rank() == 0 else ():
-            _, criterion, method = name.split("_")
             metrics = {
-                "img_auc": scores[method]["img"],
-                "pix_auc": scores[method]["pix"],
-                "pix_pro": scores[method]["pro"],
+                criterion.stored: found[criterion.key] for criterion in CRITERIA if isfinite(found[criterion.key])
             }
-            path = self.folder / f"{name}.safetensors"
-            save_checkpoint(
-                path,
-                tensors,
-                metrics=_finite(metrics),
-                metadata={**metadata, "selected_by": self._selection(criterion, method)},
-            )
-        return kept
+            for criterion in CRITERIA:
+                name, value = f"checkpoints_{criterion.key}_{method}", found[criterion.key]
+                if value > self.best.get(name, 0.0):
+                    self.best[name] = value
+                    data = _VALIDATED_ON[self.config.validation]
+                    selected = f"{criterion.title} of {SELECTED_BY[method]} on {data}, after step {self.step}"
+                    self._write(name, projector, {**header, "selected_by": selected}, metrics)
 
-    def save_last(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def keep_last(self, projector: ResidualProjector, header: Mapping[str, str]) -> None:
         """Write ``checkpoint_last.safetensors``, the projector as it is now."""
-        if rank() == 0:
-            last = {**metadata, "selected_by": f"nothing: the last one, after step {self.step}"}
-            save_checkpoint(self.folder / "checkpoint_last.safetensors", tensors, metadata=last)
+        selected = f"nothing: the last one, after step {self.step}"
+        self._write("checkpoint_last", projector, {**header, "selected_by": selected}, {})
 
     def draw(self) -> None:
         """Draw the losses and metrics of the log to curves.png."""
         if rank() == 0:
             draw_curves(self.folder / LOG, self.folder / CURVES)
 
-    def _selection(self, criterion: str, method: str) -> str:
-        measure = {"img": "image AUROC", "pix": "pixel AUROC", "pro": "AUPRO"}[criterion]
-        name = {"norm": "FeatureNorm", "angle": "PatchCore"}[method]
-        data = {"held_out": "held-out samples of the training data", "mvtec": "the test set of MVTec AD"}[
-            self.config.validation
-        ]
-        return f"{measure} of {name} on {data}, after step {self.step}"
+    def _write(
+        self, name: str, projector: ResidualProjector, metadata: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
+        if rank() == 0:
+            tensors = {f"{PROJECTOR}{key}": value for key, value in projector.state_dict().items()}
+            save_checkpoint(self.folder / f"{name}.safetensors", tensors, metrics=metrics, metadata=metadata)
 
     def _tidy(self, log_bytes: int) -> None:
         """Remove what killed processes left half written, and of the log what will be done, and logged, again."""
@@ -188,8 +186,8 @@ class Run:
 
     def _restore(self, state: Mapping[str, Any]) -> int:
         """Take over the state. The length of the log at that time is returned, in bytes."""
-        for name, part in self._resumable.items():
-            part.load_state_dict(state[name])
+        for name, each in self._resumable.items():
+            each.load_state_dict(state[name])
         self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
         self.best, (cpu, *devices) = state["best"], state["rng"]
         torch.set_rng_state(cpu)
@@ -222,16 +220,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except AdfeaturesError:
         raise
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        EOFError,
-    ) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} cannot be resumed from ({error}). Choose another --output, or remove the file to begin again."
         ) from error
@@ -246,10 +235,6 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
         raise OSError(str(error.__context__ or error).partition("\n")[0]) from error
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers in nested mappings, by names like "validation/norm/pro"."""
     for name, value in values.items():
@@ -260,7 +245,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:
-    """A writer that hides the steps from the first one on, which an earlier process may have logged; None without TensorBoard."""
+    """A writer that hides what an earlier process logged from the first step on; None without TensorBoard."""
     if rank():
         return None
     try:

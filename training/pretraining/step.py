@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,34 +42,35 @@ def train_step(
         AdfeaturesError: If the loss is not finite. The parameters are as before then.
     """
     optimizer.zero_grad()
-    parts = [part for part in _parts(batch, config.accumulate) if gather(part["label"]).any()]
+    micro_batches = [micro for micro in _divide(batch, config.accumulate) if gather(micro["label"]).any()]
     sums = {"angle": 0.0, "norm": 0.0}
-    for number, part in enumerate(parts, start=1):
-        first, second = view_residuals(part, encode, store)
+    for number, micro in enumerate(micro_batches, start=1):
+        first, second = view_residuals(micro, encode, store)
         with contextlib.ExitStack() as stack:
-            if isinstance(model, DistributedDataParallel) and number < len(parts):
+            if isinstance(model, DistributedDataParallel) and number < len(micro_batches):
                 stack.enter_context(model.no_sync())
             with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
                 projected = model([torch.cat(pair) for pair in zip(first, second, strict=True)])
-            angle, norm = losses(*_split(projected), part["mask"], centers, config)
-            ((angle + norm) / len(parts)).backward()
-        sums["angle"] += angle.item() / len(parts)
-        sums["norm"] += norm.item() / len(parts)
+            angle, norm = losses(*_split(projected), micro["mask"], centers, config)
+            ((angle + norm) / len(micro_batches)).backward()
+        sums["angle"] += angle.item() / len(micro_batches)
+        sums["norm"] += norm.item() / len(micro_batches)
     if not all(map(math.isfinite, sums.values())):
         raise AdfeaturesError(
-            f"The loss is not finite (angle {sums['angle']}, norm {sums['norm']}); what was saved before is kept. Begin another run with a "
-            "lower --lr, or with --precision float32 if it is not that already."
+            f"The loss is not finite (angle {sums['angle']}, norm {sums['norm']}); what was saved before is kept. "
+            "Begin another run with a lower --lr, or with --precision float32 if it is not that already."
         )
-    if parts:
-        optimizer.step()
-    return {**sums, "loss": sums["angle"] + sums["norm"]} if parts else {"skipped": 1.0}
+    if not micro_batches:
+        return {"skipped": 1.0}
+    optimizer.step()
+    return {**sums, "loss": sums["angle"] + sums["norm"]}
 
 
 @torch.no_grad()
 def view_residuals(
     batch: dict[str, Tensor], encode: Encode, store: ReferenceStore | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, both against the same references."""
+    """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, against the same references."""
     views = batch["views"]
     features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
     if store is None:
@@ -124,7 +126,17 @@ def encode_images(images: Tensor, backbone: nn.Module, device: torch.device, pre
     return [level.to(torch.bfloat16 if precision == "bfloat16" else torch.float32) for level in maps]
 
 
-def _parts(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch; the indices of references stay where their store is."""
+    return {
+        key: value if key == "reference_indices" else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _divide(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """So many micro-batches."""
     tensors = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: chunks[number] for name, chunks in tensors.items()} for number in range(count)]
 

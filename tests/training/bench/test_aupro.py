@@ -1,4 +1,4 @@
-"""The naive form that the benchmark compares with is the original's, and its table is printed."""
+"""The naive form that the benchmark compares with is the original's, and the table is made."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from helpers.golden_values import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.bench import __main__ as entry
 from training.bench import aupro as bench
-from training.bench.timing import HEADER, Row
 from training.metrics import aupro_original
 
 
@@ -48,29 +46,3 @@ def test_example_has_normal_and_defective_maps() -> None:
     assert maps.dtype == np.float32 and maps.shape == masks.shape == (6, 56, 56)
     assert masks.any(axis=(1, 2)).tolist() == [True, False] * 3
     assert maps[masks == 1].mean() > maps[masks == 0].mean()
-
-
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(
-        bench, "rows", lambda quick: iter([Row(f"quick {quick}", 0.5, 2.0, 4.0, "a note"), Row("alone", 1.0)])
-    )
-    assert entry.main(["aupro", "--quick"]) == 0
-    machine, header, *lines = capsys.readouterr().out.splitlines()
-    assert machine.startswith("torch ") and header == HEADER
-    assert [line.split() for line in lines] == [
-        ["quick", "True", "0.500", "2.000", "4.0", "a", "note"],
-        ["alone", "1.000", "-", "-"],
-    ]
-
-
-def test_unknown_names_and_interruptions_end_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(quick: bool) -> list[Row]:
-        raise KeyboardInterrupt
-
-    assert entry.main(["padim", "aupor"]) == 2
-    assert capsys.readouterr() == ("", "training.bench: error: Unknown benchmark 'aupor'. Did you mean 'aupro'?\n")
-    monkeypatch.setattr(bench, "rows", interrupted)
-    assert entry.main(["aupro"]) == 130
-    assert capsys.readouterr().err.count("\n") == 1

@@ -230,7 +230,7 @@ def test_a_folder_of_filter_lists_must_have_one_for_each_product(root: Path, tmp
 
 
 def test_items_of_an_evaluation(root: Path) -> None:
-    train, test = (real_iad.find_items(root, split, PRODUCTS, fraction=0.4) for split in ("train", "test"))
+    train, test = (real_iad.TREE.find_items(root, split, PRODUCTS, fraction=0.4) for split in ("train", "test"))
     assert all(item.label == NORMAL and item.defect == "good" for item in train)
     assert {item.label for item in test} == {NORMAL, ANOMALOUS}
     assert not {item.sample for item in train} & {item.sample for item in test}
@@ -239,7 +239,7 @@ def test_items_of_an_evaluation(root: Path) -> None:
     assert counts == {(product, good): n for product in PRODUCTS for good, n in ((True, 3), (False, 6))}
     assert Counter(item.product for item in train) == dict.fromkeys(PRODUCTS, 2 * 3)
     with pytest.raises(UnknownNameError, match="split"):
-        real_iad.find_items(root, "validation", PRODUCTS)
+        real_iad.TREE.find_items(root, "validation", PRODUCTS)
 
 
 @st.composite

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,8 @@ from helpers.models import photo, write_photos
 from torch import Tensor
 
 from adfeatures.errors import AdfeaturesError, ImageError, InputError
-from training.data.images import loader
-from training.data.items import Item
 from training.evaluation import feature_cache
-from training.evaluation.extractors import Encoder, KnownImages
-from training.evaluation.feature_cache import FeatureCache, Kept, content_key, place_key
+from training.evaluation.feature_cache import CachedExtractor, content_key, place_key
 
 
 class Counting:
@@ -26,7 +25,7 @@ class Counting:
     def __init__(self) -> None:
         self.seen: list[str | None] = []
 
-    def __call__(self, batch: dict) -> list[Tensor]:
+    def __call__(self, batch: Mapping[str, Any]) -> list[Tensor]:
         self.seen += batch["path"]
         image = batch["image"]
         return [image[:, :2] / 3, image[..., ::2, ::2] * 7]
@@ -44,7 +43,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 def test_gives_the_features_bit_for_bit(paths: list[Path], tmp_path: Path) -> None:
     batch = batch_of(paths)
-    kept = Kept(Counting(), FeatureCache(tmp_path / "cache", {"model": 1}))
+    kept = CachedExtractor(Counting(), tmp_path / "cache", {"model": 1})
     for found in (kept(batch), kept(batch)):
         expected = [batch["image"][:, :2] / 3, batch["image"][..., ::2, ::2] * 7]
         for level, full in zip(found, expected, strict=True):
@@ -53,15 +52,15 @@ def test_gives_the_features_bit_for_bit(paths: list[Path], tmp_path: Path) -> No
 
 def test_encodes_an_image_once_in_all_runs(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
-    first = Kept(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))(batch_of(paths[:2]))
-    later = Kept(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))(batch_of(paths))
+    first = CachedExtractor(extractor, tmp_path / "cache", {"model": 1})(batch_of(paths[:2]))
+    later = CachedExtractor(extractor, tmp_path / "cache", {"model": 1})(batch_of(paths))
     assert extractor.seen == [str(path) for path in paths]
     assert all(torch.equal(a, b[:2]) for a, b in zip(first, later, strict=True))
 
 
 def test_knows_images_by_their_content(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
-    kept = Kept(extractor, FeatureCache(tmp_path / "cache", {"model": 1}))
+    kept = CachedExtractor(extractor, tmp_path / "cache", {"model": 1})
     kept(batch_of(paths))
     moved = tmp_path / "elsewhere.png"
     shutil.copy(paths[0], moved)
@@ -90,25 +89,25 @@ def test_place_key_tells_copies_apart(paths: list[Path], tmp_path: Path) -> None
 def test_another_identity_shares_nothing(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
     for identity in ({"preset": "squash"}, {"preset": "resize224_crop224"}):
-        Kept(extractor, FeatureCache(tmp_path / "cache", identity))(batch_of(paths[:1]))
+        CachedExtractor(extractor, tmp_path / "cache", identity)(batch_of(paths[:1]))
     assert len(extractor.seen) == 2
 
 
 def test_augmented_images_pass_by(paths: list[Path], tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path / "cache", {})
+    kept = CachedExtractor(Counting(), tmp_path / "cache", {})
     batch = {**batch_of(paths), "path": [None] * 4}
-    found = Kept(Counting(), cache)(batch)
+    found = kept(batch)
     assert torch.equal(found[0], batch["image"][:, :2] / 3)
-    assert not list(cache.folder.rglob("*.safetensors"))
+    assert not list(kept.folder.rglob("*.safetensors"))
 
 
 def test_damaged_files_are_written_anew(paths: list[Path], tmp_path: Path) -> None:
     extractor = Counting()
-    first = Kept(extractor, FeatureCache(tmp_path, {}))
+    first = CachedExtractor(extractor, tmp_path, {})
     expected = first(batch_of(paths[:1]))
-    (file,) = first.cache.folder.rglob("*.safetensors")
+    (file,) = first.folder.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    found = Kept(extractor, FeatureCache(tmp_path, {}))(batch_of(paths[:1]))
+    found = CachedExtractor(extractor, tmp_path, {})(batch_of(paths[:1]))
     assert len(extractor.seen) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -116,22 +115,21 @@ def test_damaged_files_are_written_anew(paths: list[Path], tmp_path: Path) -> No
 def test_files_that_vanish_are_written_anew(paths: list[Path], tmp_path: Path) -> None:
     """As when another evaluation deletes them."""
     extractor = Counting()
-    kept = Kept(extractor, FeatureCache(tmp_path, {}))
+    kept = CachedExtractor(extractor, tmp_path, {})
     for _ in range(2):
         expected = kept(batch_of(paths))
-    shutil.rmtree(kept.cache.folder)
+    shutil.rmtree(kept.folder)
     found = kept(batch_of(paths))
     assert len(extractor.seen) == 8 and kept.holds(str(paths[0]))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_remove(paths: list[Path], tmp_path: Path) -> None:
-    cache, other = FeatureCache(tmp_path, {"a": 1}), FeatureCache(tmp_path, {"a": 2})
     extractor = Counting()
-    kept = Kept(extractor, cache)
+    kept, other = (CachedExtractor(extractor, tmp_path, {"a": number}) for number in (1, 2))
     kept(batch_of(paths))
-    cache.remove()
-    assert not cache.folder.exists() and other.folder.exists()
+    kept.remove()
+    assert not kept.folder.exists() and other.folder.exists()
     kept(batch_of(paths))
     assert len(extractor.seen) == 8
 
@@ -139,30 +137,20 @@ def test_remove(paths: list[Path], tmp_path: Path) -> None:
 def test_features_that_are_not_finite_are_not_kept(paths: list[Path], tmp_path: Path) -> None:
     batch = batch_of(paths)
     batch["image"][2] = float("nan")
-    kept = Kept(Counting(), FeatureCache(tmp_path, {}))
+    kept = CachedExtractor(Counting(), tmp_path, {})
     with pytest.raises(InputError, match=f"features of {paths[2]} hold NaN"):
         kept(batch)
-    assert not list(kept.cache.folder.rglob("*.safetensors"))
+    assert not list(kept.folder.rglob("*.safetensors"))
 
 
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    cache = FeatureCache(tmp_path, {})
+    kept = CachedExtractor(Counting(), tmp_path / "cache", {})
     monkeypatch.setattr(feature_cache, "save_file", full)
     with pytest.raises(AdfeaturesError, match="No space left") as caught:
-        cache.write("ab", [torch.ones(1, 2, 2)])
+        kept(batch_of(paths))
     # Not one of the errors of a single product, after which the evaluation would go on.
     assert not isinstance(caught.value, (ValueError, RuntimeError))
-    assert "ab" not in cache and not list(cache.folder.rglob("*.safetensors"))
-
-
-def test_known_images_have_no_pixels_to_encode(paths: list[Path], tmp_path: Path) -> None:
-    items = [Item(str(path), 1, "nut") for path in paths]
-    (batch,) = loader(KnownImages(items, (12, 10)), 8)
-    assert batch["image"].shape == (4, 3, 12, 10) and batch["mask"].shape == (4, 1, 12, 10)
-    assert batch["label"].tolist() == [1] * 4 and batch["product"] == ["nut"] * 4
-    encoder = Encoder(torch.nn.Identity(), "cpu")
-    with pytest.raises(InputError, match=f"{paths[0].name} are no longer in the cache"):
-        Kept(encoder, FeatureCache(tmp_path, {}))(batch)
+    assert not kept.holds(str(paths[0])) and not list(kept.folder.rglob("*.safetensors"))

@@ -1,4 +1,10 @@
+"""CFLOW against its formulas written out patch by patch, its schedule, and on images with a planted outlier."""
+
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -12,35 +18,39 @@ from helpers.method_checks import (
 )
 from helpers.planted import batches, patch_extractor
 from scipy import stats
+from torch import Tensor
+from torch.nn import Module
 
 from adfeatures.errors import InputError, UnknownNameError
+from training.methods.base import Batch, Extractor
 from training.methods.cflow import CFLOW
 from training.methods.flows import ConditionalFlow, CouplingBlock, position_code, random_rotation
 
 EXTRACT = patch_extractor(6, 8, 7, 10)
+M = TypeVar("M", bound=Module)
 
 
-def quick(extractor=EXTRACT, **settings):
+def quick(extractor: Extractor = EXTRACT, **settings: Any) -> CFLOW:
     return CFLOW(extractor, **{"blocks": 2, "meta_epochs": 3, "sub_epochs": 1, "chunk": 128, **settings})
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed() -> None:
     torch.manual_seed(0)
 
 
-def disturbed(module, seed=0):
+def disturbed(module: M, seed: int = 0) -> M:
     """The module in float64, no parameter at its initial value."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return module
 
 
 @pytest.mark.parametrize("channels", [2, 3, 6, 9])
-def test_log_determinant_is_that_of_autograd(channels):
+def test_log_determinant_is_that_of_autograd(channels: int) -> None:
     flow = disturbed(ConditionalFlow(channels, 4))
     vectors, conditions = torch.randn(5, channels, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     mapped, log_det = flow(vectors, conditions)
@@ -56,7 +66,7 @@ def test_log_determinant_is_that_of_autograd(channels):
 
 
 @pytest.mark.parametrize("channels", [2, 5, 8])
-def test_a_block_is_the_stated_formula(channels):
+def test_a_block_is_the_stated_formula(channels: int) -> None:
     block = disturbed(CouplingBlock(channels, 3))
     p = {name: value.detach().numpy() for name, value in block.state_dict().items()}
     rng = np.random.default_rng(0)
@@ -74,10 +84,10 @@ def test_a_block_is_the_stated_formula(channels):
         assert found == pytest.approx(s.sum() + np.log(scale).sum(), abs=1e-10)
 
 
-def test_a_new_block_scales_by_one():
+def test_a_new_block_scales_by_one() -> None:
     block = CouplingBlock(6, 2).double()
-    torch.nn.init.zeros_(block.subnet[2].weight)
-    torch.nn.init.zeros_(block.subnet[2].bias)
+    for parameter in block.subnet[2].parameters():
+        torch.nn.init.zeros_(parameter)
     vectors = torch.randn(3, 6, dtype=torch.float64)
     mapped, log_det = block(vectors, torch.randn(3, 2, dtype=torch.float64))
     torch.testing.assert_close(mapped.norm(dim=1), vectors.norm(dim=1))
@@ -85,13 +95,13 @@ def test_a_new_block_scales_by_one():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
-def test_rotations_are_proper(size):
+def test_rotations_are_proper(size: int) -> None:
     rotation = random_rotation(size).double()
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
     assert float(torch.linalg.det(rotation)) == pytest.approx(1, abs=1e-5)
 
 
-def test_rotations_are_uniform():
+def test_rotations_are_uniform() -> None:
     rotations = torch.stack([random_rotation(3) for _ in range(2000)])
     # Every column of a uniform rotation is a uniform point of the sphere, whose coordinates are uniform (Archimedes).
     for row in range(3):
@@ -100,7 +110,7 @@ def test_rotations_are_uniform():
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(1, 1, 128), (3, 5, 128), (16, 16, 128), (3, 2, 6)])
-def test_position_code_is_the_stated_formula(height, width, size):
+def test_position_code_is_the_stated_formula(height: int, width: int, size: int) -> None:
     code = position_code(height, width, size)
     assert code.shape == (height * width, size)
     half = size // 2
@@ -114,12 +124,12 @@ def test_position_code_is_the_stated_formula(height, width, size):
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Learning rate of every step that Adam takes."""
     rates = []
     original = torch.optim.Adam.step
 
-    def step(self, *args, **kwargs):
+    def step(self: torch.optim.Adam, *args: Any, **kwargs: Any) -> Any:
         rates.append(self.param_groups[0]["lr"])
         return original(self, *args, **kwargs)
 
@@ -127,7 +137,7 @@ def steps(monkeypatch):
     return rates
 
 
-def test_learning_rates_are_the_stated_ones(steps):
+def test_learning_rates_are_the_stated_ones(steps: list[float]) -> None:
     CFLOW(EXTRACT, levels=1, blocks=1, sub_epochs=2).fit(batches(6, seed=0, size=(8, 8), batch_size=2))
     expected = []
     for epoch in range(25):
@@ -143,13 +153,13 @@ def test_learning_rates_are_the_stated_ones(steps):
     [(128, 4), (200, 2), (512, 1), (4096, 1)],
     ids=["exact", "rest-left-out", "one", "fewer-than-a-chunk"],
 )
-def test_a_step_per_level_and_whole_chunk(steps, chunk, per_batch):
+def test_a_step_per_level_and_whole_chunk(steps: list[float], chunk: int, per_batch: int) -> None:
     CFLOW(EXTRACT, blocks=1, chunk=chunk, meta_epochs=2, sub_epochs=3).fit(batches(16, seed=0))
     assert len(steps) == 2 * 3 * 2 * 3 * per_batch
 
 
-def test_a_pass_trains_on_every_patch_of_whole_chunks(monkeypatch):
-    seen = []
+def test_a_pass_trains_on_every_patch_of_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
     monkeypatch.setattr(ConditionalFlow, "log_likelihood", _recording(seen, ConditionalFlow.log_likelihood))
     quick(levels=1, meta_epochs=1, chunk=128).fit(batches(8, seed=0))
     expected = EXTRACT(batches(8, seed=0)[0])[-1].permute(0, 2, 3, 1).flatten(0, 2)
@@ -158,15 +168,15 @@ def test_a_pass_trains_on_every_patch_of_whole_chunks(monkeypatch):
     assert torch.equal(trained[trained[:, 0].argsort()], expected[expected[:, 0].argsort()])
 
 
-def _recording(seen, original):
-    def log_likelihood(self, vectors, conditions):
+def _recording(seen: list[Tensor], original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def log_likelihood(self: ConditionalFlow, vectors: Tensor, conditions: Tensor) -> Tensor:
         seen.append(vectors)
         return original(self, vectors, conditions)
 
     return log_likelihood
 
 
-def naive_log_likelihoods(cflow, loader):
+def naive_log_likelihoods(cflow: CFLOW, loader: Sequence[Batch]) -> list[Tensor]:
     """Per level (N, h, w) in float64, patch by patch order written out."""
     levels = []
     for flow, index in zip(cflow.flows, range(-cflow.levels, 0), strict=True):
@@ -182,18 +192,16 @@ def naive_log_likelihoods(cflow, loader):
 
 
 @pytest.mark.parametrize("reference", ["train", "test"])
-def test_predictions_are_the_stated_formula(reference):
+def test_predictions_are_the_stated_formula(reference: str) -> None:
     train, test = batches(8, seed=0), batches(11, seed=1, size=(32, 24), planted=True)
     cflow = quick(level_reference=reference).fit(train)
     found = cflow.predict(test)
     levels = naive_log_likelihoods(cflow, test)
     references = naive_log_likelihoods(cflow, train) if reference == "train" else levels
-    total = sum(
-        F.interpolate((level - other.max()).exp().clamp(max=1)[:, None], (32, 24), mode="bilinear", align_corners=True)[
-            :, 0
-        ]
-        for level, other in zip(levels, references, strict=True)
-    )
+    total = torch.zeros(11, 32, 24, dtype=torch.float64)
+    for level, other in zip(levels, references, strict=True):
+        likelihoods = (level - other.max()).exp().clamp(max=1)[:, None]
+        total += F.interpolate(likelihoods, (32, 24), mode="bilinear", align_corners=True)[:, 0]
     torch.testing.assert_close(found.maps, -total.float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.scores, found.maps.flatten(1).max(dim=1).values, rtol=0, atol=0)
     # The original's map, the largest sum minus the sum, ranks alike.
@@ -203,7 +211,7 @@ def test_predictions_are_the_stated_formula(reference):
     assert found.maps.dtype == found.scores.dtype == torch.float32
 
 
-def test_scores_depend_on_other_test_images_only_on_request():
+def test_scores_depend_on_other_test_images_only_on_request() -> None:
     test = batches(16, seed=1, planted=True)
     for reference in ("train", "test"):
         cflow = quick(level_reference=reference).fit(batches(8, seed=0))
@@ -211,10 +219,10 @@ def test_scores_depend_on_other_test_images_only_on_request():
         assert torch.allclose(whole, alone, rtol=1e-4, atol=0) is (reference == "train")
 
 
-def test_patches_likelier_than_all_of_training_hide_nothing():
+def test_patches_likelier_than_all_of_training_hide_nothing() -> None:
     """Features far beyond a standard normal distribution, and a test image without any."""
 
-    def loud(batch):
+    def loud(batch: Batch) -> list[Tensor]:
         return [100 * level for level in EXTRACT(batch)]
 
     cflow = quick(loud).fit(batches(8, seed=0))
@@ -224,7 +232,7 @@ def test_patches_likelier_than_all_of_training_hide_nothing():
     torch.testing.assert_close(found.maps[1], torch.full((32, 32), -3.0))
 
 
-def test_the_same_seed_gives_the_same_predictions():
+def test_the_same_seed_gives_the_same_predictions() -> None:
     train, test = batches(16, seed=0), batches(4, seed=1)
     state = torch.get_rng_state()
     first = quick().fit(train)
@@ -235,9 +243,9 @@ def test_the_same_seed_gives_the_same_predictions():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_callback_sees_every_meta_epoch_and_changes_nothing():
+def test_the_callback_sees_every_meta_epoch_and_changes_nothing() -> None:
     train, test = batches(16, seed=0), batches(4, seed=1)
-    seen = []
+    seen: list[tuple[int, Tensor]] = []
     cflow = quick()
     cflow.fit(train, on_epoch=lambda epoch: seen.append((epoch, cflow.predict(test).maps)))
     assert [epoch for epoch, _ in seen] == [1, 2, 3]
@@ -245,7 +253,7 @@ def test_the_callback_sees_every_meta_epoch_and_changes_nothing():
     assert torch.equal(seen[2][1], quick().fit(train).predict(test).maps)
 
 
-def test_finds_planted_outliers_and_nothing_where_nothing_is():
+def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     cflow = CFLOW(EXTRACT, blocks=4, chunk=256, meta_epochs=4, sub_epochs=2, learning_rate=2e-3).fit(
         batches(40, seed=1)
     )
@@ -262,15 +270,15 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is():
     ],
     ids=["one-image", "one-patch", "one-level", "pyramid"],
 )
-def test_small_training_sets_and_grids(extractor, count, size):
+def test_small_training_sets_and_grids(extractor: Extractor, count: int, size: tuple[int, int]) -> None:
     check_finite_on_small_sets(quick(extractor), count, size)
 
 
-def test_nan_features_are_named():
+def test_nan_features_are_named() -> None:
     check_names_nan_features(quick, EXTRACT)
 
 
-def test_refuses():
+def test_refuses() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean"):
         CFLOW(EXTRACT, level_reference="tests")
     check_refuses_nothing(quick)

@@ -1,4 +1,10 @@
+"""Synthetic defects: noise against its formula, masks, textures, and the places where defects may lie."""
+
+from __future__ import annotations
+
 import math
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,20 +20,20 @@ from training.methods.glass_synthesis import CHANGES, DefectSynthesis, perlin_ma
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
 
 
-def synthesis(textures=None, foregrounds=None, preset="squash"):
+def synthesis(textures: Path | None = None, foregrounds: Path | None = None, preset: str = "squash") -> DefectSynthesis:
     return DefectSynthesis(textures, foregrounds, MEAN, STD, preset)
 
 
-def rng(seed=0):
+def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize(("size", "cells"), [((8, 8), (2, 4)), ((7, 9), (1, 32)), ((5, 6), (4, 4))])
-def test_perlin_noise_is_the_naive_formula(size, cells):
+def test_perlin_noise_is_the_naive_formula(size: tuple[int, int], cells: tuple[int, int]) -> None:
     angles = rng().uniform(0, 2 * np.pi, (cells[0] + 1, cells[1] + 1))
     found = perlin_noise(size, cells, rng())
 
-    def fade(t):
+    def fade(t: float) -> float:
         return 6 * t**5 - 15 * t**4 + 10 * t**3
 
     for i in range(size[0]):
@@ -41,14 +47,14 @@ def test_perlin_noise_is_the_naive_formula(size, cells):
             assert found[i, j] == pytest.approx(math.sqrt(2) * value, abs=1e-9)
 
 
-def test_masks_are_neither_always_empty_nor_full():
+def test_masks_are_neither_always_empty_nor_full() -> None:
     generator = rng()
     shares = [perlin_mask((64, 48), generator).mean() for _ in range(60)]
     assert perlin_mask((64, 48), generator).shape == (64, 48)
     assert 0.01 < np.mean(shares) < 0.2 and max(shares) > 0.1 and max(shares) < 1
 
 
-def test_masks_are_turned_by_up_to_a_quarter_either_way(monkeypatch):
+def test_masks_are_turned_by_up_to_a_quarter_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     blob = np.zeros((65, 65))
     blob[30:35, 50:55] = 1
     monkeypatch.setattr(glass_synthesis, "perlin_noise", lambda size, cells, generator: blob)
@@ -59,11 +65,14 @@ def test_masks_are_turned_by_up_to_a_quarter_either_way(monkeypatch):
     assert stats.kstest(angles, stats.uniform(-90, 180).cdf).pvalue > 1e-3
 
 
-def test_noise_has_one_to_32_cells_per_axis(monkeypatch):
+def test_noise_has_one_to_32_cells_per_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(
-        glass_synthesis, "perlin_noise", lambda size, cells, generator: drawn.append(cells) or np.zeros(size)
-    )
+
+    def noise(size: tuple[int, int], cells: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+        drawn.append(cells)
+        return np.zeros(size)
+
+    monkeypatch.setattr(glass_synthesis, "perlin_noise", noise)
     generator = rng()
     for _ in range(300):
         perlin_mask((4, 4), generator)
@@ -73,7 +82,7 @@ def test_noise_has_one_to_32_cells_per_axis(monkeypatch):
         assert stats.chisquare(frequencies).pvalue > 1e-3
 
 
-def test_two_masks_are_joined_intersected_or_one_of_them(monkeypatch):
+def test_two_masks_are_joined_intersected_or_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = np.zeros((2, 4, 4), dtype=bool)
     first[:2], second[:, :2] = True, True
     monkeypatch.setattr(
@@ -85,7 +94,7 @@ def test_two_masks_are_joined_intersected_or_one_of_them(monkeypatch):
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_an_image_changes_inside_its_mask_only(tmp_path):
+def test_an_image_changes_inside_its_mask_only(tmp_path: Path) -> None:
     Image.new("RGB", (30, 50)).save(tmp_path / "black.png")
     images = torch.randn(400, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     batch = {"image": images, "product": ["p"] * 400, "path": ["x.png"] * 400}
@@ -105,7 +114,7 @@ def test_an_image_changes_inside_its_mask_only(tmp_path):
     assert stats.kstest(weights, stats.norm(0.5, 0.1).cdf).pvalue > 1e-3
 
 
-def test_textures_are_found_in_sub_folders_and_cut_to_size(tmp_path, monkeypatch):
+def test_textures_are_found_in_sub_folders_and_cut_to_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glass_synthesis, "CHANGES", (lambda image, generator: image,) * 9)
     for name, color in (("a/one.jpg", (255, 0, 0)), ("b/c/two.JPG", (0, 0, 255))):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +129,15 @@ def test_textures_are_found_in_sub_folders_and_cut_to_size(tmp_path, monkeypatch
     assert {round(float(value)) for value in textures[:, 0].mean(dim=(1, 2))} == {0, 1}
 
 
-def test_three_different_changes_of_nine(monkeypatch):
+def test_three_different_changes_of_nine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(CHANGES) == 9
     drawn = []
-    marks = tuple(lambda image, generator, i=i: drawn.append(i) or image for i in range(9))
+
+    def mark(index: int, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        drawn.append(index)
+        return image
+
+    marks = tuple(partial(mark, index) for index in range(9))
     monkeypatch.setattr(glass_synthesis, "CHANGES", marks)
     made, generator = synthesis(), rng()
     for _ in range(300):
@@ -134,14 +148,14 @@ def test_three_different_changes_of_nine(monkeypatch):
 
 
 @pytest.mark.parametrize("index", range(9))
-def test_every_change_keeps_size_and_mode_and_does_something(index):
+def test_every_change_keeps_size_and_mode_and_does_something(index: int) -> None:
     image = procedural_texture((20, 30), rng(3))
     results = [CHANGES[index](image, rng(seed)) for seed in range(4)]
     assert all(result.size == (30, 20) and result.mode == "RGB" for result in results)
     assert any(not np.array_equal(np.asarray(result), np.asarray(image)) for result in results)
 
 
-def test_procedural_textures_differ_and_vary():
+def test_procedural_textures_differ_and_vary() -> None:
     textures = [np.asarray(procedural_texture((32, 40), rng(seed))) for seed in range(20)]
     assert all(texture.shape == (32, 40, 3) for texture in textures)
     assert np.mean([texture.std() for texture in textures]) > 20
@@ -149,13 +163,13 @@ def test_procedural_textures_differ_and_vary():
     assert synthesis().texture_source == "procedural"
 
 
-def write_foreground(folder, product, name, mask):
+def write_foreground(folder: Path, product: str, name: str, mask: np.ndarray) -> None:
     (folder / product).mkdir(parents=True, exist_ok=True)
     Image.fromarray(mask).save(folder / product / name)
 
 
 @pytest.mark.parametrize("image_dir", ["train/good", "elsewhere"])
-def test_defects_stay_in_the_foreground(tmp_path, image_dir):
+def test_defects_stay_in_the_foreground(tmp_path: Path, image_dir: str) -> None:
     wide = np.zeros((40, 80), np.uint8)
     wide[:, :20] = 255
     write_foreground(tmp_path, "left", "000.png", wide)
@@ -171,7 +185,7 @@ def test_defects_stay_in_the_foreground(tmp_path, image_dir):
         assert not masks[0, 0, :, 8:].any() and not masks[1, 0, :, :24].any()
 
 
-def test_foregrounds_follow_the_geometry_of_the_images(tmp_path):
+def test_foregrounds_follow_the_geometry_of_the_images(tmp_path: Path) -> None:
     wide = np.zeros((100, 200), np.uint8)
     wide[:, 45:150] = 1
     write_foreground(tmp_path, "p", "a.png", wide)
@@ -188,7 +202,7 @@ def test_foregrounds_follow_the_geometry_of_the_images(tmp_path):
         )
 
 
-def test_foregrounds_count_above_zero_and_where_they_are_opaque(tmp_path):
+def test_foregrounds_count_above_zero_and_where_they_are_opaque(tmp_path: Path) -> None:
     left = np.zeros((32, 32), np.uint16)
     left[:, :8] = 1
     write_foreground(tmp_path, "p", "deep.png", left)
@@ -199,7 +213,7 @@ def test_foregrounds_count_above_zero_and_where_they_are_opaque(tmp_path):
         assert np.array_equal(synthesis(foregrounds=tmp_path)._foreground((32, 32), "p", name), left > 0)
 
 
-def test_a_foreground_of_one_pixel_is_no_endless_search(tmp_path):
+def test_a_foreground_of_one_pixel_is_no_endless_search(tmp_path: Path) -> None:
     mask = np.zeros((32, 32), np.uint8)
     mask[31, 31] = 255
     write_foreground(tmp_path, "p", "a.png", mask)
@@ -210,19 +224,19 @@ def test_a_foreground_of_one_pixel_is_no_endless_search(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 17), (33, 20)])
-def test_images_of_any_size(size):
+def test_images_of_any_size(size: tuple[int, int]) -> None:
     augmented, masks = synthesis()(batches(3, seed=0, size=size)[0], rng())
     assert augmented.shape == (3, 3, *size) and augmented.isfinite().all()
     assert masks.flatten(1).any(dim=1).all()
 
 
-def test_the_same_generator_gives_the_same_defects(tmp_path):
+def test_the_same_generator_gives_the_same_defects(tmp_path: Path) -> None:
     (batch,) = batches(4, seed=0)
     first, second, other = (synthesis()(batch, rng(seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_refuses(tmp_path):
+def test_refuses(tmp_path: Path) -> None:
     (batch,) = batches(1, seed=0)
     with pytest.raises(ImageError, match="No images in"):
         synthesis(tmp_path)

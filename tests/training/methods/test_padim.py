@@ -1,4 +1,4 @@
-"""PaDiM against numpy's covariance and inverse and scipy's Mahalanobis distance, and on images with a planted outlier."""
+"""PaDiM against numpy's covariance and inverse, scipy's Mahalanobis distance, and on images with a planted outlier."""
 
 from __future__ import annotations
 

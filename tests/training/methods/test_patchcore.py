@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.coreset import naive_coreset
 from helpers.golden_values import assert_near, value
 from helpers.method_checks import check_finds_what_is_planted
 from helpers.models import tiny_extractor
 from helpers.planted import batches, patch_extractor
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from torch import Tensor
@@ -23,13 +22,13 @@ from torch import Tensor
 from adfeatures.errors import InputError, ReferencesError
 from adfeatures.scoring import auroc
 from training.methods import PatchCore, patchcore
-from training.methods.patchcore import greedy_coreset, nearest_distances
+from training.methods.patchcore import nearest_distances
 
 EXTRACT = patch_extractor(6, 8, 7, 10)
 
 
 def naive_vectors(levels: list[Tensor], dim: int) -> np.ndarray:
-    """Patch vectors (B, h, w, dim) of levels of one grid: the average pooling of 3 x 3 neighborhoods, then that of the levels."""
+    """Patch vectors (B, h, w, dim) of levels of one grid: 3 x 3 neighborhoods averaged, then the levels."""
     count, _, height, width = levels[0].shape
     vectors = torch.empty(count, height, width, dim, dtype=torch.float64)
     padded = [F.pad(level.double(), (1, 1, 1, 1)) for level in levels]
@@ -49,16 +48,6 @@ def naive_scores(
     patches = squared[:, :, :neighbors].mean(axis=-1)
     large = F.interpolate(torch.from_numpy(patches)[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     return gaussian_filter(large.numpy(), 4), patches.max()
-
-
-def naive_coreset(points: np.ndarray, count: int, starts: np.ndarray) -> list[int]:
-    distances = cdist(points, points[starts]).mean(axis=1)
-    chosen: list[int] = []
-    for _ in range(count):
-        chosen.append(int(distances.argmax()))
-        distances = np.minimum(distances, np.linalg.norm(points - points[chosen[-1]], axis=1))
-        distances[chosen] = -1
-    return chosen
 
 
 @pytest.mark.parametrize("neighbors", [1, 3])
@@ -88,60 +77,21 @@ def test_takes_what_there_is_of_the_last_levels() -> None:
 # The coreset
 
 
-@settings(max_examples=40)
-@given(
-    st.integers(1, 90), st.integers(1, 6), st.floats(0.01, 1), st.sampled_from([1, 2, 7, 512]), st.integers(0, 10_000)
-)
-def test_the_choice_is_that_of_the_plain_loop(count: int, dim: int, part: float, contenders: int, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    points = random.normal(size=(count, dim)) * random.uniform(0.1, 10, size=(count, 1)) + 3
-    starts = random.permutation(count)[:10]
-    most = max(1, int(part * count))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patchcore, "CONTENDERS", contenders)
-        patch.setattr(patchcore, "ROWS_PER_CHUNK", 16)
-        found = greedy_coreset(torch.from_numpy(points), most, torch.from_numpy(starts))
-    assert found.tolist() == naive_coreset(points, most, starts)
-
-
-@settings(max_examples=30)
-@given(st.integers(2, 60), st.integers(1, 5), st.integers(0, 1000))
-def test_equal_points_are_chosen_at_most_once_each(count: int, distinct: int, seed: int) -> None:
-    points = torch.from_numpy(np.random.default_rng(seed).integers(0, distinct, size=(count, 2))).float()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patchcore, "CONTENDERS", 5)
-        found = greedy_coreset(points, count, torch.arange(min(10, count)))
-        first = greedy_coreset(points, len(points.unique(dim=0)), torch.arange(min(10, count)))
-    assert sorted(found.tolist()) == list(range(count))
-    # Each kind once before any comes twice, but for the first choice, whose distance counts before it is chosen.
-    assert len(points[first].unique(dim=0)) == len(points.unique(dim=0))
-
-
-def test_float32_covers_as_well_as_the_plain_loop() -> None:
-    random = np.random.default_rng(0)
-    points = (random.normal(size=(40, 128))[random.integers(0, 40, 3000)] * 3 + random.normal(size=(3000, 128))).astype(
-        np.float32
-    )
-    starts = random.permutation(3000)[:10]
-    chosen = greedy_coreset(torch.from_numpy(points), 300, torch.from_numpy(starts)).numpy()
-    plain = naive_coreset(points.astype(np.float64), 300, starts)
-    radius, expected = (cdist(points, points[rows]).min(axis=1).max() for rows in (chosen, plain))
-    assert radius == pytest.approx(expected, rel=1e-5)
-
-
 def test_keeps_the_stated_part_reproducibly() -> None:
     train, test = batches(6, seed=0), batches(2, seed=1)
 
-    def maps(**settings: float) -> Tensor:
-        method = PatchCore(EXTRACT, dim=32, **settings).fit(train)
-        assert len(method._rows) == len(method._images) == int(settings.get("coreset", 0.1) * 6 * 64)
+    def maps(coreset: float = 0.1, seed: int = 42) -> Tensor:
+        method = PatchCore(EXTRACT, dim=32, coreset=coreset, seed=seed).fit(train)
+        assert len(method._rows) == len(method._images) == int(coreset * 6 * 64)
         return method.predict(test).maps
 
     torch.manual_seed(1)
     np.random.seed(1)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     first = maps()
-    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(
+        np.random.get_state(legacy=False)["state"]["key"], states[1]
+    )
     torch.manual_seed(2)
     assert torch.equal(first, maps())
     assert not torch.equal(first, maps(seed=1))
@@ -241,7 +191,7 @@ def test_scores_of_left_out_images_are_those_of_new_ones() -> None:
     method = PatchCore(EXTRACT, dim=32, coreset=1).fit(train)
     assert method.predict(train).scores.max() == 0
     left_out, new = method.predict(train, leave_one_out=True).scores, method.predict(batches(12, seed=1)).scores
-    assert 0.25 < auroc(torch.cat([left_out, new]), [0] * 12 + [1] * 12) < 0.75
+    assert 0.25 < auroc(torch.cat([left_out, new]).tolist(), [0] * 12 + [1] * 12) < 0.75
 
 
 def test_references_can_be_the_training_images() -> None:

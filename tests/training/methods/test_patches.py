@@ -1,14 +1,20 @@
+"""Patch vectors against loops over every position."""
+
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from adfeatures.errors import InputError
 from training.methods.patches import neighborhood_vectors
 
 
-def adaptive_mean(values, dim):
+def adaptive_mean(values: Sequence[float], dim: int) -> list[float]:
     """Means of ``dim`` bins from floor(i n / dim) to ceil((i + 1) n / dim)."""
     n = len(values)
     return [
@@ -17,7 +23,7 @@ def adaptive_mean(values, dim):
     ]
 
 
-def naive_level(level, dim):
+def naive_level(level: Tensor, dim: int) -> Tensor:
     channels, height, width = level.shape
     out = torch.zeros(dim, height, width, dtype=torch.float64)
     for y in range(height):
@@ -32,7 +38,7 @@ def naive_level(level, dim):
     return out
 
 
-def naive(levels, dim):
+def naive(levels: Sequence[Tensor], dim: int) -> Tensor:
     grid = levels[0].shape[1:]
     maps = [naive_level(level, dim) for level in levels]
     maps = [
@@ -59,7 +65,7 @@ def naive(levels, dim):
     ],
     ids=["even", "odd-channels", "one-position", "pyramid", "more-than-there-is"],
 )
-def test_equals_the_naive_loops(shapes, dim):
+def test_equals_the_naive_loops(shapes: Sequence[tuple[int, ...]], dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
     vectors = neighborhood_vectors(levels, dim)
@@ -71,6 +77,6 @@ def test_equals_the_naive_loops(shapes, dim):
 @pytest.mark.parametrize(
     ("levels", "patch"), [([], 3), ([torch.zeros(1, 2, 3, 3)], 2)], ids=["no-levels", "even-patch"]
 )
-def test_refuses(levels, patch):
+def test_refuses(levels: Sequence[Tensor], patch: int) -> None:
     with pytest.raises(InputError, match="at least one level and an odd neighborhood"):
         neighborhood_vectors(levels, 4, patch)

@@ -1,10 +1,11 @@
-"""Retrieved references: the stated rule in loops, images that are alike by construction, and the residuals against the retrieved ones."""
+"""Retrieved references: the stated rule in loops, images alike by construction, residuals against those retrieved."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from adfeatures.errors import InputError, ReferencesError
 from training.methods import FeatureNorm, retrieval
+from training.methods.base import Batch
 from training.methods.retrieval import RetrievedReferences, VisualWords, most_similar, patches_of
 
 
 def retrieve(train: Tensor, test: Tensor, count: int = 10, *, seed: int = 0) -> Tensor:
-    """Indices (N, count) of the training images most like each test image, from first-level features (M or N, C, h, w)."""
+    """Indices (N, count) of the training images most like each test image, by first-level maps (M or N, C, h, w)."""
     words = VisualWords(patches_of(train), seed)
     return most_similar(words.histograms(test), words.histograms(train), count)
 
@@ -62,7 +64,7 @@ def test_equals_the_rule_in_loops(grid: tuple[int, int]) -> None:
         np.testing.assert_allclose(found, naive, rtol=1e-5)
     # In float64, where no two of these distances are equal up to rounding.
     doubles = [torch.from_numpy(naive) for naive in expected]
-    assert most_similar(*doubles, 9).tolist() == naive_ranking(*expected)
+    assert most_similar(doubles[0], doubles[1], 9).tolist() == naive_ranking(*expected)
     assert retrieve(train, test, 4).tolist() == [row[:4] for row in naive_ranking(*expected)]
 
 
@@ -97,10 +99,12 @@ def test_images_of_the_same_pose_are_retrieved() -> None:
 
 def test_reproducible_and_on_its_own() -> None:
     train, test = poses(20, 0, seed=0), poses(5, 0, seed=1)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     first = retrieve(train, test)
     assert first.shape == (5, 10)
-    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(
+        np.random.get_state(legacy=False)["state"]["key"], states[1]
+    )
     assert torch.equal(first, retrieve(train, test))
     assert not torch.equal(first, retrieve(train, test, seed=1))
 
@@ -145,27 +149,26 @@ def test_features_are_residuals_against_the_retrieved_images() -> None:
 
 def test_training_images_are_compared_with_the_others_alone() -> None:
     train = entries("train", poses(9, 0, seed=0))
-    batch = {"image": torch.stack([entry["image"] for entry in train]), "path": [entry["path"] for entry in train]}
+    paths = [entry["path"] for entry in train]
+    batch: dict[str, Any] = {"image": torch.stack([entry["image"] for entry in train]), "path": paths}
     extractor = RetrievedReferences(lambda batch: [batch["image"]], None, train, count=8)
     (residuals,) = extractor(batch)
     assert {path: sorted(references) for path, references in extractor.lists.items()} == {
-        path: [other for other in batch["path"] if other != path] for path in batch["path"]
+        path: [other for other in paths if other != path] for path in paths
     }
     assert (residuals.norm(dim=1) > 0).all()
     with pytest.raises(ReferencesError, match=r"train/0\.png is the only training image"):
-        RetrievedReferences(extractor.features, None, train[:1])(
-            {"image": batch["image"][:1], "path": batch["path"][:1]}
-        )
+        RetrievedReferences(extractor.features, None, train[:1])({"image": batch["image"][:1], "path": paths[:1]})
 
 
 def test_the_words_are_of_some_patches_and_one_batch_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, held, clustered = entries("train", poses(30, 0, seed=0)), [], []
+    train = entries("train", poses(30, 0, seed=0))
+    held: list[weakref.ref[Tensor]] = []
+    words = Mock(wraps=VisualWords)
     monkeypatch.setattr(retrieval, "PATCHES", 300)
-    monkeypatch.setattr(
-        retrieval, "VisualWords", lambda patches, seed: clustered.append(patches) or VisualWords(patches, seed)
-    )
+    monkeypatch.setattr(retrieval, "VisualWords", words)
 
-    def features(batch: dict[str, Any]) -> list[Tensor]:
+    def features(batch: Batch) -> list[Tensor]:
         assert sum(reference() is not None for reference in held) <= 1
         maps = batch["image"] + 0
         held.append(weakref.ref(maps))
@@ -173,7 +176,8 @@ def test_the_words_are_of_some_patches_and_one_batch_is_held_at_a_time(monkeypat
 
     RetrievedReferences(features, None, train)
     assert len(held) == 8
-    (patches,) = clustered
+    ((patches, _), _) = words.call_args
+    words.assert_called_once()
     every = patches_of(torch.stack([entry["image"] for entry in train]))
     known = {tuple(patch): number // 100 for number, patch in enumerate(every.tolist())}
     batches = [known[tuple(patch)] // 8 for patch in patches.tolist()]

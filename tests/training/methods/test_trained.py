@@ -1,23 +1,33 @@
+"""What the methods do alike: features, seeds and the gathering of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from helpers.models import tiny_extractor, write_photos
 from helpers.planted import batches, patch_extractor
+from torch import Tensor
 
 from adfeatures.errors import InputError
 from adfeatures.images import build_transform
 from training.data.images import ImageDataset, loader
 from training.data.items import NORMAL, Item
 from training.methods import CFLOW, GLASS, UniAD
+from training.methods.base import Batch, Extractor
 from training.methods.trained import feature_maps, first_maps, gather, seeded
 
 EXTRACT = patch_extractor(4, 5, 6)
 
 
-def test_feature_maps_are_the_last_levels_in_float32_without_gradient():
+def test_feature_maps_are_the_last_levels_in_float32_without_gradient() -> None:
     weight = torch.ones((), requires_grad=True)
     (batch,) = batches(2, seed=0)
 
-    def extractor(batch):
+    def extractor(batch: Batch) -> list[Tensor]:
         return [(level * weight).half() for level in EXTRACT(batch)]
 
     for levels, channels in ((None, [4, 5, 6]), (2, [5, 6]), (3, [4, 5, 6]), (9, [4, 5, 6])):
@@ -29,10 +39,10 @@ def test_feature_maps_are_the_last_levels_in_float32_without_gradient():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("level", [0, 2])
-def test_features_that_are_not_finite_are_named(value, level):
+def test_features_that_are_not_finite_are_named(value: float, level: int) -> None:
     (batch,) = batches(4, seed=0)
 
-    def broken(batch):
+    def broken(batch: Batch) -> list[Tensor]:
         maps = EXTRACT(batch)
         maps[level][2, 0, 1, 1] = value
         return maps
@@ -47,7 +57,7 @@ def test_features_that_are_not_finite_are_named(value, level):
         assert len(feature_maps(broken, batch, 2)) == 2
 
 
-def test_first_maps_read_one_batch_only():
+def test_first_maps_read_one_batch_only() -> None:
     served = iter(batches(6, seed=0, batch_size=2))
     assert first_maps(EXTRACT, served)[0].shape == (2, 4, 8, 8)
     assert len(list(served)) == 2
@@ -55,7 +65,7 @@ def test_first_maps_read_one_batch_only():
         first_maps(EXTRACT, [])
 
 
-def test_seeded_gives_the_numbers_of_the_seed_and_puts_the_state_back():
+def test_seeded_gives_the_numbers_of_the_seed_and_puts_the_state_back() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -69,7 +79,7 @@ def test_seeded_gives_the_numbers_of_the_seed_and_puts_the_state_back():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_gather_joins_batches():
+def test_gather_joins_batches() -> None:
     parts = [(torch.full((n, 3, 4), n, dtype=torch.float64), torch.arange(n, dtype=torch.float16)) for n in (2, 1)]
     found = gather(iter(parts))
     assert found.maps.dtype == found.scores.dtype == torch.float32
@@ -89,7 +99,7 @@ def test_gather_joins_batches():
     ],
     ids=["CFLOW", "GLASS", "UniAD"],
 )
-def test_methods_run_on_image_files_and_a_shuffled_loader(tmp_path, make):
+def test_methods_run_on_image_files_and_a_shuffled_loader(tmp_path: Path, make: Callable[[Extractor], Any]) -> None:
     model = tiny_extractor()
     paths = write_photos(tmp_path, range(6))
     model.set_references([str(path) for path in paths[:2]])
@@ -98,7 +108,7 @@ def test_methods_run_on_image_files_and_a_shuffled_loader(tmp_path, make):
         build_transform((56, 56), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]),
     )
 
-    def extractor(batch):
+    def extractor(batch: Batch) -> list[Tensor]:
         return model(batch["image"])
 
     first, second = (

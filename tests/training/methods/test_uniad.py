@@ -1,3 +1,10 @@
+"""UniAD against a transformer written out in numpy, its optimization, and on images with a planted outlier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,20 +16,22 @@ from helpers.method_checks import (
     check_refuses_nothing,
 )
 from helpers.planted import batches, patch_extractor
+from torch import Tensor
 
 from adfeatures.errors import InputError
 from training.methods import uniad
+from training.methods.base import Batch, Extractor
 from training.methods.uniad import ReconstructionTransformer, UniAD, jittered, neighbor_mask
 
 EXTRACT = patch_extractor(4, 6, 5)
 
 
-def quick(extractor=EXTRACT, **settings):
+def quick(extractor: Extractor = EXTRACT, **settings: Any) -> UniAD:
     return UniAD(extractor, **{"hidden": 16, "heads": 2, "layers": 2, "feed_forward": 24, "epochs": 2, **settings})
 
 
 @pytest.mark.parametrize(("grid", "side"), [((8, 8), 7), ((9, 12), 7), ((2, 9), 7), ((10, 8), 3), ((8, 8), 1)])
-def test_neighbor_mask_is_the_naive_loop(grid, side):
+def test_neighbor_mask_is_the_naive_loop(grid: tuple[int, int], side: int) -> None:
     mask = neighbor_mask(grid, side).view(*grid, *grid)
     for i in range(grid[0]):
         for j in range(grid[1]):
@@ -36,17 +45,17 @@ def test_neighbor_mask_is_the_naive_loop(grid, side):
     [((7, 7), 5), ((5, 6), 5), ((4, 4), 3), ((3, 1), 1), ((2, 2), 1)],
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_on_small_grids_the_mask_leaves_something(grid, side):
+def test_on_small_grids_the_mask_leaves_something(grid: tuple[int, int], side: int) -> None:
     mask = neighbor_mask(grid, 7)
     assert torch.equal(mask, neighbor_mask((*grid,), side))
     assert mask.diagonal().all() and not mask.all(dim=1).any()
 
 
-def test_a_single_position_attends_to_itself():
+def test_a_single_position_attends_to_itself() -> None:
     assert not neighbor_mask((1, 1), 7).any()
 
 
-def test_jitter_is_normal_noise_relative_to_the_norm():
+def test_jitter_is_normal_noise_relative_to_the_norm() -> None:
     torch.manual_seed(0)
     features = torch.randn(2, 400, 6, 6) * torch.tensor([1.0, 10.0])[:, None, None, None]
     noise = jittered(features, 20) - features
@@ -60,21 +69,23 @@ def test_jitter_is_normal_noise_relative_to_the_norm():
     assert torch.equal(jittered(features, 0), features)
 
 
-def naive_reconstruction(state, features, heads, layers, mask):
+def naive_reconstruction(
+    state: Mapping[str, Tensor], features: Tensor, heads: int, layers: int, mask: np.ndarray
+) -> np.ndarray:
     """The network in evaluation mode, written out in float64 for one map (C, h, w)."""
     p = {name: value.double().numpy() for name, value in state.items()}
     channels, height, width = features.shape
     x = features.double().numpy().reshape(channels, -1).T
     position = np.stack([np.concatenate([p["columns"][j], p["rows"][i]]) for i in range(height) for j in range(width)])
 
-    def norm(name, tokens):
+    def norm(name: str, tokens: np.ndarray) -> np.ndarray:
         centered = tokens - tokens.mean(axis=1, keepdims=True)
         return (
             centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + 1e-5) * p[f"{name}.weight"]
             + p[f"{name}.bias"]
         )
 
-    def attention(name, queries, memory):
+    def attention(name: str, queries: np.ndarray, memory: np.ndarray) -> np.ndarray:
         weights, biases = (
             np.split(p[f"{name}.attention.in_proj_weight"], 3),
             np.split(p[f"{name}.attention.in_proj_bias"], 3),
@@ -94,7 +105,7 @@ def naive_reconstruction(state, features, heads, layers, mask):
         )
         return norm(f"{name}.norm", queries + out)
 
-    def feed_forward(name, tokens):
+    def feed_forward(name: str, tokens: np.ndarray) -> np.ndarray:
         hidden = np.maximum(tokens @ p[f"{name}.layers.0.weight"].T + p[f"{name}.layers.0.bias"], 0)
         return norm(f"{name}.norm", tokens + hidden @ p[f"{name}.layers.3.weight"].T + p[f"{name}.layers.3.bias"])
 
@@ -109,14 +120,14 @@ def naive_reconstruction(state, features, heads, layers, mask):
     return (norm("norm", decoded) @ p["output.weight"].T + p["output.bias"]).T.reshape(channels, height, width)
 
 
-def test_the_network_is_the_naive_transformer():
+def test_the_network_is_the_naive_transformer() -> None:
     torch.manual_seed(0)
     network = ReconstructionTransformer(
         6, torch.Size((9, 8)), hidden=12, heads=3, layers=2, feed_forward=20, dropout=0.5, neighbors=7
     ).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
+            parameter.add_(0.3 * torch.randn(parameter.shape))
         features = torch.randn(2, 6, 9, 8)
         found = network(features)
     mask = np.array([[abs(a // 8 - b // 8) <= 3 and abs(a % 8 - b % 8) <= 3 for b in range(72)] for a in range(72)])
@@ -126,7 +137,7 @@ def test_the_network_is_the_naive_transformer():
         )
 
 
-def test_a_position_is_not_reconstructed_from_its_neighborhood_in_one_layer():
+def test_a_position_is_not_reconstructed_from_its_neighborhood_in_one_layer() -> None:
     torch.manual_seed(0)
     network = ReconstructionTransformer(
         5, torch.Size((8, 12)), hidden=8, heads=2, layers=1, feed_forward=8, dropout=0, neighbors=7
@@ -134,9 +145,8 @@ def test_a_position_is_not_reconstructed_from_its_neighborhood_in_one_layer():
     features = torch.randn(1, 5, 8, 12, requires_grad=True)
     # Through the encoder's layer, a neighbor can reach every position; by the decoder's attention alone it cannot.
     tokens = network.input(features.flatten(2).transpose(1, 2))
-    attended = network.encoder[0].attention.attention(
-        tokens, tokens, tokens, attn_mask=network.mask, need_weights=False
-    )[0]
+    attention = network.get_submodule("encoder.0.attention.attention")
+    attended = attention(tokens, tokens, tokens, attn_mask=network.mask, need_weights=False)[0]
     (gradient,) = torch.autograd.grad(attended.view(8, 12, 8)[4, 5].square().sum(), features)
     reached = gradient[0].abs().sum(dim=0) > 0
     blocked = torch.zeros(8, 12, dtype=torch.bool)
@@ -146,7 +156,7 @@ def test_a_position_is_not_reconstructed_from_its_neighborhood_in_one_layer():
     assert torch.equal(reached, ~blocked | queries_itself)
 
 
-def test_initial_weights_are_uniform_by_xavier():
+def test_initial_weights_are_uniform_by_xavier() -> None:
     torch.manual_seed(0)
     network = ReconstructionTransformer(
         30, torch.Size((6, 5)), hidden=40, heads=4, layers=1, feed_forward=50, dropout=0.1, neighbors=7
@@ -161,10 +171,11 @@ def test_initial_weights_are_uniform_by_xavier():
         assert 0 <= codes.min().item() < 0.1 and 0.9 < codes.max().item() <= 1
 
 
-def test_predictions_are_the_stated_formula():
+def test_predictions_are_the_stated_formula() -> None:
     method = quick().fit(batches(8, seed=0))
     test = batches(5, seed=1, batch_size=3, planted=True)
     found = method.predict(test)
+    assert method.network is not None
     features = torch.cat([torch.cat(EXTRACT(batch), dim=1) for batch in test])
     for map_, score, image in zip(found.maps, found.scores, features, strict=True):
         mask = neighbor_mask((8, 8), 7).numpy()
@@ -175,15 +186,15 @@ def test_predictions_are_the_stated_formula():
         assert score == map_.max()
 
 
-def test_levels_of_a_pyramid_meet_on_the_coarsest_grid():
-    def pyramid(batch):
+def test_levels_of_a_pyramid_meet_on_the_coarsest_grid() -> None:
+    def pyramid(batch: Batch) -> list[Tensor]:
         finest = EXTRACT(batch)[0]
         return [finest, F.avg_pool2d(finest, 2), finest[:, :2]]
 
     method = quick(pyramid).fit(batches(4, seed=0, size=(32, 48)))
-    assert tuple(method.network.grid) == (4, 6)
+    assert method.network is not None and tuple(method.network.grid) == (4, 6)
     (batch,) = batches(1, seed=0, size=(32, 48))
-    found = method._features(batch)
+    found = method._features(batch, method.network)
     finest = EXTRACT(batch)[0]
     rows, columns = torch.linspace(0, 7, 4, dtype=torch.float64), torch.linspace(0, 11, 6, dtype=torch.float64)
     for y, row in enumerate(rows.tolist()):
@@ -200,12 +211,12 @@ def test_levels_of_a_pyramid_meet_on_the_coarsest_grid():
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]]:
     """Learning rate, weight decay and gradient norm of every step that AdamW takes."""
     taken = []
     original = torch.optim.AdamW.step
 
-    def step(self, *args, **kwargs):
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
         (group,) = self.param_groups
         norm = torch.stack([p.grad.norm() for p in group["params"]]).norm()
         taken.append((group["lr"], group["weight_decay"], norm.item()))
@@ -215,7 +226,9 @@ def steps(monkeypatch):
     return taken
 
 
-def test_optimization_is_the_stated_one(steps, monkeypatch):
+def test_optimization_is_the_stated_one(
+    steps: list[tuple[float, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(uniad, "DECAY_EVERY", 3)
     quick(epochs=7).fit(batches(4, seed=0, batch_size=2))
     rates, decays, norms = zip(*steps, strict=True)
@@ -224,7 +237,7 @@ def test_optimization_is_the_stated_one(steps, monkeypatch):
     assert max(norms) == pytest.approx(0.1, rel=1e-3)
 
 
-def test_dropout_and_jitter_act_in_training_only():
+def test_dropout_and_jitter_act_in_training_only() -> None:
     train, test = batches(8, seed=0), batches(4, seed=1)
     plain = quick(dropout=0, jitter=0).fit(train).predict(test).maps
     assert not torch.equal(plain, quick(dropout=0).fit(train).predict(test).maps)
@@ -233,7 +246,7 @@ def test_dropout_and_jitter_act_in_training_only():
     assert torch.equal(method.predict(test).maps, method.predict(test).maps)
 
 
-def test_the_same_seed_gives_the_same_predictions():
+def test_the_same_seed_gives_the_same_predictions() -> None:
     train, test = batches(16, seed=0), batches(4, seed=1)
     state = torch.get_rng_state()
     first, second, other = quick().fit(train), quick().fit(train), quick(seed=1).fit(train)
@@ -244,7 +257,7 @@ def test_the_same_seed_gives_the_same_predictions():
     assert not torch.equal(first.predict(test).maps, other.predict(test).maps)
 
 
-def test_the_callback_sees_every_tenth_epoch_and_the_last_and_changes_nothing():
+def test_the_callback_sees_every_tenth_epoch_and_the_last_and_changes_nothing() -> None:
     train, test = batches(4, seed=0, size=(16, 16)), batches(4, seed=1, size=(16, 16))
     seen = []
     method = quick(epochs=23)
@@ -254,7 +267,7 @@ def test_the_callback_sees_every_tenth_epoch_and_the_last_and_changes_nothing():
     assert torch.equal(seen[2][1], quick(epochs=23).fit(train).predict(test).maps)
 
 
-def test_finds_planted_outliers_and_nothing_where_nothing_is():
+def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     # The reduced epochs go with a higher learning rate.
     train = [
         batch for pair in zip(batches(40, seed=1), batches(40, seed=4, product="other"), strict=True) for batch in pair
@@ -263,10 +276,10 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is():
     check_finds_what_is_planted(method)
 
 
-def test_learns_what_can_be_reconstructed():
+def test_learns_what_can_be_reconstructed() -> None:
     """Features that follow from those of other positions are reconstructed ever better."""
 
-    def same_everywhere(batch):
+    def same_everywhere(batch: Batch) -> list[Tensor]:
         return [EXTRACT(batch)[1].mean(dim=(2, 3), keepdim=True).expand(-1, -1, 8, 8) * 10]
 
     test = batches(8, seed=1)
@@ -284,18 +297,18 @@ def test_learns_what_can_be_reconstructed():
     [(EXTRACT, 1, (32, 32)), (EXTRACT, 3, (4, 4)), (EXTRACT, 3, (8, 8)), (patch_extractor(1), 2, (8, 36))],
     ids=["one-image", "one-patch", "four-patches", "one-channel"],
 )
-def test_small_training_sets_and_grids(extractor, count, size):
+def test_small_training_sets_and_grids(extractor: Extractor, count: int, size: tuple[int, int]) -> None:
     check_finite_on_small_sets(quick(extractor), count, size)
 
 
-def test_nan_features_are_named():
+def test_nan_features_are_named() -> None:
     check_names_nan_features(quick, EXTRACT)
 
 
-def test_refuses():
+def test_refuses() -> None:
     for settings in ({"hidden": 15, "heads": 3}, {"hidden": 16, "heads": 3}):
         with pytest.raises(InputError, match="hidden must be even"):
-            quick(**settings)
+            quick(EXTRACT, **settings)
     check_refuses_nothing(quick)
     with pytest.raises(InputError, match=r"maps of \(8, 8\) positions, got \(4, 8\)"):
         quick().fit(batches(2, seed=0)).predict(batches(2, seed=0, size=(16, 32)))

@@ -7,11 +7,11 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from adfeatures.errors import InputError, UnknownNameError
-from training.centers import CentersConfig
 from training.console import add_options, from_options
-from training.pretraining.config import FREE, PretrainConfig
+from training.pretraining.config import FREE, CentersConfig, PretrainConfig
 
 # A value of each type of a field, that is no default and that every field of the type accepts.
 VALUES = {
@@ -67,6 +67,21 @@ def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"(default: {'-' if default in (None, '') else default})" in text
 
 
+def test_the_learning_rate_is_that_of_torch() -> None:
+    given = PretrainConfig(milestones=(2, 3, 6))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=given.lr)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, given.milestones)
+    for epoch in range(8):
+        assert given.learning_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("given", "size"), [((), None), ((64,), (64, 64)), ((32, 48), (32, 48))])
+def test_one_side_stands_for_both(given: tuple[int, ...], size: tuple[int, int] | None) -> None:
+    assert PretrainConfig(img_size=given).size == CentersConfig(img_size=given).size == size
+
+
 def test_what_may_differ_on_resumption_are_fields() -> None:
     assert set(FREE) < {field.name for field in dataclasses.fields(PretrainConfig)}
 
@@ -92,7 +107,25 @@ def test_senseless_values_are_refused(values: dict[str, Any], message: str) -> N
         PretrainConfig(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output": "centers.npy"}, "Centers are written as .safetensors, not centers.npy"),
+        ({"images": 0}, "images must be above 0, got 0"),
+        ({"shots": 0}, "shots must be above 0"),
+        ({"batch_size": 0}, "batch_size must be above 0"),
+        ({"seed": -1}, "seed must not be below 0"),
+        ({"held_out": -0.1}, r"held_out must lie in \[0, 1\)"),
+        ({"img_size": (1, 2, 3)}, "img_size is one side or height and width"),
+    ],
+)
+def test_senseless_values_of_centers_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CentersConfig(**values)
+
+
 @pytest.mark.parametrize("name", ["data", "anchors", "pseudo_huber", "view_statistics", "precision", "validation"])
 def test_values_that_are_no_choice_are_refused_in_python_too(name: str) -> None:
+    values: dict[str, Any] = {name: "none at all"}
     with pytest.raises(UnknownNameError, match=f"{name} 'none at all'"):
-        PretrainConfig(**{name: "none at all"})
+        PretrainConfig(**values)

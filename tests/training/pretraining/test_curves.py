@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
+import matplotlib.lines
 import numpy as np
 import pytest
 from helpers.full_disk import full_disk
@@ -15,9 +17,9 @@ from adfeatures.errors import AdfeaturesError
 from training.pretraining.curves import SMOOTHING, draw_curves, read_log
 
 
-def lines(steps: int, validations: int) -> list[dict[str, object]]:
+def lines(steps: int, validations: int) -> list[dict[str, Any]]:
     random = np.random.RandomState(0)
-    made: list[dict[str, object]] = [
+    made: list[dict[str, Any]] = [
         {"kind": "step", "step": n, "angle": random.rand(), "norm": random.rand()} for n in range(1, steps + 1)
     ]
     for number in range(1, validations + 1):
@@ -26,7 +28,7 @@ def lines(steps: int, validations: int) -> list[dict[str, object]]:
     return made
 
 
-def write(path: Path, made: list[dict[str, object]]) -> Path:
+def write(path: Path, made: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in made))
     return path
 
@@ -36,10 +38,17 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
     """The figures that were saved."""
     saved: list[matplotlib.figure.Figure] = []
     original = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: saved.append(self) or original(self, *a, **k)
-    )
+
+    def savefig(self: matplotlib.figure.Figure, *arguments: Any, **keywords: Any) -> None:
+        saved.append(self)
+        original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
     return saved
+
+
+def points(line: matplotlib.lines.Line2D) -> tuple[list[float], list[float]]:
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
 
 
 def test_a_log_is_read_up_to_a_line_that_was_cut_off(tmp_path: Path) -> None:
@@ -60,14 +69,13 @@ def test_losses_are_drawn_as_they_are_and_as_a_running_mean(
     draw_curves(write(tmp_path / "log.jsonl", [*made[:steps], skipped, *made[steps:]]), tmp_path / "curves.png")
     losses, metrics = figures[0].axes
     window = min(steps, SMOOTHING)
-    for name, (thin, thick) in zip(
-        ("angle", "norm"), zip(losses.lines[::2], losses.lines[1::2], strict=True), strict=True
-    ):
+    for name, thin, thick in zip(("angle", "norm"), losses.lines[::2], losses.lines[1::2], strict=True):
         values = [line[name] for line in made[:steps]]
-        assert list(thin.get_xdata()) == list(range(1, steps + 1)) and list(thin.get_ydata()) == values
-        assert list(thick.get_xdata()) == list(range(window, steps + 1))
-        assert np.allclose(thick.get_ydata(), [np.mean(values[end - window : end]) for end in range(window, steps + 1)])
-    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in metrics.lines}
+        assert points(thin) == (list(range(1, steps + 1)), values)
+        numbers, means = points(thick)
+        assert numbers == list(range(window, steps + 1))
+        assert np.allclose(means, [np.mean(values[end - window : end]) for end in range(window, steps + 1)])
+    drawn = {line.get_label(): points(line) for line in metrics.lines}
     assert drawn["PatchCore, AUPRO"] == ([10, 20, 30], [line["angle"]["pro"] for line in made[steps:]])
     assert drawn["FeatureNorm, image AUROC"] == ([10, 20, 30], [line["norm"]["img"] for line in made[steps:]])
     assert Image.open(tmp_path / "curves.png").size == (1320, 480)
@@ -78,7 +86,7 @@ def test_losses_are_drawn_as_they_are_and_as_a_running_mean(
     [([], 660), (lines(1, 0), 660), (lines(0, 1), 1320)],
     ids=["nothing", "one step", "one validation"],
 )
-def test_logs_that_have_just_begun(tmp_path: Path, made: list[dict[str, object]], width: int) -> None:
+def test_logs_that_have_just_begun(tmp_path: Path, made: list[dict[str, Any]], width: int) -> None:
     """Where nothing has been validated there is no empty panel for it."""
     draw_curves(write(tmp_path / "log.jsonl", made), tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (width, 480)

@@ -1,18 +1,16 @@
-"""The data of the pretraining: draws that depend on seed and position only, views, references, manifests, and files that cannot be read."""
+"""The data of the pretraining: draws that depend on seed and position only, references, files that cannot be read."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import Counter
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.models import photo, write_photos
 from helpers.real_iad_tree import SIZE, write_real_iad
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,15 +18,21 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from adfeatures.catalog import BACKBONES
-from adfeatures.errors import ImageError, InputError, UnknownNameError
+from adfeatures.errors import ImageError, InputError
 from adfeatures.images import build_transform, read_image
 from training.data import real_iad
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.data.manifest import read_manifest
 from training.data.transforms import MaskTransform, TwoViews
-from training.pretrain import _view_statistics
 from training.pretraining.config import PretrainConfig
-from training.pretraining.dataset import MAX_FAILURES, Draw, PretrainingDataset, StepSampler, read_items
+from training.pretraining.dataset import (
+    MAX_FAILURES,
+    Draw,
+    PretrainingDataset,
+    StepSampler,
+    training_batches,
+    view_statistics,
+)
+from training.pretraining.inputs import load_frozen_backbone
 
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
 PRODUCTS = ("bottle_cap", "pcb")
@@ -84,11 +88,10 @@ def test_ranks_divide_one_global_batch_from_any_position(
     assert all(len({draw.shots for draw in batch}) == 1 for batch in batches)
     step = data.draw(st.integers(0, whole.steps_per_epoch))
     ranks = [StepSampler(count, batch_size, seed, rank=rank, world=world) for rank in range(world)]
-    parts = [all_batches(sampler, epoch, step) for sampler in ranks]
+    shares = [all_batches(sampler, epoch, step) for sampler in ranks]
     assert [len(sampler) for sampler in ranks] == [len(batches) - step] * world
-    assert [
-        [draw for turn in zip(*shares, strict=True) for draw in turn] for shares in zip(*parts, strict=True)
-    ] == batches[step:]
+    for batch, own in zip(batches[step:], zip(*shares, strict=True), strict=True):
+        assert [draw for turn in zip(*own, strict=True) for draw in turn] == batch
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
@@ -121,9 +124,9 @@ def test_numbers_of_references_are_drawn_evenly() -> None:
         ({"count": 3, "batch_size": 4}, "smaller batch"),
     ],
 )
-def test_senseless_samplers_are_refused(settings: dict[str, int], message: str) -> None:
+def test_senseless_samplers_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        StepSampler(**{"count": 10, "batch_size": 2, "seed": 0, **settings})  # type: ignore[arg-type]
+        StepSampler(**{"count": 10, "batch_size": 2, "seed": 0, **settings})
 
 
 def test_positions_outside_an_epoch_are_refused() -> None:
@@ -131,50 +134,6 @@ def test_positions_outside_an_epoch_are_refused() -> None:
     for epoch, step in ((-1, 0), (0, -1), (0, 4)):
         with pytest.raises(InputError, match="3 steps"):
             sampler.set_position(epoch, step)
-
-
-# The two views
-
-
-def test_views_are_augmentations_of_the_resized_image() -> None:
-    """Without jitter, grayscale and blur, which happens in 1 of 12.5 views, nothing but resizing and normalization is left."""
-    image = photo(0, (60, 44))
-    plain = REFERENCE(image)
-    views = torch.stack([VIEWS(image, seed) for seed in range(60)])
-    assert views.shape == (60, 2, 3, *IMG_SIZE) and views.dtype == torch.float32
-    same = (views - plain).abs().amax(dim=(2, 3, 4)) < 1e-5
-    assert 1 <= same.sum() <= 30
-    pixels = views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
-    gray = (pixels - pixels.mean(dim=2, keepdim=True)).abs().amax(dim=(2, 3, 4)) < 1e-3
-    assert 0.2 * 120 - 20 < gray.sum() < 0.2 * 120 + 20
-    # the two views of an image are drawn independently
-    assert (gray[:, 0] != gray[:, 1]).any()
-    assert ((views[:, 0] - views[:, 1]).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean() > 0.8
-
-
-def test_views_do_not_move_anything() -> None:
-    """A bright square stays where it is, whatever else happens."""
-    image = Image.new("RGB", (IMG_SIZE[1], IMG_SIZE[0]), (60, 60, 60))
-    image.paste((200, 200, 200), (20, 4, 28, 12))
-    for seed in range(20):
-        for view in VIEWS(image, seed):
-            brightness = view.mean(dim=0)
-            inside = torch.zeros(IMG_SIZE, dtype=torch.bool)
-            inside[4:12, 20:28] = True
-            middle = (brightness.min() + brightness.max()) / 2
-            assert ((brightness > middle) != inside).float().mean() < 0.03
-
-
-def test_views_depend_on_the_seed_alone_and_leave_the_global_generators() -> None:
-    image = photo(1)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    first = VIEWS(image, 2**62)
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(VIEWS(image, 2**62), first)
-    assert not torch.equal(VIEWS(image, 2**62 + 1), first)
 
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -193,8 +152,8 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_asked_for(
     backbone: str, original: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]
 ) -> None:
-    assert _view_statistics(PretrainConfig(), BACKBONES[backbone]) == original
-    assert _view_statistics(PretrainConfig(view_statistics="backbone"), BACKBONES[backbone]) == own
+    assert view_statistics(PretrainConfig().view_statistics, BACKBONES[backbone]) == original
+    assert view_statistics("backbone", BACKBONES[backbone]) == own
 
 
 # The data set
@@ -208,7 +167,7 @@ def test_an_element_holds_the_files_that_it_names(items: list[Item]) -> None:
         assert element["path"] == item.image and element["label"] == item.label
         assert torch.equal(element["views"], VIEWS(read_image(item.image), index))
         assert element["mask"].shape == (1, *IMG_SIZE) and element["mask"].dtype == torch.uint8
-        expected = np.zeros(IMG_SIZE)
+        expected = np.zeros(IMG_SIZE, bool)
         if item.mask is not None:
             expected = np.asarray(Image.open(item.mask).resize(IMG_SIZE[::-1], Image.Resampling.NEAREST)) > 0
         assert np.array_equal(element["mask"][0], expected)
@@ -352,134 +311,35 @@ def test_masks_that_do_not_fit_are_errors(tmp_path: Path, fault: str) -> None:
         make(items)[Draw(index, 1, 0)]
 
 
-# Where items come from
+# Both together
 
 
-def write_manifest(folder: Path, text: str) -> Path:
-    write_photos(folder / "images", range(5))
-    Image.new("L", (80, 60), 255).save(folder / "images/mask.png")
-    (folder / "list.csv").write_text(text, encoding="utf-8")
-    return folder / "list.csv"
-
-
-def test_a_manifest_becomes_items(tmp_path: Path) -> None:
-    lines = [
-        "\ufeffimage, mask, product,remark",
-        "images/000.png,,gasket,fine",
-        "images/001.png, images/mask.png ,gasket,",
-        "images/002.png,,,",
-    ]
-    path = write_manifest(tmp_path / "parts", "\n".join(lines))
-    first, second, third = read_manifest(path)
-    folder = path.parent / "images"
-    assert first == Item(str(folder / "000.png"), NORMAL, "gasket", sample="images/000.png")
-    assert second == Item(
-        str(folder / "001.png"), ANOMALOUS, "gasket", str(folder / "mask.png"), "anomalous", sample="images/001.png"
+@pytest.mark.filterwarnings("ignore:Fewer normal images")
+@pytest.mark.parametrize("pool", [None, 3])
+def test_the_batches_of_a_config(items: list[Item], pool: int | None) -> None:
+    config = PretrainConfig(
+        backbone="efficientnet_lite", img_size=(32, 48), batch_size=6, shots=(2,), seed=5, workers=0, pool=pool
     )
-    assert third.product == "parts"
-    assert read_items("manifest", str(path), ["gasket"]) == [first, second]
-    with pytest.raises(UnknownNameError, match="Did you mean 'gasket'"):
-        read_items("manifest", str(path), ["gaskett"])
+    backbone = load_frozen_backbone(config, torch.device("cpu"))
+    sampler, loader = training_batches(config, backbone, items, real_iad.reference_pool(items))
+    assert list(sampler) == list(StepSampler(len(items), 6, 5, shots=(2,)))
+    statistics = backbone.entry.normalization
+    plain, views = build_transform((32, 48), *statistics), TwoViews((32, 48), *statistics)
+    draws = next(iter(sampler))
+    batch = next(iter(loader))
+    assert batch["path"] == [items[draw.index].image for draw in draws]
+    # Of another backbone than DINOv2 the augmented views have its own statistics.
+    for view, draw in zip(batch["views"], draws, strict=True):
+        assert torch.equal(view, views(read_image(items[draw.index].image), draw.seed))
+    if pool is None:
+        files = {tuple(plain(read_image(item.image)).flatten()[:50].tolist()) for item in items}
+        assert all(tuple(reference.flatten()[:50].tolist()) in files for reference in batch["references"].flatten(0, 1))
+    else:
+        assert batch["reference_indices"].shape == (6, 2)
 
 
-def test_a_manifest_alone_is_enough_to_pretrain_on(tmp_path: Path) -> None:
-    path = write_manifest(tmp_path, "image,mask\nimages/000.png,\nimages/001.png,images/mask.png\nimages/002.png,\n")
-    data = make(read_manifest(path))
-    element = data[Draw(1, 2, 0)]
-    assert element["label"] == ANOMALOUS and element["mask"].all()
-    assert element["references"].shape == (2, 3, *IMG_SIZE)
-
-
-def test_every_fault_of_a_manifest_is_named_with_its_line(tmp_path: Path) -> None:
-    rows = [
-        "images/000.png,,0",
-        ",,0",
-        "images/nowhere.png,,",
-        "images/001.png,images/no_mask.png,1",
-        "images/002.png,,1",
-        "images/003.png,images/mask.png,0",
-        "images/004.png,,bad",
-        "images/000.png,images/mask.png,1",
-        f"images/{'long' * 100}.png,,",
-    ]
-    path = write_manifest(tmp_path, "\n".join(["image,mask,label", *rows]))
-    with pytest.raises(InputError) as caught:
-        read_manifest(path)
-    report = str(caught.value).splitlines()[1:]
-    assert [line.strip().partition(":")[0] for line in report] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9, 10)]
-    expected = [
-        "no image",
-        "nowhere.png",
-        "no_mask.png",
-        "without a mask",
-        "normal but has a mask",
-        "'bad'",
-        "has a line already",
-        "longlong",
-    ]
-    assert all(part in line for part, line in zip(expected, report, strict=True))
-
-
-def test_a_long_report_is_cut(tmp_path: Path) -> None:
-    path = write_manifest(tmp_path, "image,mask\n" + "".join(f"gone{n}.png,\n" for n in range(25)))
-    with pytest.raises(InputError, match="line 11.*\n  and 15 more$"):
-        read_manifest(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no column image and no mask"),
-        (b"image;mask\n", "no column image and no mask. Its first line reads: image;mask"),
-        (b"image,masks\na.png,\n", "no column mask"),
-        (b"image,mask\n", "lists no images"),
-        (b"image,mask\n\xff\xfe,\n", "UTF-8"),
-    ],
-)
-def test_tables_that_are_no_manifest(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "list.csv").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read_manifest(tmp_path / "list.csv")
-    with pytest.raises(InputError, match="missing.csv"):
-        read_manifest(tmp_path / "missing.csv")
-
-
-def test_items_of_real_iad_and_of_a_folder(root: Path, tmp_path: Path) -> None:
-    assert read_items("real_iad", str(root), PRODUCTS) == real_iad.read(root, PRODUCTS)
-    kept = [
-        Path(item.image).relative_to(root / "realiad_512").as_posix()
-        for item in real_iad.read(root, PRODUCTS)
-        if item.defect == "HS"
-    ]
-    (tmp_path / "list.json").write_text(json.dumps(kept))
-    assert {item.defect for item in read_items("real_iad", str(root), PRODUCTS, str(tmp_path / "list.json"))} == {
-        "good",
-        "HS",
-    }
-    product = tmp_path / "mine" / "gasket"
-    write_photos(product / "train/good", range(3))
-    write_photos(product / "test/good", range(3, 5))
-    for path in write_photos(product / "test/scratch", range(5, 7)):
-        (product / "ground_truth/scratch").mkdir(parents=True, exist_ok=True)
-        Image.new("L", (80, 60), 255).save(product / f"ground_truth/scratch/{path.stem}_mask.png")
-    items = read_items("folder", str(tmp_path / "mine"))
-    assert Counter((item.product, item.label, item.defect) for item in items) == {
-        ("gasket", 0, "good"): 5,
-        ("gasket", 1, "scratch"): 2,
-    }
-    assert sorted(item.sample for item in items) == sorted(
-        path.relative_to(tmp_path / "mine").as_posix()
-        for path in product.rglob("t*/*/*.png")
-        if "ground_truth" not in path.parts
-    )
-    assert len(real_iad.reference_pool(items)) == 5
-    for element in islice((make(items)[Draw(i, 2, i)] for i in range(len(items))), 7):
-        assert element["mask"].float().mean() == element["label"]
-
-
-@pytest.mark.parametrize("kind", ["manifest", "folder"])
-def test_filter_lists_go_with_real_iad_only(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(InputError, match=f"not with {kind}"):
-        read_items(kind, str(tmp_path), filter_list="list.json")
-    with pytest.raises(UnknownNameError, match="Did you mean 'real_iad'"):
-        read_items("real_aid", str(tmp_path))
+def test_micro_batches_are_equal(items: list[Item]) -> None:
+    config = PretrainConfig(backbone="efficientnet_lite", batch_size=6, accumulate=4)
+    backbone = load_frozen_backbone(config, torch.device("cpu"))
+    with pytest.raises(InputError, match="6 images a device cannot be divided into 4 equal micro-batches"):
+        training_batches(config, backbone, items, real_iad.reference_pool(items))

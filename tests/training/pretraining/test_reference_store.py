@@ -35,15 +35,19 @@ def maps(images: Tensor) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "ENCODED_AT_ONCE", 2)
 
 
 def encoded(folder: Path, items: list[Item] = ITEMS, identity: str = "one") -> tuple[ReferenceStore, list[str]]:
     """A store that is ready to be read, and the files that had to be read for it."""
     files: list[str] = []
     store = ReferenceStore(folder, items, identity)
-    store.encode(lambda path: files.append(path) or read(path), maps)
-    store.open()
+
+    def read_and_note(path: str) -> Tensor:
+        files.append(path)
+        return read(path)
+
+    store.encode(read_and_note, maps)
     return store, files
 
 
@@ -118,14 +122,11 @@ def test_an_interrupted_encoding_of_something_else_does_not_pass_for_the_first(t
         return maps(images)[::-1]
 
     ReferenceStore(tmp_path, ITEMS, "one").encode(read, flipped)
-    with (
-        full_disk(2 * 2 * 2),
-        pytest.raises(AdfeaturesError, match="Cannot write"),
-    ):  # Room for no more than the first, small level.
+    # Room for no more than the first, small level.
+    with full_disk(2 * 2 * 2), pytest.raises(AdfeaturesError, match="Cannot write"):
         ReferenceStore(tmp_path, ITEMS, "two").encode(read, lambda images: [level + 1 for level in flipped(images)])
     store = ReferenceStore(tmp_path, ITEMS, "one")
     store.encode(read, flipped)
-    store.open()
     expected = flipped(torch.stack([read(item.image) for item in ITEMS]))
     assert all(
         torch.equal(found[0], level.half())
@@ -171,3 +172,18 @@ def test_features_that_half_precision_cannot_hold(tmp_path: Path, value: float) 
     with pytest.raises(AdfeaturesError, match="half precision.*--pool"):
         ReferenceStore(tmp_path, ITEMS, "one").encode(read, lambda images: [images * 0 + value])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_rank_encodes_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_rank() -> None:
+        """What the others wait for."""
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "rank", lambda: 0)
+            patch.setattr(module, "barrier", lambda: None)
+            encoded(tmp_path)
+
+    monkeypatch.setattr(module, "rank", lambda: 1)
+    monkeypatch.setattr(module, "barrier", first_rank)
+    store, files = encoded(tmp_path)
+    assert files == []
+    assert torch.equal(store.read(torch.tensor([[4]]))[0][0, 0], maps(read(ITEMS[4].image)[None])[0][0].half())

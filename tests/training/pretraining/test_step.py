@@ -11,7 +11,7 @@ from helpers.ranks import run_ranks
 
 from adfeatures.projector import ResidualProjector
 from training.pretraining.config import PretrainConfig
-from training.pretraining.step import losses, train_step
+from training.pretraining.step import losses, on_device, train_step
 
 LEVELS = range(4)
 
@@ -23,6 +23,7 @@ def original_masks(step: int) -> torch.Tensor:
     return masks
 
 
+@pytest.mark.slow
 def test_ten_steps_are_the_original_ones() -> None:
     projector = ResidualProjector([32] * 4)
     projector.load_state_dict(
@@ -39,8 +40,9 @@ def test_ten_steps_are_the_original_ones() -> None:
             for level, one in zip(LEVELS, first, strict=True)
         ]
         projected = projector([torch.cat(pair) for pair in zip(first, second, strict=True)])
-        views = [[level.chunk(2)[view] for level in projected] for view in range(2)]
-        angle, norm = losses(*views, original_masks(step), centers, PretrainConfig())
+        views = [level.chunk(2) for level in projected]
+        ones, others = [view[0] for view in views], [view[1] for view in views]
+        angle, norm = losses(ones, others, original_masks(step), centers, PretrainConfig())
         optimizer.zero_grad()
         (angle + norm).backward()
         optimizer.step()
@@ -81,7 +83,8 @@ def run(path, accumulate):
         PretrainConfig(precision="float32", accumulate=accumulate),
     )
     if rank() == 0:
-        torch.save({"values": values, **{name: parameter.grad for name, parameter in projector.named_parameters()}}, path)
+        gradients = {name: parameter.grad for name, parameter in projector.named_parameters()}
+        torch.save({"values": values, **gradients}, path)
 
 with processes("cpu"):
     run(sys.argv[1], int(sys.argv[2]))
@@ -126,6 +129,13 @@ def small_step(
     return values, [after.detach() - old for after, old in zip(projector.parameters(), before, strict=True)]
 
 
+def test_only_the_indices_of_references_stay_on_the_cpu() -> None:
+    batch = {name: torch.ones(1) for name in ("views", "mask", "label", "reference_indices")}
+    moved = on_device({**batch, "path": ["a"]}, torch.device("meta"))
+    devices = {key: value.device.type for key, value in moved.items()}
+    assert devices == {"views": "meta", "mask": "meta", "label": "meta", "reference_indices": "cpu"}
+
+
 def test_a_batch_without_anomalous_images_is_skipped() -> None:
     values, changes = small_step([0, 0, 0, 0])
     assert values == {"skipped": 1.0} and not any(change.any() for change in changes)
@@ -133,15 +143,17 @@ def test_a_batch_without_anomalous_images_is_skipped() -> None:
     assert any(change.any() for change in changes) and values["loss"] == pytest.approx(values["angle"] + values["norm"])
 
 
-def test_accumulation_takes_the_mean_over_the_parts() -> None:
+def test_accumulation_takes_the_mean_over_the_micro_batches() -> None:
     values, changes = small_step([1, 0, 0, 1], accumulate=2)
-    parts = [small_step([1, 0, 0, 1], images=images) for images in (slice(2), slice(2, 4))]
-    assert values == pytest.approx({name: sum(part[0][name] for part in parts) / 2 for name in values}, rel=1e-5)
-    expected = [sum(change) / 2 for change in zip(*(part[1] for part in parts), strict=True)]
+    (first, first_changes), (second, second_changes) = (
+        small_step([1, 0, 0, 1], images=images) for images in (slice(2), slice(2, 4))
+    )
+    assert values == pytest.approx({name: (first[name] + second[name]) / 2 for name in values}, rel=1e-5)
+    expected = [(one + other) / 2 for one, other in zip(first_changes, second_changes, strict=True)]
     torch.testing.assert_close(changes, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_parts_without_anomalous_images_do_not_count() -> None:
+def test_micro_batches_without_anomalous_images_do_not_count() -> None:
     found, expected = small_step([0, 0, 0, 1], accumulate=2), small_step([0, 0, 0, 1], images=slice(2, 4))
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     torch.testing.assert_close(found[1], expected[1])

@@ -1,11 +1,13 @@
-"""The validation of a training: which images, against which references, and the same numbers however many processes share them."""
+"""The validation of a training: each image against the references of its view, whatever the number of processes."""
 
 from __future__ import annotations
 
-import shutil
+import gc
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,100 +18,25 @@ from helpers.trees import write_mvtec
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import roc_auc_score
 
+from adfeatures.catalog import BACKBONES
 from adfeatures.errors import ImageError, InputError
+from adfeatures.extractor import FeatureExtractor
 from adfeatures.images import build_transform, read_image
+from adfeatures.projector import ResidualProjector
 from adfeatures.scoring import feature_norm_map
 from training.data import mvtec, real_iad
 from training.data.images import ImageDataset
 from training.data.items import ANOMALOUS, NORMAL, Item
 from training.data.transforms import MaskTransform
+from training.metrics import SELECTED_BY
 from training.pretraining import validation as module
-from training.pretraining.validation import CRITERIA, SHOTS, Trial, Validation, held_out_trials, mvtec_trials
+from training.pretraining.config import PretrainConfig
+from training.pretraining.inputs import FrozenBackbone
+from training.pretraining.trials import Trial, held_out_trials
+from training.pretraining.validation import Validation, create_validation
 
 SIZE = (56, 56)
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-def images(product: str, view: str, label: int, samples: range) -> list[Item]:
-    return [
-        Item(f"/data/{product}/{view}/{n}_{label}.jpg", label, product, view=view, sample=f"{product}/S{n}")
-        for n in samples
-    ]
-
-
-def test_trials_are_of_products_with_held_out_images_of_both_labels() -> None:
-    train = [
-        *images("nut", "C1", NORMAL, range(20)),
-        *images("nut", "C2", NORMAL, range(20)),
-        *images("bolt", "C1", NORMAL, range(9)),
-    ]
-    held_out = [
-        item
-        for view in ("C1", "C2")
-        for label in (NORMAL, ANOMALOUS)
-        for item in images("nut", view, label, range(30, 36))
-    ]
-    (trial,) = held_out_trials(train, [*held_out, *images("bolt", "C1", NORMAL, range(30, 36))], limit=10, seed=0)
-    assert trial.product == "nut"
-    assert {view: len(items) for view, items in trial.references.items()} == {"C1": SHOTS, "C2": SHOTS}
-    references = [item for view, items in trial.references.items() for item in items if item.view == view]
-    assert len(references) == 2 * SHOTS and set(references) <= set(train)
-    assert set(trial.train) <= set(train) - set(references) and len(set(trial.train)) == 10
-    assert set(trial.test) <= set(held_out) and Counter(item.label for item in trial.test) == {
-        NORMAL: 10,
-        ANOMALOUS: 10,
-    }
-
-
-def test_trials_depend_on_the_seed_and_on_neither_order_nor_place() -> None:
-    train = images("nut", "C1", NORMAL, range(40))
-    held_out = [*images("nut", "C1", NORMAL, range(50, 60)), *images("nut", "C1", ANOMALOUS, range(50, 60))]
-    one, other = held_out_trials(train, held_out, 5, 0), held_out_trials(train, held_out, 5, 1)
-    assert one != other
-    assert held_out_trials(train[::-1], held_out[::-1], 5, 0) == one
-    moved = [
-        [replace(item, image=item.image.replace("/data", "/moved")) for item in items] for items in (train, held_out)
-    ]
-    assert [item.sample for item in held_out_trials(*moved, 5, 0)[0].test] == [item.sample for item in one[0].test]
-
-
-def test_a_view_without_references_is_left_out() -> None:
-    train = images("nut", "C1", NORMAL, range(1))
-    held_out = [
-        item
-        for view in ("C1", "C2")
-        for label in (NORMAL, ANOMALOUS)
-        for item in images("nut", view, label, range(5, 8))
-    ]
-    (trial,) = held_out_trials(train, held_out, 10, 0)
-    assert {item.view for item in trial.test} == set(trial.references) == {"C1"}
-    assert trial.train == train  # the only normal image has to serve twice
-    assert held_out_trials(train, [item for item in held_out if item.view == "C2"], 10, 0) == []
-
-
-@pytest.fixture(scope="module")
-def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mvtec(
-        tmp_path_factory.mktemp("mvtec"), mvtec.PRODUCTS, good=SHOTS + 1, test_good=1, bad=1, size=(16, 16)
-    )
-
-
-def test_mvtec_is_evaluated_against_its_first_images(mvtec_root: Path) -> None:
-    trials = mvtec_trials(str(mvtec_root))
-    assert tuple(trial.product for trial in trials) == mvtec.PRODUCTS
-    for trial in trials:
-        names = [str(Path(item.image).relative_to(mvtec_root)) for item in trial.references[""]]
-        assert names == [f"{trial.product}/train/good/{number:03d}.png" for number in range(SHOTS)]
-        assert len(trial.train) == SHOTS + 1 and [item.label for item in trial.test] == [ANOMALOUS, NORMAL]
-        assert {item.product for item in (*trial.train, *trial.test)} == {trial.product}
-
-
-def test_products_of_mvtec_that_are_missing_are_named_at_once(mvtec_root: Path, tmp_path: Path) -> None:
-    shutil.copytree(mvtec_root, tmp_path / "mvtec")
-    for product in ("cable", "zipper"):
-        shutil.rmtree(tmp_path / "mvtec" / product)
-    with pytest.raises(InputError, match="holds no cable, zipper. Extract the rest of MVTec AD"):
-        mvtec_trials(str(tmp_path / "mvtec"))
 
 
 @pytest.fixture(scope="module")
@@ -119,27 +46,33 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
     return held_out_trials(real_iad.reference_pool(train), held_out, limit=5, seed=0)
 
 
-def make(trials: list[Trial], **settings: object) -> tuple[Validation, torch.nn.Module]:
+def tiny_model() -> tuple[FrozenBackbone, ResidualProjector]:
     model = tiny_extractor()
-    return Validation(model.backbone, trials, img_size=SIZE, statistics=STATISTICS, **settings), model.projector  # type: ignore[arg-type]
+    assert model.projector is not None
+    entry = replace(BACKBONES["dinov2_base"], img_size=SIZE, normalization=STATISTICS)
+    return FrozenBackbone("tiny", model.backbone, entry), model.projector
+
+
+def make(trials: list[Trial], **settings: Any) -> tuple[Validation, ResidualProjector]:
+    backbone, projector = tiny_model()
+    return Validation(backbone, trials, **settings), projector
 
 
 def naive_feature_norm(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     """Maps and masks (N, H, W) of a trial, one image after the other, each against the references of its own view."""
-    model, transform = tiny_extractor(), build_transform(SIZE, *STATISTICS)
+    (backbone, projector), transform = tiny_model(), build_transform(SIZE, *STATISTICS)
     maps, masks = [], []
     for item in trial.test:
         with torch.no_grad():
-            levels = model.backbone(transform(read_image(item.image))[None])
-            references = model.backbone(
-                torch.stack([transform(read_image(r.image)) for r in trial.references[item.view]])
-            )
+            levels = backbone.module(transform(read_image(item.image))[None])
+            images = torch.stack([transform(read_image(r.image)) for r in trial.references[item.view]])
+            references = backbone.module(images)
             residuals = []
             for level, bank in zip(levels, references, strict=True):
                 rows, queries = bank.permute(0, 2, 3, 1).flatten(0, 2), level[0].flatten(1).T
                 nearest = torch.cosine_similarity(queries[:, None], rows[None], dim=2).argmax(dim=1)
                 residuals.append((queries - rows[nearest]).T.reshape_as(level))
-            maps.append(feature_norm_map(model.projector(residuals), SIZE)[0].numpy())
+            maps.append(feature_norm_map(projector(residuals), SIZE)[0].numpy())
         mask = torch.zeros(1, *SIZE) if item.mask is None else MaskTransform(SIZE)(read_image(item.mask))
         masks.append(mask[0].numpy())
     return np.stack(maps), np.stack(masks)
@@ -161,22 +94,20 @@ def test_scores_are_those_of_each_image_against_the_references_of_its_view(trial
 def test_processes_share_the_trials(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     validation, projector = make(trials)
     expected = validation.run(projector)
-    assert {method: set(scores) for method, scores in expected.items()} == {
-        "norm": set(CRITERIA),
-        "angle": set(CRITERIA),
-    }
-    parts: dict[int, object] = {}
+    keys = {"img", "pix", "pro"}
+    assert {method: set(scores) for method, scores in expected.items()} == {"norm": keys, "angle": keys}
+    found: dict[int, object] = {}
     shares = []
     monkeypatch.setattr(module, "world_size", lambda: 4)
     for rank in range(4):  # the last one gets no trial
         monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(
-            module, "gather_objects", lambda own, rank=rank: parts.update({rank: own}) or list(parts.values())
+            module, "gather_objects", lambda own, rank=rank: found.update({rank: own}) or list(found.values())
         )
         shares.append(make(trials)[0])
         shares[rank].run(projector)
     assert [len(share.trials) for share in shares] == [1, 1, 1, 0]
-    monkeypatch.setattr(module, "gather_objects", lambda own: list(parts.values()))
+    monkeypatch.setattr(module, "gather_objects", lambda own: list(found.values()))
     assert shares[0].run(projector) == shares[3].run(projector) == expected
 
 
@@ -205,7 +136,10 @@ def test_the_projector_stays_as_it_is_and_nothing_is_held(trials: list[Trial]) -
         for key, value in projector.state_dict().items()
     )
     assert all(parameter.requires_grad for parameter in projector.parameters())
-    assert validation.extractor.projector is None and not validation.extractor.references
+    # Training has a use for the memory.
+    gc.collect()
+    extractors = [each for each in gc.get_objects() if type(each) is FeatureExtractor]
+    assert not any(each.name == "validation" for each in extractors)
 
 
 def test_residuals_alone_are_another_thing_to_evaluate(trials: list[Trial]) -> None:
@@ -273,3 +207,31 @@ def test_what_nothing_can_stand_in_for_is_an_error(trials: list[Trial], tmp_path
     }
     with pytest.raises(ImageError, match=message[what]):
         validation.run(projector)
+
+
+def test_the_methods_are_those_that_select_checkpoints() -> None:
+    assert {name: method.__name__ for name, method in module._SELECTORS.items()} == SELECTED_BY
+
+
+def test_the_validation_of_a_config(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path, mvtec.PRODUCTS, good=2, test_good=1, bad=1, size=(16, 16))
+    backbone, _ = tiny_model()
+    train, normal, bad = (
+        [Item(f"/data/{n}_{label}.jpg", label, "nut", view="C1", sample=f"nut/S{n}") for n in samples]
+        for label, samples in ((NORMAL, range(20)), (NORMAL, range(30, 36)), (ANOMALOUS, range(30, 36)))
+    )
+
+    def create(side: int = 56, held_out: Sequence[Item] = (*normal, *bad), **settings: Any) -> Validation | None:
+        sized = replace(backbone, entry=replace(backbone.entry, img_size=(side, side)))
+        return create_validation(PretrainConfig(**settings), sized, train, held_out)
+
+    assert create(validation="none") is None
+    of_held_out = create(validation_images=4, seed=3)
+    assert of_held_out is not None and of_held_out.trials == held_out_trials(train, [*normal, *bad], 4, 3)
+    with pytest.raises(InputError, match="No product has held-out images of both labels"):
+        create(held_out=normal)
+    # At the original's size, with the original's two geometries.
+    for side, presets in ((224, ["resize256_crop224", "resize224_crop224"]), (56, ["squash", "squash"])):
+        of_mvtec = create(side, validation="mvtec", validation_root=str(root))
+        assert of_mvtec is not None and len(of_mvtec.trials) == len(mvtec.PRODUCTS)
+        assert [of_mvtec.transform.preset, of_mvtec.reference_transform.preset] == presets

@@ -1,4 +1,4 @@
-"""A procedural data set in the layout of Real-IAD: products of many kinds, five views of each part, defects with exact masks.
+"""A procedural data set in the layout of Real-IAD: many products, five views of each part, exact masks of the defects.
 
 Everything is computed here, from a seed. A part is a set of maps seen from above (canvas), drawn by the function of its
 product (textures, hardware, goods), damaged (defects), photographed by five cameras (camera), and written in the layout

@@ -1,4 +1,4 @@
-"""Photographs of a part: light on its surface, what hides what, the projection of a tilted camera, and the faults of a sensor."""
+"""Photographs of a part: light, what hides what, the projection of a tilted camera, the faults of a sensor."""
 
 from __future__ import annotations
 
@@ -79,13 +79,16 @@ class View:
 
     @property
     def towards_camera(self) -> tuple[float, float, float]:
+        """Direction from the part to the camera, of length 1."""
         return math.sin(self.yaw) * math.sin(self.tilt), math.cos(self.yaw) * math.sin(self.tilt), math.cos(self.tilt)
 
 
 @dataclass(frozen=True)
 class Relief:
-    """What light needs to know of a part and all its views share: height without
-    the steps of the texels, normals (3, H, W) and how open each point is to the surroundings."""
+    """What light needs to know of a part, the same for all its views.
+
+    Height without the steps of the texels, normals (3, H, W) and how open each point is to the surroundings.
+    """
 
     part: Part
     height: Map
@@ -94,6 +97,7 @@ class Relief:
 
     @classmethod
     def of(cls, part: Part) -> Relief:
+        """The relief of a part."""
         height, step = ndimage.gaussian_filter(part.height, 0.6, truncate=2), 2 * part.texel
         normal = np.empty((3, *height.shape), np.float32)
         normal[0, :, 1:-1] = (height[:, :-2] - height[:, 2:]) / step

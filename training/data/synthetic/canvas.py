@@ -1,4 +1,4 @@
-"""The surface that products are drawn on: a part as maps seen from above, windows into it, distances of shapes, and noise.
+"""What products are drawn on: a part as maps seen from above, windows into it, distances of shapes, and noise.
 
 Lengths are in halves of the width of the canvas, so that coordinates run from -1 to 1; heights have the same unit.
 Colors are linear reflectances. Maps are float32, which halves the time.
@@ -7,9 +7,10 @@ Colors are linear reflectances. Maps are float32, which halves the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Map = NDArray[np.float32]
+Map: TypeAlias = NDArray[np.floating]
 Color = Sequence[float] | Map
 HEIGHT, RED, BLUE, GLOSS, METAL, BODY = 0, 1, 3, 4, 5, 6
 
@@ -70,27 +71,34 @@ class Part:
 
     @property
     def height(self) -> Map:
+        """Height of each texel."""
         return self.maps[HEIGHT]
 
     @property
     def color(self) -> Map:
+        """Linear colors (3, H, W)."""
         return self.maps[RED : BLUE + 1]
 
     @property
     def gloss(self) -> Map:
+        """From 0, matt, to 1."""
         return self.maps[GLOSS]
 
     @property
     def metal(self) -> Map:
+        """From 0 to 1, which is metal."""
         return self.maps[METAL]
 
     @property
     def body(self) -> Map:
+        """Where there is material."""
         return self.maps[BODY]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.x.shape  # type: ignore[return-value]
+        """Height and width in texels."""
+        height, width = self.x.shape
+        return height, width
 
     def near(self, x: float, y: float, reach: float, turn: float = 0.0) -> Part:
         """The window of at least ``reach`` around a point, with that point as origin and axes turned by ``turn``."""
@@ -178,6 +186,9 @@ class Part:
         self.floor = self.maps.copy()
 
 
+Builder: TypeAlias = Callable[[Part, np.random.Generator], None]
+
+
 def rounded(distance: Map, bevel: float) -> Map:
     """0 outside a shape to 1 further inside than ``bevel``, a quarter circle between."""
     depth = np.clip(1 + distance / bevel, 0, 1)
@@ -191,14 +202,17 @@ def smooth(t: Map) -> Map:
 
 
 def length(x: Map, y: Map) -> Map:
+    """Length of the vectors (x, y)."""
     return np.sqrt(x * x + y * y)
 
 
 def disc(x: Map, y: Map, radius: float | Map) -> Map:
+    """Distance from the edge of a disc, negative inside."""
     return length(x, y) - radius
 
 
 def ring(x: Map, y: Map, inner: float, outer: float) -> Map:
+    """Distance from the edge of a ring, negative inside."""
     return np.abs(length(x, y) - (inner + outer) / 2) - (outer - inner) / 2
 
 
@@ -225,7 +239,10 @@ def segment(x: Map, y: Map, start: tuple[float, float], end: tuple[float, float]
 def noise(
     rng: np.random.Generator, shape: tuple[int, int], cells: float | tuple[float, float], octaves: int = 1
 ) -> Map:
-    """Smooth noise of mean 0 and standard deviation about 1, with ``cells`` bumps down and across; each octave halves their size."""
+    """Smooth noise of mean 0 and standard deviation about 1.
+
+    It has ``cells`` bumps down and across; each further octave halves their size.
+    """
     down, across = (cells, cells) if isinstance(cells, int | float) else cells
     total, weight, power = np.zeros(shape, np.float32), 1.0, 0.0
     for octave in range(octaves):

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Color, Map, Part, grain, jitter, noise, pebbles, smooth
+from .canvas import Builder, Color, Map, Part, grain, jitter, noise, pebbles, smooth
 from .textures import fill, lay
 
 
@@ -123,10 +123,8 @@ def foam(part: Part, rng: np.random.Generator, *, color: Color) -> None:
         void = smooth((radius - near) * 5)
         height -= 0.25 / count * void
         np.maximum(dark, void * (0.4 + 0.4 * (count < 20)), out=dark)
-    color = (
-        np.asarray(jitter(rng, color))[:, None, None] * (1 - 0.75 * dark) * np.exp(0.07 * noise(rng, part.shape, 90, 2))
-    )
-    fill(part, color, height)
+    base = np.asarray(jitter(rng, color))[:, None, None]
+    fill(part, base * (1 - 0.75 * dark) * np.exp(0.07 * noise(rng, part.shape, 90, 2)), height)
 
 
 def carpet(part: Part, rng: np.random.Generator, *, palette: tuple[Color, ...]) -> None:
@@ -141,7 +139,7 @@ def carpet(part: Part, rng: np.random.Generator, *, palette: tuple[Color, ...]) 
     fill(part, colors[:, cell] * (0.25 + 0.75 * loop) * np.exp(0.13 * yarn), 0.05 * loop + 0.003 * yarn)
 
 
-CLOTH = {
+CLOTH: dict[str, Builder] = {
     "linen": partial(weave, threads=15, warp=(0.52, 0.44, 0.32), weft=(0.58, 0.50, 0.38), uneven=0.16),
     "denim": partial(
         weave, threads=28, warp=(0.022, 0.042, 0.10), weft=(0.30, 0.32, 0.36), over=3, under=1, uneven=0.08, fuzz=0.2

@@ -32,7 +32,7 @@ STRANGE = np.array(
 
 
 def _spot(part: Part, rng: np.random.Generator, *, at_edge: bool = False) -> tuple[float, float]:
-    """A point of the product that camera 1 sees, on canvas coordinates; near its outline where asked for and it has one."""
+    """A point of the product that camera 1 sees, in coordinates of the canvas, near its outline where wished."""
     coarse = part.maps[BODY, ::4, ::4] > 0.5
     places = (
         coarse & ~ndimage.binary_erosion(coarse, iterations=2, border_value=1)
@@ -86,20 +86,28 @@ def _blob(window: Part, rng: np.random.Generator, radius: float, stretch: float 
 
 
 def pit(part: Part, rng: np.random.Generator, strength: float) -> None:
-    """A blow that pressed the surface in, or a group of small holes."""
-    if rng.random() < 0.5:
-        radius = _extent(rng, strength, 0.045, 0.13)
-        window = part.near(*_spot(part, rng), 2.2 * radius, rng.uniform(0, math.pi))
-        ratio = length(window.x, window.y * rng.uniform(1, 1.4)) / radius
-        press = np.exp(-(ratio**2) * 1.4) - 0.22 * np.exp(-(((ratio - 1.25) / 0.28) ** 2))
-        window.height[...] -= window.body * press * radius * (0.35 + 0.45 * strength)
-        window.color[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
-        return
+    """A dent or small holes."""
+    (dent if rng.random() < 0.5 else holes)(part, rng, strength)
+
+
+def dent(part: Part, rng: np.random.Generator, strength: float) -> None:
+    """A blow that pressed the surface in and threw up a rim."""
+    radius = _extent(rng, strength, 0.045, 0.13)
+    window = part.near(*_spot(part, rng), 2.2 * radius, rng.uniform(0, math.pi))
+    ratio = length(window.x, window.y * rng.uniform(1, 1.4)) / radius
+    press = np.exp(-(ratio**2) * 1.4) - 0.22 * np.exp(-(((ratio - 1.25) / 0.28) ** 2))
+    window.height[...] -= window.body * press * radius * (0.35 + 0.45 * strength)
+    window.color[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
+
+
+def holes(part: Part, rng: np.random.Generator, strength: float) -> None:
+    """A group of small holes."""
     spread = _extent(rng, strength, 0.02, 0.16)
     center = part.near(*_spot(part, rng), 0.3)
     for _ in range(1 + int(rng.integers(0, 2 + round(5 * spread / 0.16)))):
         radius = _extent(rng, strength, 0.016, 0.042)
-        hole = center.near(*rng.normal(0, spread / 2, 2), 2 * radius + 0.02)
+        x, y = rng.normal(0, spread / 2, 2)
+        hole = center.near(x, y, 2 * radius + 0.02)
         cover = smooth((radius - length(hole.x, hole.y)) / (0.5 * radius)) * hole.body
         hole.height[...] -= cover * radius * (1.2 + strength)
         hole.color[...] *= 1 - (0.45 + 0.4 * strength) * cover
@@ -156,9 +164,8 @@ def scratch(part: Part, rng: np.random.Generator, strength: float) -> None:
     center = part.near(*_spot(part, rng), 1.5 * reach, rng.uniform(0, 2 * math.pi))
     bright = float(center.color.mean()) < 0.3 or rng.random() < 0.35
     for index in range(1 + int(rng.random() < 0.35) * int(rng.integers(1, 4))):
-        window = center.near(
-            *(rng.normal(0, 0.12 * reach, 2) * (index > 0)), 1.3 * reach, rng.normal(0, 0.25) * (index > 0)
-        )
+        x, y = rng.normal(0, 0.12 * reach, 2) * (index > 0)
+        window = center.near(x, y, 1.3 * reach, rng.normal(0, 0.25) * (index > 0))
         distance, along = _line(window, _wander(rng, 9, reach * rng.uniform(0.6, 1.0), 0.06))
         width = _extent(rng, strength, 0.006, 0.015) * (0.55 + 0.9 * along * (1 - along) * 2)
         pressure = np.interp(along, np.linspace(0, 1, 7), rng.uniform(0.55, 1, 7)).astype(np.float32)
@@ -202,7 +209,10 @@ def damage(part: Part, rng: np.random.Generator, strength: float) -> None:
 
 
 def missing(part: Part, rng: np.random.Generator, strength: float) -> None:
-    """A clean cut that took material away: a corner of an object, a strip or patch of a sheet. (Parts made of pieces lack one instead.)"""
+    """A clean cut that took material away: a corner of an object, a strip or patch of a sheet.
+
+    Parts made of pieces lack one of these instead.
+    """
     window = part.near(*_spot(part, rng, at_edge=True), 0.6, rng.uniform(0, 2 * math.pi))
     if part.surface:
         size = _extent(rng, strength, 0.035, 0.10)
@@ -299,11 +309,23 @@ def contamination(part: Part, rng: np.random.Generator, strength: float) -> None
     else:
         for _ in range(int(rng.integers(5, 22))):
             size = radius * rng.uniform(0.04, 0.19)
-            dot = window.near(*rng.normal(0, 0.55 * radius, 2), 1.5 * size + 0.01)
+            x, y = rng.normal(0, 0.55 * radius, 2)
+            dot = window.near(x, y, 1.5 * size + 0.01)
             dot.paint(
                 smooth(1.4 - length(dot.x, dot.y * rng.uniform(1, 1.5)) / size) * min(1.0, opacity + 0.2) * dot.body,
                 tone,
             )
+
+
+def rust(part: Part, rng: np.random.Generator, strength: float) -> None:
+    """A corroded patch, brown, dull and rough. No kind of Real-IAD: the sample images of the package show it."""
+    radius = _extent(rng, strength, 0.04, 0.09)
+    window = part.near(*_spot(part, rng), 2 * radius)
+    rough = noise(rng, window.shape, 24, 3)
+    cover = smooth(0.5 - _blob(window, rng, radius, rng.uniform(1, 1.5), 0.4) / radius + 0.25 * rough) * window.body
+    brown = np.array((0.24, 0.085, 0.03), np.float32)[:, None, None] * np.exp(0.35 * rough)
+    window.paint(cover * (0.6 + 0.4 * strength), brown, gloss=0.05, metal=0)
+    window.height[...] += 0.004 * cover * rough
 
 
 Damage = Callable[[Part, np.random.Generator, float], None]

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Color, Part, box, disc, jitter, length, lettering, noise, polygon, ring, segment, smooth
+from .canvas import Builder, Color, Part, box, disc, jitter, length, lettering, noise, polygon, ring, segment, smooth
 from .hardware import STEEL, ZINC, finish, lying, table, turning
 
 GOLD, TIN, INK = (0.75, 0.52, 0.18), (0.66, 0.66, 0.66), (0.03, 0.03, 0.035)
@@ -246,7 +246,7 @@ def socket(part: Part, rng: np.random.Generator) -> None:
     finish(part, rng, 0.015)
 
 
-ELECTRONICS = {
+ELECTRONICS: dict[str, Builder] = {
     "circuit_board": pcb,
     "circuit_board_blue": partial(pcb, mask=(0.012, 0.05, 0.20), ground=(0.10, 0.10, 0.105)),
     "terminal_block": terminal_block,

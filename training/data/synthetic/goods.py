@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from .canvas import Part, box, disc, grain, jitter, length, lettering, mix, noise, rounded, segment, smooth
+from .canvas import Builder, Part, box, disc, grain, jitter, length, lettering, mix, noise, rounded, segment, smooth
 from .hardware import BRASS, STEEL, finish, lying, table
 
 
@@ -305,7 +305,7 @@ def beads(part: Part, rng: np.random.Generator) -> None:
     finish(part, rng, 0.03)
 
 
-GOODS = {
+GOODS: dict[str, Builder] = {
     "tablet": tablet,
     "capsule": capsule,
     "blister_pack": blister,

@@ -11,11 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from .canvas import Color, Map, Part, box, disc, jitter, length, noise, polygon, ring, rounded, smooth
+from .canvas import Builder, Color, Map, Part, box, disc, jitter, length, noise, polygon, ring, rounded, smooth
 
 STEEL, ZINC, BLACK, BRASS = (0.62, 0.63, 0.65), (0.58, 0.55, 0.44), (0.045, 0.045, 0.05), (0.70, 0.50, 0.20)
 # Leaves ground around everything, for the cameras that look from the side.
 SCALE = 0.93
+FLANGE_SCREWS = 6
 
 
 def table(
@@ -27,7 +28,7 @@ def table(
     gloss: float = 0.1,
     spread: float = 0.1,
 ) -> Part:
-    """The ground, and the window on it in which the product lies, turned and shifted a little, with coordinates up to 0.8."""
+    """Draw the ground. Returns the window of the product, turned and shifted a little, with coordinates up to 0.8."""
     cloud, fine = noise(rng, part.shape, 4, 3), noise(rng, part.shape, 110, 2)
     part.color[...] = np.asarray(jitter(rng, color, 0.05))[:, None, None] * np.exp(0.04 * cloud + 30 * rough * fine)
     part.height[...], part.gloss[...] = rough * fine, gloss
@@ -140,12 +141,13 @@ def washer(
     """A flat washer, or a spring washer with its split."""
     part.core = color
     p = table(part, rng, ground, spread=1.0)
-    inner, outer, top = (0.40, 0.68, 0.16) if split else (0.29, 0.70, 0.085)
+    inner, outer, thickness = (0.40, 0.68, 0.16) if split else (0.29, 0.70, 0.085)
+    top: float | Map = thickness
     distance = ring(p.x, p.y, inner, outer)
     around = np.arctan2(p.y, p.x)
     if split:
         distance = np.maximum(distance, 0.025 - np.abs(p.y * 0.9 + p.x * 0.4) * np.where(p.x > 0, 1, 9))
-        top = top + 0.035 * around / math.pi
+        top = thickness + 0.035 * around / math.pi
     p.solid(distance, top, jitter(rng, color, 0.03), bevel=0.035, gloss=0.6, metal=1)
     stamped = noise(rng, part.shape, 40, 2)
     p.height[...] += 0.0008 * p.body * stamped
@@ -304,7 +306,36 @@ def rivets(part: Part, rng: np.random.Generator) -> None:
     finish(part, rng, 0.05)
 
 
-HARDWARE = {
+def bushed_flange(part: Part, rng: np.random.Generator, *, wrong: int | None = None) -> None:
+    """A turned steel flange with a brass bushing and socket screws on a ribbed mat.
+
+    The screw of number ``wrong`` is of another kind. The flange is the sample of the package and not in HARDWARE, for
+    the numbers of the products would change.
+    """
+    part.core = STEEL
+    p = table(part, rng, (0.035, 0.055, 0.075), spread=0.05)
+    part.height[...] += 0.01 * np.clip(np.cos(70 * (part.x + part.y)) * np.cos(70 * (part.x - part.y)), -0.1, 0.3)
+    radius, steel = length(p.x, p.y), jitter(rng, (0.50, 0.51, 0.53), 0.03)
+    p.solid(radius - 0.58, 0.07, steel, bevel=0.03, gloss=0.68, metal=1)
+    profile = ((0.15, 0.27, 0.30, 0.31, 0.325, 0.335, 0.345, 0.58), (0.15, 0.15, 0.08, 0.07, 0.062, 0.062, 0.07, 0.07))
+    p.paint(p.inside(radius - 0.5), height=np.interp(radius, *profile).astype(np.float32))
+    p.paint(p.inside(radius - 0.165), jitter(rng, BRASS, 0.03), height=0.14)
+    turning(p, rng, p.body, 0.0014)
+    p.hole(radius - 0.105)
+    for index in range(FLANGE_SCREWS):
+        angle, twist = index * 2 * math.pi / FLANGE_SCREWS, rng.uniform(0, 1)
+        bore = p.near(0.42 * math.cos(angle), 0.42 * math.sin(angle), 0.1, twist)
+        distance, hexagon = length(bore.x, bore.y), polygon(bore.x, bore.y, 6, 0.0)
+        bore.paint(bore.inside(distance - 0.064), 0.5 * steel, height=0.04)
+        if index == wrong:
+            bore.solid(hexagon - 0.05, 0.105, (0.66, 0.50, 0.20), bevel=0.012, base=0.04, gloss=0.7, metal=1)
+            continue
+        bore.solid(distance - 0.052, 0.09, BLACK, bevel=0.012, base=0.04, gloss=0.55, metal=0)
+        bore.paint(bore.inside(hexagon - 0.026), (0.015, 0.015, 0.015), height=0.05)
+    finish(part, rng)
+
+
+HARDWARE: dict[str, Builder] = {
     "hex_bolt": machine_screw,
     "wood_screw": wood_screw,
     "hex_nut": hex_nut,

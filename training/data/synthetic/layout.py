@@ -202,7 +202,8 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     elif found != settings:
         keys = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
         raise InputError(
-            f"{output} holds a data set made with other settings ({', '.join(keys)}). Repeat those or choose another folder."
+            f"{output} holds a data set made with other settings ({', '.join(keys)}). "
+            "Repeat those or choose another folder."
         )
     if not (output / README).exists():
         with atomic_path(output / README) as temporary:
@@ -215,18 +216,19 @@ def _note(*, products: Sequence[str], good: int, bad: int, size: int, seed: int,
 Rendered by training/synthesize.py of the adfeatures project (format {version}), settings in {SETTINGS}:
   seed {seed}, {len(products)} products, {good} good and {bad} bad parts each, {size} pixels
 
-No photograph or other work went into the images: everything is computed. They are under the license of the project, MIT.
+No photograph or other work went into the images: everything is computed. They are under the license of the project,
+MIT.
 
-The layout is that of Real-IAD, below {FOLDER}/: <product>/OK/S<number>/ and <product>/NG/<defect>/S<number>/. A folder S<number> holds the
-five views of one part: C1 from above, C2 to C5 from the sides. A mask (.png, 0 or 255) lies beside the image of the same name. Where the
-defect cannot be seen there is none, and the image is that of a normal part. A mask covers what the defect visibly changes, its shadow
-included.
+The layout is that of Real-IAD, below {FOLDER}/: <product>/OK/S<number>/ and <product>/NG/<defect>/S<number>/.
+A folder S<number> holds the five views of one part: C1 from above, C2 to C5 from the sides. A mask (.png, 0 or 255)
+lies beside the image of the same name. Where the defect cannot be seen there is none, and the image is that of a
+normal part. A mask covers what the defect visibly changes, its shadow included.
 
 Defects, under the codes of Real-IAD:
 {kinds}
 
-As in Real-IAD, do not trust names: some of {DOUBLE_UNDERSCORE} have two underscores before the number, and some scratches of {WRONG_CODE}
-carry the code QS in the name. The folder is right.
+As in Real-IAD, do not trust names: some of {DOUBLE_UNDERSCORE} have two underscores before the number, and some
+scratches of {WRONG_CODE} carry the code QS in the name. The folder is right.
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -15,7 +14,7 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from .camera import OVERSAMPLING, Relief, View, develop, expose
-from .canvas import Map, Part
+from .canvas import Builder, Map, Part
 from .cloth import CLOTH
 from .defects import DEFECTS
 from .electronics import ELECTRONICS
@@ -24,10 +23,9 @@ from .hardware import HARDWARE
 from .textures import TEXTURES
 
 _KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
+_ROWS = zip_longest(*(kind.items() for kind in _KINDS))
 # Of each kind in turn, so that the first few are already unlike each other.
-BUILDERS: dict[str, Callable[[Part, np.random.Generator], None]] = dict(
-    pair for row in zip_longest(*(kind.items() for kind in _KINDS)) for pair in row if pair is not None
-)
+BUILDERS: dict[str, Builder] = dict(pair for row in _ROWS for pair in row if pair is not None)
 # A pixel belongs to a defect where it changes by more than VISIBLE of the full range, in an area that somewhere changes
 # by more than CLEAR. The noise of the sensor stays below.
 VISIBLE, CLEAR = 0.024, 0.05
@@ -41,7 +39,7 @@ MARGIN, RIM = 2, 4
 PART, CAMERA, SENSOR, DEFECT = range(4)
 
 
-def _stream(key: tuple[int, ...], *purpose: int) -> np.random.Generator:
+def stream(key: tuple[int, ...], *purpose: int) -> np.random.Generator:
     """Random numbers that depend on nothing but the part and what they are for."""
     return np.random.default_rng(np.random.SeedSequence(key, spawn_key=purpose))
 
@@ -82,7 +80,7 @@ class Specimen:
         if min(key) < 0:
             raise InputError(f"The seed must not be negative, got {key[0]}.")
         numbers = (key[0], zlib.crc32(product.encode()), *key[1:])
-        specimen = cls(numbers, size, Relief.of(_build(product, numbers, size)))
+        specimen = cls(numbers, size, Relief.of(build(BUILDERS[product], numbers, size)))
         if defect is not None:
             specimen._spoil(product, defect)
         return specimen
@@ -91,12 +89,12 @@ class Specimen:
         """Damage the part, again and more strongly while the defect cannot be seen from above."""
         number = list(DEFECTS).index(defect)
         for attempt in range(TRIES):
-            rng = _stream(self.key, DEFECT, number, attempt)
+            rng = stream(self.key, DEFECT, number, attempt)
             strength = min(1.0, rng.uniform(0, 1) + 0.2 * attempt)
             part = self.sound.part
             # Some pieces are too faint to be missed.
             if defect == "QS" and part.pieces.count and attempt < TRIES // 2:
-                part = _build(product, self.key, self.size, missing=int(rng.integers(part.pieces.count)))
+                part = build(BUILDERS[product], self.key, self.size, missing=int(rng.integers(part.pieces.count)))
             else:
                 part = replace(part, maps=part.maps.copy())
                 DEFECTS[defect](part, rng, strength)
@@ -106,7 +104,7 @@ class Specimen:
                 return
 
     def _view(self, number: int) -> View:
-        return View.of(number, _stream(self.key, CAMERA, number), self.sound.part)
+        return View.of(number, stream(self.key, CAMERA, number), self.sound.part)
 
     def photograph(self, number: int) -> tuple[Image.Image, Map | None]:
         """The picture of one camera (1 to VIEWS), and the mask of what the defect changes in it.
@@ -120,7 +118,7 @@ class Specimen:
             mask = changed(picture, flawed)
             # Traces of the defect too faint to see are taken out.
             picture = np.where(ndimage.binary_dilation(mask, iterations=MARGIN), flawed, picture)
-        image = Image.fromarray(develop(picture, self._view(number), _stream(self.key, SENSOR, number)))
+        image = Image.fromarray(develop(picture, self._view(number), stream(self.key, SENSOR, number)))
         return image, (mask * np.uint8(255) if mask is not None and mask.any() else None)
 
     def _expose(self, number: int, flawed: bool = False) -> Map:
@@ -130,15 +128,19 @@ class Specimen:
         return self.exposed[number, flawed]
 
 
-def _build(product: str, numbers: tuple[int, ...], size: int, missing: int | None = None) -> Part:
+def build(builder: Builder, key: tuple[int, ...], size: int, missing: int | None = None) -> Part:
+    """The sound part of a key for pictures of this size, without one of its pieces where asked for."""
     # An even number of texels, for the maps that are made at half the resolution.
     part = Part.blank(2 * round(size * OVERSAMPLING / 2), missing)
-    BUILDERS[product](part, _stream(numbers, PART))
+    builder(part, stream(key, PART))
     return part
 
 
 def changed(sound: Map, flawed: Map) -> np.ndarray:
-    """Where two pictures (3, H, W) differ visibly: bool (H, W), gaps closed, without specks and without areas that are faint all over."""
+    """Where two pictures (3, H, W) differ visibly, bool (H, W).
+
+    Gaps are closed; specks and areas that are faint all over are left out.
+    """
     # With a rim, for the closing of gaps would eat into areas that touch the edge.
     difference = np.pad(np.abs(flawed - sound).max(0), RIM)
     result = np.zeros(difference.shape, bool)

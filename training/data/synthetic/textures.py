@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from .canvas import (
+    Builder,
     Color,
     Map,
     Part,
@@ -42,6 +43,7 @@ def lay(part: Part, rng: np.random.Generator, core: Color, skew: float = 0.02) -
 
 
 def fill(part: Part, color: Map, height: Map | float = 0.0, gloss: Map | float = 0.0, metal: float = 0.0) -> None:
+    """Cover a whole part with one material."""
     part.color[...] = color if np.ndim(color) == 3 else np.asarray(color, np.float32)[:, None, None]
     part.height[...], part.gloss[...], part.metal[...] = height, gloss, metal
 
@@ -325,7 +327,7 @@ def flakes(part: Part, rng: np.random.Generator) -> None:
         -0.012,
     )
     tones = np.array([(0.56, 0.38, 0.19), (0.47, 0.29, 0.12), (0.62, 0.46, 0.27), (0.40, 0.24, 0.11)], np.float32)
-    for level in range(130):
+    for layer in range(130):
         half, breadth = rng.uniform(0.16, 0.36), rng.uniform(0.04, 0.10)
         chip = part.near(
             rng.uniform(-1.05, 1.05), rng.uniform(-1.05, 1.05), half, rng.normal(0, 0.55) + (rng.random() < 0.25) * 1.5
@@ -339,7 +341,7 @@ def flakes(part: Part, rng: np.random.Generator) -> None:
             * (1 + streak + 0.08 * grain(rng, chip.shape))
         )
         tone = tone * (1 - 0.25 * np.clip(1 + distance / 0.012, 0, 1))
-        chip.paint(chip.inside(distance), tone, height=0.0001 * level + rng.uniform(-0.004, 0.004) * chip.x / half)
+        chip.paint(chip.inside(distance), tone, height=0.0001 * layer + rng.uniform(-0.004, 0.004) * chip.x / half)
     part.gloss[...] = 0.12
 
 
@@ -358,7 +360,7 @@ def studs(part: Part, rng: np.random.Generator, *, color: Color) -> None:
     fill(part, color, 0.055 * top + 0.0012 * skin, 0.36)
 
 
-TEXTURES = {
+TEXTURES: dict[str, Builder] = {
     "brushed_steel": partial(brushed, color=(0.62, 0.63, 0.65)),
     "brushed_brass": partial(brushed, color=(0.72, 0.52, 0.22), gloss=0.7),
     "galvanised_sheet": galvanised,

@@ -1,0 +1,308 @@
+"""From a name and the places of weights to a description of what to build, and from which files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from . import catalog, hub
+from .backbones import StateDict, check_levels, check_size
+from .checkpoints import Checkpoint, convert
+from .errors import CheckpointError, InputError, UnknownNameError
+from .timm_backbones import TimmBackbone, find_timm
+from .trained import TrainedWeights
+
+# A tag of the catalog, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path".
+Weights: TypeAlias = "str | os.PathLike[str] | None"
+Folder: TypeAlias = "str | os.PathLike[str] | None"
+
+RANDOM = "random"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone before it is built.
+
+    Attributes:
+        name: In ``catalog.BACKBONES``, or in timm.
+        entry: Its description, with the levels and the input size that are meant.
+        encoder: The module itself where timm has it, without trained weights: nothing else describes it.
+        weights: Where its weights are, None for random ones.
+    """
+
+    name: str
+    entry: catalog.Backbone
+    encoder: TimmBackbone | None = None
+    weights: Path | TrainedWeights | StateDict | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model before it is built.
+
+    Attributes:
+        arch: Name in ``catalog.MODELS``.
+        tag: Tag of the weights, None where they have none.
+        backbone: Its backbone.
+        trained: The file of the trained projector, None for a random one or for none.
+    """
+
+    arch: str
+    tag: str | None
+    backbone: BackboneSpec
+    trained: TrainedWeights | None
+
+    @property
+    def name(self) -> str:
+        """The name with the tag."""
+        return f"{self.arch}.{self.tag}" if self.tag else self.arch
+
+
+def resolve_model(
+    name: str | None = None,
+    *,
+    weights: Weights = None,
+    backbone_weights: Weights = None,
+    pretrained: bool = True,
+    img_size: int | tuple[int, int] | None = None,
+    cache_dir: Folder = None,
+) -> ModelSpec:
+    """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
+    arch, tag, weights = _asked(name, weights)
+    if arch and weights is None:
+        _check_published(arch, pretrained, backbone_weights)
+        tag = tag or catalog.MODELS[arch].default_tag if pretrained else None
+    trained = find_trained(weights, arch, tag, cache_dir)
+    if trained is not None:
+        arch, tag = trained.identify(arch, tag)
+        if catalog.MODELS[arch].scoring == "residual":
+            # All weights of such a model are those of its backbone.
+            if backbone_weights is not None:
+                raise InputError(f"{arch} has no weights but its backbone's: leave out weights or backbone_weights.")
+            backbone_weights = trained.source
+            trained = None
+    assert arch is not None
+    backbone = describe_backbone(arch, trained, img_size)
+    source = _backbone_source(trained, backbone_weights, pretrained)
+    return ModelSpec(arch, tag, replace(backbone, weights=_find_weights(backbone, source, cache_dir)), trained)
+
+
+def resolve_backbone(
+    name: str,
+    *,
+    weights: Weights | StateDict = None,
+    img_size: int | tuple[int, int] | None = None,
+    levels: Sequence[int] | None = None,
+    cache_dir: Folder = None,
+) -> BackboneSpec:
+    """Find a backbone and its weights. Arguments and errors as in ``load_backbone``."""
+    backbone = _sized(_find_backbone(name, levels), img_size)
+    return replace(backbone, weights=_find_weights(backbone, weights, cache_dir))
+
+
+def find_trained(
+    weights: Weights = None, arch: str | None = None, tag: str | None = None, cache_dir: Folder = None
+) -> TrainedWeights | None:
+    """The trained weights in a place, or else the published ones of a tag; None where there is neither.
+
+    Raises:
+        DownloadError: If they cannot be found or fetched.
+        CheckpointError: If the file is damaged.
+    """
+    published = _hub_file(arch, tag)
+    if weights is not None:
+        candidates = (published[1], _WEIGHTS) if published else (_WEIGHTS,)
+        return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
+    if tag is None or published is None:
+        return None
+    return TrainedWeights.read(hub.resolve(catalog.place(*published), cache_dir=cache_dir))
+
+
+def describe_backbone(
+    arch: str, trained: TrainedWeights | None, img_size: int | tuple[int, int] | None = None
+) -> BackboneSpec:
+    """The backbone of a model without its weights, as the header of its file or else the catalog describes it.
+
+    A header must describe a backbone of timm. It may describe one of the catalog, where the levels are not the usual
+    ones.
+
+    Raises:
+        CheckpointError: If the header says nothing that it must, or something that the backbone does not bear out.
+        InputError: For an input size that the backbone cannot have.
+    """
+    name = catalog.MODELS[arch].backbone
+    facts: Any = trained.fact("backbone") if trained else None
+    if trained is None or (name and facts is None):
+        return _sized(_find_backbone(name, None), img_size or (trained.img_size if trained else None))
+    try:
+        name, blocks = name or facts["timm_name"], tuple(facts["blocks"])
+        claimed = (tuple(facts["channels"]), tuple(facts["reductions"]))
+        mean, std = (tuple(map(float, facts[key])) for key in ("mean", "std"))
+        backbone = _find_backbone(name, blocks)
+    except (InputError, UnknownNameError) as error:
+        raise CheckpointError(f"{trained.source}: the backbone of its header does not exist. {error}") from error
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{trained.source}: its header must describe the backbone of {arch} by timm_name, blocks, channels, "
+            f"reductions, mean and std; it says {facts!r}."
+        ) from error
+    entry = backbone.entry
+    if claimed != (entry.channels, entry.reductions) or len(mean) != 3 or len(std) != 3:
+        raise CheckpointError(
+            f"{trained.source}: its header describes {name} as {facts!r}, but it has channels {entry.channels} and "
+            f"reductions {entry.reductions}. Was it made with another version of timm?"
+        )
+    backbone = replace(backbone, entry=replace(entry, normalization=(mean, std)))
+    return _sized(backbone, img_size or trained.img_size)
+
+
+def published_files(name: str, cache_dir: Folder = None) -> tuple[list[Path], str]:
+    """Find or fetch the weights of a model that the catalog names.
+
+    Returns:
+        The files, and what is missing: a message about weights that must be given by hand, or "".
+
+    Raises:
+        UnknownNameError: For an unknown model or tag.
+        DownloadError: If weights cannot be fetched.
+    """
+    arch, tag = catalog.find_model(name)
+    model = catalog.MODELS[arch]
+    trained = _hub_file(arch, tag)
+    files = [hub.resolve(catalog.place(*trained), cache_dir=cache_dir)] if trained else []
+    missing = "" if model.tags else f"{catalog.must_be_given(arch)}."
+    try:
+        if model.backbone:
+            files.append(_published(model.backbone, catalog.BACKBONES[model.backbone], cache_dir))
+    except InputError as error:
+        missing = str(error)
+    return files, missing
+
+
+def convert_checkpoint(source: str | os.PathLike[str], destination: str | os.PathLike[str], name: str) -> Checkpoint:
+    """Turn a published checkpoint into a safetensors file that says what it is for; the tensors stay as they are.
+
+    Args:
+        source: A file as published by the authors, or any other that ``create_model`` reads.
+        destination: File ending in .safetensors.
+        name: The model that the weights belong to, with or without ``.tag``.
+
+    Raises:
+        UnknownNameError: For an unknown model or tag.
+        CheckpointError: If the source is damaged or not a checkpoint of that model.
+    """
+    arch, tag = catalog.find_model(name)
+    if catalog.MODELS[arch].scoring != "feature_norm":
+        raise InputError(f"{arch} has no projector, so there is nothing to convert.")
+    trained = TrainedWeights.read(Path(source))
+    arch, tag = trained.identify(arch, tag)
+    trained.check_projector(describe_backbone(arch, trained).entry.channels)
+    model = f"{arch}.{tag}" if tag else arch
+    return convert(source, destination, {"model": model, "num_heads": str(trained.num_heads)})
+
+
+def _asked(name: str | None, weights: Weights) -> tuple[str | None, str | None, Weights]:
+    """The model and the tag that were named, and the place of weights where one was given."""
+    tagged = isinstance(weights, str) and weights.isidentifier() and not Path(weights).exists()
+    if name is None and (weights is None or tagged):
+        name = catalog.DEFAULT_MODEL if weights is None else catalog.DEFAULT_MODEL.partition(".")[0]
+    if name is None:
+        return None, None, weights
+    arch, tag = catalog.find_model(name)
+    if not tagged:
+        return arch, tag, weights
+    if weights not in catalog.MODELS[arch].tags:
+        raise UnknownNameError(catalog.unknown_tag(arch, str(weights)))
+    if tag not in (None, weights):
+        raise InputError(f"The name asks for {arch}.{tag} and weights for {weights!r}: leave out one of them.")
+    return arch, str(weights), None
+
+
+def _check_published(arch: str, pretrained: bool, backbone_weights: Weights) -> None:
+    """Refuse, before anything is fetched, to take from the catalog what it does not have."""
+    model = catalog.MODELS[arch]
+    if not model.tags and (pretrained or not model.backbone):
+        raise InputError(f"{catalog.must_be_given(arch)}.")
+    if pretrained and backbone_weights is None:
+        _check_fetchable(model.backbone, catalog.BACKBONES[model.backbone])
+
+
+def _hub_file(arch: str | None, tag: str | None) -> tuple[str, str] | None:
+    """Where the trained weights of a tag, or of the default one, are published."""
+    model = catalog.MODELS[arch] if arch else None
+    return None if model is None or not model.tags else model.tags[tag or str(model.default_tag)].hub_file
+
+
+def _backbone_source(trained: TrainedWeights | None, weights: Weights, pretrained: bool) -> Weights | TrainedWeights:
+    """Where the weights of a model's backbone are: given, beside the projector, published, or nowhere."""
+    if weights is not None:
+        return weights
+    if trained is not None and trained.backbone:
+        return trained
+    if trained is not None and not pretrained:
+        raise InputError(
+            "A trained projector on a random backbone gives meaningless features. Give backbone_weights, or "
+            'pretrained=True, or backbone_weights="random" if this is really meant.'
+        )
+    return None if pretrained else RANDOM
+
+
+def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
+    if name not in catalog.BACKBONES:
+        return BackboneSpec(name, *find_timm(name, levels))
+    entry = catalog.BACKBONES[name]
+    if levels is not None and tuple(levels) != entry.blocks:
+        if entry.family == "efficientnet":
+            raise InputError(f"{name} is convolutional: its levels cannot be changed.")
+        levels, count = check_levels(levels, max(entry.blocks)), len(levels)
+        channels, reductions = entry.channels[:1] * count, entry.reductions[:1] * count
+        entry = replace(entry, blocks=levels, channels=channels, reductions=reductions)
+    return BackboneSpec(name, entry)
+
+
+def _sized(backbone: BackboneSpec, img_size: int | tuple[int, int] | None) -> BackboneSpec:
+    """The backbone with the input size asked for, which must be possible."""
+    entry = backbone.entry
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size or entry.img_size
+    size = check_size(size, entry.patch_size)
+    if backbone.encoder is not None:
+        backbone.encoder.try_out(size)
+    return replace(backbone, entry=replace(entry, img_size=size))
+
+
+def _find_weights(
+    backbone: BackboneSpec, weights: Weights | TrainedWeights | StateDict, cache_dir: Folder
+) -> Path | TrainedWeights | StateDict | None:
+    entry = backbone.entry
+    if isinstance(weights, (TrainedWeights, Mapping)):
+        return weights
+    if weights == RANDOM:
+        return None
+    if weights is None or (weights == entry.tag and entry.tag):
+        return _published(backbone.name, entry, cache_dir)
+    return hub.resolve(weights, candidates=(_WEIGHTS, entry.original_file), cache_dir=cache_dir)
+
+
+def _published(name: str, entry: catalog.Backbone, cache_dir: Folder) -> Path:
+    """The file of a backbone's published weights, from the package, the cache or the Hub."""
+    if entry.asset is not None:
+        return catalog.ASSETS / entry.asset
+    _check_fetchable(name, entry)
+    assert entry.hub_file is not None
+    return hub.resolve(catalog.place(*entry.hub_file), cache_dir=cache_dir)
+
+
+def _check_fetchable(name: str, entry: catalog.Backbone) -> None:
+    """Make sure that the weights of a backbone can be had without the user's help."""
+    if entry.family == "timm" and entry.hub_file is None:
+        raise InputError(f'timm names no published weights of {name}. Give their path, or "random" if that is meant.')
+    if entry.asset is None and entry.hub_file is None:
+        raise InputError(
+            f"The weights of {name} (license: {entry.license}) are never fetched by themselves. If the license allows "
+            f"your use, get {entry.original_file} from {entry.origin} and give its path as the weights of the "
+            f'backbone: backbone_weights="/path/to/{entry.original_file}" of create_model.'
+        )

@@ -1,0 +1,128 @@
+"""The file of a trained projector: its weights, and what its header says of the model that it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import catalog
+from .backbones import StateDict, check_fit, load_strictly
+from .checkpoints import Checkpoint, load_checkpoint
+from .errors import CheckpointError, UnknownNameError
+from .projector import ResidualProjector
+
+# Prefixes of the keys in files of ours.
+PROJECTOR, BACKBONE = "projector.", "backbone."
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """A file of trained weights: what it holds, and where it lies, for error messages."""
+
+    checkpoint: Checkpoint
+    source: str
+
+    @classmethod
+    def read(cls, path: Path) -> TrainedWeights:
+        """Read a file. Errors as of ``load_checkpoint``."""
+        return cls(load_checkpoint(path), str(path))
+
+    @cached_property
+    def backbone(self) -> dict[str, Tensor]:
+        """Weights of the backbone, none where the file has the projector alone."""
+        return of_prefix(self.checkpoint.state_dict, BACKBONE)
+
+    @cached_property
+    def projector(self) -> dict[str, Tensor]:
+        """Weights of the projector."""
+        return of_prefix(self.checkpoint.state_dict, PROJECTOR) or self.checkpoint.state_dict
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, which a state dict cannot tell: they stand in every header that is not the authors'."""
+        heads = self.fact("num_heads")
+        if heads is not None and (type(heads) is not int or heads < 1):
+            raise CheckpointError(
+                f"{self.source}: the num_heads of its header must be a positive number, got {heads!r}."
+            )
+        return heads or 16
+
+    @property
+    def img_size(self) -> tuple[int, int] | None:
+        """Height and width that the header names."""
+        size = self.fact("img_size")
+        if size is None:
+            return None
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
+            raise CheckpointError(f"{self.source}: the img_size of its header must be [height, width], got {size!r}.")
+        return size[0], size[1]
+
+    def identify(self, arch: str | None, tag: str | None) -> tuple[str, str | None]:
+        """The model and the tag of these weights: those asked for, and else those that the header names.
+
+        Raises:
+            CheckpointError: If the two contradict each other, or there is neither.
+        """
+        header = self.checkpoint.metadata.get("model")
+        try:
+            found = catalog.find_model(header) if header is not None else None
+        except UnknownNameError as error:
+            raise CheckpointError(
+                f"{self.source} is a checkpoint of {header!r}, which this version does not know. {error}"
+            ) from error
+        if arch is None:
+            if found is None:
+                raise CheckpointError(
+                    f"{self.source} does not say which model it is for. Name it: create_model(NAME, weights=...)."
+                )
+            return found
+        if found is not None and (found[0] != arch or (tag and found[1] and found[1] != tag)):
+            asked = f"{arch}.{tag}" if tag else arch
+            raise CheckpointError(
+                f"{self.source} is a checkpoint of {header}, not of {asked}. Create that model instead."
+            )
+        return arch, tag or (found and found[1])
+
+    def create_projector(self, channels: Sequence[int]) -> ResidualProjector:
+        """The projector of these weights.
+
+        Raises:
+            CheckpointError: If they are not exactly those of a projector of these channels.
+        """
+        projector = self._empty_projector(channels)
+        load_strictly(projector, self.projector, self.source)
+        return projector
+
+    def check_projector(self, channels: Sequence[int]) -> None:
+        """Raise what ``create_projector`` would, at no cost."""
+        with torch.device("meta"):
+            projector = self._empty_projector(channels)
+        check_fit(projector, self.projector, self.source)
+
+    def _empty_projector(self, channels: Sequence[int]) -> ResidualProjector:
+        keys = self.projector.get("l1_proj.x_ref")
+        return ResidualProjector(channels, self.num_heads, 2048 if keys is None else keys.shape[1])
+
+    def fact(self, name: str) -> Any:
+        """An entry of the header that holds JSON, None where there is none.
+
+        Raises:
+            CheckpointError: For anything but JSON.
+        """
+        text = self.checkpoint.metadata.get(name)
+        try:
+            return json.loads(text) if text is not None else None
+        except ValueError as error:
+            raise CheckpointError(f"{self.source}: the {name} of its header is not JSON: {text!r}.") from error
+
+
+def of_prefix(state: StateDict, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,46 @@
+"""The demo: what it says of the samples is what their masks and scores say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import adfeatures
+from adfeatures.demo import SAMPLES, run_demo
+from adfeatures.errors import AdfeaturesError
+from adfeatures.images import list_images
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_the_samples(tmp_path: Path) -> None:
+    summary = run_demo(tmp_path)
+    files = list_images(SAMPLES / "test", recursive=True)
+    scores = [p.score for p in adfeatures.create_model(references=SAMPLES / "references").score(files)]
+    defective = [path.parent.name != "good" for path in files]
+    assert summary["image_auroc"] == pytest.approx(roc_auc_score(defective, scores))
+    assert summary["image_auroc"] > 0.95 and summary["pixel_auroc"] > 0.95
+    assert json.loads((tmp_path / "summary.json").read_text())["image_auroc"] == summary["image_auroc"]
+    with Image.open(tmp_path / "demo.png") as picture:
+        kinds = {path.parent for path in files}
+        assert picture.width > 300 * len(kinds)
+
+
+def test_every_defect_has_a_mask_and_good_parts_have_none() -> None:
+    for path in list_images(SAMPLES / "test", recursive=True):
+        mask = SAMPLES / "masks" / path.parent.name / f"{path.stem}.png"
+        assert mask.exists() == (path.parent.name != "good")
+        if mask.exists():
+            with Image.open(mask) as drawn, Image.open(path) as image:
+                assert drawn.size == image.size and drawn.convert("L").getextrema() == (0, 255)
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdfeaturesError, match="Cannot write"):
+        run_demo(tmp_path / "file")

@@ -1,0 +1,83 @@
+"""How benchmarks measure. No time is asserted but that of a known sleep, since machines differ."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from adfeatures import measuring
+from adfeatures.measuring import HEADER, Measurement, compare, in_child, machine, peak_megabytes, seconds, timed
+
+
+def test_compared_functions_give_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3, 6, 1, 10, 2, 2])
+    monkeypatch.setattr(measuring, "seconds", lambda function: function() or next(times))
+    calls: list[str] = []
+    row = compare("what", lambda: calls.append("ours"), lambda: calls.append("naive"), note="a note")
+    assert (row.ours, row.naive, row.ratio) == (2, 6, 2)  # the ratios are 2, 10 and 1
+    assert calls == ["ours", *["ours", "naive"] * 3]
+    assert row.unit == "s" and row.note == "pairs 3; a note"
+
+
+def test_a_limit_ends_a_comparison_after_the_pair_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "REST", 0)
+    calls: list[str] = []
+    row = compare("what", lambda: calls.append("ours"), lambda: calls.append("naive"), repeats=9, limit=0, unit="ms")
+    assert calls == ["ours", "ours", "naive"]
+    assert row.unit == "ms" and row.note == "pairs 1"
+
+
+def test_medians_of_runs() -> None:
+    row = Measurement.of_runs("what", [0.1, 0.4, 0.2], [0.3, 0.4, 1.0], unit="ms", note="a note")
+    assert (row.what, row.unit, row.note) == ("what", "ms", "a note")
+    assert (row.ours, row.naive, row.ratio) == pytest.approx((200, 400, 3))  # the ratios are 3, 1 and 5
+    alone = Measurement.of_runs("what", [1, 5, 2])
+    assert alone == Measurement("what", "s", 2)
+
+
+def test_rows_are_aligned_with_the_header() -> None:
+    rows = [
+        Measurement("of a few", "ms", 1234.56, 2.0, 0.123, "a note"),
+        Measurement("of seconds", "s", 1234.5678, 2.0, 10.0),
+        Measurement("not measured", "MB", None, note="another"),
+    ]
+    cells = [str(row).split() for row in rows]
+    assert cells[0] == ["of", "a", "few,", "ms", "1,234.6", "2.0", "0.12", "a", "note"]
+    assert cells[1] == ["of", "seconds,", "s", "1,234.568", "2.000", "10.00"]
+    assert cells[2] == ["not", "measured,", "MB", "-", "-", "-", "another"]
+    assert HEADER.split()[:4] == ["what", "ours", "naive", "ratio"]
+    end = HEADER.index("ratio") + len("ratio")
+    for row in map(str, rows):
+        assert row[end - 1] != " " and row[end : end + 2].strip() == ""
+
+
+def test_timed_returns_what_the_function_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(measuring.time, "sleep", rests.append)
+    taken, value = timed(lambda: sleep(0.05) or "result")
+    assert value == "result" and taken >= 0.05
+    assert seconds(lambda: sleep(0.05)) >= 0.05
+    assert rests == [measuring.REST] * 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts no peak")
+def test_peak_is_that_of_the_child_alone() -> None:
+    ballast = torch.ones(100_000_000)
+    here, child = peak_megabytes(), in_child(peak_megabytes)
+    assert here is not None and child is not None
+    assert child < here - 200 and len(ballast)
+
+
+def test_a_child_that_dies_gives_nothing() -> None:
+    assert in_child(os._exit, 1) is None
+
+
+def test_machine_names_what_figures_depend_on() -> None:
+    facts = machine()
+    assert list(facts)[:4] == ["torch", "device", "threads", "processors"]
+    assert facts["threads"] == torch.get_num_threads() and facts["torch"] == torch.__version__

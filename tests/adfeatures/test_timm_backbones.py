@@ -1,0 +1,187 @@
+"""Backbones of timm against timm's own models, hooked where their blocks and stages end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers.golden_values import assert_near, fill, shapes, value
+from torch import Tensor, nn
+
+from adfeatures.backbones import StateDict
+from adfeatures.errors import CheckpointError, InputError, UnknownNameError
+from adfeatures.resolve import resolve_backbone
+from adfeatures.timm_backbones import TimmBackbone, find_timm
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def images(height: int, width: int, batch: int = 1) -> Tensor:
+    return value(f"images.{height}.{width}", (batch, 3, height, width))
+
+
+def loaded(arch: str, levels: tuple[int, ...] | None, state: StateDict, source: str) -> TimmBackbone:
+    backbone = TimmBackbone(arch, levels)
+    backbone.load(state, source)
+    return backbone.eval()
+
+
+def _without(state: dict[str, Tensor], key: str) -> None:
+    del state[key]
+
+
+def _longer(state: dict[str, Tensor], key: str) -> None:
+    state[key] = torch.cat([state[key], state[key]])
+
+
+def _nan(state: dict[str, Tensor], key: str) -> None:
+    state[key].view(-1)[3] = torch.nan
+
+
+def _renamed(state: dict[str, Tensor], key: str) -> None:
+    state["something.else"] = state[key]
+
+
+def timm_whole(arch: str, **kwargs: Any) -> Any:
+    """A timm model of random weights, with statistics of batch norms that show whether they are used."""
+    torch.manual_seed(1)
+    model = timm.create_model(arch, **kwargs).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    return model
+
+
+def hooked(model: nn.Module, modules: list[str], x: Tensor) -> list[Tensor]:
+    """What these modules give when the whole model runs."""
+    seen: list[Tensor] = []
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(x)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("arch", "levels", "blocks", "prefix"),
+    [
+        ("test_vit", None, (0, 2, 3, 5), 1),
+        ("test_vit4", (2, 5), (1, 4), 1),
+        ("vit_little_patch16_reg4_gap_256", (1,), (0,), 4),
+    ],
+)
+@pytest.mark.parametrize("grid", [None, (3, 5)])
+def test_timm_transformers_give_raw_blocks_without_prefix_tokens(
+    arch: str, levels: tuple[int, ...] | None, blocks: tuple[int, ...], prefix: int, grid: tuple[int, int] | None
+) -> None:
+    whole = timm_whole(arch, dynamic_img_size=True)
+    height, width = grid or whole.patch_embed.grid_size
+    x = images(16 * height, 16 * width, batch=2)
+    backbone = loaded(arch, levels, whole.state_dict(), "timm")
+    assert backbone.levels == tuple(block + 1 for block in blocks) and backbone.reductions == (16,) * len(blocks)
+    tokens = hooked(whole, [f"blocks.{block}" for block in blocks], x)
+    assert_near(backbone(x), [level[:, prefix:].transpose(1, 2).unflatten(2, (height, width)) for level in tokens])
+    built = {key.split(".")[2] for key in backbone.state_dict() if key.startswith("model.blocks.")}
+    assert built == {str(block) for block in range(max(blocks) + 1)}
+    assert not any(key.startswith(("model.norm.", "model.fc_norm.", "model.head.")) for key in backbone.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arch", "levels", "modules", "reductions"),
+    [
+        ("test_resnet", None, ["layer1", "layer2", "layer3"], (4, 8, 16)),
+        ("test_convnext", None, ["stages.0", "stages.1", "stages.2"], (4, 8, 16)),
+        ("test_efficientnet", (3,), ["blocks.2"], (8,)),
+    ],
+)
+def test_timm_pyramids_give_their_stages(
+    arch: str, levels: tuple[int, ...] | None, modules: list[str], reductions: tuple[int, ...]
+) -> None:
+    whole, x = timm_whole(arch), images(64, 96, batch=2)
+    backbone = loaded(arch, levels, whole.state_dict(), "timm")
+    maps, expected = backbone(x), hooked(whole, modules, x)
+    assert_near(maps, expected)
+    assert [tuple(level.shape[1:]) for level in maps] == [
+        (channels, 64 // reduction, 96 // reduction)
+        for channels, reduction in zip(backbone.channels, reductions, strict=True)
+    ]
+    assert (backbone.reductions, backbone.patch_size) == (reductions, max(reductions))
+
+
+def test_timm_backbones_read_what_they_write_and_what_timm_converts() -> None:
+    state, x = timm_whole("test_vit").state_dict(), images(160, 160)
+    backbone = loaded("test_vit", None, state, "timm")
+    expected = backbone(x)
+    assert_near(loaded("test_vit", None, backbone.state_dict(), "itself")(x), expected, 0)
+    openclip = {f"visual.trunk.{key}": tensor for key, tensor in state.items()}
+    openclip["text.x"] = torch.ones(1)
+    assert_near(loaded("test_vit", None, openclip, "open_clip")(x), expected, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(_without, "missing"), (_longer, "has shape"), (_nan, "holds NaN"), (_renamed, r"unexpected something\.else")],
+)
+@pytest.mark.parametrize(
+    ("arch", "key"), [("test_vit", "blocks.1.mlp.fc1.weight"), ("test_resnet", "layer2.0.conv1.weight")]
+)
+def test_timm_backbones_refuse_weights_that_do_not_fit(
+    arch: str, key: str, spoil: Callable[[dict[str, Tensor], str], None], message: str
+) -> None:
+    state = dict(timm_whole(arch).state_dict())
+    spoil(state, key)
+    with pytest.raises(CheckpointError, match=rf"some\.file.*{message}"):
+        loaded(arch, None, state, "some.file")
+    with pytest.raises(CheckpointError, match="some.file"):
+        loaded(arch, None, fill(shapes("backbone_clip"), "clip."), "some.file")
+
+
+def test_find_timm_describes_what_timm_has() -> None:
+    entry, backbone = find_timm("test_vit", (2, 4))
+    cfg = timm.get_pretrained_cfg("test_vit")
+    assert cfg is not None
+    assert (entry.family, entry.timm_name, entry.tag) == ("timm", f"test_vit.{cfg.tag}", cfg.tag)
+    assert (entry.blocks, entry.channels, entry.reductions) == ((2, 4), (64, 64), (16, 16))
+    assert (backbone.levels, backbone.channels, backbone.reductions) == ((2, 4), (64, 64), (16, 16))
+    assert entry.normalization == (cfg.mean, cfg.std) and entry.hub_file == (cfg.hf_hub_id, "model.safetensors")
+    assert entry.img_size == cfg.input_size[1:]
+    assert resolve_backbone("test_vit", weights="random", img_size=(32, 48)).entry.img_size == (32, 48)
+    assert find_timm("nasnetalarge")[0].img_size == (320, 320)  # timm's 331 cut to a multiple of 16
+
+
+def test_trying_out_computes_nothing_and_changes_nothing() -> None:
+    backbone = TimmBackbone("test_vit")
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    backbone.try_out((32, 48))
+    for key, tensor in backbone.state_dict().items():
+        assert tensor.device.type == "cpu" and torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "size", "error", "message"),
+    [
+        ("rensnet18", None, None, UnknownNameError, "Did you mean 'resnet18'"),
+        ("resnet18.nothing", None, None, UnknownNameError, r"tag of resnet18.*a1_in1k"),
+        ("adpretrain_timm", None, None, UnknownNameError, "Unknown backbone"),
+        ("hf-hub:owner/repo", None, None, UnknownNameError, "Unknown backbone"),
+        ("test_vit", (0, 1), None, InputError, "1 to 6"),
+        ("test_vit", (), None, InputError, "1 to 6"),
+        ("test_resnet", (2, 6), None, InputError, "1 to 5"),
+        ("test_vit", None, (100, 96), InputError, "nearest to 100 are 96 and 112"),
+        ("pit_b_224", None, None, InputError, "choose levels"),
+        ("vit_base_r26_s32_224", (1, 2), (225, 224), InputError, "multiples of 32"),
+        ("inception_v3", None, None, InputError, "instead of"),
+        ("beit_base_patch16_224", None, (240, 224), InputError, r"takes no images of \(240, 224\)"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    name: str, levels: tuple[int, ...] | None, size: tuple[int, int] | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resolve_backbone(name, weights="random", levels=levels, img_size=size)

@@ -1,0 +1,218 @@
+"""The checker says what is wrong with a data set, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.models import photo
+from helpers.real_iad_tree import write_real_iad
+from helpers.trees import WRITERS, write_mvtec
+from PIL import Image
+
+from adfeatures.errors import InputError, UnknownNameError
+from training.data import DATASETS, checks, dataset, real_iad
+
+PCB2 = "pcb2/Data/Masks/Anomaly/000.png"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Complete sets by name, to be copied before anything is changed."""
+    root = tmp_path_factory.mktemp("whole")
+    for name, write in WRITERS.items():
+        write(root / name, dataset(name).products, good=2, test_good=1, bad=1, size=(12, 12))
+    write_real_iad(root / "real_iad", real_iad.PRODUCTS, ok=1, ng=1, views=2, defects=("HS",), size=(12, 12))
+    write_mvtec(root / "folder", ("shaft", "gear"), good=2, test_good=1, bad=1, size=(12, 12))
+    return root
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_nothing_is_said_of_a_whole_set_and_it_is_recognized(whole: Path, name: str) -> None:
+    assert checks.recognize(whole / name) == name
+    assert checks.check(whole / name) == checks.check(whole / name, name) == []
+    text, code = checks.report(whole / name)
+    assert code == 0 and DATASETS[name].title in text and text.endswith("Nothing is missing or misnamed.")
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def gray(path: Path, size: tuple[int, int] = (12, 12), value: int = 7) -> None:
+    canvas = Image.new("L", size)
+    canvas.paste(value, (0, 0, 3, 3))
+    canvas.save(path)
+
+
+FAULTS = {
+    "half extracted": ("mvtec", lambda r: remove(r / "wood"), ["lacks 1 of 15 products of MVTec AD: wood"], []),
+    "misnamed product": (
+        "mvtec",
+        lambda r: (r / "wood").rename(r / "wod"),
+        ["lacks 1 of 15 products of MVTec AD: wood"],
+        ["wod is not read. Unknown product of MVTec AD 'wod'. Did you mean 'wood'"],
+    ),
+    "misnamed split": (
+        "mpdd",
+        lambda r: (r / "tubes/test").rename(r / "tubes/tests"),
+        ["tubes/test is missing"],
+        ["tubes/tests is not read. Unknown folder 'tests'. Did you mean 'test'"],
+    ),
+    "misnamed masks": (
+        "folder",
+        lambda r: (r / "gear/ground_truth").rename(r / "gear/groundtruth"),
+        [],
+        ["gear/groundtruth is not read. Unknown folder 'groundtruth'. Did you mean 'ground_truth'"],
+    ),
+    "misnamed kind": (
+        "mvtec",
+        lambda r: (r / "pill/test/broken").rename(r / "pill/test/broke"),
+        [
+            "pill has 1 images without their mask: .*test/broke/000.png "
+            ".mask expected in .*ground_truth/broke/000_mask.png"
+        ],
+        ["ground_truth/broken is not read: test has no such folder. Unknown kind 'broken'. Did you mean 'broke'"],
+    ),
+    "empty folder": ("mvtec", lambda r: (r / "pill/test/crack").mkdir(), ["test/crack holds no images"], []),
+    "no color images": (
+        "mvtec3d",
+        lambda r: remove(r / "rope/test/good/rgb"),
+        ["test/good/rgb holds no images", "rope/test holds no normal"],
+        [],
+    ),
+    "no normal images": (
+        "btad",
+        lambda r: remove(r / "03/train/ok"),
+        ["03/train is missing or has no sub-folders"],
+        [],
+    ),
+    "one normal image": (
+        "btad",
+        lambda r: remove(r / "03/train/ok/0000.bmp"),
+        [],
+        ["03/train holds a single normal image"],
+    ),
+    "no anomalies": (
+        "folder",
+        lambda r: remove(r / "gear/test/broken"),
+        ["gear/test holds no images with defects"],
+        ["Unknown kind 'broken'"],
+    ),
+    "image without mask": (
+        "btad",
+        lambda r: remove(r / "01/ground_truth/ko/0000.png"),
+        [r"01 has 1 images without their mask: .*01/test/ko/0000.bmp .mask expected in .*01/ground_truth/ko/0000.png"],
+        [],
+    ),
+    "mask without image": (
+        "mvtec",
+        lambda r: gray(r / "tile/ground_truth/broken/001_mask.png"),
+        ["tile/ground_truth/broken has 1 files that belong to no image: 001_mask.png"],
+        [],
+    ),
+    "misnamed mask": (
+        "real_iad",
+        lambda r: next(r.glob("realiad_512/pcb/NG/HS/*/*.png")).rename(r / "realiad_512/pcb/NG/HS/S0000/x_mask.png"),
+        ["belong to no image: x_mask.png", "pcb holds no images with defects"],
+        [],
+    ),
+    "other size": (
+        "visa",
+        lambda r: gray(r / PCB2, (9, 12), 255),
+        ["000.png has 9 x 12 pixels, its image .* has 12 x 12"],
+        [],
+    ),
+    "gray mask": ("visa", lambda r: gray(r / PCB2), [], ["pcb2 has 1 gray masks, .*000.png"]),
+    "empty mask": ("visa", lambda r: gray(r / PCB2, value=0), [], ["pcb2 has 1 masks without a defect"]),
+    "full mask": (
+        "visa",
+        lambda r: Image.new("L", (12, 12), 255).save(r / PCB2),
+        [],
+        ["pcb2 has 1 masks in which every pixel is a defect"],
+    ),
+    "broken image": (
+        "mpdd",
+        lambda r: (r / "tubes/train/good/000.png").write_bytes(b""),
+        [r"Cannot read .*train/good/000.png: the file is empty"],
+        [],
+    ),
+    "broken mask": (
+        "mpdd",
+        lambda r: (r / "tubes/ground_truth/broken/000_mask.png").write_text("x" * 50),
+        [r"Cannot read .*broken/000_mask.png"],
+        [],
+    ),
+    "no table": ("visa", lambda r: remove(r / "split_csv/1cls.csv"), ["There is no .*split_csv/1cls.csv"], []),
+    "missing image": (
+        "visa",
+        lambda r: remove(r / "fryum/Data/Images/Normal/0000.JPG"),
+        ["fryum has 1 missing images: .*Normal/0000.JPG"],
+        [],
+    ),
+    "image in no row": (
+        "visa",
+        lambda r: photo(0, (12, 12)).save(r / "fryum/Data/Images/Normal/77.JPG"),
+        ["fryum/Data/Images/Normal has 1 files that belong to no image: 77.JPG"],
+        [],
+    ),
+    "foreign folder": (
+        "folder",
+        lambda r: (r / "notes").mkdir(),
+        [],
+        ["notes is not read: it holds none of the folders train, test, ground_truth"],
+    ),
+    "no good parts": ("real_iad", lambda r: remove(r / "realiad_512/toy/OK"), ["toy/OK"], []),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_checker_names_what_is_wrong_and_nothing_else(whole: Path, tmp_path: Path, fault: str) -> None:
+    name, spoil, errors, warnings = FAULTS[fault]
+    root = shutil.copytree(whole / name, tmp_path / name)
+    spoil(root)
+    problems = checks.check(root)
+    for serious, expected in ((True, errors), (False, warnings)):
+        found = [problem.text for problem in problems if problem.serious is serious]
+        assert len(found) == len(expected), found
+        for pattern in expected:
+            assert any(re.search(pattern, text) for text in found), (pattern, found)
+    text, code = checks.report(root, name)
+    assert code == (1 if errors else 0) and text.endswith(f"errors: {len(errors)}, warnings: {len(warnings)}")
+
+
+def test_the_checker_names_three_of_many_files(whole: Path, tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path, ("shaft",), bad=5, size=(12, 12))
+    for path in (root / "shaft/ground_truth/broken").iterdir():
+        path.unlink()
+    (problem,) = checks.check(root, "folder")
+    assert "shaft has 5 images without their mask" in problem.text and problem.text.endswith("and 2 more.")
+    assert problem.text.count("mask expected in") == 3
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_checker_answers_a_wrong_root_with_the_right_one(whole: Path, tmp_path: Path, name: str) -> None:
+    # The folders of other tests lie beside tmp_path, and the search looks two folders up.
+    root = shutil.copytree(whole / name, tmp_path / "home" / "user" / "downloads" / name)
+    for wrong in (root.parent, root.parents[1]):
+        with pytest.raises(InputError, match=f"Give {root} instead"):
+            checks.check(wrong)
+        with pytest.raises(InputError, match=f"Give {root} instead"):
+            checks.check(wrong, name)
+    if name not in ("folder", "real_iad"):
+        product = dataset(name).products[0]
+        for wrong in (root / product, next(path for path in (root / product).iterdir() if path.is_dir())):
+            with pytest.raises(InputError, match=f"Give {root} instead"):
+                checks.check(wrong)
+
+
+def test_the_checker_refuses_what_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="There is no folder"):
+        checks.check(tmp_path / "nowhere")
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    with pytest.raises(InputError, match="--dataset to see what is missed"):
+        checks.check(tmp_path / "a/b/c")
+    with pytest.raises(UnknownNameError, match="Did you mean 'btad'"):
+        checks.check(tmp_path, "btat")

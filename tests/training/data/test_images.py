@@ -1,0 +1,153 @@
+"""Entries and batches: what they hold, whatever the format of a mask, the seed and the workers, and broken files."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import photo, write_photos
+from helpers.trees import defective, write_mvtec
+from PIL import Image
+from scipy import ndimage
+
+from adfeatures.errors import ImageError
+from adfeatures.images import build_transform
+from training.data import mvtec
+from training.data.images import ImageDataset, loader
+from training.data.items import ANOMALOUS, NORMAL, Item
+
+PLAIN: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+TRANSFORM = build_transform((32, 32), **PLAIN)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "I;16", "instances", "blue", "gray edge", "RGBA", "LA", "transparent color"]
+)
+def test_masks_are_binary_after_resizing_whatever_their_values(tmp_path: Path, mode: str) -> None:
+    defect = np.zeros((40, 60), dtype=np.uint8)
+    defect[8:20, 12:36] = 1
+    stored = {
+        "1": lambda: Image.fromarray(defect * 255).convert("1"),
+        "L": lambda: Image.fromarray(defect),
+        "P": lambda: _palette(defect),
+        "I;16": lambda: Image.fromarray(defect.astype(np.uint16) * 65535),
+        "instances": lambda: Image.fromarray(defect.astype(np.uint16)),
+        "RGBA": lambda: Image.fromarray(np.stack([defect * 9, 0 * defect, 0 * defect, defect * 255], axis=2)),
+        "LA": lambda: Image.fromarray(np.stack([defect * 255, defect * 90], axis=2), mode="LA"),
+        "transparent color": lambda: _palette(defect),
+        "blue": lambda: Image.fromarray(np.stack([0 * defect, 0 * defect, defect], axis=2)),
+        "gray edge": lambda: Image.fromarray(
+            defect * 127 + ndimage.binary_erosion(defect, iterations=2).astype(np.uint8) * 128
+        ),
+    }[mode]()
+    photo(0, (60, 40)).save(tmp_path / "image.png")
+    options: dict[str, Any] = {"transparency": 0} if mode == "transparent color" else {}
+    stored.save(tmp_path / "mask.png", **options)
+    item = Item(str(tmp_path / "image.png"), ANOMALOUS, "product", str(tmp_path / "mask.png"), "scratch")
+    for height, width in ((40, 60), (20, 30), (80, 120)):
+        mask = ImageDataset([item], build_transform((height, width), **PLAIN))[0]["mask"]
+        expected = Image.fromarray(defect * 255).resize((width, height), Image.Resampling.NEAREST)
+        assert mask.dtype == torch.uint8 and np.array_equal(mask[0], np.asarray(expected) // 255)
+
+
+def _palette(defect: np.ndarray) -> Image.Image:
+    image = Image.fromarray(defect, mode="P")
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    return image
+
+
+def test_an_entry_holds_image_mask_label_product_and_path(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path, size=(64, 48))
+    items = mvtec.TREE.find_items(root, "test")
+    data = pickle.loads(pickle.dumps(ImageDataset(items, TRANSFORM)))
+    assert len(data) == 4
+    for item, entry in zip(items, data, strict=True):
+        assert set(entry) == {"image", "mask", "label", "product", "path"}
+        assert entry["image"].shape == (3, 32, 32) and entry["image"].dtype == torch.float32
+        assert entry["mask"].shape == (1, 32, 32) and entry["mask"].dtype == torch.uint8
+        assert entry["mask"].any() == (item.label == ANOMALOUS)
+        assert (entry["label"], entry["product"], entry["path"]) == (item.label, "bottle", item.image)
+
+
+def test_batches_have_the_form_that_methods_expect(tmp_path: Path) -> None:
+    items = mvtec.TREE.find_items(write_mvtec(tmp_path, test_good=3), "test")
+    batches = list(loader(ImageDataset(items, TRANSFORM), 2))
+    assert [len(batch["path"]) for batch in batches] == [2, 2, 1]
+    assert batches[0]["image"].shape == (2, 3, 32, 32) and batches[0]["mask"].shape == (2, 1, 32, 32)
+    assert batches[0]["label"].dtype == torch.int64 and batches[0]["label"].tolist() == [ANOMALOUS, ANOMALOUS]
+    assert [path for batch in batches for path in batch["path"]] == [item.image for item in items]
+    assert batches[2]["product"] == ["bottle"]
+    assert [len(batch["path"]) for batch in loader(ImageDataset(items, TRANSFORM), 2, drop_last=True)] == [2, 2]
+
+
+def test_shuffled_batches_depend_on_the_seed_only(tmp_path: Path) -> None:
+    items = mvtec.TREE.find_items(write_mvtec(tmp_path, good=9, size=(16, 16)), "train")
+    data = ImageDataset(items, TRANSFORM)
+
+    def passes(seed: int, workers: int) -> list[list[tuple[list[str], float]]]:
+        batches = loader(data, 4, shuffle=True, seed=seed, workers=workers)
+        next(iter(batches))  # A pass that is broken off, while workers have read all of it.
+        return [[(batch["path"], batch["image"].sum().item()) for batch in batches] for _ in range(2)]
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = passes(seed=5, workers=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert passes(seed=5, workers=1) == first == passes(seed=5, workers=2)
+    assert passes(seed=6, workers=0) != first and first[0] != first[1]
+    for one in first:
+        assert sorted(path for paths, _ in one for path in paths) == [item.image for item in items]
+
+
+def test_an_unreadable_file_leaves_no_workers_behind(tmp_path: Path) -> None:
+    """Not even until the garbage is collected: a worker forked meanwhile would inherit them."""
+    write_photos(tmp_path, range(4))
+    (tmp_path / "001.png").write_bytes(b"no image")
+    items = [Item(str(path), NORMAL, "bottle") for path in sorted(tmp_path.iterdir())]
+    gc.disable()
+    try:
+        with pytest.raises(ImageError, match="001.png") as caught:
+            list(loader(ImageDataset(items, TRANSFORM), 1, workers=2))
+        del caught
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_files_are_named_by_the_loader_too(tmp_path: Path, workers: int) -> None:
+    root = write_mvtec(tmp_path, size=(16, 16))
+    items = mvtec.TREE.find_items(root, "test")
+    broken = root / "bottle/ground_truth/broken/001_mask.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(ImageError) as caught:
+        list(loader(ImageDataset(items, TRANSFORM), 1, workers=workers))
+    assert str(caught.value).startswith(f"Cannot read {broken}: ") and "\n" not in str(caught.value)
+
+    (root / "bottle/test/broken/000.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"broken/000\.png"):
+        ImageDataset(items, TRANSFORM)[0]
+
+
+def test_a_mask_of_another_size_is_refused_upright(tmp_path: Path) -> None:
+    """A camera that was held sideways: its file is 40 x 24, the image and its mask are 24 x 40."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(0, (40, 24)).save(tmp_path / "image.jpg", exif=exif)
+    mask = defective(1, (24, 40))[1]
+    mask.save(tmp_path / "upright.png")
+    mask.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png")
+    upright, lying = (
+        Item(str(tmp_path / "image.jpg"), ANOMALOUS, "p", str(tmp_path / name), "d")
+        for name in ("upright.png", "lying.png")
+    )
+    assert ImageDataset([upright], TRANSFORM)[0]["mask"].any()
+    with pytest.raises(ImageError, match=r"lying\.png has 40 x 24 pixels, its image .*image\.jpg has 24 x 40"):
+        ImageDataset([lying], TRANSFORM)[0]

@@ -1,0 +1,110 @@
+"""Which images projectors are evaluated on, and against which references."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.trees import write_mvtec
+
+from adfeatures.errors import InputError
+from training.data import mvtec
+from training.data.items import ANOMALOUS, NORMAL, Item
+from training.pretraining.trials import REFERENCES_PER_VIEW, held_out_trials, mvtec_trials
+
+
+def images(product: str, view: str, label: int, samples: range) -> list[Item]:
+    return [
+        Item(f"/data/{product}/{view}/{n}_{label}.jpg", label, product, view=view, sample=f"{product}/S{n}")
+        for n in samples
+    ]
+
+
+def test_trials_are_of_products_with_held_out_images_of_both_labels() -> None:
+    train = [
+        *images("nut", "C1", NORMAL, range(20)),
+        *images("nut", "C2", NORMAL, range(20)),
+        *images("bolt", "C1", NORMAL, range(9)),
+    ]
+    held_out = [
+        item
+        for view in ("C1", "C2")
+        for label in (NORMAL, ANOMALOUS)
+        for item in images("nut", view, label, range(30, 36))
+    ]
+    (trial,) = held_out_trials(train, [*held_out, *images("bolt", "C1", NORMAL, range(30, 36))], limit=10, seed=0)
+    assert trial.product == "nut"
+    assert {view: len(items) for view, items in trial.references.items()} == {
+        "C1": REFERENCES_PER_VIEW,
+        "C2": REFERENCES_PER_VIEW,
+    }
+    references = [item for view, items in trial.references.items() for item in items if item.view == view]
+    assert len(references) == 2 * REFERENCES_PER_VIEW and set(references) <= set(train)
+    assert set(trial.train) <= set(train) - set(references) and len(set(trial.train)) == 10
+    assert set(trial.test) <= set(held_out) and Counter(item.label for item in trial.test) == {
+        NORMAL: 10,
+        ANOMALOUS: 10,
+    }
+
+
+def test_trials_depend_on_the_seed_and_on_neither_order_nor_place() -> None:
+    train = images("nut", "C1", NORMAL, range(40))
+    held_out = [*images("nut", "C1", NORMAL, range(50, 60)), *images("nut", "C1", ANOMALOUS, range(50, 60))]
+    one, other = held_out_trials(train, held_out, 5, 0), held_out_trials(train, held_out, 5, 1)
+    assert one != other
+    assert held_out_trials(train[::-1], held_out[::-1], 5, 0) == one
+    moved, moved_out = (
+        [replace(item, image=item.image.replace("/data", "/moved")) for item in items] for items in (train, held_out)
+    )
+    found = held_out_trials(moved, moved_out, 5, 0)
+    assert [item.sample for item in found[0].test] == [item.sample for item in one[0].test]
+
+
+def test_a_view_without_references_is_left_out() -> None:
+    train = images("nut", "C1", NORMAL, range(1))
+    held_out = [
+        item
+        for view in ("C1", "C2")
+        for label in (NORMAL, ANOMALOUS)
+        for item in images("nut", view, label, range(5, 8))
+    ]
+    (trial,) = held_out_trials(train, held_out, 10, 0)
+    assert {item.view for item in trial.test} == set(trial.references) == {"C1"}
+    assert trial.train == train  # the only normal image has to serve twice
+    assert held_out_trials(train, [item for item in held_out if item.view == "C2"], 10, 0) == []
+
+
+@pytest.fixture(scope="module")
+def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mvtec(
+        tmp_path_factory.mktemp("mvtec"),
+        mvtec.PRODUCTS,
+        good=REFERENCES_PER_VIEW + 1,
+        test_good=1,
+        bad=1,
+        size=(16, 16),
+    )
+
+
+def test_mvtec_is_evaluated_against_its_first_images(mvtec_root: Path) -> None:
+    trials = mvtec_trials(str(mvtec_root))
+    assert tuple(trial.product for trial in trials) == mvtec.PRODUCTS
+    for trial in trials:
+        names = [str(Path(item.image).relative_to(mvtec_root)) for item in trial.references[""]]
+        assert names == [f"{trial.product}/train/good/{number:03d}.png" for number in range(REFERENCES_PER_VIEW)]
+        assert len(trial.train) == REFERENCES_PER_VIEW + 1 and [item.label for item in trial.test] == [
+            ANOMALOUS,
+            NORMAL,
+        ]
+        assert {item.product for item in (*trial.train, *trial.test)} == {trial.product}
+
+
+def test_products_of_mvtec_that_are_missing_are_named_at_once(mvtec_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(mvtec_root, tmp_path / "mvtec")
+    for product in ("cable", "zipper"):
+        shutil.rmtree(tmp_path / "mvtec" / product)
+    with pytest.raises(InputError, match="holds no cable, zipper. Extract the rest of MVTec AD"):
+        mvtec_trials(str(tmp_path / "mvtec"))

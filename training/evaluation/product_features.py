@@ -1,0 +1,177 @@
+"""The features that methods take of products: raw ones, or those that references make of them."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from adfeatures.errors import InputError
+from adfeatures.references import BankRecord, ReferenceBank
+from adfeatures.sources import distinct
+
+from ..data.images import loader
+from ..data.items import Item
+from ..methods.base import Extractor
+from ..methods.retrieval import RetrievedReferences
+from .feature_cache import CachedExtractor, content_key, place_key
+from .product import Product
+from .raw_features import KnownImages, RawFeatures
+from .residuals import Key, Residuals
+
+
+class FeatureKind(NamedTuple):
+    """What decides features besides the images.
+
+    Attributes:
+        images: Preset of `adfeatures.images` for the images.
+        references: Preset for their references.
+        tag: Tag of the trained weights, None for raw features.
+        draw: Number of the draw of references, None where they are retrieved or none are needed.
+    """
+
+    images: str
+    references: str
+    tag: str | None = None
+    draw: int | None = None
+
+
+@dataclass
+class ProductFeatures:
+    """Features of some products, computed once for all methods that take the same.
+
+    Attributes:
+        extractor: What gives them.
+        kind: What decides them.
+        weights: Name of the trained weights, None for raw features.
+        references: Reference files of each product, as given, with their SHA-256.
+        single: The references, by SHA-256, that are training images and have no others to be compared with.
+        temporary: What was kept on disk for these features alone.
+        retrieved: Where the references are retrieved: those of each image so far, by its path.
+    """
+
+    extractor: Extractor
+    kind: FeatureKind
+    weights: str | None = None
+    references: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    single: frozenset[str] = frozenset()
+    temporary: CachedExtractor | None = None
+    retrieved: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def trainable(self, product: Product) -> list[Item]:
+        """The training images that have such features.
+
+        Raises:
+            InputError: If there are none.
+        """
+        items = [item for item in product.train if not self.single or content_key(item.image) not in self.single]
+        if not items:
+            raise InputError(
+                f"{product.name} has a single normal training image, which is its reference. "
+                "Nothing is left to learn from."
+            )
+        return items
+
+    def record(self, product: Product) -> dict[str, Any]:
+        """What the results say of the features of a product."""
+        facts: dict[str, Any] = {
+            "product": product.name,
+            "weights": self.weights,
+            "geometry": {"images": self.kind.images, "references": self.kind.references},
+            "references": self.references.get(product.name, []),
+        }
+        if self.retrieved:
+            facts["retrieved"] = {item.image: list(self.retrieved[item.image]) for item in product.test}
+        return facts
+
+    def warnings(self, product: Product) -> list[str]:
+        """What is odd about the references of a product."""
+        known = {entry["sha256"] for entry in self.references.get(product.name, [])}
+        copies = sum(content_key(item.image) in known for item in product.test) if known else 0
+        single = "The only reference is a training image, which is left out of the training."
+        return [f"{copies} test images are references as well."] * bool(copies) + [single] * bool(self.single & known)
+
+    def remove(self) -> None:
+        """Delete what was kept for these features alone."""
+        if self.temporary is not None:
+            self.temporary.remove()
+
+
+def residual_features(
+    raw: RawFeatures,
+    kind: FeatureKind,
+    products: Sequence[Product],
+    references: Sequence[Sequence[Item]],
+    *,
+    leave_out: bool,
+    owner: str,
+) -> ProductFeatures:
+    """Projected residuals of products against fixed references.
+
+    Args:
+        raw: Raw features, with the model.
+        kind: Presets and tag.
+        products: The products.
+        references: References of each product.
+        leave_out: Whether a training image that is a reference is compared with the other references alone.
+        owner: Whose they are: evaluations that share a folder of features do not delete each other's.
+
+    Raises:
+        ImageError: For a reference that cannot be read.
+    """
+    model, weights = raw.model, raw.model.weights[kind.tag or ""]
+    banks: dict[Key, ReferenceBank] = {}
+    for product, items in zip(products, references, strict=True):
+        raw.encode(items, kind.references)
+        for view in {item.view for item in items}:
+            banks[product.name, view] = _bank(raw, kind.references, [item for item in items if item.view == view])
+    key_of = {item.image: (product.name, item.view) for product in products for item in (*product.train, *product.test)}
+    extractor = Residuals(
+        raw.of(kind.images), banks, key_of, weights.projector, scorer=model.scorer, leave_out=leave_out
+    )
+    identity = {
+        "images": raw.identity(kind.images),
+        "references": [kind.references, sorted((*key, *bank.sha256s) for key, bank in banks.items())],
+        "projector": weights.fingerprint,
+        "leave_out": leave_out,
+        "owner": owner,
+    }
+    temporary = CachedExtractor(extractor, raw.folder, identity, place_key, model.device)
+    files: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for (name, _), bank in sorted(banks.items()):
+        files[name] += [{"file": file, "sha256": sha} for file, sha in zip(bank.files, bank.sha256s, strict=True)]
+    single = [bank.sha256s[0] for bank in banks.values() if bank.num_images == 1]
+    return ProductFeatures(
+        temporary,
+        kind,
+        weights.name,
+        references=files,
+        single=frozenset(single if leave_out else ()),
+        temporary=temporary,
+    )
+
+
+def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) -> ProductFeatures:
+    """Projected residuals of a product against references retrieved for each image from all training images."""
+    model, weights = raw.model, raw.model.weights[kind.tag or ""]
+    extractor = RetrievedReferences(
+        lambda batch: model.scorer.features(raw.of(kind.images)(batch)),
+        weights.projector,
+        KnownImages(product.train, model.img_size),
+    )
+    return ProductFeatures(extractor, kind, weights.name, retrieved=extractor.lists)
+
+
+def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:
+    """The bank of references whose features are known. Copies are left out, with a warning."""
+    kept = distinct([item.image for item in items])
+    own = [item for item in items if item.image in kept.values()]
+    batches = [raw.of(preset)(batch) for batch in loader(KnownImages(own, raw.model.img_size))]
+    levels = [torch.cat(level) for level in zip(*batches, strict=True)]
+    bank = ReferenceBank.from_features(raw.model.scorer.features(levels))
+    bank.record = BankRecord(files=[os.fspath(item.image) for item in own], sha256s=list(kept))
+    return bank

@@ -1,0 +1,162 @@
+"""The tables of an evaluation: lines made of its records by program, and their forms as CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite, nan
+from statistics import fmean, stdev
+
+from ..methods import METHODS, title_of
+from ..metrics import Metrics
+from .results import OF_RETRIEVED, PRETRAINED, RAW, Record
+
+METRICS = tuple(field.name for field in fields(Metrics))
+ORIGINAL_AUPRO = "aupro_original"
+TITLES = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+    "image_f1": "Image F1-max",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1": "Pixel F1-max",
+    "aupro": "AUPRO",
+    ORIGINAL_AUPRO: "AUPRO (original)",
+}
+DIFFERENCE, MEAN = "difference", "mean"
+# After the name of a method: its best result over all epochs.
+ORACLE = "_oracle"
+
+
+@dataclass(frozen=True)
+class TableLine:
+    """One line of a table.
+
+    Attributes:
+        method: Name of the method.
+        product: Name of the product, or MEAN.
+        features: PRETRAINED, RAW, or DIFFERENCE of the two.
+        products: How many products it is of.
+        draws: How many draws of references it is the mean of.
+        values: The metrics as fractions, NaN where one is not defined.
+        spreads: Their standard deviations over the draws, NaN with fewer than two.
+    """
+
+    method: str
+    product: str
+    features: str
+    products: int
+    draws: int
+    values: Mapping[str, float]
+    spreads: Mapping[str, float]
+
+
+# Metrics by product and draw.
+_Found = Mapping[str, Mapping[int | None, Mapping[str, float]]]
+
+
+def title(method: str) -> str:
+    """The name of a method for people."""
+    last_epoch = method.removesuffix(ORACLE)
+    base = last_epoch.removesuffix(OF_RETRIEVED)
+    return title_of(base) + " (retrieved)" * (base != last_epoch) + " (oracle)" * (last_epoch != method)
+
+
+def table_lines(records: Sequence[Record]) -> list[TableLine]:
+    """The lines of the tables: of each method each product and their mean, each pretrained, raw and their difference.
+
+    Args:
+        records: Finished ones, of `training.evaluation.results`.
+    """
+    columns = METRICS + (ORIGINAL_AUPRO,) * any(ORIGINAL_AUPRO in record["metrics"] for record in records)
+    found: dict[str, dict[str, dict]] = defaultdict(lambda: {PRETRAINED: defaultdict(dict), RAW: defaultdict(dict)})
+    for record in records:
+        for suffix, values in (("", record["metrics"]), (ORACLE, record.get("oracle"))):
+            if values is not None:
+                numbers = {metric: nan if values.get(metric) is None else values[metric] for metric in columns}
+                found[record["method"] + suffix][record["features"]][record["product"]][record["draw"]] = numbers
+    lines = []
+    for method in sorted(found, key=_order):
+        kinds = found[method]
+        products = list(dict.fromkeys([*kinds[PRETRAINED], *kinds[RAW]]))
+        for product in products:
+            own = {kind: {product: of_kind[product]} for kind, of_kind in kinds.items() if product in of_kind}
+            lines += _lines(method, product, own, columns)
+        lines += _lines(method, MEAN, {kind: of_kind for kind, of_kind in kinds.items() if of_kind}, columns)
+    return lines
+
+
+def _lines(method: str, name: str, kinds: Mapping[str, _Found], columns: Sequence[str]) -> list[TableLine]:
+    """Pretrained, raw and difference, as far as they are there, of the products that all kinds have."""
+    products = set.intersection(*map(set, kinds.values()))
+    # Products in which a metric is defined throughout, so that all kinds and draws are of the same ones.
+    defined = {m: [product for product in products if _is_defined(m, product, kinds)] for m in columns}
+    lines = []
+    for kind, found in kinds.items():
+        draws = set.intersection(*(set(found[product]) for product in products)) if products else set()
+        means, spreads = dict.fromkeys(columns, nan), dict.fromkeys(columns, nan)
+        for metric, of_metric in defined.items():
+            values = [fmean(found[product][draw][metric] for product in of_metric) for draw in draws if of_metric]
+            means[metric] = fmean(values) if values else nan
+            spreads[metric] = stdev(values) if len(values) > 1 else nan
+        lines.append(TableLine(method, name, kind, len(products), len(draws), means, spreads))
+    if len(lines) == 2:
+        pretrained, raw = lines
+        gains = {metric: pretrained.values[metric] - raw.values[metric] for metric in columns}
+        lines.append(replace(pretrained, features=DIFFERENCE, values=gains))
+    return lines
+
+
+def _is_defined(metric: str, product: str, kinds: Mapping[str, _Found]) -> bool:
+    return all(isfinite(values[metric]) for found in kinds.values() for values in found[product].values())
+
+
+def _order(method: str) -> tuple[int, str]:
+    places = [place for place, name in enumerate(METHODS) if method.startswith(name)]
+    return (places or [len(METHODS)])[0], method
+
+
+def to_csv(lines: Sequence[TableLine]) -> str:
+    """The lines as CSV, metrics as fractions in full precision; what is not defined is empty."""
+    text = io.StringIO()
+    columns = tuple(lines[0].values) if lines else METRICS
+    facts = [field.name for field in fields(TableLine) if field.name not in ("values", "spreads")]
+    numbers = [name for metric in columns for name in (metric, f"{metric}_sd")]
+    table = csv.DictWriter(text, [*facts, *numbers], lineterminator="\n", extrasaction="ignore")
+    table.writeheader()
+    for line in lines:
+        values = {**line.values, **{f"{metric}_sd": value for metric, value in line.spreads.items()}}
+        shown = {name: repr(value) if isfinite(value) else "" for name, value in values.items()}
+        table.writerow(asdict(line) | shown)
+    return text.getvalue()
+
+
+def to_markdown(lines: Sequence[TableLine]) -> str:
+    """The lines as one table of Markdown, in percent."""
+    columns = tuple(lines[0].values) if lines else METRICS
+    several = len({line.method for line in lines}) != 1
+    body = []
+    for line in lines:
+        product = f"mean of {line.products}" if line.product == MEAN else line.product
+        body.append([title(line.method)] * several + [product, line.features, *(percent(line, m) for m in columns)])
+    return markdown_table(["Method"] * several + ["Product", "Features", *(TITLES[m] for m in columns)], body)
+
+
+def percent(line: TableLine, metric: str) -> str:
+    """A metric of a line with its spread, in percent."""
+    value, spread = 100 * line.values[metric], 100 * line.spreads[metric]
+    if not isfinite(value):
+        return "-"
+    shown = format(value, "+.2f" if line.features == DIFFERENCE else ".2f")
+    return f"{shown} ± {spread:.2f}" if isfinite(spread) else shown
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    text = ""
+    for row in (head, ["---"] * len(head), *body):
+        text += f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |".replace("\n", " ") + "\n"
+    return text
