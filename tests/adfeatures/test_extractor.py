@@ -518,7 +518,7 @@ class TestAsAModule:
         assert model.anomaly_map(images(2, 2).to(dtype)).maps.dtype == torch.float32
         assert len(model.score([photo(1)])) == 1
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.gpu
     def test_on_a_gpu(self, model: FeatureExtractor) -> None:
         expected = model(images(2, 2))
         model.to("cuda")
