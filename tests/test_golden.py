@@ -13,7 +13,7 @@ TOLERANCES = {"training": 1e-3}
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name == "training" else []) for name in make_formulas.MAKERS],
+    [pytest.param(name, marks=[pytest.mark.release] if name == "training" else []) for name in make_formulas.MAKERS],
 )
 def test_formulas_give_the_stored_numbers(name: str) -> None:
     found, expected = make_formulas.MAKERS[name](), golden(name)
