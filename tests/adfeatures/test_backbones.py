@@ -478,9 +478,9 @@ def test_efficientnet_is_the_beginning_of_timms() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"levels": (1,)}, {"embed_dim": 8}, {"depth": 3}, {"num_heads": 2}])
-def test_efficientnet_cannot_be_changed(setting: dict[str, object]) -> None:
+def test_efficientnet_cannot_be_changed(setting: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="convolutional"):
-        create_backbone(lite()[0], **setting)  # type: ignore[arg-type]
+        create_backbone(lite()[0], **setting)
 
 
 # Refusals

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,9 +127,9 @@ def test_out_indices_choose_what_forward_returns_but_not_the_scores() -> None:
 
 
 @pytest.mark.parametrize("indices", [(4,), (-5,), (), 0, 5])
-def test_levels_that_do_not_exist_are_refused(model: FeatureExtractor, indices: object) -> None:
+def test_levels_that_do_not_exist_are_refused(model: FeatureExtractor, indices: int | tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="4 levels"):
-        model.forward_intermediates(images(2, 1), indices=indices)  # type: ignore[arg-type]
+        model.forward_intermediates(images(2, 1), indices=indices)
 
 
 class TestForwardIntermediates:
@@ -139,9 +141,11 @@ class TestForwardIntermediates:
         torch.testing.assert_close(final, intermediates[-1])
 
     @pytest.mark.parametrize(("indices", "chosen"), [(2, [2, 3]), ([0, -2], [0, 2]), (None, [0, 1, 2, 3]), ((1,), [1])])
-    def test_indices_and_final_value(self, model: FeatureExtractor, indices: object, chosen: list[int]) -> None:
+    def test_indices_and_final_value(
+        self, model: FeatureExtractor, indices: int | Sequence[int] | None, chosen: list[int]
+    ) -> None:
         x = images(2, 2)
-        final, intermediates = model.forward_intermediates(x, indices=indices)  # type: ignore[arg-type]
+        final, intermediates = model.forward_intermediates(x, indices=indices)
         everything = model(x)
         for expected, found in zip([everything[i] for i in chosen], intermediates, strict=True):
             torch.testing.assert_close(found, expected)
@@ -163,9 +167,9 @@ class TestForwardIntermediates:
         "argument",
         [{"norm": True}, {"return_prefix_tokens": True}, {"attn_mask": torch.ones(1)}, {"output_fmt": "NHWC"}],
     )
-    def test_what_cannot_be_met_is_refused_by_name(self, model: FeatureExtractor, argument: dict[str, object]) -> None:
+    def test_what_cannot_be_met_is_refused_by_name(self, model: FeatureExtractor, argument: dict[str, Any]) -> None:
         with pytest.raises(InputError, match=next(iter(argument))):
-            model.forward_intermediates(images(2, 1), **argument)  # type: ignore[arg-type]
+            model.forward_intermediates(images(2, 1), **argument)
 
 
 class TestProducts:
@@ -354,11 +358,11 @@ class TestSavedReferences:
         ],
     )
     def test_of_another_model_are_refused(
-        self, model: FeatureExtractor, tmp_path: Path, other: object, says: str
+        self, model: FeatureExtractor, tmp_path: Path, other: Callable[[], FeatureExtractor], says: str
     ) -> None:
         model.save_references(tmp_path / "bank.safetensors")
         with pytest.raises(ReferencesError, match=says):
-            other().load_references(tmp_path / "bank.safetensors")  # type: ignore[operator]
+            other().load_references(tmp_path / "bank.safetensors")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_serve_the_same_model_in_half_precision(

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -244,8 +245,8 @@ class TestNames:
 
 class TestSizesAndReferences:
     @pytest.mark.parametrize(("size", "grid"), [(None, (14, 14)), (160, (10, 10)), ((96, 320), (6, 20))])
-    def test_img_size(self, size: object, grid: tuple[int, int]) -> None:
-        model = adfeatures.create_model(CLIP, pretrained=False, img_size=size)  # type: ignore[arg-type]
+    def test_img_size(self, size: int | tuple[int, int] | None, grid: tuple[int, int]) -> None:
+        model = adfeatures.create_model(CLIP, pretrained=False, img_size=size)
         transform = adfeatures.create_transform(model)
         x = transform(photo(1, (300, 100)))[None]
         assert (
@@ -457,10 +458,10 @@ class TestTimmBackbones:
             ({"model": "adpretrain_dinov2_base"}, "does not fit|has channels"),
         ],
     )
-    def test_headers_that_lie(self, own: Own, tmp_path: Path, header: dict[str, object], says: str) -> None:
+    def test_headers_that_lie(self, own: Own, tmp_path: Path, header: dict[str, Any], says: str) -> None:
         if not header.keys() & own.header.keys():
             header = {"backbone": json.dumps({**own.facts, **header})}
-        path = own.write(tmp_path / "model.safetensors", **header)  # type: ignore[arg-type]
+        path = own.write(tmp_path / "model.safetensors", **header)
         with pytest.raises(CheckpointError, match=says) as error:
             adfeatures.create_model(weights=path)
         assert "model.safetensors" in str(error.value)

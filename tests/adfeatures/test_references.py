@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adfeatures import references
@@ -196,10 +197,10 @@ class _Largest(TorchDispatchMode):
     bytes = 0
 
     def __torch_dispatch__(
-        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+        self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func._schema.returns[0].alias_info:  # type: ignore[attr-defined]
+        if isinstance(result, Tensor) and not func._schema.returns[0].alias_info:
             self.bytes = max(self.bytes, result.nbytes)
         return result
 

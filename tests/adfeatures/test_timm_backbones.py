@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,6 +125,16 @@ def test_timm_backbones_read_what_they_write_and_what_timm_converts() -> None:
     assert_near(loaded("test_vit", None, openclip, "open_clip")(x), expected, 0)
 
 
+def test_no_weights_leave_those_of_the_levels_as_they_were() -> None:
+    backbone = TimmBackbone("test_vit", (1, 2))
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    backbone.load(None, "nothing")
+    after = backbone.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
+    spare = ("model.blocks.2.", "model.blocks.3.", "model.blocks.4.", "model.blocks.5.", "model.norm.", "model.head.")
+    assert before.keys() - after.keys() == {key for key in before if key.startswith(spare)}
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [(_without, "missing"), (_longer, "has shape"), (_nan, "holds NaN"), (_renamed, r"unexpected something\.else")],
@@ -151,14 +162,17 @@ def test_find_timm_describes_what_timm_has() -> None:
     assert (backbone.levels, backbone.channels, backbone.reductions) == ((2, 4), (64, 64), (16, 16))
     assert entry.normalization == (cfg.mean, cfg.std) and entry.hub_file == (cfg.hf_hub_id, "model.safetensors")
     assert entry.img_size == cfg.input_size[1:]
-    assert resolve_backbone("test_vit", weights="random", img_size=(32, 48)).entry.img_size == (32, 48)
+    sized = resolve_backbone("test_vit", weights="random", levels=(2, 4), img_size=(32, 48)).entry
+    assert sized == replace(entry, img_size=(32, 48))
     assert find_timm("nasnetalarge")[0].img_size == (320, 320)  # timm's 331 cut to a multiple of 16
 
 
 def test_trying_out_computes_nothing_and_changes_nothing() -> None:
-    backbone = TimmBackbone("test_vit")
+    backbone, devices = TimmBackbone("test_vit"), list[str]()
+    backbone.model.blocks[0].register_forward_pre_hook(lambda module, inputs: devices.append(inputs[0].device.type))
     before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     backbone.try_out((32, 48))
+    assert devices == ["meta"]
     for key, tensor in backbone.state_dict().items():
         assert tensor.device.type == "cpu" and torch.equal(tensor, before[key])
 

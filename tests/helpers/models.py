@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from adfeatures.projector import ResidualProjector
 CFG = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def tiny_extractor(seed: int = 0, img_size: tuple[int, int] = (56, 56), **kwargs: object) -> FeatureExtractor:
+def tiny_extractor(seed: int = 0, img_size: tuple[int, int] = (56, 56), **kwargs: Any) -> FeatureExtractor:
     """A DINOv2-like extractor of 32 channels with random weights that react to their input."""
     torch.manual_seed(seed)
     backbone = create_backbone("dinov2_base", embed_dim=32, depth=4, num_heads=2)
@@ -24,7 +25,7 @@ def tiny_extractor(seed: int = 0, img_size: tuple[int, int] = (56, 56), **kwargs
             if name.endswith("gamma"):
                 parameter.fill_(1.0)
     projector = ResidualProjector(backbone.channels, num_keys=16)
-    return FeatureExtractor(backbone, projector, name="tiny", img_size=img_size, pretrained_cfg=CFG, **kwargs)  # type: ignore[arg-type]
+    return FeatureExtractor(backbone, projector, name="tiny", img_size=img_size, pretrained_cfg=CFG, **kwargs)
 
 
 def photo(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
