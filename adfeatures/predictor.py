@@ -92,7 +92,6 @@ def reference_photos(model: FeatureExtractor, images: Images, bit_depth: int, kn
         InputError: For no images.
     """
     if isinstance(images, Tensor):
-        sources: dict[str, ImageSource] = {}
         photos = ReferencePhotos(iter(images.split(BATCH_SIZE)), [""] * len(images), [""] * len(images), None)
     else:
         sources = distinct(image_sources(images), known)
