@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 
-# So many similarities of features are held at once: 32 MB in float32, a few times over.
-SIMILARITIES = 2**23
+# So many similarities of features are held at once: 16 MB in float32, a few times over.
+SIMILARITIES = 2**22
 ANCHORS = ("both", "first")
 
 
