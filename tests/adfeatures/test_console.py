@@ -22,13 +22,13 @@ print("after", file=sys.stderr)
 """
 
 
-def show(lines: int, **options: object) -> subprocess.Popen[bytes]:
+def show(lines: int, **options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", SHOW, str(lines)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, **options},  # type: ignore[dict-item]
+        env={**os.environ, **options},
     )
 
 
@@ -54,7 +54,8 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
 
 
 def test_streams_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
     with console():
         print("text")
-    assert sys.stdout.getvalue() == "text\n"  # type: ignore[attr-defined]
+    assert stream.getvalue() == "text\n"
