@@ -34,16 +34,6 @@ def test_one_image_or_several_or_a_folder(tmp_path: Path) -> None:
         image_sources(tmp_path / "empty")
 
 
-def test_files_are_known_by_their_bytes_and_images_by_their_pixels(tmp_path: Path) -> None:
-    (path,) = write_photos(tmp_path, range(1))
-    assert digest(path) == digest(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
-    pixels = np.asarray(photo(0))
-    assert digest(photo(0)) == digest(pixels) == digest(np.asfortranarray(pixels))
-    assert digest(pixels) != digest(pixels[:, :, ::-1]) and digest(pixels) != digest(pixels.reshape(60, -1))
-    with pytest.raises(ImageError, match=r"no image file .*gone\.png"):
-        digest(tmp_path / "gone.png")
-
-
 def test_copies_are_left_out_with_a_warning_that_names_them(tmp_path: Path) -> None:
     def kept(sources: Sequence[ImageSource], known: Sequence[str] = ()) -> list[Photo]:
         return [photo for batch in read_distinct(sources, TRANSFORM, known, 2) for photo in batch]
