@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from .canvas import Map, Part, sample, smooth
+from .canvas import Part
+from .shapes import Map, sample, smooth
 
 VIEWS = 5
 # Texels per pixel: the picture is made at twice its size and averaged.

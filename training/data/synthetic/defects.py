@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from .canvas import BODY, Map, Part, box, grain, length, noise, sample, segment, smooth
+from .canvas import BODY, Part, rgb
+from .shapes import Map, Rng, box, grain, length, noise, sample, segment, smooth
 
 # Colors of what does not belong to a product: soot, rust, mold, chalk, blood red, ink, grease, brass, hair, paint.
 STRANGE = np.array(
@@ -31,7 +32,7 @@ STRANGE = np.array(
 )
 
 
-def _spot(part: Part, rng: np.random.Generator, *, at_edge: bool = False) -> tuple[float, float]:
+def _spot(part: Part, rng: Rng, *, at_edge: bool = False) -> tuple[float, float]:
     """A point of the product that camera 1 sees, in coordinates of the canvas, near its outline where wished."""
     coarse = part.maps[BODY, ::4, ::4] > 0.5
     places = (
@@ -45,13 +46,13 @@ def _spot(part: Part, rng: np.random.Generator, *, at_edge: bool = False) -> tup
     return float(part.x[4 * row, 4 * column]), float(part.y[4 * row, 4 * column])
 
 
-def _extent(rng: np.random.Generator, strength: float, small: float, large: float) -> float:
+def _extent(rng: Rng, strength: float, small: float, large: float) -> float:
     """A size between two, log-uniform, rather large where the defect is strong."""
     share = min(1.0, max(0.0, 0.5 * strength + rng.uniform(0, 0.5)))
     return small * (large / small) ** share
 
 
-def _contrast(window: Part, rng: np.random.Generator, strength: float) -> Map:
+def _contrast(window: Part, rng: Rng, strength: float) -> Map:
     """A strange color that differs from what is there, the more the stronger the defect."""
     rows, columns = (side // 2 for side in window.shape)
     here = window.color[:, max(0, rows - 4) : rows + 5, max(0, columns - 4) : columns + 5].mean((1, 2))
@@ -60,7 +61,7 @@ def _contrast(window: Part, rng: np.random.Generator, strength: float) -> Map:
     return STRANGE[ranked[len(ranked) // 2 + int(rng.integers(len(ranked) // 2))]] * np.float32(0.85 + 0.3 * strength)
 
 
-def _wander(rng: np.random.Generator, steps: int, reach: float, bend: float) -> list[tuple[float, float]]:
+def _wander(rng: Rng, steps: int, reach: float, bend: float) -> list[tuple[float, float]]:
     """Points of a line through the origin that changes its direction a little at every step."""
     turns = np.cumsum(rng.normal(0, bend, steps)) + rng.normal(0, bend) * np.linspace(-2, 2, steps)
     points = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1), 0) * (2 * reach / steps)
@@ -79,28 +80,28 @@ def _line(window: Part, points: list[tuple[float, float]]) -> tuple[Map, Map]:
     return nearest, along
 
 
-def _blob(window: Part, rng: np.random.Generator, radius: float, stretch: float = 1.0, ragged: float = 0.25) -> Map:
+def _blob(window: Part, rng: Rng, radius: float, stretch: float = 1.0, ragged: float = 0.25) -> Map:
     """Signed distance of an irregular patch around the local origin."""
     wobble = noise(rng, window.shape, max(2.0, 1.6 * window.shape[0] * window.texel / radius / 2), 3)
     return length(window.x / stretch, window.y) - radius * (1 + ragged * wobble)
 
 
-def pit(part: Part, rng: np.random.Generator, strength: float) -> None:
+def pit(part: Part, rng: Rng, strength: float) -> None:
     """A dent or small holes."""
     (dent if rng.random() < 0.5 else holes)(part, rng, strength)
 
 
-def dent(part: Part, rng: np.random.Generator, strength: float) -> None:
+def dent(part: Part, rng: Rng, strength: float) -> None:
     """A blow that pressed the surface in and threw up a rim."""
     radius = _extent(rng, strength, 0.045, 0.13)
     window = part.near(*_spot(part, rng), 2.2 * radius, rng.uniform(0, math.pi))
     ratio = length(window.x, window.y * rng.uniform(1, 1.4)) / radius
     press = np.exp(-(ratio**2) * 1.4) - 0.22 * np.exp(-(((ratio - 1.25) / 0.28) ** 2))
-    window.height[...] -= window.body * press * radius * (0.35 + 0.45 * strength)
-    window.color[...] *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
+    window.height -= window.body * press * radius * (0.35 + 0.45 * strength)
+    window.color *= 1 - window.body * (0.10 + 0.2 * strength) * np.exp(-(ratio**2) * 2)
 
 
-def holes(part: Part, rng: np.random.Generator, strength: float) -> None:
+def holes(part: Part, rng: Rng, strength: float) -> None:
     """A group of small holes."""
     spread = _extent(rng, strength, 0.02, 0.16)
     center = part.near(*_spot(part, rng), 0.3)
@@ -109,12 +110,12 @@ def holes(part: Part, rng: np.random.Generator, strength: float) -> None:
         x, y = rng.normal(0, spread / 2, 2)
         hole = center.near(x, y, 2 * radius + 0.02)
         cover = smooth((radius - length(hole.x, hole.y)) / (0.5 * radius)) * hole.body
-        hole.height[...] -= cover * radius * (1.2 + strength)
-        hole.color[...] *= 1 - (0.45 + 0.4 * strength) * cover
-        hole.gloss[...] *= 1 - cover
+        hole.height -= cover * radius * (1.2 + strength)
+        hole.color *= 1 - (0.45 + 0.4 * strength) * cover
+        hole.gloss *= 1 - cover
 
 
-def deformation(part: Part, rng: np.random.Generator, strength: float) -> None:
+def deformation(part: Part, rng: Rng, strength: float) -> None:
     """Material that was pushed aside or twisted, and bulges."""
     radius = _extent(rng, strength, 0.14, 0.34)
     window = part.near(*_spot(part, rng, at_edge=rng.random() < 0.7), radius * 1.1)
@@ -135,10 +136,10 @@ def deformation(part: Part, rng: np.random.Generator, strength: float) -> None:
     )
     touched = np.maximum(moved[BODY], window.body)
     window.maps[...] += touched * (moved - window.maps)
-    window.height[...] += float(rng.choice((-0.5, 1.0))) * radius * (0.10 + 0.16 * strength) * inside * window.body
+    window.height += float(rng.choice((-0.5, 1.0))) * radius * (0.10 + 0.16 * strength) * inside * window.body
 
 
-def abrasion(part: Part, rng: np.random.Generator, strength: float) -> None:
+def abrasion(part: Part, rng: Rng, strength: float) -> None:
     """A rubbed patch: many fine parallel marks that take off color and shine."""
     radius = _extent(rng, strength, 0.07, 0.24)
     stretch = rng.uniform(1.2, 2.4)
@@ -149,16 +150,12 @@ def abrasion(part: Part, rng: np.random.Generator, strength: float) -> None:
     marks = sample(noise(rng, (256, 256), (150, 5))[None], u, v)[0]
     cover = patch * smooth(0.35 + 0.6 * marks) * window.body * (0.45 + 0.5 * strength)
     dark = float(window.color.mean()) > 0.33 and rng.random() < 0.6
-    tone = (
-        0.45 * window.color
-        if dark
-        else 0.5 * window.color + 0.5 * np.asarray(part.core, np.float32)[:, None, None] + 0.12
-    )
+    tone = 0.45 * window.color if dark else 0.5 * window.color + 0.5 * rgb(part.core) + 0.12
     window.paint(cover, tone, gloss=0.12)
-    window.height[...] -= 0.003 * cover * (1 + marks)
+    window.height -= 0.003 * cover * (1 + marks)
 
 
-def scratch(part: Part, rng: np.random.Generator, strength: float) -> None:
+def scratch(part: Part, rng: Rng, strength: float) -> None:
     """One to four thin cuts, bright where the core shows, dark where they are deep."""
     reach = _extent(rng, strength, 0.10, 0.42)
     center = part.near(*_spot(part, rng), 1.5 * reach, rng.uniform(0, 2 * math.pi))
@@ -170,18 +167,14 @@ def scratch(part: Part, rng: np.random.Generator, strength: float) -> None:
         width = _extent(rng, strength, 0.006, 0.015) * (0.55 + 0.9 * along * (1 - along) * 2)
         pressure = np.interp(along, np.linspace(0, 1, 7), rng.uniform(0.55, 1, 7)).astype(np.float32)
         cut = np.exp(-((distance / width) ** 2)) * pressure * window.body
-        tone = (
-            0.35 * window.color + 0.65 * np.asarray(part.core, np.float32)[:, None, None] + 0.25
-            if bright
-            else 0.3 * window.color
-        )
+        tone = 0.35 * window.color + 0.65 * rgb(part.core) + 0.25 if bright else 0.3 * window.color
         window.paint(cut * (0.45 + 0.5 * strength), tone, gloss=0.25)
-        window.height[...] -= cut * width * (0.5 + 1.1 * strength)
+        window.height -= cut * width * (0.5 + 1.1 * strength)
 
 
-def damage(part: Part, rng: np.random.Generator, strength: float) -> None:
+def damage(part: Part, rng: Rng, strength: float) -> None:
     """A crack, or a piece broken out: from the edge of an object, out of the face of a sheet."""
-    core = np.asarray(part.core, np.float32)[:, None, None]
+    core = rgb(part.core)
     if rng.random() < 0.4:
         reach = _extent(rng, strength, 0.12, 0.34)
         window = part.near(*_spot(part, rng), 1.5 * reach, rng.uniform(0, 2 * math.pi))
@@ -192,7 +185,7 @@ def damage(part: Part, rng: np.random.Generator, strength: float) -> None:
         width = (0.005 + 0.008 * strength) * (1.2 - along)
         crack = np.maximum(smooth(1.5 - distance / width), 0.8 * smooth(1.4 - fork / (0.6 * width))) * window.body
         window.paint(crack, 0.12 * window.color, gloss=0)
-        window.height[...] -= crack * (0.02 + 0.03 * strength)
+        window.height -= crack * (0.02 + 0.03 * strength)
         return
     radius = _extent(rng, strength, 0.06, 0.17)
     window = part.near(*_spot(part, rng, at_edge=True), 1.8 * radius, rng.uniform(0, math.pi))
@@ -205,10 +198,10 @@ def damage(part: Part, rng: np.random.Generator, strength: float) -> None:
     window.paint(cover, core * np.exp(0.16 * rough), gloss=0.08, metal=0)
     depth = smooth(-hollow / radius * 1.6) * (0.5 + 0.4 * strength)
     base = window.floor[0] if not part.surface else window.height - 0.11
-    window.height[...] += cover * (depth * (base - window.height) - 0.01 + 0.008 * rough)
+    window.height += cover * (depth * (base - window.height) - 0.01 + 0.008 * rough)
 
 
-def missing(part: Part, rng: np.random.Generator, strength: float) -> None:
+def missing(part: Part, rng: Rng, strength: float) -> None:
     """A clean cut that took material away: a corner of an object, a strip or patch of a sheet.
 
     Parts made of pieces lack one of these instead.
@@ -220,11 +213,11 @@ def missing(part: Part, rng: np.random.Generator, strength: float) -> None:
         cover = window.inside(shape)
         window.paint(
             cover,
-            np.asarray(part.core, np.float32)[:, None, None] * np.exp(0.08 * grain(rng, window.shape)),
+            rgb(part.core) * np.exp(0.08 * grain(rng, window.shape)),
             gloss=0.05,
             metal=0,
         )
-        window.height[...] -= smooth(-shape / 0.02) * (0.02 + 0.03 * strength)
+        window.height -= smooth(-shape / 0.02) * (0.02 + 0.03 * strength)
         return
     size = _extent(rng, strength, 0.09, 0.26)
     ragged = 0.012 * noise(rng, window.shape, 10, 2)
@@ -234,7 +227,7 @@ def missing(part: Part, rng: np.random.Generator, strength: float) -> None:
     )
 
 
-def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
+def foreign_body(part: Part, rng: Rng, strength: float) -> None:
     """Something that lies on the part: a fiber, a crumb, a metal shaving or a scrap of film."""
     kind = rng.choice(4, p=(0.35, 0.25, 0.2, 0.2))
     reach = _extent(rng, strength, *((0.10, 0.32), (0.035, 0.12), (0.06, 0.2), (0.04, 0.13))[kind])
@@ -256,8 +249,8 @@ def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
         shape = _blob(window, rng, 0.75 * reach, rng.uniform(1, 1.5), 0.3)
         lump = np.sqrt(np.clip(-shape / reach, 0, 1))
         rough = noise(rng, window.shape, 14, 2)
-        window.paint(window.inside(shape), tone[:, None, None] * np.exp(0.15 * rough), gloss=0.1, metal=0)
-        window.height[...] += window.inside(shape) * (below + reach * (0.6 + 0.1 * rough) * lump - window.height)
+        window.paint(window.inside(shape), rgb(tone) * np.exp(0.15 * rough), gloss=0.1, metal=0)
+        window.height += window.inside(shape) * (below + reach * (0.6 + 0.1 * rough) * lump - window.height)
     elif kind == 2:
         curl = window.y - rng.uniform(0.2, 1.1) * window.x**2 / reach
         shape = box(window.x, curl, reach, 0.012 + 0.014 * strength, 0.008)
@@ -274,10 +267,10 @@ def foreign_body(part: Part, rng: np.random.Generator, strength: float) -> None:
         lift = 0.008 + 0.03 * smooth(window.x / reach) + 0.004 * noise(rng, window.shape, 4)
         blurred = ndimage.gaussian_filter(window.height, 2)
         window.paint(window.inside(shape) * (0.55 + 0.4 * strength), tone, gloss=0.7, metal=0)
-        window.height[...] += window.inside(shape) * (np.maximum(blurred, below - 0.01) + lift - window.height)
+        window.height += window.inside(shape) * (np.maximum(blurred, below - 0.01) + lift - window.height)
 
 
-def contamination(part: Part, rng: np.random.Generator, strength: float) -> None:
+def contamination(part: Part, rng: Rng, strength: float) -> None:
     """Dirt or discoloration: a dried stain, grease, a smear, or a spray of dots."""
     kind = rng.integers(4)
     radius = _extent(rng, strength, 0.06, 0.20)
@@ -291,8 +284,8 @@ def contamination(part: Part, rng: np.random.Generator, strength: float) -> None
         window.paint(np.clip(cover, 0, 1) * opacity * window.body, tone)
     elif kind == 1:
         cover = smooth(-_blob(window, rng, radius, rng.uniform(1, 1.4), 0.15) / (0.12 * radius)) * window.body
-        window.color[...] *= 1 - (0.30 + 0.45 * strength) * cover * np.array((0.8, 0.9, 1.0), np.float32)[:, None, None]
-        window.gloss[...] += cover * (np.maximum(0.72, window.gloss) - window.gloss)
+        window.color *= 1 - (0.30 + 0.45 * strength) * cover * np.array((0.8, 0.9, 1.0), np.float32)[:, None, None]
+        window.gloss += cover * (np.maximum(0.72, window.gloss) - window.gloss)
     elif kind == 2:
         stretch = rng.uniform(1.4, 2.2)
         along = window.x / (radius * stretch)
@@ -317,7 +310,7 @@ def contamination(part: Part, rng: np.random.Generator, strength: float) -> None
             )
 
 
-def rust(part: Part, rng: np.random.Generator, strength: float) -> None:
+def rust(part: Part, rng: Rng, strength: float) -> None:
     """A corroded patch, brown, dull and rough. No kind of Real-IAD: the sample images of the package show it."""
     radius = _extent(rng, strength, 0.04, 0.09)
     window = part.near(*_spot(part, rng), 2 * radius)
@@ -325,10 +318,10 @@ def rust(part: Part, rng: np.random.Generator, strength: float) -> None:
     cover = smooth(0.5 - _blob(window, rng, radius, rng.uniform(1, 1.5), 0.4) / radius + 0.25 * rough) * window.body
     brown = np.array((0.24, 0.085, 0.03), np.float32)[:, None, None] * np.exp(0.35 * rough)
     window.paint(cover * (0.6 + 0.4 * strength), brown, gloss=0.05, metal=0)
-    window.height[...] += 0.004 * cover * rough
+    window.height += 0.004 * cover * rough
 
 
-Damage = Callable[[Part, np.random.Generator, float], None]
+Damage = Callable[[Part, Rng, float], None]
 
 DEFECTS: dict[str, Damage] = {
     "AK": pit,

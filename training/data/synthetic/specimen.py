@@ -14,12 +14,13 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from .camera import OVERSAMPLING, Relief, View, develop, expose
-from .canvas import Builder, Map, Part
+from .canvas import Builder, Part
 from .cloth import CLOTH
 from .defects import DEFECTS
 from .electronics import ELECTRONICS
 from .goods import GOODS
 from .hardware import HARDWARE
+from .shapes import Map, Rng
 from .textures import TEXTURES
 
 _KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
@@ -39,7 +40,7 @@ MARGIN, RIM = 2, 4
 PART, CAMERA, SENSOR, DEFECT = range(4)
 
 
-def stream(key: tuple[int, ...], *purpose: int) -> np.random.Generator:
+def stream(key: tuple[int, ...], *purpose: int) -> Rng:
     """Random numbers that depend on nothing but the part and what they are for."""
     return np.random.default_rng(np.random.SeedSequence(key, spawn_key=purpose))
 
