@@ -6,11 +6,11 @@ Each function draws one, in another place and of another batch every time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .canvas import Builder, Color, Part, jitter, rgb
 from .shapes import Map, Rng, box, disc, length, noise, polygon, ring, rounded, smooth
@@ -21,9 +21,7 @@ SCALE = 0.93
 FLANGE_SCREWS = 6
 
 
-def table(
-    part: Part, rng: Rng, color: Color, spread: float = 0.1, *, rough: float = 0.0007, gloss: float = 0.1
-) -> Part:
+def table(part: Part, rng: Rng, color: Color, spread: float, rough: float = 0.0007, gloss: float = 0.1) -> Part:
     """Draw the ground. Returns the window of the product, turned and shifted a little, with coordinates up to 0.8."""
     cloud, fine = noise(rng, part.shape, 4, 3), noise(rng, part.shape, 110, 2)
     part.color[...] = jitter(rng, color, 0.05) * np.exp(0.04 * cloud + 30 * rough * fine)
@@ -41,16 +39,9 @@ def finish(part: Part, rng: Rng, amount: float = 0.04) -> None:
 
 
 def placed(
-    draw: Builder,
-    core: Color,
-    ground: Color,
-    spread: float = 0.1,
-    *,
-    wear: float = 0.04,
-    surface: bool = False,
-    **cloth: float,
+    draw: Builder, core: Color, ground: Color, spread: float, wear: float = 0.04, surface: bool = False, **cloth: float
 ) -> Builder:
-    """The builder of a product that ``draw`` puts on a table, or that covers it as a ``surface``."""
+    """The builder of a product that ``draw`` puts on a table (see `table` for what cloth changes) or covers it with."""
 
     def build(part: Part, rng: Rng) -> None:
         part.core, part.surface = core, surface
@@ -70,13 +61,7 @@ def turning(part: Part, rng: Rng, cover: Map, depth: float = 0.0006) -> None:
 
 
 def lying(
-    part: Part,
-    axis: Sequence[tuple[float, float]] | Map,
-    color: Color,
-    *,
-    gloss: float = 0.6,
-    metal: float = 1.0,
-    thread: tuple | None = None,
+    part: Part, axis: ArrayLike, color: Color, gloss: float = 0.6, metal: float = 1, thread: tuple[float, ...] = ()
 ) -> Map:
     """A turned body that lies along x, its radius given at points along the axis. Returns its cover.
 
@@ -84,7 +69,7 @@ def lying(
     """
     at, radius = np.asarray(axis, np.float32).T
     profile = np.interp(part.x, at, radius, left=-1, right=-1).astype(np.float32)
-    if thread is not None:
+    if thread:
         start, end, pitch, depth = thread
         around = np.arcsin(np.clip(part.y / np.maximum(profile, 1e-3), -1, 1)) / (2 * math.pi)
         tooth = np.abs((part.x / pitch + around) % 1 - 0.5) * 2
