@@ -76,11 +76,6 @@ class View:
             reflections=(rng.uniform(0, 0.8), rng.uniform(0, 0.8)),
         )
 
-    @property
-    def towards_camera(self) -> tuple[float, float, float]:
-        """Direction from the part to the camera, of length 1."""
-        return math.sin(self.yaw) * math.sin(self.tilt), math.cos(self.yaw) * math.sin(self.tilt), math.cos(self.tilt)
-
 
 @dataclass(frozen=True)
 class Relief:
@@ -141,7 +136,9 @@ def shade(relief: Relief, view: View) -> Map:
     """Linear light (3, H, W) that each texel sends to the camera."""
     part, (nx, ny, nz), open_ = relief.part, relief.normal, relief.openness
     key, (strong, weak, around) = view.key, view.strengths
-    vx, vy, vz = view.towards_camera
+    # Towards the camera.
+    aside, vz = math.sin(view.tilt), math.cos(view.tilt)
+    vx, vy = math.sin(view.yaw) * aside, math.cos(view.yaw) * aside
     sunlit = _sunlit(relief.height, key)
     # The lamp is near: its direction, and with it the highlight, moves over the part.
     lx, ly = key[0] - 0.22 * part.x, key[1] - 0.22 * part.y
@@ -156,11 +153,8 @@ def shade(relief: Relief, view: View) -> Map:
     highlight = np.exp(-(dx * dx + dy * dy) / (square + 0.012)) * (0.5 + 0.5 * sunlit)
     facing = nx * vx + ny * vy + nz * vz
     rx, ry, rz = 2 * facing * nx - vx, 2 * facing * ny - vy, 2 * facing * nz - vz
-    mirrored = (
-        0.26
-        + 0.5 * smooth(rz * 1.25 - 0.1)
-        + (0.26 * part.gloss) * np.sin(3.1 * rx + view.reflections[0]) * np.sin(2.3 * ry + 0.6 + view.reflections[1])
-    )
+    waves = np.sin(3.1 * rx + view.reflections[0]), np.sin(2.3 * ry + 0.6 + view.reflections[1])
+    mirrored = 0.26 + 0.5 * smooth(rz * 1.25 - 0.1) + (0.26 * part.gloss) * waves[0] * waves[1]
     mirrored *= 0.35 + 0.65 * open_
     grazing = np.clip(1 - facing, 0, 1)
     fresnel = 0.03 + 0.5 * grazing * grazing * grazing
@@ -238,11 +232,9 @@ def expose(relief: Relief, view: View, size: int) -> Map:
 
 
 def _blurred(light: Map, share: float, axis: int) -> Map:
-    pad = [(0, 0)] * 3
-    pad[axis] = (1, 1)
-    padded = np.pad(light, pad, mode="edge")
-    before, after = padded.take(range(light.shape[axis]), axis), padded.take(range(2, light.shape[axis] + 2), axis)
-    return (1 - 2 * share) * light + share * (before + after)
+    at = np.arange(light.shape[axis])
+    beside = light.take(at - 1, axis, mode="clip") + light.take(at + 1, axis, mode="clip")
+    return (1 - 2 * share) * light + share * beside
 
 
 def develop(picture: Map, view: View, rng: Rng) -> np.ndarray:

@@ -124,17 +124,16 @@ class Part:
     def solid(
         self,
         distance: Map,
-        height: float | Map,
+        top: float | Map,
         color: Color | None = None,
-        *,
         bevel: float = 0.03,
-        base: float = 0.0,
+        base: float = 0,
         **maps: float,
     ) -> None:
-        """A block of the product from ``base`` up to ``height``, rounded over ``bevel`` inwards from its outline."""
+        """A block of the product from ``base`` up to ``top``, rounded over ``bevel`` inwards from its outline."""
         # The color reaches a little further than the wall, which would take that of the ground at its foot.
         cover = self.inside(distance - 1.2 * self.texel)
-        self.paint(cover, color, height=base + (height - base) * rounded(distance, bevel), body=1, **maps)
+        self.paint(cover, color, height=base + (top - base) * rounded(distance, bevel), body=1, **maps)
 
     def hole(self, distance: Map, wall: float = 0.02) -> None:
         """Cut down to the ground."""

@@ -22,7 +22,7 @@ def weave(
     threads: float,
     yarns: tuple[Color, Color],
     crossing: tuple[int, int] = (1, 1),
-    thickness: float = 1.0,
+    width: float = 1.0,
     uneven: float = 0.15,
     fuzz: float = 0.12,
     ply: tuple[float, float] = (2.2, 2.6),
@@ -42,18 +42,15 @@ def weave(
     first = int(min(column.min(), row.min()))
     number, line = column.astype(np.int64) - first, row.astype(np.int64) - first
     count = int(max(number.max(), line.max())) + 1
-    widths = thickness * (1 + uneven * rng.standard_normal((2, count), dtype=np.float32).clip(-2, 1.4))
+    widths = width * (1 + uneven * rng.standard_normal((2, count), dtype=np.float32).clip(-2, 1.4))
 
     def on_top(column: Map, row: Map) -> Map:
         """1 where the warp is on top at a crossing, -1 where the weft is."""
         return np.where((column + row) % sum(crossing) < crossing[0], 1, -1).astype(np.float32)
 
     # A thread is half way between its neighboring crossings where it changes sides.
-    lift, below, beside = (
-        on_top(column, row),
-        on_top(column, row + np.sign(along)),
-        on_top(column + np.sign(across), row),
-    )
+    lift = on_top(column, row)
+    below, beside = on_top(column, row + np.sign(along)), on_top(column + np.sign(across), row)
     warp_height = _thread(across, widths[0].take(number))
     warp_height += 0.16 * (lift + below + (lift - below) * np.cos(math.pi * along))
     weft_height = _thread(along, widths[1].take(line))
@@ -141,14 +138,14 @@ CLOTH: dict[str, Builder] = {
         threads=7,
         yarns=CARBON,
         crossing=(2, 2),
-        thickness=1.15,
+        width=1.15,
         uneven=0.02,
         fuzz=0.3,
         ply=(0, 7),
         relief=0.08,
         gloss=0.8,
     ),
-    "wire_mesh": partial(weave, threads=9, yarns=WIRE, thickness=0.42, uneven=0.03, fuzz=0.05, gloss=0.6, metal=1),
+    "wire_mesh": partial(weave, threads=9, yarns=WIRE, width=0.42, uneven=0.03, fuzz=0.05, gloss=0.6, metal=1),
     "knit": knit,
     "leather": partial(leather, color=(0.20, 0.075, 0.03)),
     "vinyl": partial(leather, color=(0.035, 0.037, 0.04), grains=26, gloss=0.6),

@@ -128,11 +128,9 @@ def deformation(part: Part, rng: Rng, strength: float) -> None:
         dx = window.x * (np.cos(twist) - 1) - window.y * np.sin(twist)
         dy = window.y * (np.cos(twist) - 1) + window.x * np.sin(twist)
     height, width = window.shape
-    moved = sample(
-        window.maps,
-        (2 * np.arange(width, dtype=np.float32)[None] + 1) / width - 1 + 2 * dx / (width * window.texel),
-        (2 * np.arange(height, dtype=np.float32)[:, None] + 1) / height - 1 + 2 * dy / (height * window.texel),
-    )
+    u = (2 * np.arange(width, dtype=np.float32)[None] + 1) / width - 1 + 2 * dx / (width * window.texel)
+    v = (2 * np.arange(height, dtype=np.float32)[:, None] + 1) / height - 1 + 2 * dy / (height * window.texel)
+    moved = sample(window.maps, u, v)
     touched = np.maximum(moved[BODY], window.body)
     window.maps += touched * (moved - window.maps)
     window.height += float(rng.choice((-0.5, 1.0))) * radius * (0.10 + 0.16 * strength) * inside * window.body

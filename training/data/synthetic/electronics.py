@@ -11,24 +11,15 @@ from .canvas import Builder, Color, Part, jitter, rgb
 from .hardware import STEEL, ZINC, lying, placed, turning
 from .shapes import Rng, box, disc, length, lettering, noise, polygon, ring, segment, smooth
 
-GOLD, TIN, INK = (0.75, 0.52, 0.18), (0.66, 0.66, 0.66), (0.03, 0.03, 0.035)
+GOLD, TIN, INK, BOARD = (0.75, 0.52, 0.18), 0.66, (0.03, 0.03, 0.035), (0.45, 0.42, 0.25)
 
 
 def _chip(
-    board: Part,
-    rng: Rng,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    tall: float,
-    color: Color,
-    legs: int = 0,
-    text: str = "",
+    p: Part, rng: Rng, x: float, y: float, size: tuple[float, float, float], color: Color, legs: int = 0, text: str = ""
 ) -> None:
-    """A component of half sizes ``width`` and ``height`` soldered to a board, with ``legs`` on each long side."""
-    off = rng.normal(0, 0.004, 2)
-    with board.piece(x + off[0], y + off[1], max(width, height) + 0.06) as chip:
+    """A component of a half width, half height and thickness soldered to a board, with legs on each long side."""
+    (width, height, tall), off = size, rng.normal(0, 0.004, 2)
+    with p.piece(x + off[0], y + off[1], max(width, height) + 0.06) as chip:
         for leg, side in np.ndindex(legs, 2):
             pin = chip.near(-width + (leg + 0.5) * 2 * width / legs, (2 * side - 1) * (height + 0.02), 0.04)
             shape = box(pin.x, pin.y, 0.35 * width / legs + 0.006, 0.035)
@@ -64,15 +55,15 @@ def pcb(p: Part, rng: Rng, *, mask: Color = (0.012, 0.13, 0.055)) -> None:
             pad.paint(pad.inside(box(pad.x, pad.y, 0.036, 0.036)), GOLD, gloss=0.6, metal=1)
             pad.solid(disc(pad.x, pad.y, 0.024), 0.16, GOLD, bevel=0.02, base=0.06, gloss=0.7, metal=1)
     chip = partial(_chip, p, rng)
-    chip(-0.28, -0.12, 0.22, 0.13, 0.07, INK, 8, "AT-328P")
-    chip(0.34, 0.20, 0.13, 0.10, 0.06, INK, 4, "LM358")
-    chip(0.40, -0.42, 0.11, 0.14, 0.10, (0.55, 0.55, 0.56), 0, "16.000")
+    chip(-0.28, -0.12, (0.22, 0.13, 0.07), INK, 8, "AT-328P")
+    chip(0.34, 0.20, (0.13, 0.10, 0.06), INK, 4, "LM358")
+    chip(0.40, -0.42, (0.11, 0.14, 0.10), (0.55, 0.55, 0.56), 0, "16.000")
     for index in range(5):
-        chip(-0.52 + 0.12 * index, 0.22, 0.038, 0.02, 0.03, (0.05, 0.05, 0.055))
+        chip(-0.52 + 0.12 * index, 0.22, (0.038, 0.02, 0.03), (0.05, 0.05, 0.055))
     for index in range(6):
-        chip(0.05 + 0.11 * index, -0.12, 0.02, 0.04, 0.04, (0.42, 0.30, 0.17))
+        chip(0.05 + 0.11 * index, -0.12, (0.02, 0.04, 0.04), (0.42, 0.30, 0.17))
     for index in range(4):
-        chip(-0.55 + 0.14 * index, -0.42, 0.04, 0.022, 0.03, (0.05, 0.05, 0.055))
+        chip(-0.55 + 0.14 * index, -0.42, (0.04, 0.022, 0.03), (0.05, 0.05, 0.055))
     for x in (0.10, -0.12):
         with p.piece(x, 0.42, 0.12) as can:
             can.solid(disc(can.x, can.y, 0.085), 0.30, (0.58, 0.58, 0.6), bevel=0.02, base=0.06, gloss=0.6, metal=1)
@@ -193,13 +184,9 @@ def socket(p: Part, rng: Rng) -> None:
 
 
 ELECTRONICS: dict[str, Builder] = {
-    "circuit_board": placed(pcb, core=(0.45, 0.42, 0.25), ground=(0.45, 0.45, 0.44), spread=0.06, wear=0.025),
+    "circuit_board": placed(pcb, core=BOARD, ground=(0.45, 0.45, 0.44), spread=0.06, wear=0.025),
     "circuit_board_blue": placed(
-        partial(pcb, mask=(0.012, 0.05, 0.20)),
-        core=(0.45, 0.42, 0.25),
-        ground=(0.10, 0.10, 0.105),
-        spread=0.06,
-        wear=0.025,
+        partial(pcb, mask=(0.012, 0.05, 0.20)), core=BOARD, ground=(0.10, 0.10, 0.105), spread=0.06, wear=0.025
     ),
     "terminal_block": placed(terminal_block, core=(0.02, 0.22, 0.08), ground=(0.5, 0.49, 0.47), spread=0.12, wear=0.03),
     "connector_plug": placed(plug, core=STEEL, ground=(0.06, 0.075, 0.10), spread=0.12),

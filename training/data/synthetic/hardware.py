@@ -275,10 +275,10 @@ HARDWARE: dict[str, Builder] = {
     "spring_washer": placed(spring_washer, core=(0.20, 0.20, 0.21), ground=(0.55, 0.55, 0.53), spread=1.0, wear=0.06),
     "gear": placed(gear, core=STEEL, ground=(0.04, 0.045, 0.05), spread=1.0),
     "plastic_gear": placed(
-        partial(gear, teeth=16, holes=4, metal=0.0, gloss=0.4),
+        partial(gear, teeth=16, holes=4, metal=0, gloss=0.4),
         core=(0.70, 0.67, 0.60),
         ground=(0.16, 0.05, 0.05),
-        spread=1.0,
+        spread=1,
     ),
     "bearing": placed(bearing, core=STEEL, ground=(0.50, 0.50, 0.48), spread=1.0, wear=0.03),
     "bracket": placed(bracket, core=STEEL, ground=(0.42, 0.30, 0.18), spread=0.2, wear=0.03),
