@@ -19,9 +19,9 @@ def weave(
     part: Part,
     rng: Rng,
     *,
-    threads: float,
+    count: float,
     yarns: tuple[Color, Color],
-    crossing: tuple[int, int] = (1, 1),
+    twill: tuple[int, int] = (1, 1),
     width: float = 1.0,
     uneven: float = 0.15,
     fuzz: float = 0.12,
@@ -32,21 +32,21 @@ def weave(
 ) -> None:
     """Threads of warp and weft that run over and under each other, each row one further; thinner ones leave gaps.
 
-    ``crossing`` is over and under how many, and ``ply`` counts the twists of the fibers along and across a thread.
+    ``twill`` is over and under how many, and ``ply`` counts the twists of the fibers along and across a thread.
     """
     x, y = lay(part, rng, 0.03)
-    u = x * threads + 0.10 * noise(rng, part.shape, 3, 2)
-    v = y * threads + 0.10 * noise(rng, part.shape, 3, 2)
+    u = x * count + 0.10 * noise(rng, part.shape, 3, 2)
+    v = y * count + 0.10 * noise(rng, part.shape, 3, 2)
     column, row = np.floor(u), np.floor(v)
     across, along = u - column - 0.5, v - row - 0.5
     first = int(min(column.min(), row.min()))
     number, line = column.astype(np.int64) - first, row.astype(np.int64) - first
-    count = int(max(number.max(), line.max())) + 1
-    widths = width * (1 + uneven * rng.standard_normal((2, count), dtype=np.float32).clip(-2, 1.4))
+    total = int(max(number.max(), line.max())) + 1
+    widths = width * (1 + uneven * rng.standard_normal((2, total), dtype=np.float32).clip(-2, 1.4))
 
     def on_top(column: Map, row: Map) -> Map:
         """1 where the warp is on top at a crossing, -1 where the weft is."""
-        return np.where((column + row) % sum(crossing) < crossing[0], 1, -1).astype(np.float32)
+        return np.where((column + row) % sum(twill) < twill[0], 1, -1).astype(np.float32)
 
     # A thread is half way between its neighboring crossings where it changes sides.
     lift = on_top(column, row)
@@ -60,12 +60,12 @@ def weave(
     # Twisted fibers run slantwise over each thread.
     twist = np.sin(2 * math.pi * np.where(is_warp, ply[0] * along + ply[1] * across, ply[0] * across + ply[1] * along))
     fibers = 0.6 * twist + 0.5 * grain(rng, part.shape)
-    shades = np.exp(0.5 * fuzz * rng.standard_normal((2, count), dtype=np.float32))
+    shades = np.exp(0.5 * fuzz * rng.standard_normal((2, total), dtype=np.float32))
     shade = np.where(is_warp, shades[0].take(number), shades[1].take(line)) * np.exp(fuzz * fibers)
     color = np.where(is_warp, *(jitter(rng, yarn, 0.05) for yarn in yarns)) * shade
     open_ = top < -0.45
     color[:, open_] = 0.012
-    fill(part, color, (relief * np.maximum(top, -1.2) + 0.05 * fuzz * fibers) / threads, gloss * ~open_, metal)
+    fill(part, color, (relief * np.maximum(top, -1.2) + 0.05 * fuzz * fibers) / count, gloss * ~open_, metal)
     part.metal[open_] = 0
 
 
@@ -131,13 +131,13 @@ DENIM = (0.022, 0.042, 0.10), (0.30, 0.32, 0.36)
 CARBON = (0.028, 0.028, 0.031), (0.014, 0.014, 0.016)
 WIRE = (0.66, 0.66, 0.68), (0.66, 0.66, 0.68)
 CLOTH: dict[str, Builder] = {
-    "linen": partial(weave, threads=15, yarns=LINEN, uneven=0.16),
-    "denim": partial(weave, threads=28, yarns=DENIM, crossing=(3, 1), uneven=0.08, fuzz=0.2),
+    "linen": partial(weave, count=15, yarns=LINEN, uneven=0.16),
+    "denim": partial(weave, count=28, yarns=DENIM, twill=(3, 1), uneven=0.08, fuzz=0.2),
     "carbon_fibre": partial(
         weave,
-        threads=7,
+        count=7,
         yarns=CARBON,
-        crossing=(2, 2),
+        twill=(2, 2),
         width=1.15,
         uneven=0.02,
         fuzz=0.3,
@@ -145,7 +145,7 @@ CLOTH: dict[str, Builder] = {
         relief=0.08,
         gloss=0.8,
     ),
-    "wire_mesh": partial(weave, threads=9, yarns=WIRE, width=0.42, uneven=0.03, fuzz=0.05, gloss=0.6, metal=1),
+    "wire_mesh": partial(weave, count=9, yarns=WIRE, width=0.42, uneven=0.03, fuzz=0.05, gloss=0.6, metal=1),
     "knit": knit,
     "leather": partial(leather, color=(0.20, 0.075, 0.03)),
     "vinyl": partial(leather, color=(0.035, 0.037, 0.04), grains=26, gloss=0.6),

@@ -17,22 +17,10 @@ from .canvas import BODY, HEIGHT, Part, rgb
 from .shapes import Map, Rng, box, grain, length, noise, sample, segment, smooth
 
 Damage: TypeAlias = Callable[[Part, Rng, float], None]
-# Colors of what does not belong to a product: soot, rust, mold, chalk, blood red, ink, grease, brass, hair, paint.
-STRANGE = np.array(
-    [
-        (0.012, 0.012, 0.013),
-        (0.20, 0.07, 0.02),
-        (0.10, 0.14, 0.05),
-        (0.68, 0.67, 0.64),
-        (0.33, 0.025, 0.02),
-        (0.02, 0.04, 0.20),
-        (0.11, 0.085, 0.05),
-        (0.60, 0.45, 0.16),
-        (0.05, 0.028, 0.015),
-        (0.04, 0.30, 0.28),
-    ],
-    np.float32,
-)
+# Colors of what does not belong to a product: soot, rust, mold, chalk and blood; ink, grease, brass, hair and paint.
+DIRT = (0.012, 0.012, 0.013), (0.20, 0.07, 0.02), (0.10, 0.14, 0.05), (0.68, 0.67, 0.64), (0.33, 0.025, 0.02)
+SPILLS = (0.02, 0.04, 0.20), (0.11, 0.085, 0.05), (0.60, 0.45, 0.16), (0.05, 0.028, 0.015), (0.04, 0.30, 0.28)
+STRANGE = np.array(DIRT + SPILLS, np.float32)
 
 
 def _spot(part: Part, rng: Rng, *, at_edge: bool = False) -> tuple[float, float]:
