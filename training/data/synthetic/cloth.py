@@ -26,7 +26,7 @@ def weave(
     uneven: float = 0.15,
     fuzz: float = 0.12,
     ply: tuple[float, float] = (2.2, 2.6),
-    relief: float = 0.42,
+    depth: float = 0.42,
     gloss: float = 0.0,
     metal: float = 0.0,
 ) -> None:
@@ -65,7 +65,7 @@ def weave(
     color = np.where(is_warp, *(jitter(rng, yarn, 0.05) for yarn in yarns)) * shade
     open_ = top < -0.45
     color[:, open_] = 0.012
-    fill(part, color, (relief * np.maximum(top, -1.2) + 0.05 * fuzz * fibers) / count, gloss * ~open_, metal)
+    fill(part, color, (depth * np.maximum(top, -1.2) + 0.05 * fuzz * fibers) / count, gloss * ~open_, metal)
     part.metal[open_] = 0
 
 
@@ -134,16 +134,7 @@ CLOTH: dict[str, Builder] = {
     "linen": partial(weave, count=15, yarns=LINEN, uneven=0.16),
     "denim": partial(weave, count=28, yarns=DENIM, twill=(3, 1), uneven=0.08, fuzz=0.2),
     "carbon_fibre": partial(
-        weave,
-        count=7,
-        yarns=CARBON,
-        twill=(2, 2),
-        width=1.15,
-        uneven=0.02,
-        fuzz=0.3,
-        ply=(0, 7),
-        relief=0.08,
-        gloss=0.8,
+        weave, count=7, yarns=CARBON, twill=(2, 2), width=1.15, uneven=0.02, fuzz=0.3, ply=(0, 7), depth=0.08, gloss=0.8
     ),
     "wire_mesh": partial(weave, count=9, yarns=WIRE, width=0.42, uneven=0.03, fuzz=0.05, gloss=0.6, metal=1),
     "knit": knit,

@@ -191,7 +191,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _note(*, products: Sequence[str], good: int, bad: int, size: int, seed: int, version: int) -> str:
-    kinds = "\n".join(f"  {code}  {meaning}" for code, meaning in DEFECTS.items())
+    kinds = "\n".join(f"  {code}  {meaning}" for code, (meaning, _) in DEFECTS.items())
     return f"""\
 Rendered by training/synthesize.py of the adfeatures project (format {version}), settings in {SETTINGS}:
   seed {seed}, {len(products)} products, {good} good and {bad} bad parts each, {size} pixels
