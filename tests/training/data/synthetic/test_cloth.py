@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers.synthesis import check_possible
 
 from training.data.synthetic.canvas import Builder, Part
 from training.data.synthetic.cloth import CLOTH, weave
@@ -24,9 +25,8 @@ def drawn(builder: Builder, size: int = 240) -> Part:
 def test_sheets_fill_the_canvas_with_possible_materials(name: str) -> None:
     part = drawn(CLOTH[name], 64)
     assert part.surface and part.body.min() == 1
-    assert np.isfinite(part.maps).all() and np.abs(part.height).max() < 0.2
-    assert part.color.min() >= 0 and part.color.max() < 1.6
-    assert part.gloss.min() >= 0 and part.gloss.max() <= 1 and np.isin(part.metal, (0, 1)).all()
+    check_possible(part)
+    assert np.abs(part.height).max() < 0.2 and np.isin(part.metal, (0, 1)).all()
 
 
 @pytest.mark.parametrize("twill", [(1, 1), (2, 2), (3, 1), (1, 3)])
