@@ -19,7 +19,7 @@ BLOCK = 64
 # Samples that are added up together.
 SUMMED = 128
 # Positions are worked on together for as long as their matrices in float64 take no more than this.
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 4 * 2**20
 # Of one level, in float64. Covariances that take more than this are kept in float32, as the original keeps all of them.
 LEVEL_BYTES = 600 * 2**20
 
@@ -119,6 +119,7 @@ class Gaussians:
         self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
         self.waiting = 0  # how many samples these hold
         self.whitened = torch.empty(0)  # W for few images, (P, N, C) float64
+        self._memory = self.mean.new_empty(0)
         rows, columns = torch.tril_indices(self.channels, self.channels, device=example.device)
         self._lower = rows * self.channels + columns  # places of the lower triangle in a matrix, row after row
 
@@ -185,13 +186,16 @@ class Gaussians:
             step = mean - self.mean[chunk]
             samples -= mean[:, None]
             between = step[:, None] * (self.count * self.waiting / total) ** 0.5
-            self.scatter[chunk] += self._pack(torch.baddbmm(between.mT @ between, samples.mT, samples))
+            self.scatter[chunk] += self._pack((between.mT @ between).baddbmm_(samples.mT, samples))
             self.mean[chunk] += step * (self.waiting / total)
         self.blocks, self.waiting, self.count = [], 0, total
 
     def _samples(self, chunk: slice) -> Tensor:
-        """The samples (p, N, C) at a chunk of the positions, float64."""
-        return torch.cat([block[chunk] for block in self.blocks], dim=1)[:, : self.waiting].double()
+        """The samples (p, N, C) at a chunk of the positions, float64, in memory that the next call uses again."""
+        samples = self._memory.resize_(len(self.mean[chunk]), self.waiting, self.channels)
+        for own, block in zip(samples.split(BLOCK, dim=1), self.blocks, strict=True):
+            own.copy_(block[chunk, : own.shape[1]])
+        return samples
 
     def _patches(self, level: Tensor) -> Tensor:
         """Maps (B, C, h, w) as (P, B, C)."""
