@@ -52,10 +52,8 @@ class VisualWords:
 
         Where the grid of patches cannot be divided evenly, neighboring cells share a row or column of patches.
         """
-        nearest = torch.cdist(patches_of(maps), self.centers).argmin(dim=1)
-        occurrence = (
-            F.one_hot(nearest, len(self.centers)).float().unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
-        )
+        nearest = torch.cdist(patches_of(maps), self.centers).argmin(dim=1).view(len(maps), *maps.shape[2:])
+        occurrence = F.one_hot(nearest, len(self.centers)).float().permute(0, 3, 1, 2)
         histograms = F.adaptive_avg_pool2d(occurrence, CELLS).flatten(2).transpose(1, 2)
         return (1 - UNIFORM) * histograms + UNIFORM / len(self.centers)
 
@@ -126,10 +124,12 @@ class RetrievedReferences:
         generator, share = torch.Generator().manual_seed(seed), math.ceil(PATCHES / len(train))
         drawn = [_draw(patches_of(maps), share * len(maps), generator) for _, maps in self._first_level()]
         self._words = VisualWords(torch.cat(drawn), seed)
-        paths, histograms = zip(
-            *((own, self._words.histograms(maps)) for own, maps in self._first_level()), strict=True
-        )
-        self._paths, self._histograms = [path for own in paths for path in own], torch.cat(histograms)
+        self._paths: list[str] = []
+        histograms = []
+        for paths, maps in self._first_level():
+            self._paths += paths
+            histograms.append(self._words.histograms(maps))
+        self._histograms = torch.cat(histograms)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
@@ -154,8 +154,9 @@ class RetrievedReferences:
 
     def _first_level(self) -> Iterator[tuple[list[str], Tensor]]:
         """Paths and first-level features of the training images, in batches."""
-        for start in range(0, len(self.train), BATCH):
-            paths, features = self._encode(range(start, min(start + BATCH, len(self.train))))
+        indices = range(len(self.train))
+        for start in indices[::BATCH]:
+            paths, features = self._encode(indices[start : start + BATCH])
             yield paths, features[0]
 
     def _encode(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor]]:
