@@ -90,6 +90,7 @@ class GLASS:
 
     def __post_init__(self) -> None:
         self.synthesis = DefectSynthesis(self.textures, self.foregrounds, self.mean, self.std, self.preset)
+        self.deviation = (0.015 if self.adapter else 0.005) if self.noise is None else self.noise
         self.adapt: nn.Module = nn.Identity()
         self.discriminator = nn.Sequential()
         self.center = torch.empty(0)
@@ -189,8 +190,7 @@ class GLASS:
 
     def _ascent_loss(self, normal: Tensor, center: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of normal vectors (N, dim) and of the global anomalies that gradient ascent makes of them."""
-        noise = (0.015 if self.adapter else 0.005) if self.noise is None else self.noise
-        moved = normal + noise * torch.randn(normal.shape, generator=generator, device=normal.device)
+        moved = normal + self.deviation * torch.randn(normal.shape, generator=generator, device=normal.device)
         if not moved.requires_grad:
             moved.requires_grad_()
         for step in range(1, STEPS + 1):

@@ -75,7 +75,7 @@ def naive_loss(glass: GLASS, batch: Batch, augmented: Tensor, masks: Tensor, gen
     u, v = embed(batch["image"]), embed(augmented)
     m = F.max_pool2d(masks, 4).flatten() == 1
     c = glass.center.repeat(len(batch["image"]), 1, 1, 1).flatten(0, 2)
-    g = u + glass.noise * torch.randn(u.shape, generator=generator)
+    g = u + glass.deviation * torch.randn(u.shape, generator=generator)
     if not g.requires_grad:
         g.requires_grad_()
     r = torch.quantile(torch.cat([(v - c)[~m], u - c]).norm(dim=1), 0.75).detach()
@@ -162,9 +162,9 @@ def test_initial_weights_are_normal_by_xavier() -> None:
 
 
 def test_noise_depends_on_the_adapter() -> None:
-    assert quick().noise == 0.005
-    assert quick(adapter=True).noise == 0.015
-    assert quick(adapter=True, noise=0.1).noise == 0.1
+    assert quick().deviation == 0.005
+    assert quick(adapter=True).deviation == 0.015
+    assert quick(adapter=True, noise=0.1).deviation == 0.1
 
 
 @pytest.mark.parametrize(("samples", "steps"), [(15, 2), (16, 3), (392, 4)], ids=["within", "exactly", "small-class"])
