@@ -46,19 +46,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A metric that selects checkpoints, and the names that it goes by.
+    """A metric that selects checkpoints, and the names that it goes by."""
 
-    Attributes:
-        key: In the names of checkpoints and in logs.
-        field: In ``Metrics``.
-        stored: In the files of weights, the authors' own as well.
-        title: For people.
-    """
-
-    key: str
-    field: str
-    stored: str
-    title: str
+    key: str  # in the names of checkpoints and in logs
+    field: str  # in `Metrics`
+    stored: str  # in the files of weights, the authors' own as well
+    title: str  # for people
 
 
 CRITERIA = (
