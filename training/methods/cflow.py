@@ -32,39 +32,26 @@ class CFLOW:
     is the maximum of its map. The original subtracts the sum from the largest one among the test images, which changes
     no rank but would cost float32 its resolution.
 
-    Args:
-        extractor: Maps a batch to feature maps.
-        levels: How many of the last levels to model.
-        blocks: Coupling blocks per flow.
-        chunk: Patches per optimization step. What a batch holds beyond whole chunks is left out of that pass, as in the
-            original; a batch of fewer patches is a chunk by itself.
-        meta_epochs: Number of learning rates and of evaluations.
-        sub_epochs: Passes through the training images per meta-epoch.
-        learning_rate: Of Adam, at the start of its cosine decay.
-        level_reference: What the likelihoods of a level are relative to: the largest of the training images ("train"),
-            or as in the original of the very images that are predicted ("test"), which makes each score depend on the
-            other images.
-        seed: Of the initial weights, the rotations and the order of patches.
-
-    Attributes:
-        flows: The flows after ``fit``, one per level.
-        reference: Largest log-likelihood of the training patches, one per level, float64.
-
     Raises:
         UnknownNameError: For another level_reference.
     """
 
-    extractor: Extractor
+    extractor: Extractor  # of the features of a batch
     _: KW_ONLY
-    levels: int = 3
-    blocks: int = 8
+    levels: int = 3  # how many of the last levels to model
+    blocks: int = 8  # coupling blocks per flow
+    # Patches per optimization step. What a batch holds beyond whole chunks is left out of that pass, as in the
+    # original; a batch of fewer patches is a chunk by itself.
     chunk: int = 4096
-    meta_epochs: int = 25
-    sub_epochs: int = 8
-    learning_rate: float = 2e-4
+    meta_epochs: int = 25  # number of learning rates and of evaluations
+    sub_epochs: int = 8  # passes through the training images per meta-epoch
+    learning_rate: float = 2e-4  # of Adam, at the start of its cosine decay
+    # What the likelihoods of a level are relative to: the largest of the training images ("train"), or as in the
+    # original of the very images that are predicted ("test"), which makes each score depend on the other images.
     level_reference: str = "train"
-    seed: int = 0
-    flows: list[ConditionalFlow] = field(default_factory=list, init=False)
+    seed: int = 0  # of the initial weights, the rotations and the order of patches
+    flows: list[ConditionalFlow] = field(default_factory=list, init=False)  # after ``fit``, one per level
+    # Largest log-likelihood of the training patches, one per level, float64.
     reference: list[Tensor] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:

@@ -18,15 +18,11 @@ class FeatureNorm:
 
     Made for projected residuals: pretraining makes those of normal patches short and those of anomalous ones long. Raw
     features go through the same formula, which is the baseline without pretraining.
-
-    Args:
-        extractor: What gives the features of a batch. References, retrieved ones too, are its own affair.
-        sigma: Gaussian smoothing in pixels of the images.
     """
 
-    extractor: Extractor
+    extractor: Extractor  # of the features of a batch; references, retrieved ones too, are its own affair
     _: KW_ONLY
-    sigma: float = scoring.SIGMA
+    sigma: float = scoring.SIGMA  # of the Gaussian smoothing, in pixels of the images
 
     def fit(self, loader: Loader) -> FeatureNorm:
         """Do nothing, and read nothing of the loader."""

@@ -43,26 +43,6 @@ class GLASS:
     A pixel's score is upsampled from the patches and smoothed; an image's score is that of its highest patch. The
     original's min-max over the test images, which changes no rank, is left out.
 
-    Args:
-        extractor: Maps a batch to feature maps. In ``fit`` it is also called on augmented images: batches whose "path"
-            is a list of None, by which an extractor that keeps features knows not to, and whose "origin" are the paths
-            of the images augmented.
-        adapter: Train a linear layer before the discriminator, as for raw features; pretrained ones take none.
-        noise: Standard deviation of the noise on normal vectors. None: 0.015 with the adapter, 0.005 without.
-        textures: Folder of texture images (the original: DTD). None makes procedural ones.
-        foregrounds: Folder of masks ``<product>/<file name of the training image>`` that defects stay in. None for
-            whole images.
-        mean: Mean that the images are normalized with, per channel; textures are blended in as they would be
-            normalized.
-        std: Standard deviation likewise.
-        preset: Geometry of the images' transform, which the foreground masks follow.
-        dim: Length of the patch vectors.
-        hidden: Width of the discriminator.
-        epochs: Epochs, each in the order of the loader.
-        samples_per_epoch: An epoch ends with the batch that exceeds so many images, or with the loader.
-        learning_rate: Of AdamW for the discriminator; that of Adam for the adapter is half of it.
-        seed: Of the initial weights, the noise and the defects.
-
     Attributes:
         discriminator: The trained network, from vectors (N, dim) to logits (N, 1).
         center: Mean normal vector of each position, (h, w, dim). The original averages the means of batches, ours the
@@ -72,21 +52,24 @@ class GLASS:
         ImageError: For a folder of textures without images.
     """
 
+    # Of the features of a batch. In ``fit`` it is also called on augmented images: batches whose "path" is a list of
+    # None, by which an extractor that keeps features knows not to, and whose "origin" are the paths of their originals.
     extractor: Extractor
     _: KW_ONLY
-    adapter: bool = False
-    noise: float | None = None
+    adapter: bool = False  # train a linear layer before the discriminator, as for raw features, not for pretrained
+    noise: float | None = None  # standard deviation on normal vectors; None: 0.015 with the adapter, 0.005 without
+    # As in `DefectSynthesis`.
     textures: str | os.PathLike[str] | None = None
     foregrounds: str | os.PathLike[str] | None = None
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     preset: str = "squash"
-    dim: int = 1536
-    hidden: int = 1024
-    epochs: int = 640
-    samples_per_epoch: int = 392
-    learning_rate: float = 2e-4
-    seed: int = 0
+    dim: int = 1536  # length of the patch vectors
+    hidden: int = 1024  # width of the discriminator
+    epochs: int = 640  # each in the order of the loader
+    samples_per_epoch: int = 392  # an epoch ends with the batch that exceeds so many images, or with the loader
+    learning_rate: float = 2e-4  # of AdamW for the discriminator; that of Adam for the adapter is half of it
+    seed: int = 0  # of the initial weights, the noise and the defects
 
     def __post_init__(self) -> None:
         self.synthesis = DefectSynthesis(self.textures, self.foregrounds, self.mean, self.std, self.preset)

@@ -32,25 +32,17 @@ MAX_DRAWS = 100
 class DefectSynthesis:
     """Turns batches of normal images into images with one synthetic defect each.
 
-    Args:
-        textures: Folder of texture images (the original: DTD), searched with its sub-folders. None makes textures of
-            Perlin noise instead.
-        foregrounds: Folder of masks ``<product>/<file name of the training image>``, above 0 where the object is. None
-            for whole images.
-        mean: Mean that the images were normalized with, per channel.
-        std: Standard deviation likewise.
-        preset: Geometry of the images' transform, one of `adfeatures.images.PRESETS`, which the foreground masks then
-            follow.
-
     Raises:
         ImageError: For a folder without images.
     """
 
+    # Folder of texture images (the original: DTD), searched with its sub-folders. None makes them of Perlin noise.
     textures: str | os.PathLike[str] | None
+    # Folder of masks <product>/<file name of the training image>, above 0 where the object is. None: whole images.
     foregrounds: str | os.PathLike[str] | None
-    mean: Sequence[float]
-    std: Sequence[float]
-    preset: str
+    mean: Sequence[float]  # that the images were normalized with, per channel
+    std: Sequence[float]  # likewise
+    preset: str  # of `adfeatures.images.PRESETS`: geometry of the images' transform, which foreground masks follow
 
     def __post_init__(self) -> None:
         self._files = [] if self.textures is None else list_images(self.textures, recursive=True)

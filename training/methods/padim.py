@@ -32,16 +32,14 @@ class PaDiM:
     rescales the maps by the extremes of the whole test set, which moves no ranking metric; here a map depends on its
     own image alone.
 
-    Args:
-        extractor: What gives the features of a batch.
-        epsilon: What is added to the diagonal of the covariances, above 0.
-        sigma: Gaussian smoothing in pixels of the images.
+    Raises:
+        InputError: For an epsilon that is not above 0.
     """
 
-    extractor: Extractor
+    extractor: Extractor  # of the features of a batch
     _: KW_ONLY
-    epsilon: float = 0.01
-    sigma: float = scoring.SIGMA
+    epsilon: float = 0.01  # what is added to the diagonal of the covariances, above 0
+    sigma: float = scoring.SIGMA  # of the Gaussian smoothing, in pixels of the images
     _levels: list[Gaussians] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:

@@ -28,29 +28,22 @@ SHORTLIST = 8
 class PatchCore:
     """Memorize a coreset of the normal patches; score patches by their squared distance to the nearest of them.
 
-    Args:
-        extractor: What gives the features of a batch.
-        levels: How many of the last levels to use, or all where there are fewer.
-        patch: Side of the neighborhood that describes a patch, odd.
-        dim: Length of the vectors.
-        coreset: Fraction of the patches to keep, in (0, 1].
-        projection: Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions,
-            which takes longer and covers the patches more closely.
-        neighbors: How many nearest neighbors a score is the mean over.
-        seed: Seed of the coreset; torch's and numpy's own generators are left alone.
-        sigma: Gaussian smoothing in pixels of the images.
+    Raises:
+        InputError: For a setting out of its range.
     """
 
-    extractor: Extractor
+    extractor: Extractor  # of the features of a batch
     _: KW_ONLY
-    levels: int = 3
-    patch: int = 3
-    dim: int = 1024
-    coreset: float = 0.1
+    levels: int = 3  # how many of the last levels to use, or all where there are fewer
+    patch: int = 3  # side of the neighborhood that describes a patch, odd
+    dim: int = 1024  # length of the vectors
+    coreset: float = 0.1  # fraction of the patches to keep, in (0, 1]
+    # Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions, which takes
+    # longer and covers the patches more closely.
     projection: int | None = 128
-    neighbors: int = 1
-    seed: int = 42
-    sigma: float = scoring.SIGMA
+    neighbors: int = 1  # how many nearest neighbors a score is the mean over
+    seed: int = 42  # of the coreset; torch's and numpy's own generators are left alone
+    sigma: float = scoring.SIGMA  # of the Gaussian smoothing, in pixels of the images
 
     def __post_init__(self) -> None:
         if not 0 < self.coreset <= 1:

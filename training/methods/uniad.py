@@ -33,42 +33,25 @@ class UniAD:
     A pixel's score is the distance of the reconstruction from the input, upsampled, without smoothing; an image's score
     is the maximum of its map.
 
-    Args:
-        extractor: Maps a batch to feature maps.
-        hidden: Width of the transformer, even and a multiple of ``heads``.
-        heads: Attention heads.
-        layers: Layers of the encoder, and of the decoder.
-        feed_forward: Width within the feed-forward layers.
-        dropout: Rate of dropout in training.
-        neighbors: Side of the square around a position, itself included, that it must not attend to, odd. On a grid
-            that such squares would cover it shrinks to the largest that leaves something; a single position attends to
-            itself.
-        jitter: Scale of the noise on the input in training.
-        epochs: Passes through the training images. The learning rate falls to a tenth after 800 (in the original after
-            801).
-        learning_rate: Of AdamW.
-        seed: Of the initial weights, the jitter and dropout.
-
-    Attributes:
-        network: The trained network.
-
     Raises:
         InputError: For a width that cannot be split into the heads, or into rows and columns.
     """
 
-    extractor: Extractor
+    extractor: Extractor  # of the features of a batch
     _: KW_ONLY
-    hidden: int = 512
-    heads: int = 8
-    layers: int = 4
-    feed_forward: int = 2048
-    dropout: float = 0.1
+    hidden: int = 512  # width of the transformer, even and a multiple of heads
+    heads: int = 8  # of the attention
+    layers: int = 4  # of the encoder, and of the decoder
+    feed_forward: int = 2048  # width within the feed-forward layers
+    dropout: float = 0.1  # rate, in training
+    # Side of the square around a position, itself included, that it must not attend to, odd. On a grid that such
+    # squares would cover it shrinks to the largest that leaves something; a single position attends to itself.
     neighbors: int = 7
-    jitter: float = 20
-    epochs: int = 1000
-    learning_rate: float = 1e-4
-    seed: int = 133
-    network: ReconstructionTransformer | None = field(default=None, init=False)
+    jitter: float = 20  # scale of the noise on the input in training
+    epochs: int = 1000  # the learning rate falls to a tenth after 800 (in the original after 801)
+    learning_rate: float = 1e-4  # of AdamW
+    seed: int = 133  # of the initial weights, the jitter and dropout
+    network: ReconstructionTransformer | None = field(default=None, init=False)  # after ``fit``
 
     def __post_init__(self) -> None:
         if self.hidden % 2 or self.hidden % self.heads:
