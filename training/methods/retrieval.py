@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +88,7 @@ class Entries(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+@dataclass(eq=False)
 class RetrievedReferences:
     """An extractor of residual features whose references are retrieved for each image.
 
@@ -94,36 +96,25 @@ class RetrievedReferences:
     batch. Those retrieved are read and encoded again for each image. A cache in ``features`` saves all of that. A
     training image is not among its own references, as nothing else gives it the residuals of a normal image.
 
-    Args:
-        features: Extractor of the backbone's features, all levels. Of a `FeatureExtractor`: its ``backbone_features``.
-        projector: Projector of the residuals, None to take them as they are.
-        train: Normal training images of one product.
-        count: References per image.
-        seed: Seed of the words.
-
-    Attributes:
-        lists: Paths of the references of every image so far, by its path, most similar first.
-
     Raises:
         InputError: For no training images.
     """
 
-    def __init__(
-        self,
-        features: Extractor,
-        projector: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None,
-        train: Entries,
-        *,
-        count: int = COUNT,
-        seed: int = 0,
-    ) -> None:
-        self.features, self.projector, self.train, self.count = features, projector, train, count
-        self.lists: dict[str, list[str]] = {}
-        if not len(train):
+    features: Extractor  # of the backbone's features, all levels; of a `FeatureExtractor` its ``backbone_features``
+    projector: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None  # of the residuals, None to take them as they are
+    train: Entries  # normal training images of one product
+    _: KW_ONLY
+    count: int = COUNT  # references per image
+    seed: int = 0  # of the words
+    # Paths of the references of every image so far, by its path, most similar first.
+    lists: dict[str, list[str]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.train):
             raise InputError("References are retrieved from training images, and there are none.")
-        generator, share = torch.Generator().manual_seed(seed), math.ceil(PATCHES / len(train))
+        generator, share = torch.Generator().manual_seed(self.seed), math.ceil(PATCHES / len(self.train))
         drawn = [_draw(patches_of(maps), share * len(maps), generator) for _, maps in self._first_level()]
-        self._words = VisualWords(torch.cat(drawn), seed)
+        self._words = VisualWords(torch.cat(drawn), self.seed)
         self._paths: list[str] = []
         histograms = []
         for paths, maps in self._first_level():
