@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_input: None) -> Path:
     """A folder with the photos that the README speaks of."""
     write_photos(tmp_path / "good", range(8))
     write_photos(tmp_path / "new", range(20, 22))
