@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,11 +83,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def _state(root: _Module, files: _Files) -> Iterator[tuple[str, Tensor]]:
-    waiting = [("", root)]
-    count = 0
+    waiting, count, state_names = [("", root)], 0, cache(files.state_names)
     while waiting:
         prefix, module = waiting.pop()
-        named = files.state_names(module.kind)
+        named = state_names(module.kind)
         for key, value in module.attributes.items():
             # Modules may share others, so that few bytes can stand for many names.
             count += 1
@@ -106,7 +106,6 @@ class _Files:
         roots = [name for name in self.names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         self.folder = _single(roots).removesuffix("data.pkl")
         self.storages: dict[str, Tensor] = {}
-        self.state: dict[str, set[str] | None] = {}
         if f"{self.folder}byteorder" in self.names and self.read("byteorder").decode() != sys.byteorder:
             raise ArchiveError("its bytes are in the order of another kind of processor")
 
@@ -135,11 +134,7 @@ class _Files:
 
     def state_names(self, kind: str) -> set[str] | None:
         """The attributes that a class lists as its parameters and buffers, None where its text is missing."""
-        if kind not in self.state:
-            self.state[kind] = self._listed(*kind.split(" "))
-        return self.state[kind]
-
-    def _listed(self, module: str, name: str) -> set[str] | None:
+        module, name = kind.split(" ")
         path = f"code/{module.replace('.', '/')}.py"
         if self.folder + path not in self.names:
             return None
@@ -171,26 +166,22 @@ def _interpret(data: bytes, files: _Files) -> Any:
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
             case "MARK":
                 marks.append(len(stack))
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[opcode.name]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 length = int(opcode.name[-1])
                 stack[-length:] = [tuple(stack[-length:])]
             case "TUPLE":
                 stack.append(tuple(above_mark()))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                value = stack.pop()
-                stack[-1].append(value)
-            case "APPENDS":
-                values = above_mark()
+            case "APPEND" | "APPENDS":
+                values = above_mark() if opcode.name == "APPENDS" else [stack.pop()]
                 stack[-1].extend(values)
-            case "EMPTY_DICT":
-                stack.append({})
             case "SETITEMS":
                 values = above_mark()
-                _set_items(stack[-1], values)
+                # A tuple of tuples of tuples could take for ever to hash.
+                if not all(isinstance(key, (str, int, float)) for key in values[::2]):
+                    raise ArchiveError("a dictionary has keys that are neither text nor numbers")
+                stack[-1].update(zip(values[::2], values[1::2], strict=True))
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -220,14 +211,6 @@ def _named(argument: str) -> _Global:
     if argument.startswith("__torch__") or argument in _DTYPES or argument == _REBUILD or _IGNORED.fullmatch(argument):
         return _Global(argument)
     raise ArchiveError(f"it names {argument.replace(' ', '.')}, which is neither a module nor a tensor")
-
-
-def _set_items(mapping: dict[Any, Any], values: list[Any]) -> None:
-    keys = values[::2]
-    # A tuple of tuples of tuples could take for ever to hash.
-    if not all(isinstance(key, (str, int, float)) for key in keys):
-        raise ArchiveError("a dictionary has keys that are neither text nor numbers")
-    mapping.update(zip(keys, values[1::2], strict=True))
 
 
 def _tensor(storage: Tensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
