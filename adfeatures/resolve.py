@@ -74,8 +74,13 @@ def resolve_model(
     """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
     arch, tag, weights = _asked(name, weights)
     if arch and weights is None:
-        _check_published(arch, pretrained, backbone_weights)
-        tag = tag or catalog.MODELS[arch].default_tag if pretrained else None
+        # Nothing is fetched before it is known that all can be had.
+        model = catalog.MODELS[arch]
+        if not model.tags and (pretrained or not model.backbone):
+            raise InputError(f"{catalog.must_be_given(arch)}.")
+        if pretrained and backbone_weights is None:
+            _check_fetchable(model.backbone, catalog.BACKBONES[model.backbone])
+        tag = tag or model.default_tag if pretrained else None
     trained = find_trained(weights, arch, tag, cache_dir)
     if trained is not None:
         arch, tag = trained.identify(arch, tag)
@@ -220,15 +225,6 @@ def _asked(name: str | None, weights: Weights) -> tuple[str | None, str | None, 
     if tag not in (None, weights):
         raise InputError(f"The name asks for {arch}.{tag} and weights for {weights!r}: leave out one of them.")
     return arch, str(weights), None
-
-
-def _check_published(arch: str, pretrained: bool, backbone_weights: Weights) -> None:
-    """Refuse, before anything is fetched, to take from the catalog what it does not have."""
-    model = catalog.MODELS[arch]
-    if not model.tags and (pretrained or not model.backbone):
-        raise InputError(f"{catalog.must_be_given(arch)}.")
-    if pretrained and backbone_weights is None:
-        _check_fetchable(model.backbone, catalog.BACKBONES[model.backbone])
 
 
 def _hub_file(arch: str | None, tag: str | None) -> tuple[str, str] | None:
