@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from . import catalog, hub
 from .backbones import StateDict, check_levels, check_size
 from .checkpoints import Checkpoint, convert
-from .errors import CheckpointError, InputError, UnknownNameError
+from .errors import InputError, UnknownNameError
 from .timm_backbones import TimmBackbone, find_timm
 from .trained import TrainedWeights
 
@@ -119,12 +119,12 @@ def find_trained(
         CheckpointError: If the file is damaged.
     """
     published = _hub_file(arch, tag)
-    if weights is not None:
-        candidates = (published[1], _WEIGHTS) if published else (_WEIGHTS,)
-        return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
-    if tag is None or published is None:
-        return None
-    return TrainedWeights.read(hub.resolve(catalog.place(*published), cache_dir=cache_dir))
+    if weights is None:
+        if tag is None or published is None:
+            return None
+        weights = catalog.place(*published)
+    candidates = (published[1], _WEIGHTS) if published else (_WEIGHTS,)
+    return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
 
 
 def describe_backbone(
@@ -149,18 +149,16 @@ def describe_backbone(
         mean, std = (tuple(map(float, facts[key])) for key in ("mean", "std"))
         backbone = _find_backbone(name, blocks)
     except (InputError, UnknownNameError) as error:
-        raise CheckpointError(f"{trained.source}: the backbone of its header does not exist. {error}") from error
+        raise trained.header_error(f"the backbone of its header does not exist. {error}") from error
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{trained.source}: its header must describe the backbone of {arch} by timm_name, blocks, channels, "
-            f"reductions, mean and std; it says {facts!r}."
-        ) from error
+        needed = "timm_name, blocks, channels, reductions, mean and std"
+        problem = f"its header must describe the backbone of {arch} by {needed}; it says {facts!r}."
+        raise trained.header_error(problem) from error
     entry = backbone.entry
     if claimed != (entry.channels, entry.reductions) or len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(
-            f"{trained.source}: its header describes {name} as {facts!r}, but it has channels {entry.channels} and "
-            f"reductions {entry.reductions}. Was it made with another version of timm?"
-        )
+        problem = f"has channels {entry.channels} and reductions {entry.reductions}"
+        advice = "Was it made with another version of timm?"
+        raise trained.header_error(f"its header describes {name} as {facts!r}, but it {problem}. {advice}")
     backbone = replace(backbone, entry=replace(entry, normalization=(mean, std)))
     return _sized(backbone, img_size or trained.img_size)
 
