@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from . import catalog, predictor
-from .backbones import Encoder, StateDict, create_backbone
+from .backbones import Encoder, StateDict, create_backbone, of_prefix
 from .catalog import find_model
 from .checkpoints import load_checkpoint
 from .errors import InputError
@@ -24,7 +24,7 @@ from .predictor import Images
 from .projector import ResidualProjector
 from .resolve import BackboneSpec, ModelSpec, Weights, resolve_backbone, resolve_model
 from .scoring import CosineRingScorer, FeatureNormScorer, Scorer
-from .trained import BACKBONE, TrainedWeights, of_prefix
+from .trained import BACKBONE, TrainedWeights
 
 _logger = logging.getLogger(__name__)
 

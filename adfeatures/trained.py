@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import catalog
-from .backbones import StateDict, check_fit, load_strictly
+from .backbones import check_fit, load_strictly, of_prefix
 from .checkpoints import Checkpoint, load_checkpoint
 from .errors import CheckpointError, UnknownNameError
 from .projector import ResidualProjector
@@ -119,8 +119,3 @@ class TrainedWeights:
     def header_error(self, problem: str) -> CheckpointError:
         """The error to raise about the header."""
         return CheckpointError(f"{self.source}: {problem}")
-
-
-def of_prefix(state: StateDict, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin with a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
