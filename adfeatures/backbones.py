@@ -7,7 +7,6 @@ cut after the last stage used.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import catalog
-from .checkpoints import load_checkpoint
+from .checkpoints import AnyPath, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
@@ -85,15 +84,9 @@ class VisionTransformer(Encoder):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (spec.native_size // patch_size) ** 2, embed_dim))
         self.norm_pre = norm_layer(embed_dim) if spec.pre_norm else nn.Identity()
-        block = partial(
-            Block,
-            dim=embed_dim,
-            num_heads=num_heads,
-            qkv_bias=True,
-            norm_layer=norm_layer,
-            act_layer=spec.act_layer,
-            init_values=1e-5 if spec.layer_scale else None,
-        )
+        layers = {"norm_layer": norm_layer, "act_layer": spec.act_layer}
+        scale = 1e-5 if spec.layer_scale else None
+        block = partial(Block, embed_dim, num_heads, qkv_bias=True, init_values=scale, **layers)
         self.blocks = nn.ModuleList(block() for _ in range(max(levels)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -152,7 +145,7 @@ class EfficientNet(Encoder):
 def create_backbone(
     arch: str,
     *,
-    weights: str | os.PathLike[str] | StateDict | None = None,
+    weights: AnyPath | StateDict | None = None,
     img_size: int | tuple[int, int] = 224,
     levels: Sequence[int] | None = None,
     embed_dim: int | None = None,

@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import AdfeaturesError, CheckpointError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+AnyPath: TypeAlias = "str | os.PathLike[str]"
 
 _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
@@ -42,7 +44,7 @@ class Checkpoint:
     metadata: dict[str, str]
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(path: AnyPath) -> Checkpoint:
     """Read weights from ``.safetensors``, or from ``.pth``, ``.pt`` and ``.bin`` without running any code in them.
 
     A pickle may be a state dict, or hold one under "projectors", "state_dict" or "model" with numbers beside it. Of a
@@ -72,7 +74,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     state_dict: Mapping[str, Tensor],
     *,
     metrics: Mapping[str, float] | None = None,
@@ -101,7 +103,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, with the same suffix, that takes its place when the block succeeds.
 
     Raises:
@@ -130,9 +132,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def convert(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
-) -> Checkpoint:
+def convert(source: AnyPath, destination: AnyPath, metadata: Mapping[str, str] | None = None) -> Checkpoint:
     """Rewrite any loadable weights as safetensors: tensors bit for bit, metrics, and the name and sha256 of the source.
 
     A destination that already holds this very conversion is left as it is.
@@ -157,17 +157,17 @@ def convert(
     return load_checkpoint(destination)
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
+def sha256(path: AnyPath) -> str:
     """Hexadecimal sha256 of a file."""
     return _hash_file(path, hashlib.sha256())
 
 
-def git_blob_id(path: str | os.PathLike[str]) -> str:
+def git_blob_id(path: AnyPath) -> str:
     """The hexadecimal id under which git, and so the Hub, knows the content of a file."""
     return _hash_file(path, hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False))
 
 
-def _hash_file(path: str | os.PathLike[str], digest: Any) -> str:
+def _hash_file(path: AnyPath, digest: Any) -> str:
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import catalog, predictor
 from .backbones import Encoder, StateDict, create_backbone, of_prefix
 from .catalog import find_model
-from .checkpoints import load_checkpoint
+from .checkpoints import AnyPath, load_checkpoint
 from .errors import InputError
 from .extractor import FeatureExtractor
 from .images import build_transform
@@ -38,7 +38,7 @@ def create_model(
     references: Images | None = None,
     img_size: int | tuple[int, int] | None = None,
     out_indices: Sequence[int] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: AnyPath | None = None,
 ) -> FeatureExtractor:
     """Create a feature extractor: in eval mode, with frozen parameters, on the CPU.
 
@@ -91,7 +91,7 @@ def load_backbone(
     weights: Weights | StateDict = None,
     img_size: int | tuple[int, int] | None = None,
     levels: Sequence[int] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: AnyPath | None = None,
 ) -> tuple[Encoder, catalog.Backbone]:
     """Create a frozen encoder, in eval mode, on the CPU.
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from time import monotonic
 from typing import Any, TypeVar
 
-from .checkpoints import git_blob_id, sha256
+from .checkpoints import AnyPath, git_blob_id, sha256
 from .errors import DownloadError, InputError
 
 _T = TypeVar("_T")
@@ -28,9 +28,7 @@ _ELSEWHERE = (
 )
 
 
-def resolve(
-    spec: str | os.PathLike[str], *, candidates: Sequence[str] = (), cache_dir: str | os.PathLike[str] | None = None
-) -> Path:
+def resolve(spec: AnyPath, *, candidates: Sequence[str] = (), cache_dir: AnyPath | None = None) -> Path:
     """Turn a weights specification into a file on disk, downloading it only when it is not in the local cache.
 
     Args:
@@ -62,7 +60,7 @@ def resolve(
     )
 
 
-def download(repo: str, filename: str, revision: str = "main", cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def download(repo: str, filename: str, revision: str = "main", cache_dir: AnyPath | None = None) -> Path:
     """Path of a Hub file in the local cache, fetched only when it is not there, with its hash verified.
 
     HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT (seconds to wait for the Hub, 10), HF_HUB_DOWNLOAD_TIMEOUT (10; a
@@ -91,7 +89,7 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: str | 
     return wanted.verified(path, etag)
 
 
-def verify(path: str | os.PathLike[str], etag: str | None = None) -> None:
+def verify(path: AnyPath, etag: str | None = None) -> None:
     """Compare a file with the digest under which the Hub knows it, and remove it from the cache when it differs.
 
     Args:
@@ -142,7 +140,7 @@ def _from_folder(path: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def _from_hub(spec: str, names: tuple[str, ...], cache_dir: str | os.PathLike[str] | None) -> Path:
+def _from_hub(spec: str, names: tuple[str, ...], cache_dir: AnyPath | None) -> Path:
     form = re.fullmatch(r"hf-hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?", spec)
     if form is None:
         raise InputError(f"{spec!r} is not of the form hf-hub:owner/repo[@revision][:path/in/repo].")
@@ -167,7 +165,7 @@ class _Wanted:
     endpoint: str
 
     @staticmethod
-    def of(repo: str, filename: str, revision: str, cache_dir: str | os.PathLike[str] | None) -> _Wanted:
+    def of(repo: str, filename: str, revision: str, cache_dir: AnyPath | None) -> _Wanted:
         from huggingface_hub import constants
         from huggingface_hub.utils import validate_repo_id
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any, TypeAlias
 
 from . import catalog, hub
 from .backbones import StateDict, check_levels, check_size
-from .checkpoints import Checkpoint, convert
+from .checkpoints import AnyPath, Checkpoint, convert
 from .errors import InputError, UnknownNameError
 from .timm_backbones import TimmBackbone, find_timm
 from .trained import TrainedWeights
 
 # A tag of the catalog, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path".
-Weights: TypeAlias = "str | os.PathLike[str] | None"
-Folder: TypeAlias = "str | os.PathLike[str] | None"
+Weights: TypeAlias = "AnyPath | None"
 
 RANDOM = "random"
 _WEIGHTS = "model.safetensors"
@@ -69,7 +67,7 @@ def resolve_model(
     backbone_weights: Weights = None,
     pretrained: bool = True,
     img_size: int | tuple[int, int] | None = None,
-    cache_dir: Folder = None,
+    cache_dir: AnyPath | None = None,
 ) -> ModelSpec:
     """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
     arch, tag, weights = _asked(name, weights)
@@ -102,7 +100,7 @@ def resolve_backbone(
     weights: Weights | StateDict = None,
     img_size: int | tuple[int, int] | None = None,
     levels: Sequence[int] | None = None,
-    cache_dir: Folder = None,
+    cache_dir: AnyPath | None = None,
 ) -> BackboneSpec:
     """Find a backbone and its weights. Arguments and errors as in ``load_backbone``."""
     backbone = _sized(_find_backbone(name, levels), img_size)
@@ -110,7 +108,7 @@ def resolve_backbone(
 
 
 def find_trained(
-    weights: Weights = None, arch: str | None = None, tag: str | None = None, cache_dir: Folder = None
+    weights: Weights = None, arch: str | None = None, tag: str | None = None, cache_dir: AnyPath | None = None
 ) -> TrainedWeights | None:
     """The trained weights in a place, or else the published ones of a tag; None where there is neither.
 
@@ -163,7 +161,7 @@ def describe_backbone(
     return _sized(backbone, img_size or trained.img_size)
 
 
-def published_files(name: str, cache_dir: Folder = None) -> tuple[list[Path], str]:
+def published_files(name: str, cache_dir: AnyPath | None = None) -> tuple[list[Path], str]:
     """Find or fetch the weights of a model that the catalog names.
 
     Returns:
@@ -186,7 +184,7 @@ def published_files(name: str, cache_dir: Folder = None) -> tuple[list[Path], st
     return files, missing
 
 
-def convert_checkpoint(source: str | os.PathLike[str], destination: str | os.PathLike[str], name: str) -> Checkpoint:
+def convert_checkpoint(source: AnyPath, destination: AnyPath, name: str) -> Checkpoint:
     """Turn a published checkpoint into a safetensors file that says what it is for; the tensors stay as they are.
 
     Args:
@@ -269,7 +267,7 @@ def _sized(backbone: BackboneSpec, img_size: int | tuple[int, int] | None) -> Ba
 
 
 def _find_weights(
-    backbone: BackboneSpec, weights: Weights | TrainedWeights | StateDict, cache_dir: Folder
+    backbone: BackboneSpec, weights: Weights | TrainedWeights | StateDict, cache_dir: AnyPath | None
 ) -> Path | TrainedWeights | StateDict | None:
     entry = backbone.entry
     if isinstance(weights, (TrainedWeights, Mapping)):
@@ -281,7 +279,7 @@ def _find_weights(
     return hub.resolve(weights, candidates=(_WEIGHTS, entry.original_file), cache_dir=cache_dir)
 
 
-def _published(name: str, entry: catalog.Backbone, cache_dir: Folder) -> Path:
+def _published(name: str, entry: catalog.Backbone, cache_dir: AnyPath | None) -> Path:
     """The file of a backbone's published weights, from the package, the cache or the Hub."""
     if entry.asset is not None:
         return catalog.ASSETS / entry.asset
