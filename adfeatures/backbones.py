@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import catalog
-from .checkpoints import AnyPath, load_checkpoint
+from .checkpoints import AnyPath, is_finite, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
@@ -319,7 +319,7 @@ def check_fit(module: nn.Module, state: StateDict, source: str) -> None:
     for key, value in state.items():
         if key in own and value.shape != own[key].shape:
             problems.append(f"{key} has shape {tuple(value.shape)} instead of {tuple(own[key].shape)}")
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             problems.append(f"{key} holds NaN or infinite values")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
