@@ -105,13 +105,8 @@ def verify(path: AnyPath, etag: str | None = None) -> None:
     # one link only: a blob may itself be a link into a store that repositories share, where names are Xet hashes
     target = Path(os.readlink(path)) if path.is_symlink() else Path()
     expected = target.name if target.parent.name == "blobs" else etag or ""
-    if re.fullmatch("[0-9a-f]{64}", expected):
-        found = sha256(path)
-    elif re.fullmatch("[0-9a-f]{40}", expected):
-        found = git_blob_id(path)
-    else:
-        return
-    if found == expected:
+    digest = {64: sha256, 40: git_blob_id}.get(len(expected)) if re.fullmatch("[0-9a-f]+", expected) else None
+    if digest is None or (found := digest(path)) == expected:
         return
     with suppress(OSError):
         os.unlink(os.path.realpath(path))

@@ -37,7 +37,7 @@ _DTYPES = {
     "torch ShortStorage": torch.int16,
 }
 _REBUILD = "torch._utils _rebuild_tensor_v2"
-# What attributes that are no tensors are made of. Their values are not needed.
+# What attributes that are no tensors are made of. Their values are not needed: None stands for them.
 _IGNORED = re.compile(r"torch\.jit\._pickle \w+|torch device|collections OrderedDict")
 
 
@@ -53,10 +53,6 @@ class _Global(NamedTuple):
 class _Module:
     kind: str
     attributes: dict[str, Any] = field(default_factory=dict)
-
-
-class _Ignored:
-    """Stands for a value that is no tensor, number, text or container."""
 
 
 def is_torchscript(path: Path) -> bool:
@@ -192,14 +188,14 @@ def _interpret(data: bytes, files: _Files) -> Any:
                 stack.append(files.storage(stack.pop()))
             case "NEWOBJ":
                 _, made = stack.pop(), stack.pop()
-                stack.append(_Module(made.name) if made.name.startswith("__torch__") else _Ignored())
+                stack.append(_Module(made.name) if made.name.startswith("__torch__") else None)
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], _Module) and isinstance(state, dict):
                     stack[-1].attributes = {key: value for key, value in state.items() if isinstance(key, str)}
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_tensor(*arguments) if function.name == _REBUILD else _Ignored())
+                stack.append(_tensor(*arguments) if function.name == _REBUILD else None)
             case "STOP":
                 return _single(stack)
             case _:
