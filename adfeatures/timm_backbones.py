@@ -18,7 +18,6 @@ from .errors import CheckpointError, InputError, UnknownNameError
 
 _PYRAMID = (4, 8, 16)
 _TIMM = "https://github.com/huggingface/pytorch-image-models"
-_FAILURES = (AssertionError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
 class TimmBackbone(Encoder):
@@ -88,7 +87,7 @@ class TimmBackbone(Encoder):
                 break
             except InputError:
                 raise
-            except _FAILURES as error:
+            except Exception as error:  # models fail in many ways
                 failure = error
         else:
             reason = str(failure).strip().partition("\n")[0].rstrip(".")
@@ -172,6 +171,6 @@ def _native(state: StateDict, model: nn.Module, arch: str, source: str) -> State
     if convert is not None and any(key not in own and not UNUSED.fullmatch(key) for key in state):
         try:
             state = convert(dict(state), model)
-        except _FAILURES as error:
+        except Exception as error:
             raise CheckpointError(f"{source} does not hold the weights of {arch}: {error}") from error
     return {key: value for key, value in state.items() if key in own or not UNUSED.fullmatch(key)}
