@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from typing import Any
 
 import timm
@@ -206,7 +207,11 @@ def check_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     Raises:
         InputError: Otherwise, with the nearest sizes that are possible.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        # Whole numbers of any kind, those of numpy too.
+        height, width = map(index, size if isinstance(size, Sequence) else (size, size))
+    except (TypeError, ValueError):
+        raise InputError(f"The image size {size!r} must be one whole number of pixels, or height and width.") from None
     for side in (height, width):
         if side < patch_size or side % patch_size:
             below = max(side // patch_size, 1) * patch_size

@@ -259,8 +259,7 @@ def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
 def _sized(backbone: BackboneSpec, img_size: int | tuple[int, int] | None) -> BackboneSpec:
     """The backbone with the input size asked for, which must be possible."""
     entry = backbone.entry
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size or entry.img_size
-    size = check_size(size, entry.patch_size)
+    size = check_size(entry.img_size if img_size is None else img_size, entry.patch_size)
     if backbone.encoder is not None:
         backbone.encoder.try_out(size)
     return replace(backbone, entry=replace(entry, img_size=size))

@@ -236,7 +236,8 @@ def test_large_images_fit_into_memory(tmp_path: Path, sizes: list[tuple[int, int
         "import resource, sys; from adfeatures.cli import main; print(main(sys.argv[1:])); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
-    arguments = ["score", "--references", tmp_path / "good", "--output", tmp_path / "out", tmp_path / "new"]
+    good, out, new = (str(tmp_path / name) for name in ("good", "out", "new"))
+    arguments = ["score", "--references", good, "--output", out, new]
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     *_, done, megabytes = result.stdout.split()
     assert int(done) == 0 and len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
