@@ -27,7 +27,7 @@ from .metrics import CRITERIA
 from .pretrain import pretrain
 from .pretraining.centers import centers_of
 from .pretraining.config import CentersConfig, PretrainConfig
-from .pretraining.inputs import load_frozen_backbone
+from .pretraining.frozen_backbone import load_frozen_backbone
 from .pretraining.trials import Trial, held_out_trials
 from .pretraining.validation import Validation
 from .publishing.config import PublishConfig

@@ -42,7 +42,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        picture = read_image(item.image)
+        picture = read_image(item.image, bit_depth=self.transform.bit_depth)
         image = self.transform(picture)
         if item.mask is None:
             mask = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)

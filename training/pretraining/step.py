@@ -27,13 +27,13 @@ Encode = Callable[[Tensor], list[Tensor]]
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Any],
     encode: Encode,
     store: ReferenceStore | None,
     centers: Sequence[Tensor | None],
     config: PretrainConfig,
 ) -> dict[str, float]:
-    """One step of the optimizer on this rank's share of a batch.
+    """One step of the optimizer on this rank's share of a batch, wherever the batch lies.
 
     Returns:
         The losses of the global batch, summed over the levels, by name; {"skipped": 1} where it has no anomalous image.
@@ -42,7 +42,8 @@ def train_step(
         AdfeaturesError: If the loss is not finite. The parameters are as before then.
     """
     optimizer.zero_grad()
-    micro_batches = [micro for micro in _divide(batch, config.accumulate) if gather(micro["label"]).any()]
+    tensors = on_device(batch, next(model.parameters()).device)
+    micro_batches = [micro for micro in _divide(tensors, config.accumulate) if gather(micro["label"]).any()]
     sums = {"angle": 0.0, "norm": 0.0}
     for number, micro in enumerate(micro_batches, start=1):
         first, second = view_residuals(micro, encode, store)
