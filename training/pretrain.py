@@ -77,13 +77,12 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
     pinned = device.type == "cuda"
     loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
-    trials: dict[str, Callable[[], list[Trial]]] = {
+    trials = {
+        "none": partial(list[Trial]),
         "held_out": partial(held_out_trials, inputs.normal, inputs.held_out, config.validation_images, config.seed),
         "mvtec": partial(mvtec_trials, str(config.validation_root), backbone.entry.img_size),
-    }
-    validation = None
-    if config.validation != "none":
-        validation = Validation(backbone, trials[config.validation](), workers=config.workers)
+    }[config.validation]()
+    validation = Validation(backbone, trials, workers=config.workers) if trials else None
 
     torch.manual_seed(config.seed)
     projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
