@@ -371,7 +371,7 @@ def test_another_config_is_refused(tree: Path, tmp_path: Path, monkeypatch: pyte
     pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
     with monkeypatch.context() as patch:
         # Before anything is computed for what is refused in the end.
-        patch.setattr("training.pretrain.load_frozen_backbone", lambda *_, **__: pytest.fail("a backbone is loaded"))
+        patch.setattr("training.pretrain.Inputs", lambda *_: pytest.fail("data are read"))
         for changes, message in (
             ({"lr": 0.1}, r"lr was 0\.0001, is 0\.1.*--output"),
             ({"img_size": (64,), "seed": 1}, "img_size.*; seed was"),

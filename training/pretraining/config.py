@@ -42,8 +42,6 @@ class InputsConfig:
             raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
         if not 9 <= self.bit_depth <= 16:
             raise InputError(f"bit_depth must be 9 to 16, got {self.bit_depth}.")
-        if self.filter_list is not None and self.data != "real_iad":
-            raise InputError(f"A filter list goes with the data of Real-IAD only, not with {self.data}.")
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
 

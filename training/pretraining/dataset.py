@@ -49,7 +49,7 @@ def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
 
 
 def augmentation(statistics: str, entry: catalog.Backbone) -> TwoViews:
-    """Two views for a backbone, with its own statistics or, as the published weights were made, CLIP's for DINOv2 too."""
+    """Two views with the statistics of a backbone or, as the published weights were made, CLIP's for DINOv2 too."""
     original = statistics == "original" and entry.family == "dinov2"
     return TwoViews(entry.img_size, *(catalog.OPENAI_CLIP if original else entry.normalization))
 

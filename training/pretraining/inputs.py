@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from adfeatures.catalog import unknown
-from adfeatures.errors import UnknownNameError
+from adfeatures.errors import InputError, UnknownNameError
 
 from ..data import folder, real_iad
 from ..data.items import Item
@@ -50,6 +50,8 @@ class Inputs:
 
 def read_split(config: InputsConfig) -> tuple[list[Item], list[Item]]:
     """The items to train on, and those that are held out; errors as of the readers."""
+    if config.filter_list is not None and config.data != "real_iad":
+        raise InputError(f"A filter list goes with the data of Real-IAD only, not with {config.data}.")
     readers: dict[str, Callable[[str, Sequence[str] | None], list[Item]]] = {
         "real_iad": partial(real_iad.read, filter_list=config.filter_list),
         "folder": _read_folder,
