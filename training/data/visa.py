@@ -13,19 +13,9 @@ from .items import ANOMALOUS, NORMAL, Item
 from .tree import StrPath, Tree
 
 PRODUCTS = (
-    "candle",
-    "capsules",
-    "cashew",
-    "chewinggum",
-    "fryum",
-    "macaroni1",
-    "macaroni2",
-    "pcb1",
-    "pcb2",
-    "pcb3",
-    "pcb4",
-    "pipe_fryum",
-)
+    "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+    "pipe_fryum"
+)  # fmt: skip
 TABLE = Path("split_csv", "1cls.csv")
 COLUMNS = ("object", "split", "label", "image", "mask")
 LABELS = {"normal": NORMAL, "anomaly": ANOMALOUS}

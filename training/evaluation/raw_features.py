@@ -45,10 +45,7 @@ class RawFeatures:
         }
 
     def of(self, preset: str) -> CachedExtractor:
-        """The extractor of one geometry.
-
-        It raises InputError for images that are not finite, as the blank ones of `KnownImages` are.
-        """
+        """The extractor of one geometry. For the blank images of `KnownImages` that it lacks, it raises InputError."""
         if preset not in self._by_preset:
             identity = self.identity(preset)
             self._by_preset[preset] = CachedExtractor(self._compute, self.folder, identity, device=self.model.device)
@@ -93,8 +90,7 @@ class RawFeatures:
 class KnownImages(Dataset[dict[str, Any]]):
     """Images whose features are known, with entries as of `training.data.images.ImageDataset`; no file is read.
 
-    All that methods need of the pixels is their size; they are NaN, so that nothing takes them for a picture. Masks are
-    zero.
+    Their pixels are NaN, so that nothing takes them for a picture. Masks are zero.
     """
 
     def __init__(self, items: Sequence[Item], size: tuple[int, int]) -> None:

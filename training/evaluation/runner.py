@@ -16,18 +16,19 @@ from adfeatures.errors import AdfeaturesError
 
 from .. import metrics
 from ..data import dataset
+from ..data.images import loader
 from ..data.items import ANOMALOUS, NORMAL, Item
-from ..data.protocol import ROLES, original_geometry
+from ..data.protocol import original_geometry
 from ..methods import find_method
 from ..methods.base import Predictions
 from . import pictures
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
 from .draws import draw_references, given_references
-from .fitting import known_loader, settings, train_loader
+from .fitting import settings, train_loader
 from .model import EvaluatedModel
 from .product import Product
 from .product_features import FeatureKind, ProductFeatures, residual_features, retrieved_features
-from .raw_features import RawFeatures
+from .raw_features import KnownImages, RawFeatures
 from .results import FOLDER, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record, Results
 from .tables import ORIGINAL_AUPRO, title
 
@@ -149,7 +150,7 @@ class Evaluation:
     def _kind(self, combination: Combination, product: str) -> FeatureKind:
         method, images, references = combination.base, "squash", "squash"
         if self.config.protocol == ORIGINAL:
-            images, references = (original_geometry(method, self.config.dataset, role, product) for role in ROLES)
+            images, references = original_geometry(method, self.config.dataset, product)
         tag = self.model.tags[method] if combination.features == PRETRAINED else None
         return FeatureKind(images, references, tag, combination.draw)
 
@@ -236,7 +237,7 @@ class Evaluation:
         return Fitted(method, best, record)
 
     def _predict(self, method: Any, product: Product) -> Predictions:
-        return Predictions(*method.predict(known_loader(product.test, self.model)))
+        return Predictions(*method.predict(loader(KnownImages(product.test, self.model.img_size))))
 
     def _score(self, combination: Combination, features: ProductFeatures, fitted: Fitted, product: Product) -> Record:
         started, preset = time.perf_counter(), features.kind.images
