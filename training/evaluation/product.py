@@ -20,13 +20,7 @@ from .raw_features import RawFeatures
 
 
 class Truth(NamedTuple):
-    """What is right for N test images.
-
-    Attributes:
-        masks: (N, H, W) uint8 of 0 and 1, at the size of the model's input.
-        labels: (N,) int64.
-        warnings: What is odd about them.
-    """
+    """Masks (N, H, W), uint8 of 0 and 1 at the size of the model's input, and labels (N,), with what is odd of them."""
 
     masks: Tensor
     labels: Tensor
@@ -63,12 +57,7 @@ class Product:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def encode(self, preset: str) -> None:
-        """Bring the features of all images in one geometry into the cache.
-
-        Raises:
-            ImageError: For an image or mask that cannot be used.
-            InputError: For no test images.
-        """
+        """Bring the features of all images in one geometry into the cache. Errors are those of ``truth``."""
         self.raw.encode(self.train, preset)
         self.truth(preset)
 
