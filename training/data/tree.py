@@ -76,8 +76,11 @@ class Tree(ABC):
                 an image with a defect has no mask. The message names what is missing.
         """
         check_split(split)
+        chosen, present = self.choose(root, products), self.find_products(root)
+        if missing := [product for product in chosen if product not in present]:
+            raise InputError(f"{root} holds no {', '.join(missing)}. Extract the rest of {self.title}. {_check(root)}")
         items = []
-        for product in self._choose(root, products):
+        for product in chosen:
             for folder, found in self.walk(root, product, split):
                 if not found:
                     raise InputError(f"No images in {folder}. Extract it again, or remove it. {_check(root)}")
@@ -91,18 +94,21 @@ class Tree(ABC):
                 )
         return items
 
-    def _choose(self, root: StrPath, products: Sequence[str] | None) -> Sequence[str]:
-        present = tuple(self.find_products(root))
+    def choose(self, root: StrPath, asked: Sequence[str] | None = None) -> list[str]:
+        """The products that are asked for, of which some may be missing; all that are there where none are.
+
+        Raises:
+            UnknownNameError: For a product that the data set does not have.
+            InputError: If the root holds no product.
+        """
+        present = list(self.find_products(root))
         if not present:
             raise InputError(self.wrong_root(root))
-        if products is None:
-            return present
-        for product in products:
-            if product not in (self.products or present):
-                raise UnknownNameError(unknown(f"product of {self.title}", product, self.products or present))
-        if missing := [product for product in products if product not in present]:
-            raise InputError(f"{root} holds no {', '.join(missing)}. Extract the rest of {self.title}. {_check(root)}")
-        return tuple(dict.fromkeys(products))
+        known = self.products or present
+        for product in asked or ():
+            if product not in (*known, *present):
+                raise UnknownNameError(unknown(f"product of {self.title}", product, known))
+        return list(dict.fromkeys(asked or present))
 
     def wrong_root(self, root: StrPath) -> str:
         """The message for a root that holds no product: what belongs there, and a folder close by that holds some."""

@@ -17,7 +17,7 @@ from adfeatures.errors import AdfeaturesError
 from .. import metrics
 from ..data import dataset
 from ..data.images import loader
-from ..data.items import ANOMALOUS, NORMAL, Item
+from ..data.items import Item
 from ..data.protocol import original_geometry
 from ..methods import find_method
 from ..methods.base import Predictions
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Fitted(NamedTuple):
-    """A trained method, its settings, the best metrics of all its epochs by product, and the start of its records."""
+    """A trained method, the best metrics of all its epochs by product, and the start of its records."""
 
     method: Any
     best: dict[str, dict[str, float]]
@@ -51,11 +51,6 @@ class Fitted(NamedTuple):
 
 class Evaluation:
     """Evaluates products and writes what it finds.
-
-    Args:
-        config: What is asked for.
-        model: The model.
-        results: Where finished results are, and go.
 
     Attributes:
         alone: What is evaluated on each product by itself.
@@ -79,7 +74,7 @@ class Evaluation:
     def evaluate_product(self, name: str) -> None:
         """Do what is not done yet for one product alone, and make sure that it can be used for what is done jointly.
 
-        A failure is recorded, not raised.
+        Failures are recorded.
 
         Raises:
             AdfeaturesError: If there are results of other images, the disk is full, or a folder cannot be written.
@@ -109,9 +104,7 @@ class Evaluation:
             self._evaluate(kind, combinations, [product])
 
     def evaluate_jointly(self, combination: Combination, names: Sequence[str]) -> None:
-        """Train one model on several products and score each, unless that is done.
-
-        Products that cannot be used are left out.
+        """Train one model on the products that can be used and score each, unless that is done.
 
         Failures and errors are those of ``evaluate_product``.
         """
@@ -176,10 +169,7 @@ class Evaluation:
         noticed: list[str],
         step: Callable[[], T],
     ) -> T | None:
-        """Take a step, and give what it returns; its warnings come to those ``noticed``.
-
-        Where it fails, that is recorded for the combinations and products.
-        """
+        """Take a step; its warnings come to those ``noticed``, its failure to the records, and then there is None."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -210,7 +200,8 @@ class Evaluation:
                 if record is not None:
                     noticed += product.truth(kind.images).warnings + features.warnings(product)
                     self.results.write(combination, {**record, "warnings": noticed})
-                    self._draw_curves(combination, product.name)
+                    if combination.is_shown:
+                        self._draw_curves(combination, product.name)
         features.remove()
 
     def _fit(self, combination: Combination, features: ProductFeatures, products: Sequence[Product]) -> Fitted:
@@ -243,15 +234,14 @@ class Evaluation:
         started, preset = time.perf_counter(), features.kind.images
         truth, predictions = product.truth(preset), self._predict(fitted.method, product)
         found = self._metrics(product, preset, predictions)
-        seconds = {"predict": round(time.perf_counter() - started, 2)}
-        normal, anomalous = (int((truth.labels == label).sum()) for label in (NORMAL, ANOMALOUS))
+        anomalous = int(truth.labels.sum())
         record = {
             **fitted.record,
             **features.record(product),
             "images": product.digest,
             "metrics": found,
-            "counts": {**fitted.record["counts"], "normal": normal, "anomalous": anomalous},
-            "seconds": {**fitted.record["seconds"], **seconds},
+            "counts": {**fitted.record["counts"], "normal": len(truth.labels) - anomalous, "anomalous": anomalous},
+            "seconds": {**fitted.record["seconds"], "predict": round(time.perf_counter() - started, 2)},
         }
         if product.name in fitted.best:
             record["oracle"] = fitted.best[product.name]
@@ -270,9 +260,8 @@ class Evaluation:
 
     def _draw_curves(self, combination: Combination, product: str) -> None:
         """Draw the curves of a method, of both kinds of features as far as they are there."""
-        if combination.is_shown:
-            both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
-            records = [self.results.read(product, other) for other in both]
-            found = {record["features"]: record["curves"] for record in records if record is not None}
-            path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
-            pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)
+        both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
+        records = [self.results.read(product, other) for other in both]
+        found = {record["features"]: record["curves"] for record in records if record is not None}
+        path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
+        pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)
