@@ -51,6 +51,7 @@ def evaluate_model(config: EvaluationConfig) -> int:
             backbone_weights=config.backbone_weights,
             img_size=config.size,
             device=device,
+            bit_depth=config.bit_depth,
         )
         settings = {**config.settings(), "img_size": model.img_size, "weights": model.fingerprints}
         results = Results(config.output, settings)
@@ -75,14 +76,16 @@ def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[st
     complete = config.products or not set(tree.products) & set(products)
     missing = [] if complete else [product for product in tree.products if product not in products]
     projected = any(weights.projector is not None for weights in model.weights.values())
-    facts = {
+    left_out = [product for product in config.products if product not in products]
+    lacks = {"products not found": missing, "folders left out": left_out}
+    return {
         "title": f"{model.name} on {tree.title}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(model.device),
         "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
         "weights": [{"name": w.name, "source": w.source, "stored": w.stored} for w in model.weights.values()],
+        **{fact: ", ".join(names) for fact, names in lacks.items() if names},
     }
-    return {**facts, "products not found": ", ".join(missing)} if missing else facts
 
 
 def status(evaluation: Evaluation, products: Sequence[str]) -> int:

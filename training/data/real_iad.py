@@ -18,6 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError
@@ -153,9 +154,10 @@ def _product_items(folder: Path, product: str, kept: Collection[str] | None) -> 
 def _tree_items(folder: Path, tree: str, product: str, defect: str) -> Iterator[Item]:
     for sample in subfolders(folder / tree):
         part = f"{tree}/{sample}"
-        masks = {os.path.splitext(name)[0]: name for name in os.listdir(folder / part) if name.lower().endswith(".png")}
+        names = [name for name in os.listdir(folder / part) if name.lower().endswith(".png")]
+        masks = {normalize("NFC", os.path.splitext(name)[0]): name for name in names}
         for name in _images(folder / part):
-            mask = masks.get(name.partition(".")[0])
+            mask = masks.get(normalize("NFC", name.partition(".")[0]))
             yield Item(
                 image=str(folder / part / name),
                 label=ANOMALOUS if mask else NORMAL,

@@ -51,7 +51,7 @@ def _content_key(path: str, size: int, changed: int) -> str:
 
 def place_key(path: str) -> str:
     """A key of the content and the place of a file, for features that depend on the product as well."""
-    return hashlib.sha256(f"{content_key(path)} {path}".encode()).hexdigest()
+    return hashlib.sha256(f"{content_key(path)} {path}".encode(errors="surrogateescape")).hexdigest()
 
 
 class CachedExtractor:

@@ -50,6 +50,7 @@ class EvaluatedModel:
         weights: The trained weights by tag, "" where the weights have no tag.
         tags: The tag that each method takes.
         device: Where the model is.
+        bit_depth: Bits in use of 16-bit images.
     """
 
     name: str
@@ -62,10 +63,11 @@ class EvaluatedModel:
     weights: dict[str, ProjectorWeights]
     tags: dict[str, str]
     device: torch.device
+    bit_depth: int = 16
 
     def transform(self, preset: str) -> ImageTransform:
         """The way from an image to the input, in one of the geometries of `adfeatures.images.PRESETS`."""
-        return build_transform(self.img_size, self.mean, self.std, preset=preset)
+        return build_transform(self.img_size, self.mean, self.std, preset=preset, bit_depth=self.bit_depth)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -82,6 +84,7 @@ def load_model(
     backbone_weights: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    bit_depth: int = 16,
 ) -> EvaluatedModel:
     """Load a model with the weights that each method takes; the backbone once, however many these are.
 
@@ -93,6 +96,7 @@ def load_model(
         backbone_weights: Place of the backbone's weights, or "random".
         img_size: Input size in pixels. The default is the model's.
         device: Where the model shall be.
+        bit_depth: Bits in use of 16-bit images, see `adfeatures.images.read_image`.
 
     Raises:
         InputError: For weights given twice.
@@ -127,6 +131,7 @@ def load_model(
         weights=found,
         tags=tags,
         device=torch.device(device),
+        bit_depth=bit_depth,
     )
 
 

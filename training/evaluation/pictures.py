@@ -68,7 +68,9 @@ def extremes(items: Sequence[Item], scores: Tensor) -> dict[str, list[int]]:
 def _tile(
     heading: str, item: Item, anomaly_map: Tensor, score: float, transform: ImageTransform, scale: tuple[float, float]
 ) -> Image.Image:
-    picture = seen(read_image(item.image), transform)
+    with warnings.catch_warnings():  # The evaluation has noticed before what is odd about the image.
+        warnings.simplefilter("ignore", UserWarning)
+        picture = seen(read_image(item.image, bit_depth=transform.bit_depth), transform)
     size = (picture.height, picture.width)
     resized = F.interpolate(anomaly_map[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     caption = f"{heading}, {score:.4g}: {item.defect} {Path(item.image).stem}"
@@ -103,7 +105,8 @@ def draw_detection_curves(path: Path, title: str, by_features: Mapping[str, Curv
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    figure.suptitle(title)
+    # Bytes of a product's name that are no UTF-8 cannot be drawn.
+    figure.suptitle(title.encode("utf-8", "backslashreplace").decode("utf-8"))
     kinds = (
         ("image ROC", "true positive rate", 1.0, "image_y", None),
         ("pixel ROC", "true positive rate", 1.0, "pixel", RATES),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 
+from ..data.images import shared_masks
 from ..data.items import ANOMALOUS, NORMAL, Item, items_digest
 from ..data.tree import Tree
 from .raw_features import RawFeatures
@@ -36,6 +37,9 @@ class Product:
         root: Folder of the data set.
         raw: Encodes the images.
 
+    Attributes:
+        noticed: What is odd about training images that were encoded.
+
     Raises:
         InputError: If the data set is not complete, or has no normal training images.
     """
@@ -44,6 +48,7 @@ class Product:
         self.name, self.raw = name, raw
         self.train = [item for item in source.find_items(root, "train", [name]) if item.label == NORMAL]
         self.test: list[Item] = source.find_items(root, "test", [name])
+        self.noticed: list[str] = []
         self._truths: dict[str, Truth] = {}
         if not self.train:
             raise InputError(f"{name} has no normal training images in {root}.")
@@ -58,7 +63,7 @@ class Product:
 
     def encode(self, preset: str) -> None:
         """Bring the features of all images in one geometry into the cache. Errors are those of ``truth``."""
-        self.raw.encode(self.train, preset)
+        self.noticed += self.raw.encode(self.train, preset)
         self.truth(preset)
 
     def truth(self, preset: str) -> Truth:
@@ -71,9 +76,10 @@ class Product:
         if not self.test:
             raise InputError("There are no test images.")
         if preset not in self._truths:
-            masks = self.raw.masks(self.test, preset)
+            masks, noticed = self.raw.masks(self.test, preset)
             labels = torch.tensor([item.label for item in self.test])
-            self._truths[preset] = Truth(masks, labels, _oddities(self.test, masks))
+            odd = [*_oddities(self.test, masks), *shared_masks(self.test), *noticed]
+            self._truths[preset] = Truth(masks, labels, odd)
         return self._truths[preset]
 
 

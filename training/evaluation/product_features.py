@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,6 @@ import torch
 
 from adfeatures.errors import InputError
 from adfeatures.references import BankRecord, ReferenceBank
-from adfeatures.sources import distinct
 
 from ..data.images import loader
 from ..data.items import Item
@@ -70,10 +69,9 @@ class ProductFeatures:
         """
         items = [item for item in product.train if not self.single or content_key(item.image) not in self.single]
         if not items:
-            raise InputError(
-                f"{product.name} has a single normal training image, which is its reference. "
-                "Nothing is left to learn from."
-            )
+            count = len(product.train)
+            one = "a single normal training image" if count == 1 else f"{count} normal training images, copies of one"
+            raise InputError(f"{product.name} has {one}, which is its reference. Nothing is left to learn from.")
         return items
 
     def record(self, product: Product) -> dict[str, Any]:
@@ -156,10 +154,13 @@ def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) ->
 
 def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:
     """The bank of references whose features are known. Copies are left out, with a warning."""
-    kept = distinct([item.image for item in items])
-    own = [item for item in items if item.image in kept.values()]
-    batches = [raw.of(preset)(batch) for batch in loader(KnownImages(own, raw.model.img_size))]
+    kept: dict[str, Item] = {}
+    for item in items:
+        if kept.setdefault(content_key(item.image), item) is not item:
+            warnings.warn(f"The reference {item.image} is a copy of another one and is left out.", stacklevel=2)
+    known = KnownImages(list(kept.values()), raw.model.img_size)
+    batches = [raw.of(preset)(batch) for batch in loader(known)]
     levels = [torch.cat(level) for level in zip(*batches, strict=True)]
     bank = ReferenceBank.from_features(raw.model.scorer.features(levels))
-    bank.record = BankRecord(files=[os.fspath(item.image) for item in own], sha256s=list(kept))
+    bank.record = BankRecord(files=[item.image for item in kept.values()], sha256s=list(kept))
     return bank

@@ -77,7 +77,8 @@ class Results:
         self.settings: dict[str, Any] = _plain(settings)
         path = self.folder / SETTINGS
         if path.exists():
-            before = read_json(path)
+            # Folders of before there was a choice have no bit depth.
+            before = {"bit_depth": 16, **read_json(path)}
             changed = _differences(before, self.settings)
             changed += [f"weights of {text}" for text in _differences(before["weights"], self.settings["weights"])]
             if changed:
@@ -141,9 +142,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, atomically."""
+    r"""Write a text in UTF-8, atomically; bytes of file names that are no UTF-8 become ``\udc..``."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _plain(value: Any) -> Any:

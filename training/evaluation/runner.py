@@ -198,7 +198,7 @@ class Evaluation:
                 score = partial(self._score, combination, features, fitted, product)
                 record = self._attempt([combination], [product], noticed, score)
                 if record is not None:
-                    noticed += product.truth(kind.images).warnings + features.warnings(product)
+                    noticed += product.truth(kind.images).warnings + product.noticed + features.warnings(product)
                     self.results.write(combination, {**record, "warnings": noticed})
                     if combination.is_shown:
                         self._draw_curves(combination, product.name)

@@ -42,8 +42,8 @@ def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
         What was done.
 
     Raises:
-        AdfeaturesError: If the Hub refuses or cannot be reached, or the repository holds something else. Then nothing is
-            half published.
+        AdfeaturesError: If the Hub refuses or cannot be reached, or the repository holds something else. Nothing is
+            half published then.
     """
     endpoint = hub_endpoint()
     if get_token() is None:

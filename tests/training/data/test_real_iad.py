@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from helpers.real_iad_tree import write_real_iad
@@ -302,3 +303,12 @@ def test_nothing_is_held_out_at_0_and_senseless_fractions_are_refused() -> None:
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError, match="fraction"):
             real_iad.split_by_sample(items, fraction)
+
+
+def test_masks_whose_accents_are_written_in_another_way(tmp_path: Path) -> None:
+    root = write_real_iad(tmp_path, ("bottle_cap",))
+    before = [item.label for item in real_iad.read(root, ["bottle_cap"])]
+    for path in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
+        form = "NFC" if path.suffix == ".jpg" else "NFD"
+        path.rename(path.with_name(normalize(form, path.name.replace("bottle", "é"))))
+    assert [item.label for item in real_iad.read(root, ["bottle_cap"])] == before and ANOMALOUS in before
