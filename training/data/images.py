@@ -115,8 +115,13 @@ def shared_masks(items: Iterable[Item]) -> list[str]:
     ]
 
 
+def _defect(mask: np.ndarray) -> np.ndarray:
+    # Many times as fast as mask.any(axis=2).
+    return np.asarray((mask[..., 0] | mask[..., 1] | mask[..., 2]) > 0)
+
+
 def _is_inverted(mask: np.ndarray) -> bool:
-    defect = np.asarray(mask.any(axis=2))
+    defect = _defect(mask)
     edges = np.concatenate([defect[0], defect[-1], defect[:, 0], defect[:, -1]])
     return bool(edges.mean() > 0.95 and 0.5 < defect.mean() < 1)
 
@@ -132,7 +137,7 @@ def _is_gray(mask: np.ndarray) -> bool:
 # What may be wrong with a mask of 8 bits (H, W, 3), whose pixels count as defect where any color is above 0.
 ODD_MASKS: dict[str, Callable[[np.ndarray], bool]] = {
     "masks without a defect": lambda mask: not mask.any(),
-    "masks in which every pixel is a defect": lambda mask: bool(mask.any(axis=2).all()),
+    "masks in which every pixel is a defect": lambda mask: bool(_defect(mask).all()),
     "masks that look inverted, a defect all around the edge of the image": _is_inverted,
     "masks with faint grays beside white, as JPEG leaves them, which all count as defect": _is_compressed,
     "gray masks, in which all above 0 counts as defect": _is_gray,

@@ -84,10 +84,7 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
 
     Of each product, and of its OK and NG trees separately, ``fraction`` of the parts is held out: at least one and at
     most all but one, where there are two or more; 0 holds out nothing. Which ones depends on the names of the parts and
-    the seed, neither on the order of the items nor on other products.
-
-    Returns:
-        The training items and the held-out items, each in the order given.
+    the seed, neither on the order of the items nor on other products. Training comes first, each in the order given.
 
     Raises:
         InputError: For a fraction outside [0, 1).

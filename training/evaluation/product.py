@@ -29,13 +29,7 @@ class Truth(NamedTuple):
 
 
 class Product:
-    """The images of one product. Nothing is read before it is asked for.
-
-    Args:
-        name: Name of the product.
-        source: The data set.
-        root: Folder of the data set.
-        raw: Encodes the images.
+    """The images of one product in the folder of a data set. Nothing is read before it is asked for.
 
     Attributes:
         noticed: What is odd about training images that were encoded.

@@ -54,10 +54,7 @@ class RawFeatures:
         return self._by_preset[preset]
 
     def encode(self, items: Sequence[Item], preset: str) -> list[str]:
-        """Encode the images that are not in the cache yet.
-
-        Returns:
-            What was noticed of these.
+        """Encode the images that are not in the cache yet, and tell what was noticed of them.
 
         Raises:
             ImageError: For an image that cannot be read.
@@ -67,9 +64,7 @@ class RawFeatures:
         return summarize(missing, map(str.splitlines, noticed))
 
     def masks(self, items: Sequence[Item], preset: str) -> tuple[Tensor, list[str]]:
-        """The masks (N, H, W), uint8 of 0 and 1, of images, and what was noticed of both.
-
-        The images are encoded where they are not in the cache.
+        """The masks (N, H, W), uint8 of 0 and 1, of images, which are encoded as well, and what was noticed of both.
 
         Raises:
             ImageError: For an image or mask that cannot be read, or a mask of another size than its image.

@@ -91,19 +91,12 @@ def _sections(
 
 
 def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record], means: Sequence[TableLine]) -> str:
-    """The metrics that the files of the weights hold beside those of the methods that took them.
-
-    It is "" where no file holds any.
-    """
+    """The metrics that the files of the weights hold beside those of the methods that took them, "" for none."""
     body = []
     for entry in weights:
         took = {record["method"] for record in records if record["weights"] == entry["name"]}
-        for line in means:
-            if line.features != PRETRAINED or line.method not in took:
-                continue
-            for criterion in CRITERIA:
-                if criterion.stored not in entry["stored"]:
-                    continue
+        for line in (line for line in means if line.features == PRETRAINED and line.method in took):
+            for criterion in (criterion for criterion in CRITERIA if criterion.stored in entry["stored"]):
                 # The stored AUPRO is the approximation.
                 approximate = criterion.field == "aupro" and ORIGINAL_AUPRO in line.values
                 column = ORIGINAL_AUPRO if approximate else criterion.field

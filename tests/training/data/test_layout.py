@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal, TypeAlias
 from unicodedata import normalize
 
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 from adfeatures.errors import InputError
 from training.data import btad, folder, mpdd, mvtec, mvtec3d
 from training.data.items import ANOMALOUS, NORMAL
+
+Form: TypeAlias = 'Literal["NFC", "NFD"]'
 
 
 def test_mvtec(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_a_half_extracted_product_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image, mask", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_whose_accents_are_written_in_two_ways(tmp_path: Path, image: str, mask: str) -> None:
+def test_names_whose_accents_are_written_in_two_ways(tmp_path: Path, image: Form, mask: Form) -> None:
     """As where images were copied from a Mac and masks were not."""
     root = write_mvtec(tmp_path, bad=1, kinds=("Riß é",), size=(16, 16))
     for place, form in (("test", image), ("ground_truth", mask)):

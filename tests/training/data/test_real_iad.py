@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 from unicodedata import normalize
 
 import pytest
@@ -309,6 +310,6 @@ def test_masks_whose_accents_are_written_in_another_way(tmp_path: Path) -> None:
     root = write_real_iad(tmp_path, ("bottle_cap",))
     before = [item.label for item in real_iad.read(root, ["bottle_cap"])]
     for path in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
-        form = "NFC" if path.suffix == ".jpg" else "NFD"
+        form: Literal["NFC", "NFD"] = "NFC" if path.suffix == ".jpg" else "NFD"
         path.rename(path.with_name(normalize(form, path.name.replace("bottle", "é"))))
     assert [item.label for item in real_iad.read(root, ["bottle_cap"])] == before and ANOMALOUS in before
