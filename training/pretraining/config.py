@@ -23,7 +23,7 @@ class InputsConfig:
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
     products: tuple[str, ...] = option((), "products to take; the default is all")
     filter_list: str | None = option(None, "Real-IAD: folder or file of lists of the anomalous images to keep")
-    bit_depth: int = option(16, "bits used in 16-bit images, such as 12")
+    bit_depth: int = option(16, "bits in use of 16-bit images, 9 to 16: 12 for a camera that gives 0 to 4095")
     held_out: float = option(0.1, "fraction of the samples that is kept for validation")
     # Model
     backbone: str = option("dinov2_base", "name of a backbone of adfeatures, or of a timm ViT or CNN")

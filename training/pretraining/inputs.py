@@ -15,8 +15,6 @@ from adfeatures.errors import InputError, UnknownNameError
 from ..data import folder, real_iad
 from ..data.items import Item
 from ..data.manifest import read_manifest
-from ..distributed import rank
-from .checks import check_bit_depth
 from .config import InputsConfig
 from .frozen_backbone import load_frozen_backbone
 
@@ -43,8 +41,6 @@ class Inputs:
         self.normal = real_iad.reference_pool(self.train)
         known = config.data == "real_iad" and {item.product for item in self.train} <= set(real_iad.PRODUCTS)
         self.title = real_iad.TREE.title if known else None
-        if rank() == 0:
-            check_bit_depth(self.train, config.bit_depth)
         self.backbone = load_frozen_backbone(config, device)
 
 

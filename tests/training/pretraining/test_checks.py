@@ -13,7 +13,7 @@ from PIL import Image
 
 from adfeatures.errors import ImageError, InputError
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.pretraining.checks import check_bit_depth, check_labels, check_masks
+from training.pretraining.checks import check_labels, check_masks
 
 SHAPE = (40, 40)
 
@@ -44,20 +44,30 @@ def test_sound_masks_are_passed_in_silence(tmp_path: Path) -> None:
 
 def test_black_masks_are_named(tmp_path: Path) -> None:
     black = [anomalous(tmp_path, f"black{number}.png", np.zeros(SHAPE, np.uint8)) for number in range(5)]
-    with pytest.warns(UserWarning, match=r"Of 6 masks 5 .*black0\.png, .*black1\.png, .*black2\.png and 2 more"):
+    with pytest.warns(UserWarning, match=r"5 masks without a defect: .*black0\.png, .*black1\.png, .* and 2 more"):
         check_masks([anomalous(tmp_path, "sound.png", defect()), *black])
-    with (
-        pytest.warns(UserWarning, match="Of 5 masks 5"),
-        pytest.raises(InputError, match=r"All 5 masks, .*black0\.png, are black everywhere.*nothing to contrast"),
-    ):
+    with pytest.raises(InputError, match=r"All masks are black everywhere.*nothing to contrast: .*black0\.png"):
         check_masks(black)
 
 
-def test_masks_that_went_through_jpeg_are_named(tmp_path: Path) -> None:
-    lossy = anomalous(tmp_path, "lossy.png", through_jpeg(defect()))
-    with pytest.warns(UserWarning, match=r"Of 2 masks 1 .*gray.*lossy\.png") as caught:
-        check_masks([anomalous(tmp_path, "sound.png", defect()), lossy])
-    assert len(caught) == 1
+def test_masks_that_went_through_jpeg_or_are_inverted_are_named(tmp_path: Path) -> None:
+    items = [
+        anomalous(tmp_path, "sound.png", defect()),
+        anomalous(tmp_path, "lossy.png", through_jpeg(defect())),
+        anomalous(tmp_path, "inverted.png", 255 - defect()),
+    ]
+    with pytest.warns(UserWarning) as caught:
+        check_masks(items)
+    found = sorted(str(warning.message) for warning in caught)
+    assert len(found) == 2
+    assert "1 masks that look inverted" in found[0] and "inverted.png" in found[0]
+    assert "as JPEG leaves them" in found[1] and "lossy.png" in found[1]
+
+
+def test_a_mask_of_several_images_is_named(tmp_path: Path) -> None:
+    item = anomalous(tmp_path, "000.png", defect())
+    with pytest.warns(UserWarning, match=r"000\.png is that of several images: .*image_000\.png, other\.jpg"):
+        check_masks([item, replace(item, image="other.jpg")])
 
 
 def test_masks_that_cannot_be_read_stop_it_before_it_begins(tmp_path: Path) -> None:
@@ -70,35 +80,7 @@ def test_masks_that_cannot_be_read_stop_it_before_it_begins(tmp_path: Path) -> N
 def test_an_anomalous_image_without_a_mask_is_refused(tmp_path: Path) -> None:
     good, bad = Item("good.png", NORMAL, "nut"), anomalous(tmp_path, "mask.png", defect())
     check_labels([good, bad])
-    with pytest.raises(InputError, match=r"image_mask\.png is anomalous without a mask"):
+    with pytest.raises(InputError, match=r"which these lack: .*image_mask\.png"):
         check_labels([good, replace(bad, mask=None)])
     with pytest.raises(InputError, match=r"None of the 1 training images, such as good\.png, .*nothing to contrast"):
         check_labels([good])
-
-
-def images(folder: Path, highest: int, count: int = 100) -> list[Item]:
-    samples = np.random.RandomState(0).randint(0, highest + 1, SHAPE, dtype=np.uint16)
-    samples[0, 0] = highest
-    items = [Item(str(folder / f"{number:03d}.png"), NORMAL, "nut") for number in range(count)]
-    for item in items:
-        Image.fromarray(samples).save(item.image)
-    return items
-
-
-@pytest.mark.parametrize(("highest", "bits"), [(4000, 12), (1023, 10), (30, 9)])
-def test_16_bit_images_that_use_fewer_bits_get_a_hint(tmp_path: Path, highest: int, bits: int) -> None:
-    items = images(tmp_path, highest)
-    Path(items[0].image).write_bytes(b"no image")
-    with pytest.warns(UserWarning, match=rf"\.png, is above {highest}: {bits} bits .* 16 are read.*--bit-depth"):
-        check_bit_depth(items, 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_bit_depth(items, bits)
-
-
-def test_images_that_use_their_bits_get_none(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_bit_depth(images(tmp_path, 40_000), 16)
-        Image.new("RGB", SHAPE, (9, 9, 9)).save(tmp_path / "eight.png")
-        check_bit_depth([Item(str(tmp_path / "eight.png"), NORMAL, "nut")], 16)
