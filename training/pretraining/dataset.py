@@ -129,18 +129,14 @@ class StepSampler(Sampler[list[Draw]]):
 
 
 class PretrainingDataset(Dataset[dict[str, Any]]):
-    """Images by ``Draw``, each a dict that the default collation makes batches of.
+    """Images by ``Draw``, with two views, a mask, and normal images of the same product and view to compare with.
 
-    ``views`` (2, 3, H, W) float32, the augmented views; ``mask`` (1, H, W) uint8 of 0 and 1, which both share;
-    ``label`` of the item, which stays anomalous where the defect is too small to survive in the mask; ``references``
-    (shots, 3, H, W) float32 without augmentation, or ``reference_indices`` (shots,) int64 into the pool; ``path`` of
-    the image.
+    An element is a dict: ``views`` (2, 3, H, W) float32, ``mask`` (1, H, W) uint8 of 0 and 1, ``label`` and ``path`` of
+    the item, and ``references`` (shots, 3, H, W) float32 or ``reference_indices`` (shots,) int64 into the pool.
 
-    The references are drawn with replacement from the pool's images of the same product and view. As in the original,
-    the image itself may be among them, which then makes a residual of only the augmentation.
-
-    An image that cannot be read is replaced by another one, a reference by another one of its group, both determined by
-    the seed of the draw, with a warning for each such file. Nothing can stand in for a mask.
+    References are drawn with replacement from the pool's images of the same product and view, the image itself
+    included, as in the original. An image that cannot be read is replaced by another one, a reference by another one of
+    its group, as the seed of the draw decides, with a warning for each such file. Nothing can stand in for a mask.
 
     Args:
         items: All images to train on, normal and anomalous.

@@ -59,7 +59,7 @@ def items(root: Path) -> list[Item]:
 # The sampler
 
 
-def sampler_of(rank: int, world: int, *arguments: int) -> StepSampler:
+def sampler_of(rank: int, world: int, *arguments: Any) -> StepSampler:
     """The sampler of one of several processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "rank", lambda: rank)
