@@ -98,8 +98,7 @@ class TrainingRun:
         Raises:
             CheckpointError: If the state does not fit.
         """
-        self._projector, self._optimizer = projector, optimizer
-        self._header = header
+        self._projector, self._optimizer, self._header = projector, optimizer, header
         if self._found is not None:
             with self._reading():
                 self._restore(self._found)
@@ -170,11 +169,8 @@ class TrainingRun:
     def _keep(self, name: str, selected_by: str, metrics: Mapping[str, float]) -> None:
         if rank() == 0:
             tensors = {f"{PROJECTOR}{key}": value for key, value in self._projector.state_dict().items()}
-            metadata = {
-                **self._header,
-                "training": self._config,
-                "selected_by": f"{selected_by}, after step {self.step}",
-            }
+            selected = f"{selected_by}, after step {self.step}"
+            metadata = {**self._header, "training": self._config, "selected_by": selected}
             save_checkpoint(self.folder / f"{name}.safetensors", tensors, metrics=metrics, metadata=metadata)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -229,8 +225,6 @@ class TrainingRun:
         """Errors of a state that is damaged, or none, as CheckpointError."""
         try:
             yield
-        except AdfeaturesError:
-            raise
         except _DAMAGE as error:
             raise CheckpointError(
                 f"{self.folder / STATE} cannot be resumed from ({error}). "
