@@ -17,8 +17,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from adfeatures import __version__
-from adfeatures.catalog import unknown
-from adfeatures.errors import InputError, UnknownNameError
 
 from . import console
 from .data import DATASETS, dataset
@@ -41,13 +39,10 @@ def evaluate_model(config: EvaluationConfig) -> int:
         DONE; SOME_FAILED if a product or a method failed or could not be judged; NOTHING_DONE if nothing came out.
 
     Raises:
-        InputError: For a folder that holds results of other settings, or a root that holds no products.
-        UnknownNameError: For an unknown model or product.
-        DownloadError, CheckpointError: If weights cannot be had.
-        AdfeaturesError: If a product has results of other images, the disk is full, or a folder cannot be written. What
-            was finished is kept.
+        AdfeaturesError: For an unknown model or product, a root without products, weights that cannot be had, a folder
+            that holds results of other settings or images or cannot be written, a full disk. What was finished is kept.
     """
-    products = find_products(config.dataset, config.root, config.products)
+    products = dataset(config.dataset).choose(config.root, config.products)
     with processes(config.device) as device:
         model = load_model(
             config.model,
@@ -56,6 +51,7 @@ def evaluate_model(config: EvaluationConfig) -> int:
             backbone_weights=config.backbone_weights,
             img_size=config.size,
             device=device,
+            bit_depth=config.bit_depth,
         )
         settings = {**config.settings(), "img_size": model.img_size, "weights": model.fingerprints}
         results = Results(config.output, settings)
@@ -73,40 +69,23 @@ def evaluate_model(config: EvaluationConfig) -> int:
         return status(evaluation, products)
 
 
-def find_products(name: str, root: str, asked: Sequence[str]) -> list[str]:
-    """The products to evaluate: those asked for, else all that are there.
-
-    Raises:
-        UnknownNameError: For a product that the data set does not have.
-        InputError: If the root holds none.
-    """
-    tree = dataset(name)
-    present = list(tree.find_products(root))
-    if not present:
-        raise InputError(tree.wrong_root(root))
-    known = tree.products or tuple(present)
-    for product in asked:
-        if product not in (*known, *present):
-            raise UnknownNameError(unknown(f"product of {tree.title}", product, known))
-    return list(dict.fromkeys(asked)) or present
-
-
 def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[str]) -> dict[str, Any]:
     """What the report says of program, model and data set."""
     tree = dataset(config.dataset)
-    known = tree.products
     # A tree of other products in the layout of a known data set lacks none.
-    complete = config.products or not set(known) & set(products)
-    missing = [] if complete else [product for product in known if product not in products]
+    complete = config.products or not set(tree.products) & set(products)
+    missing = [] if complete else [product for product in tree.products if product not in products]
     projected = any(weights.projector is not None for weights in model.weights.values())
-    facts = {
+    left_out = [product for product in config.products if product not in products]
+    lacks = {"products not found": missing, "folders left out": left_out}
+    return {
         "title": f"{model.name} on {tree.title}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(model.device),
         "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
         "weights": [{"name": w.name, "source": w.source, "stored": w.stored} for w in model.weights.values()],
+        **{fact: ", ".join(names) for fact, names in lacks.items() if names},
     }
-    return {**facts, "products not found": ", ".join(missing)} if missing else facts
 
 
 def status(evaluation: Evaluation, products: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from helpers.published import as_published
 from helpers.ranks import run_ranks
 from helpers.real_iad_tree import write_real_iad
 from helpers.trees import write_btad, write_mvtec
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adfeatures
@@ -32,7 +32,7 @@ from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
 from adfeatures.scoring import FeatureNormScorer
 from training import evaluate, metrics
-from training.data import dataset
+from training.data import dataset, images
 from training.data.images import ImageDataset
 from training.evaluation import model as evaluated_model
 from training.evaluation import pictures, raw_features
@@ -850,6 +850,129 @@ class TestBadInput:
         assert "No space left on device" in capsys.readouterr().err
         assert run(method="feature_norm") == 0
         assert before.items() <= numbers(tmp_path / "run").items()
+
+
+def deepen(root: Path, bits: int) -> None:
+    """Make all images gray: of 8 bits, or the same in 16 of which they use fewer."""
+    for path in [*root.rglob("train/good/*.png"), *root.rglob("test/*/*.png")]:
+        levels = np.asarray(Image.open(path).convert("L"))
+        samples = (levels.astype(int) * (2**bits - 1) + 127) // 255
+        Image.fromarray(levels if bits == 8 else samples.astype(np.uint16)).save(path)
+
+
+class TestBitDepth:
+    def test_12_bits_in_16_are_as_good_as_8(
+        self, run: Evaluate, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for bits in (8, 12):
+            shutil.copytree(root, tmp_path / f"{bits}bits")
+            deepen(tmp_path / f"{bits}bits", bits)
+        assert run(root=tmp_path / "8bits", output=tmp_path / "run8", bit_depth=12) == 0
+        assert run(root=tmp_path / "12bits", bit_depth=12) == 0
+        assert numbers(tmp_path / "run") == numbers(tmp_path / "run8")
+        assert report(tmp_path / "run")["settings"]["bit_depth"] == 12
+        assert "| bit_depth | 12 |" in (tmp_path / "run/results.md").read_text()
+        # Without the option the images are nearly black; neither the results nor the features are mixed up.
+        assert run(root=tmp_path / "12bits", output=tmp_path / "dark", cache=tmp_path / "run/cache") == 0
+        assert numbers(tmp_path / "dark") != numbers(tmp_path / "run")
+        assert run(root=tmp_path / "12bits") == 2
+        assert "bit_depth was 12, is 16" in capsys.readouterr().err
+
+    def test_what_was_evaluated_before_there_was_a_choice(
+        self, run: Evaluate, tmp_path: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(products="bottle") == 0
+        path, before = tmp_path / "run/settings.json", sum(encoded)
+        settings = json.loads(path.read_text())
+        del settings["bit_depth"]
+        path.write_text(json.dumps(settings))
+        assert run(products="bottle", bit_depth=12) == 2
+        assert "bit_depth was 16, is 12" in capsys.readouterr().err
+        assert run(products="bottle", method="patchcore") == 0 and sum(encoded) == before
+
+    @pytest.mark.parametrize("bits", [8, 17])
+    def test_what_is_no_bit_depth(self, run: Evaluate, bits: int, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(bit_depth=bits) == 2
+        assert f"bit_depth must be 9 to 16, got {bits}" in capsys.readouterr().err
+
+
+class TestOddFiles:
+    def test_masks_that_spoil_the_numbers_are_named(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        folder = root / "bottle/ground_truth/broken"
+        assert run(products="bottle", output=tmp_path / "sound") == 0
+        assert not any("mask" in text for r in records(tmp_path / "sound") for text in r["warnings"])
+        ImageOps.invert(Image.open(folder / "000_mask.png")).save(folder / "000_mask.png")
+        Image.open(folder / "001_mask.png").save(tmp_path / "mask.jpg", quality=75)
+        Image.open(tmp_path / "mask.jpg").save(folder / "001_mask.png")
+        shutil.copy(root / "bottle/test/good/000.png", root / "bottle/test/broken/002.bmp")
+        assert run(products="bottle") == 0
+        for record in records(tmp_path / "run"):
+            (inverted,) = (text for text in record["warnings"] if "look inverted" in text)
+            (compressed,) = (text for text in record["warnings"] if "as JPEG leaves them" in text)
+            (shared,) = (text for text in record["warnings"] if "is that of several images" in text)
+            assert inverted.endswith(f": {folder / '000_mask.png'}.")
+            assert compressed.endswith(f": {folder / '001_mask.png'}.")
+            assert f"{folder / '002_mask.png'} is that" in shared and "broken/002.bmp" in shared
+        text = (tmp_path / "run/results.md").read_text()
+        assert text.index("## Warnings") < text.index("look inverted")
+        for output in ("run", "sound"):
+            assert report(tmp_path / output)["settings"] == report(tmp_path / "sound")["settings"]
+
+    def test_what_reading_warns_of_is_reported_once(
+        self, run_as_it_is: Evaluate, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read(path: str, **options: int) -> Image.Image:
+            warnings.warn(f"{path} has two pages.", stacklevel=1)
+            return read_image(path, **options)
+
+        monkeypatch.setattr(images, "read_image", read)
+        monkeypatch.setattr(pictures, "read_image", read)
+        assert run_as_it_is(products="bottle") == 0
+        for record in records(tmp_path / "run"):
+            assert [text[: text.index(":")] for text in record["warnings"]] == [
+                "6 images with a warning (an image has two pages.)",
+                "5 images with a warning (an image has two pages.)",
+            ]
+
+    @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode")
+    def test_names_that_are_not_utf8(self, run_as_it_is: Evaluate, root: Path, tmp_path: Path) -> None:
+        product = os.fsdecode(b"bottle \xfc")
+        (root / "bottle").rename(root / product)
+        for folder in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
+            for path in list((root / product / folder).iterdir()):
+                path.rename(path.with_name(os.fsdecode(b"\xe9" + os.fsencode(path.name))))
+        Image.new("L", (64, 64)).save(root / product / os.fsdecode(b"ground_truth/broken/\xe9001_mask.png"))
+        assert run_as_it_is(dataset="folder", method=["feature_norm", "uniad"], epochs=1, products=product) == 0
+        found = records(tmp_path / "run", product=product, features="pretrained")
+        assert len(found) == 2
+        for record in found:
+            # What is read back names the files.
+            assert all(Path(entry["file"]).is_file() for entry in record["references"])
+            (text,) = (text for text in record["warnings"] if "without a defect" in text)
+            assert Path(text.partition(": ")[2].removesuffix(".")).is_file()
+        for name in ("results.md", "results.csv"):
+            assert r"bottle \udcfc" in (tmp_path / "run" / name).read_text(encoding="utf-8")
+        assert len(list((tmp_path / "run/figures" / product).iterdir())) == 6
+        before = numbers(tmp_path / "run")
+        assert run_as_it_is(dataset="folder", method=["feature_norm", "uniad"], epochs=1, products=product) == 0
+        assert numbers(tmp_path / "run") == before
+
+    def test_folders_that_are_no_products(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        for name in ("@eaDir", "notes", "bottle/test/@eaDir"):
+            (root / name).mkdir()
+        with pytest.warns(UserWarning, match="notes holds no product of MVTec AD and is left out"):
+            assert run(products=["@eaDir", "bottle", "notes"]) == 0
+        assert {record["product"] for record in records(tmp_path / "run")} == {"bottle"}
+        assert "| folders left out | @eaDir, notes |" in (tmp_path / "run/results.md").read_text()
+
+    def test_a_training_set_of_copies(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        for number in range(1, 5):
+            path = root / "bottle/train/good" / f"{number:03d}.png"
+            shutil.copy(root / "bottle/train/good/000.png", path)
+        assert run(method="patchcore", products="bottle") == 1
+        (failed,) = records(tmp_path / "run", features="pretrained")
+        assert "bottle has 5 normal training images, copies of one, which is its reference" in failed["error"]
+        assert records(tmp_path / "run", features="raw")[0]["metrics"]["image_auroc"] is not None
 
 
 class TestWeights:

@@ -15,15 +15,16 @@ from PIL import Image
 
 from adfeatures.scoring import auroc
 from training.data import dataset
+from training.data.images import loader
 from training.data.items import ANOMALOUS, NORMAL
 from training.data.synthetic import DEFECTS, render
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.draws import draw_references
-from training.evaluation.fitting import known_loader, settings, train_loader
+from training.evaluation.fitting import settings, train_loader
 from training.evaluation.model import load_model
 from training.evaluation.product import Product
 from training.evaluation.product_features import FeatureKind, ProductFeatures, residual_features
-from training.evaluation.raw_features import RawFeatures
+from training.evaluation.raw_features import KnownImages, RawFeatures
 from training.evaluation.results import PRETRAINED
 from training.methods import METHODS
 
@@ -90,7 +91,7 @@ def test_method_finds_defects_and_nothing_else(
     fitted = entry.create(features.extractor, **chosen).fit(batches)
     found = []
     for product in (easy, control):
-        scores = fitted.predict(known_loader(product.test, raw.model)).scores
+        scores = fitted.predict(loader(KnownImages(product.test, raw.model.img_size))).scores
         found.append(auroc(scores.tolist(), [item.label for item in product.test]))
     assert found[0] > 0.9
     assert 0.3 <= found[1] <= 0.7

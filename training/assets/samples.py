@@ -50,16 +50,23 @@ def render(output: Path) -> None:
     """Write LICENSE.txt, references/, test/<kind>/ and masks/<defect>/ below ``output``.
 
     With the same libraries the files are the same.
+
+    Raises:
+        AdfeaturesError: If they cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "LICENSE.txt").write_text(LICENSE, encoding="utf-8")
-    for seed, (folder, numbers) in enumerate(PARTS.items(), start=1):
-        kind = Path(folder).name
-        for index, number in enumerate(numbers):
-            image, mask = _photograph((seed, number), kind)
-            _save(image, output / folder / f"{index:03d}.jpg", quality=JPEG_QUALITY)
-            if mask is not None:
-                _save(mask, output / "masks" / kind / f"{index:03d}.png", optimize=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "LICENSE.txt").write_text(LICENSE, encoding="utf-8")
+        for seed, (folder, numbers) in enumerate(PARTS.items(), start=1):
+            for index, number in enumerate(numbers):
+                image, mask = _photograph((seed, number), Path(folder).name)
+                _save(image, output / folder / f"{index:03d}.jpg", quality=JPEG_QUALITY)
+                if mask is not None:
+                    _save(mask, output / "masks" / Path(folder).name / f"{index:03d}.png", optimize=True)
+    except OSError as error:
+        raise AdfeaturesError(
+            f"Cannot write to {output}: {error}. Free some space or choose another --output."
+        ) from error
 
 
 def _photograph(key: tuple[int, int], kind: str) -> tuple[Image.Image, Image.Image | None]:
@@ -98,16 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     options = parser.parse_args(arguments)
-    return console.run("samples", lambda: _render(options.output))
-
-
-def _render(output: Path) -> None:
-    try:
-        render(output)
-    except OSError as error:
-        raise AdfeaturesError(
-            f"Cannot write to {output}: {error}. Free some space or choose another --output."
-        ) from error
+    return console.run("samples", lambda: render(options.output))
 
 
 if __name__ == "__main__":

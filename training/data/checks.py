@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import IMAGE_SUFFIXES, read_image
+from adfeatures.images import IMAGE_SUFFIXES
 from training.console import DONE, SOME_FAILED
 
 from . import DATASETS, dataset
-from .images import different_sizes, read_mask
+from .images import ODD_MASKS as ODD_MASKS
+from .images import read_item, shared_masks, some, summarize
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import StrPath, Tree, nearby, subfolders
-
-# How many files a problem names that many files share.
-NAMED = 3
-ODD_MASKS: dict[str, Callable[[np.ndarray], bool]] = {
-    "masks without a defect": lambda mask: not mask.any(),
-    "masks in which every pixel is a defect": lambda mask: bool(mask.any(axis=2).all()),
-    "gray masks, in which all above 0 counts as defect": lambda mask: bool(((mask > 0) & (mask < 255)).any()),
-}
 
 
 @dataclass(frozen=True)
@@ -177,28 +168,21 @@ def _check_labels(labels: Sequence[int], folder: Path, split: str) -> Iterator[P
 
 def _check_files(items: Sequence[Item], product: str) -> Iterator[Problem]:
     """Read all images and masks. What many files may share is one problem."""
-    shared: dict[tuple[str, bool], list[str]] = defaultdict(list)
-    for item in tqdm(items, desc=product, leave=False, disable=None):
-        has_image, has_mask = (path is not None and os.path.isfile(path) for path in (item.image, item.mask))
-        if not has_image:
-            shared["missing images", True].append(item.image)
-        elif item.mask is not None and not has_mask:
-            shared["images without their mask", True].append(f"{item.image} (mask expected in {item.mask})")
+    there = {item: item.mask is None or os.path.isfile(item.mask) for item in items if os.path.isfile(item.image)}
+    lost = [item.image for item in items if item not in there]
+    bare = [f"{item.image} (mask expected in {item.mask})" for item, is_whole in there.items() if not is_whole]
+    for kind, paths in (("missing images", lost), ("images without their mask", bare)):
+        if paths:
+            yield Problem(f"{product} has {len(paths)} {kind}: {some(paths)}.")
+    noticed: dict[Item, list[str]] = {}
+    for item, is_whole in tqdm(there.items(), desc=product, leave=False, disable=None):
         try:
-            picture = read_image(item.image) if has_image else None
-            mask = read_mask(str(item.mask)) if has_mask else None
+            _, _, noticed[item] = read_item(item if is_whole else replace(item, mask=None))
         except ImageError as error:
             yield Problem(str(error))
-            continue
-        if mask is None:
-            continue
-        if picture is not None and mask.size != picture.size:
-            yield Problem(different_sizes(item, picture.size, mask.size))
-        for kind, is_odd in ODD_MASKS.items():
-            if is_odd(np.asarray(mask)):
-                shared[kind, False].append(str(item.mask))
-    for (kind, serious), paths in shared.items():
-        yield Problem(f"{product} has {len(paths)} {kind}: {_some(paths)}.", serious)
+    for text in summarize(noticed, noticed.values()):
+        yield Problem(f"{product} has {text}", serious=False)
+    yield from map(Problem, shared_masks(items))
 
 
 def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:
@@ -208,9 +192,5 @@ def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         files = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         if left := [name for name in files if os.path.join(folder, name) not in used]:
-            belong = f"{folder} has {len(left)} files that belong to no image: {_some(left)}."
+            belong = f"{folder} has {len(left)} files that belong to no image: {some(left)}."
             yield Problem(f"{belong} Add their images, or rename them.")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

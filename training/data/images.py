@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,20 +18,25 @@ from adfeatures.images import FORMATS, ImageTransform, read_image
 from .items import Item
 from .transforms import MaskTransform
 
+# How many files a text names that many files share.
+NAMED = 3
+# Above it a mask is bright, and far below it is what JPEG leaves around what is bright.
+_BRIGHT, _FAINT = 128, 32
+
 
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images and masks of items, each read when it is asked for. Can be pickled.
 
     An entry is a dict: "image" (3, H, W) float32 as the transform gives it, "mask" (1, H, W) uint8 of 0 and 1 on the
-    same pixels, "label" (NORMAL or ANOMALOUS), "product" and "path". Where an item has no mask, the mask is zero.
+    same pixels, "label" (NORMAL or ANOMALOUS), "product", "path", and what ``read_item`` "noticed", a line each. Where
+    an item has no mask, the mask is zero.
 
     Args:
         items: What to read.
         transform: The way from an image to a model's input; it decides the geometry of the masks as well.
 
     Raises:
-        ImageError: From an entry: an image or mask cannot be read, or its mask is of another size (both upright) than
-            the image.
+        ImageError: From an entry, as ``read_item``.
     """
 
     def __init__(self, items: Sequence[Item], transform: ImageTransform) -> None:
@@ -42,16 +49,99 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        picture = read_image(item.image)
+        picture, drawn, noticed = read_item(item, self.transform.bit_depth)
         image = self.transform(picture)
-        if item.mask is None:
-            mask = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
-        else:
-            drawn = read_mask(item.mask)
-            if drawn.size != picture.size:
-                raise ImageError(different_sizes(item, picture.size, drawn.size))
-            mask = self.mask_transform(drawn)
-        return {"image": image, "mask": mask, "label": item.label, "product": item.product, "path": item.image}
+        blank = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
+        return {
+            "image": image,
+            "mask": blank if drawn is None else self.mask_transform(drawn),
+            "label": item.label,
+            "product": item.product,
+            "path": item.image,
+            "noticed": "\n".join(noticed),
+        }
+
+
+def read_item(item: Item, bit_depth: int = 16) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """The image and the mask of an item, and what is odd about them, for ``summarize``.
+
+    Args:
+        item: What to read.
+        bit_depth: Bits in use of 16-bit images, see `adfeatures.images.read_image`. Masks are not concerned.
+
+    Raises:
+        ImageError: For an image or mask that cannot be read, or a mask of another size (both upright) than its image.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        image = read_image(item.image, bit_depth=bit_depth)
+    texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    noticed = [f"images with a warning ({text.replace(item.image, 'an image')})" for text in texts]
+    if item.mask is None:
+        return image, None, noticed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        mask = read_mask(item.mask)
+    if mask.size != image.size:
+        raise ImageError(different_sizes(item, image.size, mask.size))
+    pixels = np.asarray(mask)
+    return image, mask, noticed + [kind for kind, is_odd in ODD_MASKS.items() if is_odd(pixels)]
+
+
+def summarize(items: Iterable[Item], noticed: Iterable[Iterable[str]]) -> list[str]:
+    """What was noticed of items, a text for each kind, with the number of its files and the names of some."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for item, kinds in zip(items, noticed, strict=True):
+        for kind in kinds:
+            files[kind].append(str(item.mask if kind in ODD_MASKS else item.image))
+    return [f"{len(paths)} {kind}: {some(paths)}." for kind, paths in files.items()]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def shared_masks(items: Iterable[Item]) -> list[str]:
+    """A text for each mask that several images have, as 000.png and 000.jpg may."""
+    images: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if item.mask is not None:
+            images[item.mask].append(item.image)
+    shared = {mask: of_mask for mask, of_mask in images.items() if len(of_mask) > 1}
+    return [
+        f"The mask {mask} is that of several images: {some(of_mask)}. Rename them, and give each a mask of its own."
+        for mask, of_mask in shared.items()
+    ]
+
+
+def _defect(mask: np.ndarray) -> np.ndarray:
+    # Many times as fast as mask.any(axis=2).
+    return np.asarray((mask[..., 0] | mask[..., 1] | mask[..., 2]) > 0)
+
+
+def _is_inverted(mask: np.ndarray) -> bool:
+    defect = _defect(mask)
+    edges = np.concatenate([defect[0], defect[-1], defect[:, 0], defect[:, -1]])
+    return bool(edges.mean() > 0.95 and 0.5 < defect.mean() < 1)
+
+
+def _is_compressed(mask: np.ndarray) -> bool:
+    return bool(mask.max() >= _BRIGHT and np.any((mask > 0) & (mask < _FAINT)))
+
+
+def _is_gray(mask: np.ndarray) -> bool:
+    return bool(np.any((mask > 0) & (mask < 255))) and not _is_compressed(mask)
+
+
+# What may be wrong with a mask of 8 bits (H, W, 3), whose pixels count as defect where any color is above 0.
+ODD_MASKS: dict[str, Callable[[np.ndarray], bool]] = {
+    "masks without a defect": lambda mask: not mask.any(),
+    "masks in which every pixel is a defect": lambda mask: bool(_defect(mask).all()),
+    "masks that look inverted, a defect all around the edge of the image": _is_inverted,
+    "masks with faint grays beside white, as JPEG leaves them, which all count as defect": _is_compressed,
+    "gray masks, in which all above 0 counts as defect": _is_gray,
+}
 
 
 def read_mask(path: str) -> Image.Image:

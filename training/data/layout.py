@@ -11,7 +11,7 @@ from adfeatures.errors import ImageError, InputError
 from adfeatures.sources import list_images
 
 from .items import ANOMALOUS, NORMAL, Item
-from .tree import SPLITS, StrPath, Tree, subfolders
+from .tree import SPLITS, StrPath, Tree, find_file, subfolders
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Layout(Tree):
             return Item(str(image), NORMAL, product)
         if self.masks_optional and not (folder / "ground_truth").is_dir():
             return Item(str(image), ANOMALOUS, product, defect=kind)
-        places = [folder / place.format(split=split, defect=kind, stem=image.stem) for place in self.masks]
+        names = [place.format(split=split, defect=kind, stem=image.stem) for place in self.masks]
+        places = [find_file(folder, name) for name in names]
         mask = next((place for place in places if place.is_file()), places[0])
         return Item(str(image), ANOMALOUS, product, str(mask), kind)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from adfeatures.errors import InputError
 
 from .items import ANOMALOUS, NORMAL, Item
+from .tree import find_file
 
 COLUMNS = ("image", "mask")
 # How many faulty rows a message names.
@@ -57,7 +58,9 @@ def _problems(folder: Path, row: Mapping[str, str | None], seen: set[str]) -> It
         yield f"{image} has a line already. Draw all its defects into one mask."
     seen.add(image)
     yield from (
-        f"there is no file {folder / name}." for name in (image, mask) if name and not os.path.isfile(folder / name)
+        f"there is no file {folder / name}."
+        for name in (image, mask)
+        if name and not os.path.isfile(find_file(folder, name))
     )
     if label not in ("", "0", "1"):
         yield f"the label is {label!r}; it must be 0 (normal), 1 (anomalous) or empty."
@@ -70,10 +73,10 @@ def _problems(folder: Path, row: Mapping[str, str | None], seen: set[str]) -> It
 def _item(folder: Path, row: Mapping[str, str | None]) -> Item:
     image, mask = _cell(row, "image"), _cell(row, "mask")
     return Item(
-        image=str(folder / image),
+        image=str(find_file(folder, image)),
         label=ANOMALOUS if mask else NORMAL,
         product=_cell(row, "product") or folder.resolve().name,
-        mask=str(folder / mask) if mask else None,
+        mask=str(find_file(folder, mask)) if mask else None,
         defect="anomalous" if mask else "good",
         sample=image,
     )

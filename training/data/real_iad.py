@@ -18,6 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError
@@ -26,37 +27,11 @@ from .items import ANOMALOUS, NORMAL, Item
 from .tree import SPLITS, StrPath, Tree, check_split, subfolders
 
 PRODUCTS = (
-    "audiojack",
-    "bottle_cap",
-    "button_battery",
-    "end_cap",
-    "eraser",
-    "fire_hood",
-    "mint",
-    "mounts",
-    "pcb",
-    "phone_battery",
-    "plastic_nut",
-    "plastic_plug",
-    "porcelain_doll",
-    "regulator",
-    "rolled_strip_base",
-    "sim_card_set",
-    "switch",
-    "tape",
-    "terminalblock",
-    "toothbrush",
-    "toy",
-    "toy_brick",
-    "transistor1",
-    "u_block",
-    "usb",
-    "usb_adaptor",
-    "vcpill",
-    "wooden_beads",
-    "woodstick",
-    "zipper",
-)
+    "audiojack", "bottle_cap", "button_battery", "end_cap", "eraser", "fire_hood", "mint", "mounts", "pcb",
+    "phone_battery", "plastic_nut", "plastic_plug", "porcelain_doll", "regulator", "rolled_strip_base",
+    "sim_card_set", "switch", "tape", "terminalblock", "toothbrush", "toy", "toy_brick", "transistor1", "u_block",
+    "usb", "usb_adaptor", "vcpill", "wooden_beads", "woodstick", "zipper"
+)  # fmt: skip
 FOLDER = "realiad_512"
 VIEWS = ("C1", "C2", "C3", "C4", "C5")
 GOOD = "good"
@@ -81,6 +56,8 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
             filter list.
     """
     folder = _data_folder(Path(root))
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {root}. Give the folder that holds {FOLDER}, or {FOLDER} itself.")
     names = _names(folder) if products is None else tuple(dict.fromkeys(products))
     _check_complete(folder, names)
     kept = None if filter_list is None else _read_filter(Path(filter_list), names)
@@ -107,10 +84,7 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
 
     Of each product, and of its OK and NG trees separately, ``fraction`` of the parts is held out: at least one and at
     most all but one, where there are two or more; 0 holds out nothing. Which ones depends on the names of the parts and
-    the seed, neither on the order of the items nor on other products.
-
-    Returns:
-        The training items and the held-out items, each in the order given.
+    the seed, neither on the order of the items nor on other products. Training comes first, each in the order given.
 
     Raises:
         InputError: For a fraction outside [0, 1).
@@ -127,9 +101,10 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
         ranked = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}:{sample}".encode()).digest())
         count = min(max(1, math.floor(fraction * len(ranked) + 0.5)), len(ranked) - 1)
         held_out.update((*stratum, sample) for sample in ranked[:count])
-    is_held_out = [(item.product, _is_ok(item), _sample(item)) in held_out for item in items]
-    pairs = list(zip(items, is_held_out, strict=True))
-    return [item for item, held in pairs if not held], [item for item, held in pairs if held]
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for item in items:
+        parts[(item.product, _is_ok(item), _sample(item)) in held_out].append(item)
+    return parts
 
 
 def _is_ok(item: Item) -> bool:
@@ -141,10 +116,7 @@ def _sample(item: Item) -> str:
 
 
 def _data_folder(root: Path) -> Path:
-    folder = root / FOLDER if (root / FOLDER).is_dir() else root
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {root}. Give the folder that holds {FOLDER}, or {FOLDER} itself.")
-    return folder
+    return root / FOLDER if os.path.isdir(root / FOLDER) else root
 
 
 def _names(folder: Path) -> tuple[str, ...]:
@@ -153,20 +125,19 @@ def _names(folder: Path) -> tuple[str, ...]:
 
 
 def _check_complete(folder: Path, products: Sequence[str]) -> None:
-    missing = [
-        f"{product}/OK" if (folder / product).is_dir() else product
-        for product in products
-        if not (folder / product / "OK").is_dir()
-    ]
-    trees = [f"{product}/OK" for product in products if (folder / product / "OK").is_dir()]
-    empty = [tree for tree in trees if not any(_images(folder / tree / sample) for sample in subfolders(folder / tree))]
-    strange = [unknown("product", name, PRODUCTS) for name in missing if "/" not in name and name not in PRODUCTS]
-    problems = [f"There is no {', '.join(missing)}."] * bool(missing) + [
-        f"There are no images in {', '.join(empty)}."
-    ] * bool(empty)
+    missing, empty = [], []
+    for product in products:
+        tree = folder / product / "OK"
+        if not tree.is_dir():
+            missing.append(f"{product}/OK" if tree.parent.is_dir() else product)
+        elif not any(_images(tree / sample) for sample in subfolders(tree)):
+            empty.append(f"{product}/OK")
+    problems = [f"There is no {', '.join(missing)}."] if missing else []
+    problems += [f"There are no images in {', '.join(empty)}."] if empty else []
+    problems += [unknown("product", name, PRODUCTS) for name in missing if "/" not in name and name not in PRODUCTS]
     if problems:
         advice = f"Extract the archives of these products to {folder}, or name only the products that you have."
-        raise InputError("\n  ".join([f"{folder} is not complete.", *problems, *strange, advice]))
+        raise InputError("\n  ".join([f"{folder} is not complete.", *problems, advice]))
 
 
 def _product_items(folder: Path, product: str, kept: Collection[str] | None) -> Iterator[Item]:
@@ -180,9 +151,10 @@ def _product_items(folder: Path, product: str, kept: Collection[str] | None) -> 
 def _tree_items(folder: Path, tree: str, product: str, defect: str) -> Iterator[Item]:
     for sample in subfolders(folder / tree):
         part = f"{tree}/{sample}"
-        masks = {os.path.splitext(name)[0]: name for name in os.listdir(folder / part) if name.lower().endswith(".png")}
+        names = [name for name in os.listdir(folder / part) if name.lower().endswith(".png")]
+        masks = {normalize("NFC", os.path.splitext(name)[0]): name for name in names}
         for name in _images(folder / part):
-            mask = masks.get(name.partition(".")[0])
+            mask = masks.get(normalize("NFC", name.partition(".")[0]))
             yield Item(
                 image=str(folder / part / name),
                 label=ANOMALOUS if mask else NORMAL,
@@ -241,36 +213,22 @@ class RealIAD(Tree):
 
     def find_products(self, root: StrPath) -> dict[str, Path]:
         """The products that are there, those of the thirty or others."""
-        root = Path(root)
-        folder = root / FOLDER if os.path.isdir(root / FOLDER) else root
-        return {
-            name: folder / name
-            for name in subfolders(folder)
-            if any(os.path.isdir(folder / name / tree) for tree in self.folders)
-        }
+        folder = _data_folder(Path(root))
+        trees = {name: [folder / name / tree for tree in self.folders] for name in subfolders(folder)}
+        return {name: folder / name for name, of_name in trees.items() if any(map(os.path.isdir, of_name))}
 
     def walk(self, root: StrPath, product: str, split: str) -> Iterator[tuple[Path, list[Item]]]:
         """All images of a product, whatever the split."""
         yield self.find_products(root)[product], read(root, [product])
 
-    def find_items(
-        self,
-        root: StrPath,
-        split: str,
-        products: Sequence[str] | None = None,
-        fraction: float = 0.1,
-        seed: int = 42,
-    ) -> list[Item]:
-        """The items for an evaluation.
+    def find_items(self, root: StrPath, split: str, products: Sequence[str] | None = None) -> list[Item]:
+        """The items for an evaluation, split as ``training.pretrain`` does by default.
 
-        "train" are the normal images of the OK tree that are not held out, "test" is all that is held out. Arguments as
-        for ``read`` and ``split_by_sample``, and errors too. By default the split is that of ``training.pretrain``.
-
-        Raises:
-            UnknownNameError: For another split.
+        "train" are the normal images of the OK tree that are not held out, "test" is all that is held out. Errors are
+        those of ``read``, and UnknownNameError for another split.
         """
         check_split(split)
-        train, held_out = split_by_sample(read(root, products), fraction, seed)
+        train, held_out = split_by_sample(read(root, products), fraction=0.1, seed=42)
         return held_out if split == "test" else reference_pool(train)
 
 

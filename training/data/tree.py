@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeAlias
 
 from adfeatures.catalog import unknown
@@ -15,6 +17,8 @@ from adfeatures.errors import InputError, UnknownNameError
 from .items import Item
 
 SPLITS = ("train", "test")
+# What network storage, archives and operating systems leave in any folder.
+_OF_FILE_SYSTEMS = ("@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -76,8 +80,11 @@ class Tree(ABC):
                 an image with a defect has no mask. The message names what is missing.
         """
         check_split(split)
+        chosen, present = self.choose(root, products), self.find_products(root)
+        if missing := [product for product in chosen if product not in present]:
+            raise InputError(f"{root} holds no {', '.join(missing)}. Extract the rest of {self.title}. {_check(root)}")
         items = []
-        for product in self._choose(root, products):
+        for product in chosen:
             for folder, found in self.walk(root, product, split):
                 if not found:
                     raise InputError(f"No images in {folder}. Extract it again, or remove it. {_check(root)}")
@@ -91,18 +98,30 @@ class Tree(ABC):
                 )
         return items
 
-    def _choose(self, root: StrPath, products: Sequence[str] | None) -> Sequence[str]:
-        present = tuple(self.find_products(root))
+    def choose(self, root: StrPath, asked: Sequence[str] | None = None) -> list[str]:
+        """The products that are asked for, of which some may be missing; all that are there where none are.
+
+        Folders that are asked for but are no products, as where a shell lists all, are left out with a warning.
+
+        Raises:
+            UnknownNameError: For a product that the data set does not have.
+            InputError: If the root holds no product, or none is left.
+        """
+        present = self.find_products(root)
         if not present:
             raise InputError(self.wrong_root(root))
-        if products is None:
-            return present
-        for product in products:
-            if product not in (self.products or present):
-                raise UnknownNameError(unknown(f"product of {self.title}", product, self.products or present))
-        if missing := [product for product in products if product not in present]:
-            raise InputError(f"{root} holds no {', '.join(missing)}. Extract the rest of {self.title}. {_check(root)}")
-        return tuple(dict.fromkeys(products))
+        known, folder = self.products or tuple(present), next(iter(present.values())).parent
+        chosen = []
+        for product in dict.fromkeys(asked or present):
+            if product in (*known, *present):
+                chosen.append(product)
+            elif os.path.isdir(folder / product):
+                warnings.warn(f"{folder / product} holds no product of {self.title} and is left out.", stacklevel=2)
+            else:
+                raise UnknownNameError(unknown(f"product of {self.title}", product, known))
+        if not chosen:
+            raise InputError(f"{root} holds no product of {self.title} among {', '.join(asked or ())}.")
+        return chosen
 
     def wrong_root(self, root: StrPath) -> str:
         """The message for a root that holds no product: what belongs there, and a folder close by that holds some."""
@@ -131,9 +150,35 @@ def nearby(root: Path, fits: Callable[[Path], bool]) -> Path | None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, hidden ones left out; none where the folder cannot be listed."""
+    """Names of the folders in a folder, sorted; none where the folder cannot be listed.
+
+    Hidden ones and those of file systems are left out.
+    """
     try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(name for name in names if not name.startswith(".") and name not in _OF_FILE_SYSTEMS)
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, also where its letters are composed in another way than in its name.
+
+    Some systems write an accent as a character of its own (NFD). Where there is no such file, it is where it should be.
+    """
+    path = folder / name
+    if os.path.lexists(path):
+        return path
+    for part in PurePath(name).parts:
+        wanted = unicodedata.normalize("NFC", part)
+        alike = (entry for entry in _names(folder) if unicodedata.normalize("NFC", entry) == wanted)
+        folder /= next(alike, part)
+    return folder if os.path.lexists(folder) else path
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
     except OSError:
         return []
 

@@ -10,22 +10,12 @@ from pathlib import Path
 from adfeatures.errors import InputError
 
 from .items import ANOMALOUS, NORMAL, Item
-from .tree import StrPath, Tree
+from .tree import StrPath, Tree, find_file
 
 PRODUCTS = (
-    "candle",
-    "capsules",
-    "cashew",
-    "chewinggum",
-    "fryum",
-    "macaroni1",
-    "macaroni2",
-    "pcb1",
-    "pcb2",
-    "pcb3",
-    "pcb4",
-    "pipe_fryum",
-)
+    "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+    "pipe_fryum"
+)  # fmt: skip
 TABLE = Path("split_csv", "1cls.csv")
 COLUMNS = ("object", "split", "label", "image", "mask")
 LABELS = {"normal": NORMAL, "anomaly": ANOMALOUS}
@@ -50,12 +40,12 @@ class VisA(Tree):
 
 
 def _item(root: Path, row: dict[str, str]) -> Item:
-    image, label = str(root / row["image"]), LABELS[row["label"]]
+    image, label = str(find_file(root, row["image"])), LABELS[row["label"]]
     if label == NORMAL:
         return Item(image, label, row["object"])
     if not row["mask"]:
         raise InputError(f"{root / TABLE} names no mask of {row['image']}, which is labeled anomaly.")
-    return Item(image, label, row["object"], str(root / row["mask"]), row["label"])
+    return Item(image, label, row["object"], str(find_file(root, row["mask"])), row["label"])
 
 
 def _rows(table: Path) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ class EvaluationConfig:
     weights: str | None = option(None, "place of the trained weights of a named model")
     backbone_weights: str | None = option(None, "place of the backbone's weights")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the model's")
+    bit_depth: int = option(16, "bits in use of 16-bit images, 9 to 16: 12 for a camera that gives 0 to 4095")
     method: tuple[str, ...] = option(
         (ALL,),
         f"all, or some of {', '.join(METHODS)}; or module:Class, any class with (extractor), fit(loader) and "
@@ -58,6 +59,8 @@ class EvaluationConfig:
             raise InputError(f"method is {ALL}, or some of {', '.join(METHODS)}; got none.")
         for name in self.methods:
             find_method(name)
+        if self.bit_depth not in range(9, 17):
+            raise InputError(f"bit_depth must be 9 to 16, got {self.bit_depth}.")
         if self.workers < 0:
             raise InputError(f"workers must not be below 0, got {self.workers}.")
         if self.shots < 1 or self.draws < 1 or (self.epochs is not None and self.epochs < 1):

@@ -13,14 +13,9 @@ from ..data.items import NORMAL, Item
 
 
 def draw_references(train: Sequence[Item], shots: int, draw: int) -> list[Item]:
-    """The references of one draw: of every view ``shots`` normal images, by path, from number ``draw * shots`` on.
+    """The references of a draw: of every view ``shots`` normal images of a product, by path, from ``draw * shots`` on.
 
-    No image is in two draws, and where the images run out nothing begins anew.
-
-    Args:
-        train: Normal training images of one product.
-        shots: References of each view.
-        draw: Number of the draw, from 0.
+    Draws are numbered from 0. No image is in two, and where the images run out nothing begins anew.
 
     Raises:
         InputError: If there are too few images.

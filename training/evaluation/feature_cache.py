@@ -41,24 +41,23 @@ def content_key(path: str) -> str:
         facts = os.stat(path)
     except OSError as error:
         raise ImageError(f"There is no image file {path}.") from error
-    return _digest(path, facts.st_size, facts.st_mtime_ns)
+    return _content_key(path, facts.st_size, facts.st_mtime_ns)
 
 
 @cache
-def _digest(path: str, size: int, changed: int) -> str:
+def _content_key(path: str, size: int, changed: int) -> str:
     return sha256(path)
 
 
 def place_key(path: str) -> str:
     """A key of the content and the place of a file, for features that depend on the product as well."""
-    return hashlib.sha256(f"{content_key(path)} {path}".encode()).hexdigest()
+    return hashlib.sha256(f"{content_key(path)} {path}".encode(errors="surrogateescape")).hexdigest()
 
 
 class CachedExtractor:
     """Features of another extractor, computed when they are first asked for and read from disk afterwards.
 
-    Files are written atomically: several processes may share the folder. Images without a path, such as augmented ones,
-    are neither looked up nor kept.
+    Several processes may share the folder. Images without a path, such as augmented ones, are not kept.
 
     Args:
         extractor: What computes them.
@@ -90,18 +89,16 @@ class CachedExtractor:
             InputError: For NaN or infinite values, which are not kept.
             AdfeaturesError: If the disk is full, or the folder cannot be written.
         """
-        if None in batch["path"]:
-            return self.extractor(batch)
         paths = batch["path"]
-        maps = {index: found for index, path in enumerate(paths) if (found := self._read(path)) is not None}
-        missing = [index for index in range(len(paths)) if index not in maps]
-        if missing:
+        if None in paths:
+            return self.extractor(batch)
+        maps = [self._read(path) for path in paths]
+        if missing := [index for index, found in enumerate(maps) if not found]:
             levels = feature_maps(self.extractor, _subset(batch, missing))
             for row, index in enumerate(missing):
                 maps[index] = [level[row].contiguous().cpu() for level in levels]
                 self._write(paths[index], maps[index])
-        levels_of_images = zip(*(maps[index] for index in range(len(paths))), strict=True)
-        return [torch.stack(level).to(self.device) for level in levels_of_images]
+        return [torch.stack(level).to(self.device) for level in zip(*maps, strict=True)]
 
     def holds(self, path: str) -> bool:
         """Whether the features of an image are there. A damaged file counts as none."""
@@ -115,11 +112,12 @@ class CachedExtractor:
         """Delete everything of this identity."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, path: str) -> list[Tensor] | None:
+    def _read(self, path: str) -> list[Tensor]:
+        """The maps of an image, none where they are not there."""
         try:
             maps = load_file(self._file(path))
         except (OSError, SafetensorError):
-            return None
+            return []
         return [maps[str(index)] for index in range(len(maps))]
 
     def _write(self, path: str, levels: Sequence[Tensor]) -> None:

@@ -64,8 +64,3 @@ def train_loader(
         workers=workers if method.images else 0,
         drop_last=method.drop_last and len(items) >= method.batch,
     )
-
-
-def known_loader(items: Sequence[Item], model: EvaluatedModel) -> DataLoader[Any]:
-    """Batches of images whose features are known."""
-    return loader(KnownImages(items, model.img_size))

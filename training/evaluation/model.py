@@ -22,18 +22,11 @@ from adfeatures.trained import TrainedWeights
 
 from ..methods import title_of
 
-Size = int | tuple[int, int]
-
 
 class ProjectorWeights(NamedTuple):
-    """One set of trained weights.
+    """One set of trained weights: the name of its model with tag, its projector on the device, and its file.
 
-    Attributes:
-        name: Name of the model with tag.
-        projector: None for a model that has none.
-        fingerprint: Hash of the projector's weights, "" where there is none.
-        source: File that they were read from, "" where there is none.
-        stored: Metrics that the file holds.
+    Without a projector there is None, and the fingerprint and the file are "". ``stored`` are metrics in the file.
     """
 
     name: str
@@ -49,7 +42,7 @@ class EvaluatedModel:
 
     Attributes:
         name: Name of the model; without the tag where each method takes its own.
-        backbone: Frozen encoder of images (B, 3, H, W) to maps, on its device.
+        backbone: Frozen encoder of images (B, 3, H, W) to maps, on the device.
         img_size: Height and width of the input.
         mean, std: Statistics of the input's channels.
         scorer: Says which features its residuals are taken of.
@@ -57,6 +50,7 @@ class EvaluatedModel:
         weights: The trained weights by tag, "" where the weights have no tag.
         tags: The tag that each method takes.
         device: Where the model is.
+        bit_depth: Bits in use of 16-bit images.
     """
 
     name: str
@@ -69,18 +63,17 @@ class EvaluatedModel:
     weights: dict[str, ProjectorWeights]
     tags: dict[str, str]
     device: torch.device
+    bit_depth: int = 16
 
     def transform(self, preset: str) -> ImageTransform:
         """The way from an image to the input, in one of the geometries of `adfeatures.images.PRESETS`."""
-        return build_transform(self.img_size, self.mean, self.std, preset=preset)
+        return build_transform(self.img_size, self.mean, self.std, preset=preset, bit_depth=self.bit_depth)
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the backbone's weights, and of the projector that each method takes."""
-        return {
-            "backbone": self.fingerprint,
-            **{method: self.weights[tag].fingerprint for method, tag in self.tags.items()},
-        }
+        of_methods = {method: self.weights[tag].fingerprint for method, tag in self.tags.items()}
+        return {"backbone": self.fingerprint, **of_methods}
 
 
 def load_model(
@@ -89,20 +82,21 @@ def load_model(
     *,
     weights: str | None = None,
     backbone_weights: str | None = None,
-    img_size: Size | None = None,
+    img_size: int | tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    bit_depth: int = 16,
 ) -> EvaluatedModel:
     """Load a model with the weights that each method takes; the backbone once, however many these are.
 
     Args:
         model: A name of ``adfeatures.list_models`` with or without tag, or where trained weights are: a path,
-            "local-dir:/folder" or "hf-hub:owner/repo". Without a tag each method takes that which the paper uses for
-            it.
+            "local-dir:/folder" or "hf-hub:owner/repo". Without a tag each method takes that which the paper uses.
         methods: Names of methods.
         weights: Place of the trained weights of a named model, or their tag; all methods take these.
         backbone_weights: Place of the backbone's weights, or "random".
         img_size: Input size in pixels. The default is the model's.
         device: Where the model shall be.
+        bit_depth: Bits in use of 16-bit images, see `adfeatures.images.read_image`.
 
     Raises:
         InputError: For weights given twice.
@@ -137,16 +131,15 @@ def load_model(
         weights=found,
         tags=tags,
         device=torch.device(device),
+        bit_depth=bit_depth,
     )
 
 
 def serving_tag(arch: str, method: str) -> str:
     """The tag that the paper uses for a method: whose entry in the catalog names it, else the default, or ""."""
-    tags = catalog.MODELS[arch].tags
-    return next(
-        (tag for tag, entry in tags.items() if title_of(method) in entry.serves.split(", ")),
-        catalog.MODELS[arch].default_tag or "",
-    )
+    model = catalog.MODELS[arch]
+    serving = [tag for tag, entry in model.tags.items() if title_of(method) in entry.serves.split(", ")]
+    return serving[0] if serving else model.default_tag or ""
 
 
 def _weights(

@@ -33,14 +33,8 @@ Curves = Mapping[str, Sequence[float]]
 def draw_maps(path: Path, items: Sequence[Item], predictions: Predictions, transform: ImageTransform) -> None:
     """Draw heat maps: a row each of missed defects, false alarms, best found defects and the most normal images.
 
-    All are on one scale, from the median to the 99.9 % quantile of all pixels of these predictions, so that a map is
-    red only where few pixels of the product score as high. Where a geometry cuts off borders, so do the pictures.
-
-    Args:
-        path: Picture to write.
-        items: The images.
-        predictions: Their maps and scores.
-        transform: How the images came to the size of the maps.
+    All are on one scale, so that a map is red only where few pixels of the product score as high. Where the geometry of
+    the transform cuts off borders, so do the pictures.
     """
     scale = map_scale(predictions.maps)
     tiles = [
@@ -74,7 +68,9 @@ def extremes(items: Sequence[Item], scores: Tensor) -> dict[str, list[int]]:
 def _tile(
     heading: str, item: Item, anomaly_map: Tensor, score: float, transform: ImageTransform, scale: tuple[float, float]
 ) -> Image.Image:
-    picture = seen(read_image(item.image), transform)
+    with warnings.catch_warnings():  # The evaluation has noticed before what is odd about the image.
+        warnings.simplefilter("ignore", UserWarning)
+        picture = seen(read_image(item.image, bit_depth=transform.bit_depth), transform)
     size = (picture.height, picture.width)
     resized = F.interpolate(anomaly_map[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     caption = f"{heading}, {score:.4g}: {item.defect} {Path(item.image).stem}"
@@ -109,21 +105,17 @@ def draw_detection_curves(path: Path, title: str, by_features: Mapping[str, Curv
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    figure.suptitle(title)
-    images, pixels, regions = figure.subplots(1, 3)
-    for features, found in by_features.items():
-        for axes, x, y in (
-            (images, found.get("image_x"), found.get("image_y")),
-            (pixels, RATES, found.get("pixel")),
-            (regions, PRO_RATES, found.get("pro")),
-        ):
-            if x is not None and y is not None:
-                axes.plot(x, y, label=features)
-    for axes, name, unit, limit in (
-        (images, "image ROC", "true positive rate", 1),
-        (pixels, "pixel ROC", "true positive rate", 1),
-        (regions, "PRO", "per-region overlap", metrics.LIMIT),
-    ):
+    # Bytes of a product's name that are no UTF-8 cannot be drawn.
+    figure.suptitle(title.encode("utf-8", "backslashreplace").decode("utf-8"))
+    kinds = (
+        ("image ROC", "true positive rate", 1.0, "image_y", None),
+        ("pixel ROC", "true positive rate", 1.0, "pixel", RATES),
+        ("PRO", "per-region overlap", metrics.LIMIT, "pro", PRO_RATES),
+    )
+    for axes, (name, unit, limit, key, rates) in zip(figure.subplots(1, 3), kinds, strict=True):
+        for features, found in by_features.items():
+            if key in found:
+                axes.plot(found["image_x"] if rates is None else rates, found[key], label=features)
         axes.set(title=name, xlabel="false positive rate", ylabel=unit, xlim=(0, limit), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         if axes.lines:

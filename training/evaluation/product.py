@@ -14,19 +14,14 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 
+from ..data.images import shared_masks
 from ..data.items import ANOMALOUS, NORMAL, Item, items_digest
 from ..data.tree import Tree
 from .raw_features import RawFeatures
 
 
 class Truth(NamedTuple):
-    """What is right for N test images.
-
-    Attributes:
-        masks: (N, H, W) uint8 of 0 and 1, at the size of the model's input.
-        labels: (N,) int64.
-        warnings: What is odd about them.
-    """
+    """Masks (N, H, W), uint8 of 0 and 1 at the size of the model's input, and labels (N,), with what is odd of them."""
 
     masks: Tensor
     labels: Tensor
@@ -34,13 +29,10 @@ class Truth(NamedTuple):
 
 
 class Product:
-    """The images of one product. Nothing is read before it is asked for.
+    """The images of one product in the folder of a data set. Nothing is read before it is asked for.
 
-    Args:
-        name: Name of the product.
-        source: The data set.
-        root: Folder of the data set.
-        raw: Encodes the images.
+    Attributes:
+        noticed: What is odd about training images that were encoded.
 
     Raises:
         InputError: If the data set is not complete, or has no normal training images.
@@ -50,6 +42,7 @@ class Product:
         self.name, self.raw = name, raw
         self.train = [item for item in source.find_items(root, "train", [name]) if item.label == NORMAL]
         self.test: list[Item] = source.find_items(root, "test", [name])
+        self.noticed: list[str] = []
         self._truths: dict[str, Truth] = {}
         if not self.train:
             raise InputError(f"{name} has no normal training images in {root}.")
@@ -63,13 +56,8 @@ class Product:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def encode(self, preset: str) -> None:
-        """Bring the features of all images in one geometry into the cache.
-
-        Raises:
-            ImageError: For an image or mask that cannot be used.
-            InputError: For no test images.
-        """
-        self.raw.encode(self.train, preset)
+        """Bring the features of all images in one geometry into the cache. Errors are those of ``truth``."""
+        self.noticed += self.raw.encode(self.train, preset)
         self.truth(preset)
 
     def truth(self, preset: str) -> Truth:
@@ -82,9 +70,10 @@ class Product:
         if not self.test:
             raise InputError("There are no test images.")
         if preset not in self._truths:
-            masks = self.raw.masks(self.test, preset)
+            masks, noticed = self.raw.masks(self.test, preset)
             labels = torch.tensor([item.label for item in self.test])
-            self._truths[preset] = Truth(masks, labels, _oddities(self.test, masks))
+            odd = [*_oddities(self.test, masks), *shared_masks(self.test), *noticed]
+            self._truths[preset] = Truth(masks, labels, odd)
         return self._truths[preset]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ import torch
 
 from adfeatures.errors import InputError
 from adfeatures.references import BankRecord, ReferenceBank
-from adfeatures.sources import distinct
 
 from ..data.images import loader
 from ..data.items import Item
@@ -50,8 +49,8 @@ class ProductFeatures:
         weights: Name of the trained weights, None for raw features.
         references: Reference files of each product, as given, with their SHA-256.
         single: The references, by SHA-256, that are training images and have no others to be compared with.
-        temporary: What was kept on disk for these features alone.
         retrieved: Where the references are retrieved: those of each image so far, by its path.
+        remove: Deletes what was kept on disk for these features alone.
     """
 
     extractor: Extractor
@@ -59,8 +58,8 @@ class ProductFeatures:
     weights: str | None = None
     references: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
     single: frozenset[str] = frozenset()
-    temporary: CachedExtractor | None = None
     retrieved: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    remove: Callable[[], None] = lambda: None
 
     def trainable(self, product: Product) -> list[Item]:
         """The training images that have such features.
@@ -70,10 +69,9 @@ class ProductFeatures:
         """
         items = [item for item in product.train if not self.single or content_key(item.image) not in self.single]
         if not items:
-            raise InputError(
-                f"{product.name} has a single normal training image, which is its reference. "
-                "Nothing is left to learn from."
-            )
+            count = len(product.train)
+            one = "a single normal training image" if count == 1 else f"{count} normal training images, copies of one"
+            raise InputError(f"{product.name} has {one}, which is its reference. Nothing is left to learn from.")
         return items
 
     def record(self, product: Product) -> dict[str, Any]:
@@ -95,11 +93,6 @@ class ProductFeatures:
         single = "The only reference is a training image, which is left out of the training."
         return [f"{copies} test images are references as well."] * bool(copies) + [single] * bool(self.single & known)
 
-    def remove(self) -> None:
-        """Delete what was kept for these features alone."""
-        if self.temporary is not None:
-            self.temporary.remove()
-
 
 def residual_features(
     raw: RawFeatures,
@@ -110,7 +103,7 @@ def residual_features(
     leave_out: bool,
     owner: str,
 ) -> ProductFeatures:
-    """Projected residuals of products against fixed references.
+    """Projected residuals of products against fixed references of each.
 
     Args:
         raw: Raw features, with the model.
@@ -123,15 +116,15 @@ def residual_features(
     Raises:
         ImageError: For a reference that cannot be read.
     """
-    model, weights = raw.model, raw.model.weights[kind.tag or ""]
+    weights = raw.model.weights[kind.tag or ""]
     banks: dict[Key, ReferenceBank] = {}
     for product, items in zip(products, references, strict=True):
         raw.encode(items, kind.references)
         for view in {item.view for item in items}:
             banks[product.name, view] = _bank(raw, kind.references, [item for item in items if item.view == view])
     key_of = {item.image: (product.name, item.view) for product in products for item in (*product.train, *product.test)}
-    extractor = Residuals(
-        raw.of(kind.images), banks, key_of, weights.projector, scorer=model.scorer, leave_out=leave_out
+    residuals = Residuals(
+        raw.of(kind.images), banks, key_of, weights.projector, scorer=raw.model.scorer, leave_out=leave_out
     )
     identity = {
         "images": raw.identity(kind.images),
@@ -140,38 +133,34 @@ def residual_features(
         "leave_out": leave_out,
         "owner": owner,
     }
-    temporary = CachedExtractor(extractor, raw.folder, identity, place_key, model.device)
+    kept = CachedExtractor(residuals, raw.folder, identity, place_key, raw.model.device)
     files: dict[str, list[dict[str, str]]] = defaultdict(list)
     for (name, _), bank in sorted(banks.items()):
         files[name] += [{"file": file, "sha256": sha} for file, sha in zip(bank.files, bank.sha256s, strict=True)]
-    single = [bank.sha256s[0] for bank in banks.values() if bank.num_images == 1]
-    return ProductFeatures(
-        temporary,
-        kind,
-        weights.name,
-        references=files,
-        single=frozenset(single if leave_out else ()),
-        temporary=temporary,
-    )
+    single = [bank.sha256s[0] for bank in banks.values() if bank.num_images == 1 and leave_out]
+    return ProductFeatures(kept, kind, weights.name, files, frozenset(single), remove=kept.remove)
 
 
 def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) -> ProductFeatures:
     """Projected residuals of a product against references retrieved for each image from all training images."""
-    model, weights = raw.model, raw.model.weights[kind.tag or ""]
+    weights, scorer = raw.model.weights[kind.tag or ""], raw.model.scorer
     extractor = RetrievedReferences(
-        lambda batch: model.scorer.features(raw.of(kind.images)(batch)),
+        lambda batch: scorer.features(raw.of(kind.images)(batch)),
         weights.projector,
-        KnownImages(product.train, model.img_size),
+        KnownImages(product.train, raw.model.img_size),
     )
     return ProductFeatures(extractor, kind, weights.name, retrieved=extractor.lists)
 
 
 def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:
     """The bank of references whose features are known. Copies are left out, with a warning."""
-    kept = distinct([item.image for item in items])
-    own = [item for item in items if item.image in kept.values()]
-    batches = [raw.of(preset)(batch) for batch in loader(KnownImages(own, raw.model.img_size))]
+    kept: dict[str, Item] = {}
+    for item in items:
+        if kept.setdefault(content_key(item.image), item) is not item:
+            warnings.warn(f"The reference {item.image} is a copy of another one and is left out.", stacklevel=2)
+    known = KnownImages(list(kept.values()), raw.model.img_size)
+    batches = [raw.of(preset)(batch) for batch in loader(known)]
     levels = [torch.cat(level) for level in zip(*batches, strict=True)]
     bank = ReferenceBank.from_features(raw.model.scorer.features(levels))
-    bank.record = BankRecord(files=[os.fspath(item.image) for item in own], sha256s=list(kept))
+    bank.record = BankRecord(files=[item.image for item in kept.values()], sha256s=list(kept))
     return bank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from adfeatures.errors import InputError
 
-from ..data.images import ImageDataset, loader
+from ..data.images import ImageDataset, loader, summarize
 from ..data.items import Item
 from ..methods.base import Batch
 from .feature_cache import CachedExtractor
@@ -35,7 +35,7 @@ class RawFeatures:
 
     def identity(self, preset: str) -> dict[str, object]:
         """What the features depend on besides the image."""
-        return {
+        facts: dict[str, object] = {
             "backbone": self.model.fingerprint,
             "levels": list(getattr(self.model.backbone, "levels", ())),
             "img_size": self.model.img_size,
@@ -43,42 +43,44 @@ class RawFeatures:
             "mean": self.model.mean,
             "std": self.model.std,
         }
+        # Features of before there was a choice have no bit depth.
+        return facts if self.model.bit_depth == 16 else {**facts, "bit_depth": self.model.bit_depth}
 
     def of(self, preset: str) -> CachedExtractor:
-        """The extractor of one geometry.
-
-        It raises InputError for images that are not finite, as the blank ones of `KnownImages` are.
-        """
+        """The extractor of one geometry. For the blank images of `KnownImages` that it lacks, it raises InputError."""
         if preset not in self._by_preset:
             identity = self.identity(preset)
             self._by_preset[preset] = CachedExtractor(self._compute, self.folder, identity, device=self.model.device)
         return self._by_preset[preset]
 
-    def encode(self, items: Sequence[Item], preset: str) -> None:
-        """Encode the images that are not in the cache yet.
+    def encode(self, items: Sequence[Item], preset: str) -> list[str]:
+        """Encode the images that are not in the cache yet, and tell what was noticed of them.
 
         Raises:
             ImageError: For an image that cannot be read.
         """
         missing = [item for item in items if not self.of(preset).holds(item.image)]
-        for batch in self._batches(missing, preset) if missing else ():
-            self.of(preset)(batch)
+        noticed = [text for batch in self._encoded(missing, preset) for text in batch["noticed"]]
+        return summarize(missing, map(str.splitlines, noticed))
 
-    def masks(self, items: Sequence[Item], preset: str) -> Tensor:
-        """The masks (N, H, W), uint8 of 0 and 1, of images, which are encoded where they are not in the cache.
+    def masks(self, items: Sequence[Item], preset: str) -> tuple[Tensor, list[str]]:
+        """The masks (N, H, W), uint8 of 0 and 1, of images, which are encoded as well, and what was noticed of both.
 
         Raises:
             ImageError: For an image or mask that cannot be read, or a mask of another size than its image.
         """
-        masks = []
-        for batch in self._batches(items, preset):
-            self.of(preset)(batch)
+        masks, noticed = [], []
+        for batch in self._encoded(items, preset):
             masks.append(batch["mask"][:, 0])
-        return torch.cat(masks)
+            noticed += batch["noticed"]
+        return torch.cat(masks), summarize(items, map(str.splitlines, noticed))
 
-    def _batches(self, items: Sequence[Item], preset: str) -> Iterable[Batch]:
-        batches = loader(ImageDataset(items, self.model.transform(preset)), workers=self.workers)
-        return tqdm(batches, desc="encoding", leave=False, disable=None)
+    def _encoded(self, items: Sequence[Item], preset: str) -> Iterator[Batch]:
+        if items:
+            batches = loader(ImageDataset(items, self.model.transform(preset)), workers=self.workers)
+            for batch in tqdm(batches, desc="encoding", leave=False, disable=None):
+                self.of(preset)(batch)
+                yield batch
 
     @torch.no_grad()
     def _compute(self, batch: Batch) -> Sequence[Tensor]:
@@ -93,8 +95,7 @@ class RawFeatures:
 class KnownImages(Dataset[dict[str, Any]]):
     """Images whose features are known, with entries as of `training.data.images.ImageDataset`; no file is read.
 
-    All that methods need of the pixels is their size; they are NaN, so that nothing takes them for a picture. Masks are
-    zero.
+    Their pixels are NaN, so that nothing takes them for a picture. Masks are zero.
     """
 
     def __init__(self, items: Sequence[Item], size: tuple[int, int]) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from adfeatures.checkpoints import atomic_path
-
 from ..metrics import CRITERIA
-from .results import PRETRAINED, Record, Results, write_json
+from .results import PRETRAINED, Record, Results, write_json, write_text
 from .tables import (
     MEAN,
     ORACLE,
@@ -55,17 +53,16 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
     Returns:
         The Markdown of the means and of what is not finished, for the terminal.
     """
+    folder = results.folder
     records = [{key: value for key, value in record.items() if key != "curves"} for record in results.records()]
     finished = [record for record in records if "error" not in record]
     lines = table_lines(finished)
     table = [asdict(line) for line in lines]
-    write_json(
-        results.folder / "results.json", {**about, "settings": results.settings, "table": table, "records": records}
-    )
+    write_json(folder / "results.json", {**about, "settings": results.settings, "table": table, "records": records})
     means = [line for line in lines if line.product == MEAN]
     stored = stored_table(about["weights"], finished, means)
-    _write(results, "results.csv", to_csv(lines))
-    _write(results, "results.md", "\n".join(_sections(results, about, records, lines, stored)))
+    write_text(folder / "results.csv", to_csv(lines))
+    write_text(folder / "results.md", "\n".join(_sections(results, about, records, lines, stored)))
     return "\n".join(filter(None, [to_markdown(means), stored, _not_finished(records)]))
 
 
@@ -94,19 +91,12 @@ def _sections(
 
 
 def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record], means: Sequence[TableLine]) -> str:
-    """The metrics that the files of the weights hold beside those of the methods that took them.
-
-    It is "" where no file holds any.
-    """
+    """The metrics that the files of the weights hold beside those of the methods that took them, "" for none."""
     body = []
     for entry in weights:
         took = {record["method"] for record in records if record["weights"] == entry["name"]}
-        for line in means:
-            if line.features != PRETRAINED or line.method not in took:
-                continue
-            for criterion in CRITERIA:
-                if criterion.stored not in entry["stored"]:
-                    continue
+        for line in (line for line in means if line.features == PRETRAINED and line.method in took):
+            for criterion in (criterion for criterion in CRITERIA if criterion.stored in entry["stored"]):
                 # The stored AUPRO is the approximation.
                 approximate = criterion.field == "aupro" and ORIGINAL_AUPRO in line.values
                 column = ORIGINAL_AUPRO if approximate else criterion.field
@@ -143,8 +133,3 @@ def _warnings(records: Sequence[Record]) -> list[list[str]]:
         for text in record.get("warnings", ()):
             places[text][f"{record['product']} ({title(record['method'])})"] = None
     return [[text, ", ".join(where)] for text, where in places.items()]
-
-
-def _write(results: Results, name: str, text: str) -> None:
-    with atomic_path(results.folder / name) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -77,7 +77,8 @@ class Results:
         self.settings: dict[str, Any] = _plain(settings)
         path = self.folder / SETTINGS
         if path.exists():
-            before = read_json(path)
+            # Folders of before there was a choice have no bit depth.
+            before = {"bit_depth": 16, **read_json(path)}
             changed = _differences(before, self.settings)
             changed += [f"weights of {text}" for text in _differences(before["weights"], self.settings["weights"])]
             if changed:
@@ -98,10 +99,7 @@ class Results:
         write_json(self._path(record["product"], combination.name), {**asdict(combination), **record})
 
     def fail(self, product: str, error: Exception, combination: Combination | None = None) -> None:
-        """Keep what went wrong with a combination on a product, or with the product itself.
-
-        It is tried again by the next command.
-        """
+        """Keep what went wrong with a combination on a product, or with the product itself, until the next command."""
         text = str(error) if isinstance(error, AdfeaturesError) else f"{type(error).__name__}: {error}"
         record = {"product": product, "error": text}
         if combination is None:
@@ -140,8 +138,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write plain values, atomically; NaN becomes null."""
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write a text in UTF-8, atomically; bytes of file names that are no UTF-8 become ``\udc..``."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _plain(value: Any) -> Any:

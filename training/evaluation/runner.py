@@ -16,18 +16,19 @@ from adfeatures.errors import AdfeaturesError
 
 from .. import metrics
 from ..data import dataset
-from ..data.items import ANOMALOUS, NORMAL, Item
-from ..data.protocol import ROLES, original_geometry
+from ..data.images import loader
+from ..data.items import Item
+from ..data.protocol import original_geometry
 from ..methods import find_method
 from ..methods.base import Predictions
 from . import pictures
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
 from .draws import draw_references, given_references
-from .fitting import known_loader, settings, train_loader
+from .fitting import settings, train_loader
 from .model import EvaluatedModel
 from .product import Product
 from .product_features import FeatureKind, ProductFeatures, residual_features, retrieved_features
-from .raw_features import RawFeatures
+from .raw_features import KnownImages, RawFeatures
 from .results import FOLDER, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record, Results
 from .tables import ORIGINAL_AUPRO, title
 
@@ -41,7 +42,7 @@ T = TypeVar("T")
 
 
 class Fitted(NamedTuple):
-    """A trained method, its settings, the best metrics of all its epochs by product, and the start of its records."""
+    """A trained method, the best metrics of all its epochs by product, and the start of its records."""
 
     method: Any
     best: dict[str, dict[str, float]]
@@ -50,11 +51,6 @@ class Fitted(NamedTuple):
 
 class Evaluation:
     """Evaluates products and writes what it finds.
-
-    Args:
-        config: What is asked for.
-        model: The model.
-        results: Where finished results are, and go.
 
     Attributes:
         alone: What is evaluated on each product by itself.
@@ -78,7 +74,7 @@ class Evaluation:
     def evaluate_product(self, name: str) -> None:
         """Do what is not done yet for one product alone, and make sure that it can be used for what is done jointly.
 
-        A failure is recorded, not raised.
+        Failures are recorded.
 
         Raises:
             AdfeaturesError: If there are results of other images, the disk is full, or a folder cannot be written.
@@ -108,9 +104,7 @@ class Evaluation:
             self._evaluate(kind, combinations, [product])
 
     def evaluate_jointly(self, combination: Combination, names: Sequence[str]) -> None:
-        """Train one model on several products and score each, unless that is done.
-
-        Products that cannot be used are left out.
+        """Train one model on the products that can be used and score each, unless that is done.
 
         Failures and errors are those of ``evaluate_product``.
         """
@@ -149,7 +143,7 @@ class Evaluation:
     def _kind(self, combination: Combination, product: str) -> FeatureKind:
         method, images, references = combination.base, "squash", "squash"
         if self.config.protocol == ORIGINAL:
-            images, references = (original_geometry(method, self.config.dataset, role, product) for role in ROLES)
+            images, references = original_geometry(method, self.config.dataset, product)
         tag = self.model.tags[method] if combination.features == PRETRAINED else None
         return FeatureKind(images, references, tag, combination.draw)
 
@@ -175,10 +169,7 @@ class Evaluation:
         noticed: list[str],
         step: Callable[[], T],
     ) -> T | None:
-        """Take a step, and give what it returns; its warnings come to those ``noticed``.
-
-        Where it fails, that is recorded for the combinations and products.
-        """
+        """Take a step; its warnings come to those ``noticed``, its failure to the records, and then there is None."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -207,9 +198,10 @@ class Evaluation:
                 score = partial(self._score, combination, features, fitted, product)
                 record = self._attempt([combination], [product], noticed, score)
                 if record is not None:
-                    noticed += product.truth(kind.images).warnings + features.warnings(product)
+                    noticed += product.truth(kind.images).warnings + product.noticed + features.warnings(product)
                     self.results.write(combination, {**record, "warnings": noticed})
-                    self._draw_curves(combination, product.name)
+                    if combination.is_shown:
+                        self._draw_curves(combination, product.name)
         features.remove()
 
     def _fit(self, combination: Combination, features: ProductFeatures, products: Sequence[Product]) -> Fitted:
@@ -236,21 +228,20 @@ class Evaluation:
         return Fitted(method, best, record)
 
     def _predict(self, method: Any, product: Product) -> Predictions:
-        return Predictions(*method.predict(known_loader(product.test, self.model)))
+        return Predictions(*method.predict(loader(KnownImages(product.test, self.model.img_size))))
 
     def _score(self, combination: Combination, features: ProductFeatures, fitted: Fitted, product: Product) -> Record:
         started, preset = time.perf_counter(), features.kind.images
         truth, predictions = product.truth(preset), self._predict(fitted.method, product)
         found = self._metrics(product, preset, predictions)
-        seconds = {"predict": round(time.perf_counter() - started, 2)}
-        normal, anomalous = (int((truth.labels == label).sum()) for label in (NORMAL, ANOMALOUS))
+        anomalous = int(truth.labels.sum())
         record = {
             **fitted.record,
             **features.record(product),
             "images": product.digest,
             "metrics": found,
-            "counts": {**fitted.record["counts"], "normal": normal, "anomalous": anomalous},
-            "seconds": {**fitted.record["seconds"], **seconds},
+            "counts": {**fitted.record["counts"], "normal": len(truth.labels) - anomalous, "anomalous": anomalous},
+            "seconds": {**fitted.record["seconds"], "predict": round(time.perf_counter() - started, 2)},
         }
         if product.name in fitted.best:
             record["oracle"] = fitted.best[product.name]
@@ -269,9 +260,8 @@ class Evaluation:
 
     def _draw_curves(self, combination: Combination, product: str) -> None:
         """Draw the curves of a method, of both kinds of features as far as they are there."""
-        if combination.is_shown:
-            both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
-            records = [self.results.read(product, other) for other in both]
-            found = {record["features"]: record["curves"] for record in records if record is not None}
-            path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
-            pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)
+        both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
+        records = [self.results.read(product, other) for other in both]
+        found = {record["features"]: record["curves"] for record in records if record is not None}
+        path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
+        pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)

@@ -30,10 +30,6 @@ _REFUSALS = {
 }
 
 
-class PublishError(AdfeaturesError):
-    """A repository that cannot be published to: refused, taken, or out of reach."""
-
-
 def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
     """Make a repository hold these files, in one commit; what it has already is not sent.
 
@@ -46,12 +42,12 @@ def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
         What was done.
 
     Raises:
-        PublishError: If the Hub refuses or cannot be reached, or the repository holds something else. Nothing is half
-            published then.
+        AdfeaturesError: If the Hub refuses or cannot be reached, or the repository holds something else. Nothing is
+            half published then.
     """
     endpoint = hub_endpoint()
     if get_token() is None:
-        raise PublishError(
+        raise AdfeaturesError(
             f"Publishing to {endpoint} needs a token with write access. Run `hf auth login`, or set HF_TOKEN."
         )
     try:
@@ -60,7 +56,7 @@ def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
         raise
     except hub_failures() as error:
         reason, advice = _explain_refusal(error, repo.partition("/")[0])
-        raise PublishError(f"Cannot publish to {repo} at {endpoint}: {reason}. {advice}.") from error
+        raise AdfeaturesError(f"Cannot publish to {repo} at {endpoint}: {reason}. {advice}.") from error
 
 
 def _upload(api: HfApi, files: Sequence[Path], repo: str, public: bool) -> str:
@@ -89,11 +85,11 @@ def _check_repository(info: ModelInfo, repo: str, files: Sequence[Path], public:
         theirs = download(repo, CONFIG, revision=info.sha or "main").read_bytes()
         check_overwrite(theirs, model_in(ours), f"The repository {repo}")
     elif names - _OURS:
-        raise PublishError(
+        raise AdfeaturesError(
             f"The repository {repo} holds other things: {', '.join(sorted(names - _OURS)[:10])}. Choose another name."
         )
     if not (info.private or public):
-        raise PublishError(
+        raise AdfeaturesError(
             f"The repository {repo} is public. Say --public if that is meant, or make it private on its settings page."
         )
 
@@ -106,7 +102,6 @@ def _is_held(path: Path, sibling: RepoSibling) -> bool:
 
 
 def _explain_refusal(error: BaseException, owner: str) -> tuple[str, str]:
-    """The reason and the next step for an error of huggingface_hub."""
     while getattr(error, "response", None) is None and error.__cause__ is not None:
         error = error.__cause__  # huggingface_hub wraps what happens to a large file, and what it hears of a model card
     if isinstance(error, OfflineModeIsEnabled):

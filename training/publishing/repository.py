@@ -56,20 +56,15 @@ def write_repository(checkpoint: str, config: PublishConfig, folder: Path) -> li
     trained.check_projector(backbone.entry.channels)
     tensors = {f"{BACKBONE}{key}": value for key, value in _backbone_state(trained, backbone, config).items()}
     tensors |= {f"{PROJECTOR}{key}": value for key, value in trained.projector.items()}
-    header = _header(trained, name, tag, backbone.entry)
-    published = Checkpoint(tensors, trained.checkpoint.metrics, header)
+    published = Checkpoint(tensors, trained.checkpoint.metrics, _header(trained, name, tag, backbone.entry))
     _write_text(folder / CONFIG, json.dumps(_timm_config(arch, tag, backbone.entry, config.license), indent=2) + "\n")
-    save_checkpoint(folder / WEIGHTS, tensors, metrics=published.metrics, metadata=header)
+    save_checkpoint(folder / WEIGHTS, tensors, metrics=published.metrics, metadata=published.metadata)
     _write_text(folder / CARD, model_card(config, backbone, published))
     return [folder / file for file in (CONFIG, WEIGHTS, CARD)]
 
 
 def check_overwrite(config: bytes, name: str, where: str) -> None:
-    """Make sure that a config.json is that of the model that shall take its place.
-
-    Raises:
-        InputError: Otherwise.
-    """
+    """Raise InputError for a config.json of another model than that which shall take its place."""
     if (found := model_in(config)) != name:
         raise InputError(
             f"{where} holds {found}, which {name} would overwrite. Choose another name: one model a repository."
@@ -114,7 +109,9 @@ def _backbone_state(trained: TrainedWeights, backbone: BackboneSpec, config: Pub
         )
     inside = given is None and bool(trained.backbone)
     elsewhere = not inside and given in (None, entry.tag)
-    if elsewhere and given is None and not _may_be_published(used, entry):
+    # Of timm's published weights any file may have the name.
+    is_published = used in (None, entry.tag) or (entry.family != "timm" and Path(used).name == entry.original_file)
+    if elsewhere and given is None and not is_published:
         raise InputError(
             f"{trained.source} was trained on the weights {used!r} of {backbone.name}. Publish them with it: "
             f"--backbone-weights PATH. Or say that they are the published ones: --backbone-weights {entry.tag}."
@@ -132,11 +129,6 @@ def _backbone_state(trained: TrainedWeights, backbone: BackboneSpec, config: Pub
         return trained.backbone
     resolved = resolve_backbone(backbone.name, weights=given, levels=entry.blocks, img_size=entry.img_size)
     return build_backbone(resolved).state_dict()
-
-
-def _may_be_published(used: str | None, entry: catalog.Backbone) -> bool:
-    """Whether weights that a run was given can be the published ones. Of timm's any file may have the name."""
-    return used in (None, entry.tag) or (entry.family != "timm" and Path(used).name == entry.original_file)
 
 
 def _run_config(trained: TrainedWeights) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import nn
 
+from adfeatures.errors import CheckpointError
 from training.assets import embed
 
 
@@ -92,14 +93,14 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_rename_refuses_what_does_not_fit() -> None:
     names = {"bn1.weight": torch.zeros(3), "bn1.bias": torch.zeros(3)}
-    with pytest.raises(embed.EmbedError, match="1 tensors"):
+    with pytest.raises(CheckpointError, match="1 tensors"):
         embed.rename({"_bn0.weight": torch.zeros(3)}, names)
-    with pytest.raises(embed.EmbedError, match=r"_bn0\.weight \(4,\)"):
+    with pytest.raises(CheckpointError, match=r"_bn0\.weight \(4,\)"):
         embed.rename({"_bn0.weight": torch.zeros(4), "_bn0.bias": torch.zeros(3)}, names)
-    with pytest.raises(embed.EmbedError, match=r"_bn0\.bias"):
+    with pytest.raises(CheckpointError, match=r"_bn0\.bias"):
         embed.rename({"_bn0.bias": torch.zeros(3), "_bn0.weight": torch.zeros(3)}, names)
 
 
 def test_verify_refuses_other_weights(asset: bytes) -> None:
-    with pytest.raises(embed.EmbedError, match="differ from the full model"):
+    with pytest.raises(CheckpointError, match="differ from the full model"):
         embed.verify(asset, embed.cut(timm.create_model(embed.ARCHITECTURE).state_dict()))

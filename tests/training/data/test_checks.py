@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.models import photo
 from helpers.real_iad_tree import write_real_iad
 from helpers.trees import WRITERS, write_mvtec
-from PIL import Image
+from PIL import Image, ImageOps
 
 from adfeatures.errors import InputError, UnknownNameError
-from training.data import DATASETS, checks, dataset, real_iad
+from training.data import DATASETS, checks, dataset, images, real_iad
 
 PCB2 = "pcb2/Data/Masks/Anomaly/000.png"
 
@@ -45,6 +48,19 @@ def gray(path: Path, size: tuple[int, int] = (12, 12), value: int = 7) -> None:
     canvas = Image.new("L", size)
     canvas.paste(value, (0, 0, 3, 3))
     canvas.save(path)
+
+
+def compressed(mask: Image.Image) -> Image.Image:
+    """What JPEG makes of a mask."""
+    file = io.BytesIO()
+    mask.save(file, "JPEG", quality=75)
+    return Image.open(file)
+
+
+def draw(path: Path, change: Callable[[Image.Image], Image.Image]) -> None:
+    mask = Image.new("L", (12, 12))
+    mask.paste(255, (2, 2, 7, 7))
+    change(mask).save(path)
 
 
 FAULTS = {
@@ -127,6 +143,24 @@ FAULTS = {
     ),
     "gray mask": ("visa", lambda r: gray(r / PCB2), [], ["pcb2 has 1 gray masks, .*000.png"]),
     "empty mask": ("visa", lambda r: gray(r / PCB2, value=0), [], ["pcb2 has 1 masks without a defect"]),
+    "mask through JPEG": (
+        "visa",
+        lambda r: draw(r / PCB2, compressed),
+        [],
+        ["pcb2 has 1 masks with faint grays beside white, as JPEG leaves them.*000.png"],
+    ),
+    "inverted mask": (
+        "visa",
+        lambda r: draw(r / PCB2, ImageOps.invert),
+        [],
+        ["pcb2 has 1 masks that look inverted.*000.png"],
+    ),
+    "two images of one name": (
+        "mvtec",
+        lambda r: photo(0, (12, 12)).save(r / "pill/test/broken/000.jpg"),
+        ["The mask .*broken/000_mask.png is that of several images: .*broken/000.jpg, .*broken/000.png. Rename them"],
+        [],
+    ),
     "full mask": (
         "visa",
         lambda r: Image.new("L", (12, 12), 255).save(r / PCB2),
@@ -170,17 +204,17 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_checker_names_what_is_wrong_and_nothing_else(whole: Path, tmp_path: Path, fault: str) -> None:
-    name, spoil, errors, warnings = FAULTS[fault]
+    name, spoil, errors, mild = FAULTS[fault]
     root = shutil.copytree(whole / name, tmp_path / name)
     spoil(root)
     problems = checks.check(root)
-    for serious, expected in ((True, errors), (False, warnings)):
+    for serious, expected in ((True, errors), (False, mild)):
         found = [problem.text for problem in problems if problem.serious is serious]
         assert len(found) == len(expected), found
         for pattern in expected:
             assert any(re.search(pattern, text) for text in found), (pattern, found)
     text, code = checks.report(root, name)
-    assert code == (1 if errors else 0) and text.endswith(f"errors: {len(errors)}, warnings: {len(warnings)}")
+    assert code == (1 if errors else 0) and text.endswith(f"errors: {len(errors)}, warnings: {len(mild)}")
 
 
 def test_the_checker_names_three_of_many_files(whole: Path, tmp_path: Path) -> None:
@@ -216,3 +250,26 @@ def test_the_checker_refuses_what_is_no_data_set(tmp_path: Path) -> None:
         checks.check(tmp_path / "a/b/c")
     with pytest.raises(UnknownNameError, match="Did you mean 'btad'"):
         checks.check(tmp_path, "btat")
+
+
+@pytest.mark.parametrize("name", ["mvtec", "folder"])
+def test_folders_of_file_systems_are_no_data(whole: Path, tmp_path: Path, name: str) -> None:
+    root = shutil.copytree(whole / name, tmp_path / name)
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        (folder / "@eaDir").mkdir()
+        photo(0, (12, 12)).save(folder / "@eaDir/000.png@SynoEAStream.png")
+    assert checks.check(root) == []
+
+
+def test_what_reading_warns_of_is_told_by_file(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = shutil.copytree(whole / "mpdd", tmp_path / "mpdd")
+
+    def read(path: str, **_: object) -> Image.Image:
+        if "train" in path:
+            warnings.warn(f"{path} has two pages.", stacklevel=2)
+        return Image.open(path).convert("RGB")
+
+    monkeypatch.setattr(images, "read_image", read)
+    found = [problem.text for problem in checks.check(root) if "tubes" in problem.text]
+    (text,) = found
+    assert re.fullmatch(r"tubes has 2 images with a warning \(an image has two pages\.\): .*000.png, .*001.png\.", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import pytest
 import torch
 from helpers.models import photo, write_photos
 from helpers.trees import defective, write_mvtec
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 
 from adfeatures.errors import ImageError
 from adfeatures.images import build_transform
 from training.data import mvtec
-from training.data.images import ImageDataset, loader
+from training.data.images import ImageDataset, loader, shared_masks, summarize
 from training.data.items import ANOMALOUS, NORMAL, Item
 
 PLAIN: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -68,7 +69,7 @@ def test_an_entry_holds_image_mask_label_product_and_path(tmp_path: Path) -> Non
     data = pickle.loads(pickle.dumps(ImageDataset(items, TRANSFORM)))
     assert len(data) == 4
     for item, entry in zip(items, data, strict=True):
-        assert set(entry) == {"image", "mask", "label", "product", "path"}
+        assert set(entry) == {"image", "mask", "label", "product", "path", "noticed"} and entry["noticed"] == ""
         assert entry["image"].shape == (3, 32, 32) and entry["image"].dtype == torch.float32
         assert entry["mask"].shape == (1, 32, 32) and entry["mask"].dtype == torch.uint8
         assert entry["mask"].any() == (item.label == ANOMALOUS)
@@ -151,3 +152,37 @@ def test_a_mask_of_another_size_is_refused_upright(tmp_path: Path) -> None:
     assert ImageDataset([upright], TRANSFORM)[0]["mask"].any()
     with pytest.raises(ImageError, match=r"lying\.png has 40 x 24 pixels, its image .*image\.jpg has 24 x 40"):
         ImageDataset([lying], TRANSFORM)[0]
+
+
+def test_what_is_odd_is_noticed_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_mvtec(tmp_path, bad=5)
+    items = [item for item in mvtec.TREE.find_items(root, "test") if item.label == ANOMALOUS]
+    masks = [Path(str(item.mask)) for item in items]
+    for path in masks[:4]:
+        ImageOps.invert(Image.open(path)).save(path)
+    Image.open(masks[4]).save(tmp_path / "mask.jpg", quality=50)
+    Image.open(tmp_path / "mask.jpg").save(masks[4])
+    for workers in (0, 1):
+        entries = [
+            entry for batch in loader(ImageDataset(items, TRANSFORM), 2, workers=workers) for entry in batch["noticed"]
+        ]
+        inverted, compressed = summarize(items, map(str.splitlines, entries))
+        assert inverted == (
+            "4 masks that look inverted, a defect all around the edge of the image: "
+            f"{masks[0]}, {masks[1]}, {masks[2]} and 1 more."
+        )
+        assert compressed.startswith("1 masks with faint grays") and compressed.endswith(f": {masks[4]}.")
+    assert shared_masks(items) == []
+    both = [items[0], replace(items[1], mask=items[0].mask)]
+    (text,) = shared_masks(both)
+    assert text.startswith(f"The mask {masks[0]} is that of several images: {items[0].image}, {items[1].image}. Rename")
+
+
+def test_the_bit_depth_of_images_is_not_that_of_masks(tmp_path: Path) -> None:
+    levels = np.random.RandomState(0).randint(0, 256, (16, 16))
+    Image.fromarray(((levels * 4095 + 127) // 255).astype(np.uint16)).save(tmp_path / "image.png")
+    Image.fromarray((levels > 200).astype(np.uint16) * 65535).save(tmp_path / "mask.png")
+    item = Item(str(tmp_path / "image.png"), ANOMALOUS, "nut", str(tmp_path / "mask.png"))
+    entry = ImageDataset([item], build_transform((16, 16), **PLAIN, bit_depth=12))[0]
+    assert np.array_equal((entry["image"][0] * 255).round().numpy(), levels)
+    assert np.array_equal(entry["mask"][0], levels > 200)

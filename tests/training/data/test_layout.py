@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal, TypeAlias
+from unicodedata import normalize
 
 import pytest
 from helpers.models import photo
@@ -13,6 +15,8 @@ from PIL import Image
 from adfeatures.errors import InputError
 from training.data import btad, folder, mpdd, mvtec, mvtec3d
 from training.data.items import ANOMALOUS, NORMAL
+
+Form: TypeAlias = 'Literal["NFC", "NFD"]'
 
 
 def test_mvtec(tmp_path: Path) -> None:
@@ -126,3 +130,29 @@ def test_a_half_extracted_product_is_refused(tmp_path: Path) -> None:
     (root / "bottle/train/good").rename(root / "bottle/train/Good parts")
     with pytest.raises(InputError, match=r"bottle/train holds no folder 'good'"):
         mvtec.TREE.find_items(root, "train")
+
+
+@pytest.mark.parametrize("image, mask", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_whose_accents_are_written_in_two_ways(tmp_path: Path, image: Form, mask: Form) -> None:
+    """As where images were copied from a Mac and masks were not."""
+    root = write_mvtec(tmp_path, bad=1, kinds=("Riß é",), size=(16, 16))
+    for place, form in (("test", image), ("ground_truth", mask)):
+        kind = (root / "bottle" / place / "Riß é").rename(root / "bottle" / place / normalize(form, "Riß é"))
+        (path,) = kind.iterdir()
+        path.rename(kind / normalize(form, f"über{path.name}"))
+    (item,) = (item for item in mvtec.TREE.find_items(root, "test") if item.label == ANOMALOUS)
+    assert item.mask is not None and Path(item.mask).is_file() and item.image != item.mask
+    assert normalize("NFC", Path(item.mask).name) == normalize("NFC", "über000_mask.png")
+    (root / "bottle/ground_truth" / normalize(mask, "Riß é") / normalize(mask, "über000_mask.png")).unlink()
+    with pytest.raises(InputError, match="its mask .*000_mask.png is missing"):
+        mvtec.TREE.find_items(root, "test")
+
+
+def test_folders_of_file_systems_are_no_kinds(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path, ("shaft",), size=(16, 16))
+    before = folder.TREE.find_items(root, "test")
+    for place in ("@eaDir", "shaft/@eaDir", "shaft/test/@eaDir", "shaft/test/broken/@eaDir", "shaft/test/__MACOSX"):
+        (root / place / "train").mkdir(parents=True)
+        photo(0, (16, 16)).save(root / place / "000.png")
+    assert list(folder.TREE.find_products(root)) == ["shaft"]
+    assert folder.TREE.find_items(root, "test") == before

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
-from helpers.models import write_photos
+from helpers.models import photo, write_photos
 from PIL import Image
 
 from adfeatures.errors import InputError
@@ -89,3 +90,12 @@ def test_tables_that_are_no_manifest(tmp_path: Path, content: bytes, message: st
         read_manifest(tmp_path / "list.csv")
     with pytest.raises(InputError, match="missing.csv"):
         read_manifest(tmp_path / "missing.csv")
+
+
+def test_names_whose_accents_are_written_in_two_ways(tmp_path: Path) -> None:
+    for name in ("é.png", "é_mask.png"):
+        photo(0, (12, 12)).save(tmp_path / normalize("NFD", name))
+    table = tmp_path / "all.csv"
+    table.write_text(normalize("NFC", "image,mask\né.png,é_mask.png\n"), encoding="utf-8")
+    (item,) = read_manifest(table)
+    assert Path(item.image).is_file() and item.mask is not None and Path(item.mask).is_file()

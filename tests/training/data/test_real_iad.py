@@ -6,6 +6,8 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Literal
+from unicodedata import normalize
 
 import pytest
 from helpers.real_iad_tree import write_real_iad
@@ -230,13 +232,14 @@ def test_a_folder_of_filter_lists_must_have_one_for_each_product(root: Path, tmp
 
 
 def test_items_of_an_evaluation(root: Path) -> None:
-    train, test = (real_iad.TREE.find_items(root, split, PRODUCTS, fraction=0.4) for split in ("train", "test"))
+    train, test = (real_iad.TREE.find_items(root, split, PRODUCTS) for split in ("train", "test"))
     assert all(item.label == NORMAL and item.defect == "good" for item in train)
     assert {item.label for item in test} == {NORMAL, ANOMALOUS}
     assert not {item.sample for item in train} & {item.sample for item in test}
-    # 3 OK and 4 NG parts of each product: 1 and 2 are held out, from 3 views each
+    # 3 OK and 4 NG parts of each product: 1 of either is held out, from 3 views each
     counts = Counter((item.product, item.defect == "good") for item in test)
-    assert counts == {(product, good): n for product in PRODUCTS for good, n in ((True, 3), (False, 6))}
+    assert counts == {(product, good): 3 for product in PRODUCTS for good in (True, False)}
+    assert test == real_iad.split_by_sample(real_iad.read(root, PRODUCTS), 0.1, 42)[1]
     assert Counter(item.product for item in train) == dict.fromkeys(PRODUCTS, 2 * 3)
     with pytest.raises(UnknownNameError, match="split"):
         real_iad.TREE.find_items(root, "validation", PRODUCTS)
@@ -301,3 +304,12 @@ def test_nothing_is_held_out_at_0_and_senseless_fractions_are_refused() -> None:
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError, match="fraction"):
             real_iad.split_by_sample(items, fraction)
+
+
+def test_masks_whose_accents_are_written_in_another_way(tmp_path: Path) -> None:
+    root = write_real_iad(tmp_path, ("bottle_cap",))
+    before = [item.label for item in real_iad.read(root, ["bottle_cap"])]
+    for path in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
+        form: Literal["NFC", "NFD"] = "NFC" if path.suffix == ".jpg" else "NFD"
+        path.rename(path.with_name(normalize(form, path.name.replace("bottle", "é"))))
+    assert [item.label for item in real_iad.read(root, ["bottle_cap"])] == before and ANOMALOUS in before

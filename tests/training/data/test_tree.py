@@ -85,3 +85,21 @@ def test_products_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
 def test_a_product_that_is_named_twice_is_taken_once(tmp_path: Path) -> None:
     root = write_mvtec(tmp_path, size=(16, 16))
     assert mvtec.TREE.find_items(root, "test", ["bottle", "bottle"]) == mvtec.TREE.find_items(root, "test")
+
+
+def test_folders_that_are_no_products_are_left_out_with_a_note(tmp_path: Path) -> None:
+    """As where a shell lists what is there."""
+    root = write_mvtec(tmp_path, ("shaft", "gear"), size=(16, 16))
+    for name in ("@eaDir", "notes"):
+        (root / name).mkdir()
+    with pytest.warns(UserWarning) as caught:
+        assert folder.TREE.choose(root, ["gear", "@eaDir", "notes"]) == ["gear"]
+    assert [str(one.message).partition(" holds no product")[0] for one in caught] == [
+        str(root / "@eaDir"),
+        str(root / "notes"),
+    ]
+    with pytest.raises(UnknownNameError, match="Did you mean 'gear'"):
+        folder.TREE.choose(root, ["gea"])
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no product .* among notes"):
+        folder.TREE.choose(root, ["notes"])
+    assert folder.TREE.choose(root) == ["gear", "shaft"]

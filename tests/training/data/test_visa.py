@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from helpers.trees import rows, write_visa
@@ -73,3 +74,15 @@ def test_a_damaged_table_of_visa_is_refused(tmp_path: Path, content: str | bytes
         table.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         visa.TREE.find_items(root, "test")
+
+
+def test_names_whose_accents_are_written_in_two_ways(tmp_path: Path) -> None:
+    """The table in one way, the files in the other."""
+    root = write_visa(tmp_path, size=(16, 16))
+    table = root / "split_csv/1cls.csv"
+    table.write_text(normalize("NFC", table.read_text().replace("/000.", "/é.")), encoding="utf-8")
+    for path in list(root.rglob("000.*")):
+        path.rename(path.with_name(normalize("NFD", f"é{path.suffix}")))
+    items = visa.TREE.find_items(root, "test")
+    assert all(Path(path).is_file() for item in items for path in (item.image, item.mask) if path)
+    assert sum("e\u0301" in item.image for item in items) == 1

@@ -34,10 +34,11 @@ def test_input_sizes() -> None:
 
 
 def test_what_decides_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names are those in settings.json of every folder that was written before."""
+    """The names, but for the bit depth, are those in settings.json of every folder that was written before."""
     settings = config().settings()
     assert set(settings) == {
-        "model", "img_size", "dataset", "shots", "references", "protocol", "epochs", "oracle", "textures", "foregrounds"
+        "model", "img_size", "bit_depth", "dataset", "shots", "references", "protocol", "epochs", "oracle", "textures",
+        "foregrounds"
     }  # fmt: skip
     free = {field.name for field in dataclasses.fields(EvaluationConfig)} - set(settings)
     assert free == {

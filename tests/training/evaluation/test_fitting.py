@@ -13,7 +13,7 @@ from helpers.trees import write_mvtec
 from training.data import dataset
 from training.data.items import Item
 from training.evaluation.config import EvaluationConfig
-from training.evaluation.fitting import known_loader, settings, train_loader
+from training.evaluation.fitting import settings, train_loader
 from training.evaluation.model import EvaluatedModel, load_model
 from training.methods import METHODS, find_method
 
@@ -81,9 +81,3 @@ def test_training_batches(method: str, sizes: list[int], model: EvaluatedModel, 
     # Pixels are read where a method needs them.
     assert torch.isfinite(batches[0][0]["image"]).all() == (method == "glass")
     assert all(batch["image"].shape[1:] == (3, SIZE, SIZE) for batch in batches[0])
-
-
-def test_batches_of_known_images(model: EvaluatedModel, items: list[Item]) -> None:
-    batches = [*known_loader(items, model)]
-    assert [path for batch in batches for path in batch["path"]] == [item.image for item in items]
-    assert all(batch["image"].isnan().all() for batch in batches)

@@ -52,6 +52,7 @@ def test_odd_masks_are_counted(root: Path, raw: RawFeatures) -> None:
     assert made.truth("squash").warnings == [
         "1 anomalous test images have no mask: their pixels count as normal.",
         "1 masks are empty at the size of the model's input: their pixels count as normal.",
+        f"1 masks without a defect: {root / 'bottle/ground_truth/broken/001_mask.png'}.",
     ]
 
 

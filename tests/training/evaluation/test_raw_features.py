@@ -43,8 +43,8 @@ def test_features_are_those_of_the_backbone(items: list[Item], tmp_path: Path) -
 def test_masks_lie_on_the_pixels_of_the_images(items: list[Item], tmp_path: Path, preset: str) -> None:
     model = load_model("residual_lite", ("padim",), img_size=224)
     raw = RawFeatures(model, tmp_path / "cache")
-    masks = raw.masks(items, preset)
-    assert masks.dtype == torch.uint8 and masks.shape == (4, 224, 224)
+    masks, noticed = raw.masks(items, preset)
+    assert noticed == [] and masks.dtype == torch.uint8 and masks.shape == (4, 224, 224)
     assert all(raw.of(preset).holds(item.image) for item in items)
     mark = torch.tensor(MARK)[:, None, None] / 255
     images = ImageDataset(items, build_transform((224, 224), (0.0,) * 3, (1.0,) * 3, preset=preset))
