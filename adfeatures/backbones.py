@@ -26,6 +26,8 @@ from .checkpoints import AnyPath, is_finite, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
+# Prefix of the keys in files of ours, which may hold a projector too.
+BACKBONE = "backbone."
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,11 @@ def create_backbone(
             raise InputError(f"{num_heads} attention heads do not divide a width of {embed_dim}.")
         backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
     if weights is not None:
-        if not isinstance(weights, Mapping):
-            source, weights = source or str(weights), load_checkpoint(weights).state_dict
+        own, source = read_state(weights, source)
         # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
         spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
-        state = {key: value for key, value in _to_timm_keys(weights, entry.family).items() if not key.startswith(spare)}
-        load_strictly(backbone, state, source or "the given state dict")
+        state = {key: value for key, value in _to_timm_keys(own, entry.family).items() if not key.startswith(spare)}
+        load_strictly(backbone, state, source)
     return backbone.requires_grad_(False).eval()
 
 
@@ -303,6 +304,18 @@ def _rename(key: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, name in _BLOCK_KEYS:
         key = re.sub(pattern, name, key)
     return key
+
+
+def read_state(weights: AnyPath | StateDict, source: str | None = None) -> tuple[StateDict, str]:
+    """The weights of a backbone, of a file that may hold a projector beside them, and what messages call them.
+
+    Raises:
+        CheckpointError: For a file that is missing, damaged or unsafe.
+    """
+    if isinstance(weights, Mapping):
+        return weights, source or "the given state dict"
+    state = load_checkpoint(weights).state_dict
+    return of_prefix(state, BACKBONE) or state, source or str(weights)
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:

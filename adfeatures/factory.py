@@ -14,10 +14,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from . import catalog, predictor
-from .backbones import Encoder, StateDict, create_backbone, of_prefix
+from .backbones import Encoder, StateDict, create_backbone
 from .bank_files import load_banks
 from .catalog import find_model
-from .checkpoints import AnyPath, load_checkpoint
+from .checkpoints import AnyPath
 from .errors import InputError, ReferencesError
 from .extractor import FeatureExtractor
 from .images import IMAGE_SUFFIXES, build_transform
@@ -26,7 +26,7 @@ from .projector import ResidualProjector
 from .references import ReferenceBank
 from .resolve import BackboneSpec, ModelSpec, Weights, resolve_backbone, resolve_model
 from .scoring import CosineRingScorer, FeatureNormScorer, Scorer
-from .trained import BACKBONE, TrainedWeights
+from .trained import TrainedWeights
 
 _logger = logging.getLogger(__name__)
 
@@ -130,13 +130,15 @@ def load_backbone(
 
 def build_backbone(spec: BackboneSpec) -> Encoder:
     """The frozen encoder that a description is of. Its own module, of timm, is used up by that."""
-    state, source = _backbone_state(spec.weights)
-    if state is not None and "NC" in spec.entry.license.upper():
+    weights, source = spec.weights, None
+    if isinstance(weights, TrainedWeights):
+        weights, source = weights.backbone, weights.source
+    if weights is not None and "NC" in spec.entry.license.upper():
         _logger.warning("The weights of %s are licensed %s: not for commercial use.", spec.name, spec.entry.license)
     if spec.encoder is None:
         entry = spec.entry
-        return create_backbone(spec.name, weights=state, img_size=entry.img_size, levels=entry.blocks, source=source)
-    spec.encoder.load(state, source)
+        return create_backbone(spec.name, weights=weights, img_size=entry.img_size, levels=entry.blocks, source=source)
+    spec.encoder.load(weights, source)
     return spec.encoder.requires_grad_(False).eval()
 
 
@@ -173,16 +175,6 @@ def create_transform(
         raise InputError(f"The preprocessing of {arch} {where}: give the created model, not its name.")
     entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
     return build_transform(entry.img_size, *entry.normalization, preset=preset)
-
-
-def _backbone_state(weights: Path | TrainedWeights | StateDict | None) -> tuple[StateDict | None, str]:
-    """A state dict, None for random weights, and where it came from."""
-    if isinstance(weights, TrainedWeights):
-        return weights.backbone, weights.source
-    if isinstance(weights, Path):
-        state = load_checkpoint(weights).state_dict
-        return of_prefix(state, BACKBONE) or state, str(weights)
-    return weights, "the given state dict"
 
 
 def create_scorer(arch: str) -> Scorer:

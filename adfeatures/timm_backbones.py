@@ -13,7 +13,8 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entr
 from torch import Tensor, nn
 
 from . import catalog
-from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly, of_prefix
+from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly, of_prefix, read_state
+from .checkpoints import AnyPath
 from .errors import CheckpointError, InputError, UnknownNameError
 
 _PYRAMID = (4, 8, 16)
@@ -43,17 +44,18 @@ class TimmBackbone(Encoder):
         self.reductions = tuple(int(stages[index]["reduction"]) for index in self._indices)
         self.patch_size = max(self.reductions)
 
-    def load(self, weights: StateDict | None, source: str) -> None:
+    def load(self, weights: AnyPath | StateDict | None, source: str | None = None) -> None:
         """Take weights, and let go of what the levels do not need.
 
         Args:
-            weights: State dict with timm's keys, or with others that timm converts. None leaves random weights.
-            source: Where the weights came from, for error messages.
+            weights: File or state dict with timm's keys, or with others that timm converts. None leaves random weights.
+            source: What error messages call the weights. The default is their path.
 
         Raises:
             CheckpointError: For weights that are not exactly those of the architecture.
         """
-        native = None if weights is None else _native(weights, self.model, self.arch, source)
+        state, source = (None, "") if weights is None else read_state(weights, source)
+        native = None if state is None else _native(state, self.model, self.arch, source)
         whole = self.model.state_dict().keys()
         self.model.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
         if native is not None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import catalog
-from .backbones import check_fit, load_strictly, of_prefix
+from .backbones import BACKBONE, check_fit, load_strictly, of_prefix
 from .checkpoints import Checkpoint, load_checkpoint
 from .errors import CheckpointError, UnknownNameError
 from .projector import ResidualProjector
 
-# Prefixes of the keys in files of ours.
-PROJECTOR, BACKBONE = "projector.", "backbone."
+# Prefix of the keys in files of ours.
+PROJECTOR = "projector."
 
 
 @dataclass(frozen=True)

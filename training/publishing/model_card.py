@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from adfeatures import catalog
+from adfeatures.backbones import BACKBONE
 from adfeatures.checkpoints import Checkpoint
 from adfeatures.resolve import BackboneSpec
-from adfeatures.trained import BACKBONE
 
 from ..metrics import CRITERIA
 from .config import PublishConfig

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from adfeatures import catalog, hub
+from adfeatures.backbones import BACKBONE
 from adfeatures.checkpoints import Checkpoint, atomic_path, save_checkpoint, sha256
 from adfeatures.errors import CheckpointError, InputError
 from adfeatures.factory import build_backbone, timm_cfg
 from adfeatures.resolve import RANDOM, BackboneSpec, describe_backbone, resolve_backbone
-from adfeatures.trained import BACKBONE, PROJECTOR, TrainedWeights
+from adfeatures.trained import PROJECTOR, TrainedWeights
 
 from ..metrics import SELECTED_BY
 from .config import PublishConfig
