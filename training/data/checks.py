@@ -42,12 +42,11 @@ def report(root: StrPath, name: str | None = None) -> tuple[str, int]:
 
     Arguments and errors are those of ``check``.
     """
-    told = name is None
-    name = name or recognize(root)
-    tree, problems = dataset(name), check(root, name)
+    named = name or recognize(root)
+    problems = check(root, named)
     serious = sum(problem.serious for problem in problems)
-    lines = [f"{root} holds {tree.title}; products: {len(tree.find_products(root))}."]
-    if told:
+    lines = [f"{root} holds {dataset(named).title}; products: {len(dataset(named).find_products(root))}."]
+    if name is None:
         lines += [f"This was told by its folders. If it is wrong, name it with --dataset: {', '.join(DATASETS)}."]
     found = f"errors: {serious}, warnings: {len(problems) - serious}" if problems else "Nothing is missing or misnamed."
     return "\n".join([*lines, *map(str, problems), found]), SOME_FAILED if serious else DONE
