@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints import atomic_path
 from .errors import CheckpointError
+from .references import BankRecord, ReferenceBank
 
 FORMAT, VERSION = "adfeatures-references", "1"
-T = TypeVar("T")
-# The facts of a bank as plain values, and its tensors.
-Packed: TypeAlias = "tuple[dict[str, Any], dict[str, Tensor]]"
 
 
-def write(banks: Mapping[str, Packed], path: str | os.PathLike[str]) -> None:
-    """Write banks by product to one file, atomically.
+def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank]) -> None:
+    """Write the banks of several products to one safetensors file, atomically.
 
     Raises:
         AdfeaturesError: If the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     facts = []
-    for number, (product, (own, of_bank)) in enumerate(banks.items()):
-        tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in of_bank.items()}
-        facts.append({"product": product, **own})
+    for number, (product, bank) in enumerate(banks.items()):
+        for level, (rows, owners) in enumerate(zip(bank.rows, bank.image_of_row, strict=True)):
+            tensors |= {f"{number}.rows.{level}": rows, f"{number}.images.{level}": owners}
+        if bank.scales is not None:
+            tensors[f"{number}.scales"] = bank.scales
+        own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
+        facts.append(own | dataclasses.asdict(bank.record))
+    metadata = {"format": FORMAT, "version": VERSION, "banks": json.dumps(facts, allow_nan=False)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "version": VERSION, "banks": json.dumps(facts)})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
 
-def read(path: str | os.PathLike[str], unpack: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> dict[str, T]:
-    """Read the banks that ``write`` wrote, by product.
-
-    Args:
-        path: The file.
-        unpack: From the facts and the tensors of a bank to the bank.
+def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
+    """Read the banks that ``save_banks`` wrote, by product.
 
     Raises:
         CheckpointError: For a file that is missing, damaged or no bank.
@@ -54,16 +56,19 @@ def read(path: str | os.PathLike[str], unpack: Callable[[dict[str, Any], dict[st
         with safe_open(path, framework="pt") as file:
             facts = _facts(file.metadata() or {}, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        banks = {own.pop("product"): unpack(own, _of_bank(number, tensors)) for number, own in enumerate(facts)}
-    except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return {own.pop("product"): _bank(own, f"{number}.", tensors) for number, own in enumerate(facts)}
+    except (
+        SafetensorError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit"
         ) from error
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise CheckpointError(
-            f"The reference bank {path} holds NaN or infinite values. Make it again with: adfeatures fit"
-        )
-    return banks
 
 
 def _facts(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -75,9 +80,65 @@ def _facts(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> list[di
         raise CheckpointError(
             f"{path} was written by a newer version of adfeatures. Update the package: pip install -U adfeatures"
         )
-    return list(json.loads(metadata["banks"]))
+    facts = json.loads(metadata["banks"])
+    _expect(isinstance(facts, list) and len(facts) > 0 and all(isinstance(own, dict) for own in facts), "no banks")
+    _expect(all(isinstance(own["product"], str) for own in facts), "product")
+    return list(facts)
 
 
-def _of_bank(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _bank(facts: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> ReferenceBank:
+    """A bank of its facts and tensors, every one of them checked: a damaged bank must not pass a defect."""
+    facts.pop("complete", None)  # Of earlier versions; the number of rows says it.
+    grids, count, size = facts.pop("grids"), facts.pop("num_images"), facts.pop("img_size")
+    _expect(_is_whole(count) and count >= 1, "num_images")
+    _expect(isinstance(grids, list) and len(grids) > 0 and all(_is_size(grid) for grid in grids), "grids")
+    _expect(size is None or _is_size(size), "img_size")
+    record = BankRecord(img_size=size and tuple(size), **facts)
+    _check_record(record, count)
+    rows = [tensors[f"{prefix}rows.{level}"] for level in range(len(grids))]
+    owners = [tensors[f"{prefix}images.{level}"] for level in range(len(grids))]
+    for level, own, images in zip(range(len(grids)), rows, owners, strict=True):
+        _expect(own.ndim == 2 and own.is_floating_point() and len(own) > 0, f"rows.{level}")
+        _expect(images.dtype == torch.int32 and images.shape == own.shape[:1], f"images.{level}")
+        _expect(int(images.min()) >= 0 and int(images.max()) < count, f"images.{level}")
+        _expect(bool(own.isfinite().all()), f"rows.{level} holds NaN or infinite values")
+    scales = tensors.get(f"{prefix}scales")
+    if scales is not None:
+        _expect(scales.ndim == 2 and len(scales) == len(grids) and scales.is_floating_point(), "scales")
+        _expect(
+            bool((scales.isfinite() & (scales > 0)).all()),
+            "scales hold NaN or infinite values, or some that are not above 0",
+        )
+    return ReferenceBank(rows, owners, [(height, width) for height, width in grids], count, scales, record)
+
+
+def _check_record(record: BankRecord, count: int) -> None:
+    of_images = {"files": record.files, "sha256s": record.sha256s, "pixels": record.pixels}
+    for name, texts in {**of_images, "fingerprint": record.fingerprint}.items():
+        _expect(isinstance(texts, list) and all(isinstance(text, str) for text in texts), name)
+    _expect(all(len(texts) in (0, count) for texts in of_images.values()), "a name or hash for each image")
+    _expect(all(text is None or isinstance(text, str) for text in (record.model, record.preset)), "model or preset")
+    _expect(_is_whole(record.bit_depth) and record.bit_depth in range(9, 17), "bit_depth")
+    _expect(isinstance(record.normal_scores, list) and _are_scores(record.normal_scores), "normal_scores")
+    _expect(record.threshold is None or _are_scores([record.threshold]), "threshold")
+    _expect(record.quantile is None or (_are_scores([record.quantile]) and 0 < record.quantile <= 1), "quantile")
+
+
+def _expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_whole(side) and 1 <= side < 2**31 for side in value)
+
+
+def _are_scores(values: Iterable[object]) -> bool:
+    return all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        for value in values
+    )

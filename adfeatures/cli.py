@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, catalog
-from .errors import AdfeaturesError, InputError
+from .console import console
+from .errors import AdfeaturesError, InputError, ReferencesError
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
@@ -23,8 +24,8 @@ DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if all was done, 1 if some images failed, 2 if nothing could be done."""
-    options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
+    with console(), warnings.catch_warnings():
+        options = _parser().parse_args(arguments)
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"adfeatures: warning: {message}", file=sys.stderr)
         try:
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--bank", metavar="FILE", help="bank made by fit")
     score.add_argument("--output", required=True, metavar="DIR", help="folder for scores, overlays and summary")
     score.add_argument("--product", help="whose references to use, where there are several")
-    score.add_argument("--threshold", type=float, help="score above which an image counts as anomalous")
+    score.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
     score.add_argument("--batch-size", type=_positive, default=8)
     score.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
     _add_model_options(score)
@@ -114,6 +115,13 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)"
     )
+
+
+def _threshold(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a score: give a number from 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -176,8 +184,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from .images import list_images
     from .inspection import set_references
+    from .sources import list_images
 
     model = _create_model(options, options.model)
     set_references(
@@ -208,19 +216,23 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    from .bank_files import load_banks
     from .inspection import find_images, inspect, set_references
-    from .references import load_banks
 
+    files = find_images(options.images, options.recursive)
     if options.bank:
-        bank = next(iter(load_banks(options.bank).values()))
+        banks = load_banks(options.bank)
+        bank = next(iter(banks.values()))
+        if options.model not in (None, bank.model, str(bank.model).partition(".")[0]):
+            # Before anything is fetched for nothing.
+            raise ReferencesError(f"{options.bank} was made with {bank.model}. Leave out --model {options.model}.")
         model = _create_model(options, options.model or bank.model, bank.record.img_size)
-        model.load_references(options.bank)
+        model.hold_references(banks, options.bank)
     else:
         model = _create_model(options, options.model)
         set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
     if options.threshold is None and options.quantile is not None:
         model.fit_threshold(options.quantile, product=options.product)
-    files = find_images(options.images, options.recursive)
     result = inspect(
         model,
         files,
@@ -257,6 +269,8 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
             if name in summary:
                 print(f"{name.replace('_', ' ').replace('auroc', 'AUROC')}: {summary[name]:.3f}")
         print(f"results: {options.output} (scores.csv, overlays/, worst.png, summary.json)")
+    for error in summary["errors"]:
+        print(f"adfeatures: not scored: {error}", file=sys.stderr)
     return NOTHING_DONE if not summary["scored"] else SOME_FAILED if summary["failed"] else DONE
 
 
@@ -267,12 +281,7 @@ def _create_model(
 
     from .factory import create_model
 
-    model = create_model(
-        name,
-        weights=options.weights,
-        backbone_weights=options.backbone_weights,
-        img_size=img_size,
-    )
+    model = create_model(name, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size)
     if options.bit_depth is not None:
         model.bit_depth = options.bit_depth
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

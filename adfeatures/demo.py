@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from PIL import Image
 from .catalog import ASSETS
 from .checkpoints import atomic_path
 from .factory import create_model
-from .images import list_images
-from .inspection import inspect
+from .inspection import inspect, write_summary
 from .overlays import contact_sheet
 from .scoring import auroc
+from .sources import list_images
 
 SAMPLES = ASSETS / "samples"
 
@@ -33,17 +32,16 @@ def run_demo(output: str | os.PathLike[str]) -> dict[str, Any]:
     folder = Path(output)
     model = create_model(references=SAMPLES / "references")
     files = [str(path) for path in list_images(SAMPLES / "test", recursive=True)]
-    inspection = inspect(model, files, folder)
-    predictions = model.score(files)
-    masks = [_mask(Path(file), prediction.map.shape) for file, prediction in zip(files, predictions, strict=True)]
+    inspection = inspect(model, files, folder, keep_maps=True)
+    masks = [_mask(Path(file), map.shape) for file, map in zip(files, inspection.maps, strict=True)]
+    scores = [float(row.score or 0) for row in inspection.rows]
     summary = inspection.summary | {
-        "image_auroc": auroc([prediction.score for prediction in predictions], [bool(mask.any()) for mask in masks]),
+        "image_auroc": auroc(scores, [bool(mask.any()) for mask in masks]),
         "pixel_auroc": auroc(
-            np.concatenate([p.map.ravel() for p in predictions]), np.concatenate([mask.ravel() for mask in masks])
+            np.concatenate([map.ravel() for map in inspection.maps]), np.concatenate([mask.ravel() for mask in masks])
         ),
     }
-    with atomic_path(folder / "summary.json") as temporary:
-        Path(temporary).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_summary(folder, summary)
     _write_picture(folder, files)
     return summary
 

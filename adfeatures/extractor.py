@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from . import predictor, scoring
 from .backbones import Encoder
+from .bank_files import load_banks, save_banks
 from .catalog import unknown
 from .checkpoints import weights_fingerprint
 from .errors import InputError, ReferencesError, UnknownNameError
 from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
-from .references import BankRecord, ReferenceBank, load_banks, residuals_of_images, save_banks
+from .references import BankRecord, ReferenceBank, residuals_of_images
 from .scoring import AnomalyMap, CosineRingScorer, FeatureNormScorer, Scorer
+from .sources import name_of
 
 DEFAULT_PRODUCT = "default"
 
@@ -95,6 +97,10 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def backbone_features(self, x: Tensor) -> list[Tensor]:
         """Maps of the frozen backbone, all levels; of unit length per patch in models that score cosine distances."""
+        if not x.is_floating_point():
+            raise InputError(
+                f"Expected transformed images of a float type, got {x.dtype}. See create_transform(model)."
+            )
         if not torch.isfinite(x).all():
             raise InputError("The images hold NaN or infinite values.")
         return self.scorer.features(self.backbone(x))
@@ -179,7 +185,7 @@ class FeatureExtractor(nn.Module):
         """
         full = self._encode(images, self.bit_depth)
         bank = full if coreset is None else full.coreset(coreset)
-        bank.calibrate(full, self.scorer, self._project, self.backbone.reductions[0])
+        scoring.calibrate(bank, full, self.scorer, self._project, self.backbone.reductions[0])
         self._banks[product or DEFAULT_PRODUCT] = bank
 
     def add_references(self, images: Images, product: str | None = None) -> None:
@@ -188,8 +194,8 @@ class FeatureExtractor(nn.Module):
         if name not in self._banks:
             return self.set_references(images, product)
         bank = self._banks[name]
-        both = bank.extended(self._encode(images, bank.record.bit_depth, known=bank.sha256s))
-        both.calibrate(both, self.scorer, self._project, self.backbone.reductions[0])
+        both = bank.extended(self._encode(images, bank.record.bit_depth, known=bank.record.known))
+        scoring.calibrate(both, both, self.scorer, self._project, self.backbone.reductions[0])
         self._banks[name] = both
 
     def clear_references(self) -> None:
@@ -219,11 +225,34 @@ class FeatureExtractor(nn.Module):
             CheckpointError: For a file that is damaged or no bank.
             ReferencesError: For banks of another model, other weights or another input size.
         """
-        banks, fingerprint = load_banks(path), weights_fingerprint(self.state_dict())
+        self.hold_references(load_banks(path), str(path))
+
+    def hold_references(self, banks: Mapping[str, ReferenceBank], source: str) -> None:
+        """Take banks by product in place of all references held.
+
+        Args:
+            banks: The banks.
+            source: What messages call them.
+
+        Raises:
+            ReferencesError: For banks of another model, other weights or another input size.
+        """
+        fingerprint = weights_fingerprint(self.state_dict())
+        advice = "Create that model, or make the bank again with: adfeatures fit"
         for bank in banks.values():
-            bank.check(self.name, self.img_size, self.backbone.channels, fingerprint, source=str(path))
-            bank.apply(lambda t: t.to(self._device, self._dtype if t.is_floating_point() else t.dtype))
-        self._banks = banks
+            if bank.model not in (None, self.name):
+                raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")
+            if (size := bank.record.img_size) not in (None, self.img_size):
+                raise ReferencesError(
+                    f"{source} was made for images of {size} pixels (height, width), not {self.img_size}. {advice}"
+                )
+            if [rows.shape[1] for rows in bank.rows] != list(self.backbone.channels):
+                raise ReferencesError(f"{source} holds features of other levels than those of {self.name}. {advice}")
+            if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
+                raise ReferencesError(f"{source} was made with other weights of {self.name}. {advice}")
+            bank.rows = [rows.to(self._device, self._dtype) for rows in bank.rows]
+            bank.image_of_row = [images.to(self._device) for images in bank.image_of_row]
+        self._banks = dict(banks)
 
     @torch.no_grad()
     def reference_features(self, product: str | None = None) -> list[Tensor]:
@@ -263,18 +292,19 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"{len(product)} products were named for {count} images.")
         return [self.bank(name) for name in product]
 
-    def _encode(self, images: Images, bit_depth: int, known: Sequence[str] = ()) -> ReferenceBank:
-        photos = predictor.reference_photos(self, images, bit_depth, known)
-        maps = [self.backbone_features(self.as_input(batch)) for batch in photos.batches]
+    def _encode(self, images: Images, bit_depth: int, known: Collection[str] = ()) -> ReferenceBank:
+        preset = None if isinstance(images, Tensor) else predictor.PRESET
+        record = BankRecord(model=self.name, img_size=self.img_size, preset=preset, bit_depth=bit_depth)
+        maps = []
+        for batch in predictor.normal_photos(self, images, bit_depth, known):
+            maps.append(self.backbone_features(self.as_input(torch.stack([photo.x for photo in batch]))))
+            record.files += [name_of(photo.source) for photo in batch]
+            record.sha256s += [photo.sha256 for photo in batch]
+            record.pixels += [photo.pixels for photo in batch]
+        if not maps:
+            raise InputError("No reference images were given. Give at least one normal image, better eight.")
         bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*maps, strict=True)])
-        bank.record = BankRecord(
-            files=photos.files,
-            sha256s=photos.sha256s,
-            model=self.name,
-            img_size=self.img_size,
-            preset=photos.preset,
-            bit_depth=bit_depth,
-        )
+        bank.record = record
         return bank
 
     # Scores
@@ -303,7 +333,7 @@ class FeatureExtractor(nn.Module):
         Raises:
             ReferencesError: With a single reference, or after a coreset.
         """
-        return self.bank(product).leave_one_out_scores(self.scorer, self._project, self.backbone.reductions[0])
+        return scoring.leave_one_out_scores(self.bank(product), self.scorer, self._project, self.backbone.reductions[0])
 
     # Photos
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from . import catalog, predictor
 from .backbones import Encoder, StateDict, create_backbone
+from .bank_files import load_banks
 from .catalog import find_model
 from .checkpoints import load_checkpoint
-from .errors import InputError
+from .errors import InputError, ReferencesError
 from .extractor import FeatureExtractor
-from .images import build_transform
+from .images import IMAGE_SUFFIXES, build_transform
 from .predictor import Images
 from .projector import ResidualProjector
+from .references import ReferenceBank
 from .resolve import BackboneSpec, ModelSpec, Weights, resolve_backbone, resolve_model
 from .scoring import CosineRingScorer, FeatureNormScorer, Scorer
 from .trained import BACKBONE, TrainedWeights, of_prefix
@@ -59,9 +61,15 @@ def create_model(
         UnknownNameError: For an unknown model or tag.
         InputError: For arguments that contradict each other or the model.
         DownloadError: If weights cannot be found or fetched.
-        CheckpointError: If weights are damaged or those of another model.
+        CheckpointError: If weights or a bank are damaged or those of another model.
+        ReferencesError: If a bank was made by another model.
     """
     register_with_timm()
+    banks = _banks(references)
+    for bank in banks.values():
+        # Before anything is fetched for nothing.
+        if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
+            raise ReferencesError(f"{references} was made with {bank.model}, not with {name}. Name that model.")
     spec = resolve_model(
         name,
         weights=weights,
@@ -80,8 +88,10 @@ def create_model(
         scorer=create_scorer(spec.arch),
         out_indices=out_indices,
     )
-    if references is not None:
-        _set_references(extractor, references)
+    if banks:
+        extractor.hold_references(banks, str(references))
+    elif references is not None:
+        extractor.set_references(references)
     return extractor
 
 
@@ -182,11 +192,14 @@ def create_scorer(arch: str) -> Scorer:
     return FeatureNormScorer() if model.scoring == "feature_norm" else CosineRingScorer(model.typical_distances)
 
 
-def _set_references(extractor: FeatureExtractor, references: Images) -> None:
-    if isinstance(references, (str, os.PathLike)) and Path(references).suffix == ".safetensors":
-        extractor.load_references(references)
-    else:
-        extractor.set_references(references)
+def _banks(references: Images | None) -> dict[str, ReferenceBank]:
+    """The banks by product, where the references are the file of a bank; none where they are images."""
+    if not isinstance(references, (str, os.PathLike)):
+        return {}
+    path = Path(references)
+    suffix = path.suffix.lower()
+    is_bank = suffix == ".safetensors" or (path.is_file() and suffix not in IMAGE_SUFFIXES)
+    return load_banks(path) if is_bank else {}
 
 
 def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, Any]:

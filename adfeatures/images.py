@@ -6,27 +6,45 @@ input is refused in one place and in one way.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import struct
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .catalog import unknown
 from .errors import ImageError, InputError, UnknownNameError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+
+with contextlib.suppress(ImportError):  # An extra: phones write HEIC, which Pillow alone cannot read.
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False)
+
+Image.init()
 # Pillow's names of what is decoded. A closed list, because some other formats of Pillow start external programs.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_TRUSTED = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "HEIF", "AVIF", "WEBP")
+FORMATS = tuple(name for name in _TRUSTED if name in Image.OPEN)
+# A .pfm holds floating-point numbers: a depth map or an anomaly map, not a photo.
+IMAGE_SUFFIXES = tuple(
+    suffix
+    for name in FORMATS
+    for suffix in sorted(key for key, value in {**Image.EXTENSION, ".mpo": "JPEG"}.items() if value == name)
+    if suffix != ".pfm"
+)
 # Just below where Pillow begins to warn of decompression bombs, so that one rule holds and its settings stay untouched.
 MAX_PIXELS = 89_000_000
 # Laid behind transparent pixels.
@@ -50,14 +68,22 @@ _DAMAGED = (
     struct.error,
     Warning,
 )
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES = 258, 262, 338
+_TIFF_WHITE_IS_ZERO, _TIFF_ALPHAS = 0, {1, 2, 999}
+# A TIFF of more pages than these is no photo with a thumbnail.
+_MAX_PAGES = 64
+# Cameras put so few bits into 16 that an image looks black when they are not told.
+_FEW_BITS = 14
+_strictly = threading.Lock()
 
 
 def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit_depth: int = 16) -> Image.Image:
     """Read an image, upright and in RGB.
 
-    The EXIF orientation is applied, transparent pixels are laid over `BACKGROUND`, and of several frames the first is
-    taken. 16-bit samples are scaled by 255 / (2**bit_depth - 1) and rounded, whatever the image holds.
+    The EXIF orientation is applied, and transparent pixels are laid over `BACKGROUND`; alpha that hides every pixel is
+    ignored with a warning. Of several frames the first is taken, of the pages of a TIFF the largest, with a warning.
+    16-bit samples are scaled by 255 / (2**bit_depth - 1) and rounded, whatever the image holds; a warning says where
+    few of the bits are used.
 
     Args:
         source: A file, a PIL image, or a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4 =
@@ -75,18 +101,20 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit
     if bit_depth not in range(9, 17):
         raise InputError(f"bit_depth is {bit_depth!r}; it must be a whole number from 9 to 16.")
     if isinstance(source, np.ndarray):
-        with _refusing(f"array of shape {source.shape} and type {source.dtype}"):
-            return _from_array(source, bit_depth)
+        name = f"array of shape {source.shape} and type {source.dtype}"
+        with _refusing(name):
+            return _from_array(source, bit_depth, name)
     if isinstance(source, Image.Image):
-        with _refusing(getattr(source, "filename", "") or f"PIL image of mode {source.mode}"):
-            return _from_pillow(source, bit_depth)
+        name = getattr(source, "filename", "") or f"PIL image of mode {source.mode}"
+        with _refusing(name):
+            return _from_pillow(source, bit_depth, name)
     if isinstance(source, (str, os.PathLike)):
         with _refusing(os.fspath(source)):
             return _from_file(source, bit_depth)
     raise ImageError(f"Cannot read an image from {type(source).__name__}; give a path, a PIL image or a numpy array.")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _refusing(name: str) -> Iterator[None]:
     """Turn whatever decoding raises into an ImageError that names the source."""
     try:
@@ -110,38 +138,91 @@ def _from_file(path: str | os.PathLike[str], bit_depth: int) -> Image.Image:
     with open(path, "rb") as stream:
         if not stream.read(1):
             raise ImageError("the file is empty.")
-        with Image.open(stream, formats=FORMATS) as image:
-            return _from_pillow(image, bit_depth)
+        with Image.open(stream, formats=FORMATS) as image, _whole_files_only():
+            if image.format == "TIFF":
+                _seek_largest_page(image, os.fspath(path))
+            return _from_pillow(image, bit_depth, os.fspath(path))
 
 
-def _from_array(array: np.ndarray, bit_depth: int) -> Image.Image:
+def _seek_largest_page(image: Image.Image, name: str) -> None:
+    """Pass over thumbnails that come first."""
+    sizes = [image.size]
+    with contextlib.suppress(EOFError):
+        while len(sizes) < _MAX_PAGES:
+            image.seek(len(sizes))
+            sizes.append(image.size)
+    areas = [width * height for width, height in sizes]
+    page = areas.index(max(areas))
+    image.seek(page)
+    if len(sizes) > 1:
+        width, height = sizes[page]
+        warnings.warn(f"{name} has several pages; page {page + 1}, {width} x {height} pixels, is read.", stacklevel=2)
+
+
+@contextlib.contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Have truncated files refused, also where another package has told Pillow to fill them up with gray."""
+    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+        yield
+        return
+    with _strictly:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+
+
+def _from_array(array: np.ndarray, bit_depth: int, name: str) -> Image.Image:
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
         raise ImageError(_ACCEPTED)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ImageError("the shape must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
     _check_size(array.shape[1], array.shape[0])
-    samples = _to_8_bits(array, 2**bit_depth - 1) if array.dtype.itemsize == 2 else array
-    return _from_pillow(Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples), bit_depth)
+    samples = array
+    if array.dtype.itemsize == 2:
+        samples = _to_8_bits(array, 2**bit_depth - 1)
+        if bit_depth == 16:
+            _warn_of_few_bits(int(array.max()))
+    return _from_pillow(Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples), bit_depth, name)
 
 
-def _from_pillow(image: Image.Image, bit_depth: int) -> Image.Image:
+def _from_pillow(image: Image.Image, bit_depth: int, name: str) -> Image.Image:
     _check_size(*image.size)
     if image.mode == "F":
         raise ImageError(f"floating-point pixels have no fixed scale. {_ACCEPTED}")
-    white = _white(image, bit_depth)
+    (white, stated), undeclared = _white(image, bit_depth), _has_undeclared_channel(image)
     image.load()
+    if bit_depth == 16 and not stated:
+        _warn_of_few_bits(_highest(image))
     if image.mode.startswith("I"):
         rgb = _from_gray16(image, white)
-    elif image.has_transparency_data:
-        # Pillow has no direct way from premultiplied gray to RGBA.
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        rgb = Image.new("RGB", image.size, BACKGROUND)
-        rgb.paste(rgba, mask=rgba)
+    elif image.has_transparency_data and not undeclared:
+        rgb = _over_background(image, name)
     else:
         rgb = image.convert("RGB")
     rgb.info = {}  # Else the orientation would be applied once more when the result is read again.
     rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
-    return ImageOps.exif_transpose(rgb)
+    ImageOps.exif_transpose(rgb, in_place=True)
+    rgb.getexif().clear()
+    return rgb
+
+
+def _over_background(image: Image.Image, name: str) -> Image.Image:
+    # Pillow has no direct way from premultiplied gray to RGBA.
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if not rgba.getchannel("A").getbbox():
+        warnings.warn(f"The alpha channel of {name} hides every pixel and is ignored.", stacklevel=2)
+        return rgba.convert("RGB")
+    rgb = Image.new("RGB", image.size, BACKGROUND)
+    rgb.paste(rgba, mask=rgba)
+    return rgb
+
+
+def _has_undeclared_channel(image: Image.Image) -> bool:
+    """Whether the last channel of a TIFF is not declared to be alpha, which Pillow takes it for."""
+    tags = getattr(image, "tag_v2", {})
+    return bool(tags) and _TIFF_ALPHAS.isdisjoint(tags.get(_TIFF_EXTRA_SAMPLES, ()))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -153,30 +234,29 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _white(image: Image.Image, bit_depth: int) -> int:
-    """The 16-bit sample that means white.
+def _white(image: Image.Image, bit_depth: int) -> tuple[int, bool]:
+    """The 16-bit sample that means white, and whether the samples are of 8 bits or the file itself says so.
 
     To be asked before loading, when Pillow drops what it knows of the samples.
     """
     codec, _, _, args = (getattr(image, "tile", None) or [("", None, 0, "")])[0]
     layout = args if args and isinstance(args, tuple) else (args,)
-    if codec.startswith("ppm") and layout[-1] != 65535:
-        return 65535  # The file states its maximum, and Pillow has scaled by it.
+    if codec == "jpeg2k" or (codec.startswith("ppm") and layout[-1] != 65535):
+        return 65535, True  # The file states its maximum, and Pillow has scaled by it.
     if layout[0] == "I;12":
-        return 4095
-    if not image.mode.startswith("I"):
-        deep = codec.startswith("ppm") or re.search(r";16[BLN]$", str(layout[0]))
-        if not deep and max(getattr(image, "tag_v2", {}).get(_TIFF_BITS, (8,))) > 8:
-            # Pillow would decode these into noise.
-            raise ImageError(
-                "color planes of 16 bits stored one after the other are not supported; save it interleaved."
-            )
-        if deep and (bit_depth != 16 or "transparency" in image.info):
-            # Pillow keeps the upper 8 bits: nothing is left of 9-bit samples, and a transparent color cannot be told.
-            raise ImageError(
-                "16-bit color is read at bit_depth=16 only, and without a transparent color; convert it to 8 bits."
-            )
-    return 2**bit_depth - 1
+        return 4095, True
+    if image.mode.startswith("I"):
+        return 2**bit_depth - 1, False
+    deep = codec.startswith("ppm") or bool(re.search(r";16[BLN]$", str(layout[0])))
+    if not deep and max(getattr(image, "tag_v2", {}).get(_TIFF_BITS, (8,))) > 8:
+        # Pillow would decode these into noise.
+        raise ImageError("color planes of 16 bits stored one after the other are not supported; save it interleaved.")
+    if deep and (bit_depth != 16 or "transparency" in image.info):
+        # Pillow keeps the upper 8 bits: nothing is left of 9-bit samples, and a transparent color cannot be told.
+        raise ImageError(
+            "16-bit color is read at bit_depth=16 only, and without a transparent color; convert it to 8 bits."
+        )
+    return 65535, not deep
 
 
 def _from_gray16(image: Image.Image, white: int) -> Image.Image:
@@ -201,6 +281,23 @@ def _to_8_bits(samples: np.ndarray, white: int) -> np.ndarray:
     return scaled.astype(np.uint8)
 
 
+def _highest(image: Image.Image) -> int:
+    """The highest sample, on the scale of 16 bits, of which Pillow has kept 8 in color."""
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    return int((np.asarray(image.convert("RGB")).max() - 0.5) * 257)
+
+
+def _warn_of_few_bits(highest: int) -> None:
+    bits = max(9, highest.bit_length())
+    if highest > 0 and bits <= _FEW_BITS:
+        warnings.warn(
+            f"16-bit images use {bits} of their bits and are read as almost black. If the camera gives {bits} bits, "
+            f"say so: bit_depth={bits}, or --bit-depth {bits}. (Color images of 16 bits must be saved with 8 then.)",
+            stacklevel=2,
+        )
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -208,40 +305,13 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Damaged metadata around sound pixels: upright, as viewers take it.
 
 
-def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """The image files in a folder, known by `IMAGE_SUFFIXES` in upper or lower case, sorted by path.
-
-    Files and folders whose names begin with a dot are passed over; links to folders are not followed.
-
-    Args:
-        folder: Where to look.
-        recursive: Whether to look in sub-folders as well.
-
-    Raises:
-        ImageError: If the folder is missing, no folder, unreadable, or holds no images.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ImageError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder of images.")
-    found = _walk(root)
-    images = found if recursive else [path for path in found if path.parent == root]
-    if not images:
-        hint = f" Its sub-folders hold {len(found)}: take them with recursive=True (--recursive)." if found else ""
-        raise ImageError(f"No images in {root} (looked for {' '.join(IMAGE_SUFFIXES)}).{hint}")
-    return images
-
-
-def _walk(root: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise ImageError(f"Cannot list {error.filename}: {error.strerror}.") from error
-
-    found: list[Path] = []
-    for parent, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
-        ]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The image, or a smaller one of its aspect ratio where a side is longer than ``side`` pixels."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BOX, reducing_gap=2)
 
 
 @dataclass(frozen=True)
@@ -254,15 +324,19 @@ class ImageTransform:
     preset: str = "squash"
     bit_depth: int = 16
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         """Transform an image of any mode into a float32 tensor (3, H, W).
 
         Raises:
             ImageError: As `read_image`, and if the image is too long and narrow to be resized within `MAX_PIXELS`.
         """
+        return self.of_rgb(read_image(image, bit_depth=self.bit_depth))
+
+    def of_rgb(self, rgb: Image.Image) -> Tensor:
+        """Transform what `read_image` gave. Result and errors as in a call."""
+        import torch
         from torchvision.transforms import functional as F
 
-        rgb = read_image(image, bit_depth=self.bit_depth)
         side = _SHORTER_SIDE.get(self.preset)
         if side is None:
             rgb = F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
@@ -272,8 +346,25 @@ class ImageTransform:
             )
         else:
             rgb = F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
-        tensor: torch.Tensor = F.normalize(F.to_tensor(rgb), list(self.mean), list(self.std))
+        pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous().float().div(255)
+        tensor: Tensor = F.normalize(pixels, list(self.mean), list(self.std))
         return tensor
+
+
+def digest(source: ImageSource) -> str:
+    """SHA-256 of an image file, or of the shape and pixels of an image in memory.
+
+    Raises:
+        ImageError: If there is no such file.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        if not Path(source).is_file():
+            raise ImageError(f"There is no image file {source}.")
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    pixels = np.ascontiguousarray(source)
+    total = hashlib.sha256(repr(pixels.shape).encode())
+    total.update(pixels.data)
+    return total.hexdigest()
 
 
 def build_transform(

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import heapq
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, fields
-from heapq import nlargest
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .checkpoints import atomic_path
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
-from .images import list_images, read_image
-from .overlays import contact_sheet, overlay
-from .predictor import BATCH_SIZE, Prediction, ensure_threshold
+from .overlays import contact_sheet, overlay, tile
+from .predictor import BATCH_SIZE, Prediction, ensure_threshold, score_photos
+from .sources import RESULTS_MARKS, list_images
 
-WORST = 12
+FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png")
+WORST, TILE_WIDTH = 12, 480
+# Longest side of an overlay in pixels: large photos are drawn smaller.
+OVERLAY_SIDE = 2048
+# As many reasons of failures as the summary tells.
+MOST_ERRORS = 20
 
 
 @dataclass(frozen=True)
@@ -42,43 +51,54 @@ class ImageRow:
 
 @dataclass
 class Inspection:
-    """What came of a run: its rows, and the counts and facts of summary.json."""
+    """What came of a run: its rows, the counts and facts of summary.json, and the maps where they were asked for."""
 
     rows: list[ImageRow]
     summary: dict[str, Any]
+    maps: list[np.ndarray] = field(default_factory=list)
 
 
 def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
-    """Expand folders among the arguments to the image files in them; files stay as given, whether they exist or not."""
+    """Expand folders among the arguments to the image files in them; files stay as given, whether they exist or not.
+
+    A file that is named twice counts once.
+    """
     files: list[str] = []
     for argument in arguments:
-        files += (
-            [str(path) for path in list_images(argument, recursive=recursive)]
-            if Path(argument).is_dir()
-            else [argument]
-        )
-    return files
+        if Path(argument).is_dir():
+            files += [str(path) for path in list_images(argument, recursive=recursive)]
+        else:
+            files.append(argument)
+    once: dict[str, str] = {}
+    for file in files:
+        once.setdefault(os.path.abspath(file), file)
+    return list(once.values())
 
 
 def set_references(
     model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, coreset: float | None = None
 ) -> None:
-    """Set the references of one product, or with ``product_folders`` of one product for each sub-folder."""
+    """Set the references of one product, or with ``product_folders`` of one product for each sub-folder.
+
+    Sub-folders without images are passed over with a warning, those that begin with a dot or an @ (of a network
+    storage) without one.
+    """
     if not product_folders:
         model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
         return
-    folders = (
-        sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
-        if Path(folder).is_dir()
-        else []
-    )
+    folders = sorted(path for path in Path(folder).glob("*/") if not path.name.startswith((".", "@")))
     if not folders:
         raise InputError(
             f"{folder} has no sub-folders to take as products. Leave out --product-folders if its images are all of "
             "one product."
         )
     for path in folders:
-        model.set_references(list_images(path, recursive=recursive), product=path.name, coreset=coreset)
+        try:
+            images = list_images(path, recursive=recursive)
+        except ImageError as error:
+            warnings.warn(f"{path} is no product: {error}", stacklevel=2)
+        else:
+            model.set_references(images, product=path.name, coreset=coreset)
 
 
 def inspect(
@@ -89,11 +109,13 @@ def inspect(
     product: str | None = None,
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
+    keep_maps: bool = False,
 ) -> Inspection:
     """Score image files and write scores.csv, scores.jsonl, overlays/, worst.png and summary.json.
 
     A file that cannot be read gets a row with the error. Rows and overlays are written as they come, so that an
-    interrupted run keeps them.
+    interrupted run keeps them; only where a former result lies in the folder, that one stays until the new one is
+    complete, and its files are replaced, no others.
 
     Args:
         model: Extractor with references.
@@ -102,58 +124,75 @@ def inspect(
         product: Whose references to use, where several products are held.
         threshold: Decides instead of the threshold of the references.
         batch_size: Images per forward pass.
+        keep_maps: Whether to keep the maps too, each of the size of its overlay.
 
     Raises:
         ReferencesError: If no references are set.
+        InputError: If an image lies where the results go, or a file there is none of a former result.
         AdfeaturesError: If the output cannot be written.
     """
-    folder, started = Path(output), time.perf_counter()
+    started = time.perf_counter()
     if threshold is None:
         ensure_threshold(model, product)
     limit = model.threshold(product) if threshold is None else threshold
     scale = (0.0, 2 * limit if limit else model.scorer.top)
-    bit_depth = model.bank(product).record.bit_depth
     pictures = _picture_names(files)
-    rows: list[ImageRow] = []
-    references: list[str] = []
-    with _writing_to(folder):
-        (folder / "overlays").mkdir(parents=True, exist_ok=True)
-        with (
-            open(folder / "scores.csv", "w", newline="", encoding="utf-8") as table,
-            open(folder / "scores.jsonl", "w", encoding="utf-8") as lines,
-        ):
-            csv.writer(table).writerow([field.name for field in fields(ImageRow)])
-            for file, result in tqdm(
-                _predict(model, files, product, batch_size), total=len(files), unit="image", disable=None
+    found, references, worst = Inspection([], {}), [], Worst()
+    with _writing_to(Path(output), files, pictures.values()) as folder:
+        with _table(folder / "scores.csv") as table, _table(folder / "scores.jsonl") as lines:
+            csv.writer(table).writerow([column.name for column in fields(ImageRow)])
+            results = score_photos(model, files, [product] * len(files), batch_size, OVERLAY_SIDE)
+            for file, (result, picture) in tqdm(
+                zip(files, results, strict=True), total=len(files), unit="image", disable=None
             ):
                 row = _row(file, result, limit)
                 _append(row, table, lines)
-                rows.append(row)
-                if isinstance(result, Prediction):
-                    picture = _overlay(row, result, bit_depth, scale)
+                found.rows.append(row)
+                if isinstance(result, Prediction) and picture is not None:
+                    drawn = _overlay(row, picture, result.map, scale)
                     (folder / pictures[file]).parent.mkdir(parents=True, exist_ok=True)
-                    picture.save(folder / pictures[file])
+                    drawn.save(folder / pictures[file])
+                    worst.add(result.score, drawn)
                     references += [file] if result.is_reference else []
-        summary = _summary(model, rows, limit, scale, time.perf_counter() - started)
-        summary["scored_references"] = references
-        _write_worst(folder, rows, pictures)
-        with atomic_path(folder / "summary.json") as temporary:
-            Path(temporary).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return Inspection(rows, summary)
+                    found.maps += [result.map] if keep_maps else []
+        found.summary = _summary(model, found.rows, limit, scale, time.perf_counter() - started)
+        found.summary["scored_references"] = references
+        worst.save(folder / "worst.png")
+        write_summary(folder, found.summary)
+    return found
 
 
-def _predict(
-    model: FeatureExtractor, files: Sequence[str], product: str | None, batch_size: int
-) -> Iterator[tuple[str, Prediction | ImageError]]:
-    for start in range(0, len(files), batch_size):
-        batch = files[start : start + batch_size]
-        try:
-            yield from zip(batch, model.score(batch, product, batch_size=batch_size), strict=True)
-        except ImageError as error:
-            if len(batch) == 1:
-                yield batch[0], error
-            else:
-                yield from _predict(model, batch, product, 1)
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, atomically."""
+    with atomic_path(folder / "summary.json") as temporary:
+        Path(temporary).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class Worst:
+    """The overlays of the highest scores, as tiles of a sheet."""
+
+    def __init__(self) -> None:
+        self._tiles: list[tuple[float, int, Image.Image]] = []
+        self._count = 0
+
+    def add(self, score: float, picture: Image.Image) -> None:
+        """Keep the overlay if its score is among the highest; of equal ones the first stays."""
+        self._count += 1
+        if len(self._tiles) < WORST or score > self._tiles[0][0]:
+            push = heapq.heappush if len(self._tiles) < WORST else heapq.heapreplace
+            push(self._tiles, (score, -self._count, tile(picture, TILE_WIDTH)))
+
+    def save(self, path: Path) -> None:
+        """Draw the sheet, the highest score first."""
+        if self._tiles:
+            sheet = contact_sheet([tile for *_, tile in sorted(self._tiles)[::-1]], columns=4, tile_width=TILE_WIDTH)
+            with atomic_path(path) as temporary:
+                sheet.save(temporary)
+
+
+def _table(path: Path) -> TextIO:
+    r"""A new text file. Names that are no UTF-8 are escaped as \udc.., which in JSON stands for the name itself."""
+    return open(path, "w", newline="", encoding="utf-8", errors="backslashreplace")
 
 
 def _row(file: str, result: Prediction | ImageError, threshold: float | None) -> ImageRow:
@@ -170,10 +209,9 @@ def _append(row: ImageRow, table: TextIO, lines: TextIO) -> None:
     lines.flush()
 
 
-def _overlay(row: ImageRow, prediction: Prediction, bit_depth: int, scale: tuple[float, float]) -> Image.Image:
+def _overlay(row: ImageRow, picture: Image.Image, map: np.ndarray, scale: tuple[float, float]) -> Image.Image:
     caption = f"{Path(row.file).name}   score {row.score:.3g}   {row.decision}".rstrip()
-    image = read_image(row.file, bit_depth=bit_depth)
-    return overlay(image, prediction.map, scale=scale, threshold=row.threshold, caption=caption)
+    return overlay(picture, map, scale=scale, threshold=row.threshold, caption=caption)
 
 
 def _picture_names(files: Sequence[str]) -> dict[str, Path]:
@@ -195,14 +233,6 @@ def _picture_names(files: Sequence[str]) -> dict[str, Path]:
     return names
 
 
-def _write_worst(folder: Path, rows: Sequence[ImageRow], pictures: dict[str, Path]) -> None:
-    worst = nlargest(WORST, (row for row in rows if row.score is not None), key=lambda row: row.score or 0.0)
-    if worst:
-        sheet = contact_sheet([read_image(folder / pictures[row.file]) for row in worst], columns=4, tile_width=480)
-        with atomic_path(folder / "worst.png") as temporary:
-            sheet.save(temporary)
-
-
 def _summary(
     model: FeatureExtractor,
     rows: Sequence[ImageRow],
@@ -216,6 +246,7 @@ def _summary(
         "images": len(rows),
         "scored": len(scored),
         "failed": len(rows) - len(scored),
+        "errors": [row.error for row in rows if row.error][:MOST_ERRORS],
         "anomalous": sum(row.decision == "anomalous" for row in rows),
         "normal": sum(row.decision == "normal" for row in rows),
         "threshold": threshold,
@@ -234,12 +265,66 @@ def _summary(
 
 
 @contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
+def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) -> Iterator[Path]:
+    """The folder to write to: the output itself, or beside a former result one that takes its place when all is done.
+
+    Raises:
+        InputError: If an image lies where the results go, or a file there is none of a former result.
+        AdfeaturesError: If it cannot be written.
+    """
+    new = output / ".new"
     try:
-        yield
+        former = _former_result(output)
+        _refuse_conflicts(output, files, pictures, former)
+        shutil.rmtree(new, ignore_errors=True)  # Of a run that was killed.
+        folder = new if former else output
+        (folder / "overlays").mkdir(parents=True, exist_ok=True)
+        yield folder
+        if former:
+            _replace(former, new, output)
     except OSError as error:
         if isinstance(error, AdfeaturesError):
             raise
         raise AdfeaturesError(
-            f"Cannot write the results to {folder}: {error}. What was written before is kept."
+            f"Cannot write the results to {output}: {error}. What was there before is kept."
         ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _former_result(output: Path) -> list[Path]:
+    """The files of a former run, relative to the output folder."""
+    if not RESULTS_MARKS.issubset(path.name for path in output.glob("*")):
+        return []
+    names = []
+    with open(output / "scores.jsonl", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                names.append(os.fspath(json.loads(line)["file"]))
+    drawn = [path for path in _picture_names(names).values() if (output / path).is_file()]
+    return [*(Path(name) for name in FILES if (output / name).is_file()), *drawn]
+
+
+def _refuse_conflicts(output: Path, files: Sequence[str], pictures: Iterable[Path], former: Sequence[Path]) -> None:
+    ours = {os.path.realpath(output / name) for name in (*FILES, "overlays")}
+    for file in files:
+        path = os.path.realpath(file)
+        if path in ours or any(str(parent) in ours for parent in Path(path).parents):
+            raise InputError(f"{file} lies where the results of this run go. Choose another --output than {output}.")
+    for name in {*map(Path, FILES), *pictures} - set(former):
+        if os.path.lexists(output / name):
+            raise InputError(f"{output / name} is there and was not written by a former run. Choose another --output.")
+
+
+def _replace(former: Sequence[Path], new: Path, output: Path) -> None:
+    """Put the new result in the place of the former one. The summary goes first and comes last: it tells of all."""
+    for name in former:
+        (output / name).unlink(missing_ok=True)
+    fresh = sorted((path for path in new.rglob("*") if path.is_file()), key=lambda path: path.name == "summary.json")
+    for path in fresh:
+        target = output / path.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    for folder, _, _ in os.walk(output / "overlays", topdown=False):
+        with contextlib.suppress(OSError):  # It is not empty.
+            os.rmdir(folder)

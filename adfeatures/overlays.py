@@ -74,7 +74,7 @@ def overlay(
         anomaly_map: Shape (H, W).
         scale: Values of the lowest and the highest color, see `colorize`.
         threshold: A line is drawn around the pixels above it, and a tick in the legend.
-        caption: Text, wrapped where it is longer than the picture is wide.
+        caption: Text, wrapped where it is longer than the picture is wide. Letters that the font lacks are escaped.
 
     Returns:
         RGB image.
@@ -122,7 +122,7 @@ def _with_legend(
         word = "  threshold" if width > 12 * size else ""
         labels.append((f"{threshold:.3g}{word}", min(max(tick, top + line), bottom - line)))
     total = math.ceil(text_left + max(font.getlength(text) for text, _ in labels)) + gap
-    rows = _wrap(caption or "", font, total - 2 * gap)
+    rows = _wrap(_drawable(caption or "", font), font, total - 2 * gap)
     body = max(height, bottom + line // 2)
     canvas = Image.new("RGB", (total, body + (len(rows) * line + gap if rows else 0)), BACKGROUND)
     canvas.paste(picture)
@@ -140,6 +140,21 @@ def _with_legend(
     return canvas
 
 
+def _drawable(text: str, font: Any) -> str:
+    """The text with escapes for what the font has no picture of, such as names in Chinese."""
+    missing = _picture_of("\uffff", font)
+    shown = [" " if letter.isspace() else letter for letter in text]
+    return "".join(
+        letter.encode("ascii", "backslashreplace").decode() if _picture_of(letter, font) == missing else letter
+        for letter in shown
+    )
+
+
+def _picture_of(letter: str, font: Any) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
 def _wrap(text: str, font: Any, width: int) -> list[str]:
     columns = max(1, len(text))
     rows = textwrap.wrap(text, columns)
@@ -155,8 +170,7 @@ def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int
     Args:
         tiles: Pictures, read from left to right and from top to bottom.
         columns: Pictures in a row.
-        tile_width: Width in pixels to which each picture is brought at its aspect ratio; tall ones end at twice that
-            height.
+        tile_width: Width of each picture in pixels, see `tile`.
 
     Returns:
         RGB image.
@@ -168,15 +182,18 @@ def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int
         raise InputError(
             f"A contact sheet needs pictures, columns and a width; got {len(tiles)}, {columns} and {tile_width}."
         )
-    fitted = [
-        ImageOps.contain(read_image(tile), (tile_width, 2 * tile_width), Image.Resampling.LANCZOS) for tile in tiles
-    ]
+    fitted = [tile(picture, tile_width) for picture in tiles]
     rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
     margin = max(4, tile_width // 24)
-    heights = [margin + max(tile.height for tile in row) for row in rows]
+    heights = [margin + max(picture.height for picture in row) for row in rows]
     sheet = Image.new("RGB", (margin + len(rows[0]) * (tile_width + margin), margin + sum(heights)), "white")
     for number, row in enumerate(rows):
-        for column, tile in enumerate(row):
-            x = margin + column * (tile_width + margin) + (tile_width - tile.width) // 2
-            sheet.paste(tile, (x, margin + sum(heights[:number])))
+        for column, picture in enumerate(row):
+            x = margin + column * (tile_width + margin) + (tile_width - picture.width) // 2
+            sheet.paste(picture, (x, margin + sum(heights[:number])))
     return sheet
+
+
+def tile(picture: Image.Image, width: int) -> Image.Image:
+    """The picture brought to a width in pixels at its aspect ratio; tall ones end at twice that height."""
+    return ImageOps.contain(read_image(picture), (width, 2 * width), Image.Resampling.LANCZOS)

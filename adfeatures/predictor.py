@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .errors import InputError
-from .images import ImageTransform, build_transform, read_image
+from .errors import ImageError, InputError
+from .images import ImageSource, ImageTransform, build_transform
 from .scoring import normal_quantile, outliers
-from .sources import ImageSource, digest, distinct, image_sources, name_of
+from .sources import Photo, image_sources, read_distinct, read_photo
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
@@ -27,6 +28,8 @@ PRESET = "squash"
 QUANTILE = 0.99
 # Images per forward pass where the caller does not say.
 BATCH_SIZE = 8
+# Thresholds below this fraction of the color scale are those of copies, not of other good parts.
+_NEAR_ZERO = 0.01
 
 
 class Prediction(NamedTuple):
@@ -46,22 +49,6 @@ class Prediction(NamedTuple):
     threshold: float | None
     is_anomalous: bool | None
     is_reference: bool
-
-
-class ReferencePhotos(NamedTuple):
-    """Normal images on their way into a bank.
-
-    Attributes:
-        batches: Transformed images (B, 3, H, W), read when they are asked for.
-        files: File name of each image, "" where it did not come from a file.
-        sha256s: Hash of each image, "" for tensors.
-        preset: Preset that they were transformed with, None for tensors.
-    """
-
-    batches: Iterator[Tensor]
-    files: list[str]
-    sha256s: list[str]
-    preset: str | None
 
 
 def transform_for(model: FeatureExtractor, bit_depth: int, preset: str = PRESET) -> ImageTransform:
@@ -84,24 +71,38 @@ def bit_depth_of(model: FeatureExtractor, product: str | None) -> int:
     return depths.pop()
 
 
-def reference_photos(model: FeatureExtractor, images: Images, bit_depth: int, known: Sequence[str]) -> ReferencePhotos:
-    """The references among images: copies of each other, or of known ones, are left out with a warning.
+def normal_photos(
+    model: FeatureExtractor, images: Images, bit_depth: int, known: Collection[str] = ()
+) -> Iterator[list[Photo]]:
+    """Normal images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
 
     Raises:
-        ImageError: For a folder without images, or a file that is missing.
-        InputError: For no images.
+        ImageError: For a folder without images, or a file that cannot be read.
+        InputError: For tensors that are no transformed images.
     """
     if isinstance(images, Tensor):
-        photos = ReferencePhotos(iter(images.split(BATCH_SIZE)), [""] * len(images), [""] * len(images), None)
-    else:
-        sources = distinct(image_sources(images), known)
-        transform = transform_for(model, bit_depth)
-        own = list(sources.values())
-        batches = (_read(own[i : i + BATCH_SIZE], transform)[1] for i in range(0, len(own), BATCH_SIZE))
-        photos = ReferencePhotos(batches, [name_of(source) for source in sources.values()], list(sources), PRESET)
-    if not photos.files:
-        raise InputError("No reference images were given. Give at least one normal image, better eight.")
-    return photos
+        _check_transformed(model, images)
+        return ([Photo(None, "", "", x, (x.shape[1], x.shape[2])) for x in batch] for batch in images.split(BATCH_SIZE))
+    sources = image_sources(images)
+    return read_distinct(sources, transform_for(model, bit_depth), known, BATCH_SIZE)
+
+
+def _check_transformed(model: FeatureExtractor, images: Tensor) -> None:
+    advice = "Transform images with adfeatures.create_transform(model), or give them as files, PIL images or arrays."
+    if images.ndim != 4 or not images.is_floating_point():
+        raise InputError(f"Expected float images (K, 3, H, W), got {images.dtype} {tuple(images.shape)}. {advice}")
+    mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    low, high = float((-mean / std).min()), float(((1 - mean) / std).max())
+    if not images.numel() or not images.isfinite().all():
+        return  # The model itself refuses it.
+    lowest, highest = float(images.min()), float(images.max())
+    unnormalized = low < -0.1 and lowest >= 0 and highest <= 1 and highest - lowest > 0.5
+    if unnormalized or lowest < low - 0.1 or highest > high + 0.1:
+        warnings.warn(
+            f"The images hold values from {lowest:.3g} to {highest:.3g}, which the model's transform does not give "
+            f"({low:.3g} to {high:.3g}). {advice}",
+            stacklevel=3,
+        )
 
 
 def predict(model: FeatureExtractor, images: Images, product: Products, batch_size: int) -> list[Prediction]:
@@ -112,30 +113,72 @@ def predict(model: FeatureExtractor, images: Images, product: Products, batch_si
     products = [product] * len(sources) if product is None or isinstance(product, str) else list(product)
     if len(products) != len(sources):
         raise InputError(f"{len(products)} products were named for {len(sources)} images.")
-    for name in dict.fromkeys(products):
-        ensure_threshold(model, name)
     predictions: list[Prediction] = []
-    for start in range(0, len(sources), batch_size):
-        chunk = slice(start, start + batch_size)
-        predictions += _predict_batch(model, sources[chunk], products[chunk])
+    for result, _ in score_photos(model, sources, products, batch_size):
+        if isinstance(result, ImageError):
+            raise result
+        predictions.append(result)
     return predictions
 
 
+def score_photos(
+    model: FeatureExtractor,
+    sources: Sequence[ImageSource],
+    products: Sequence[str | None],
+    batch_size: int = BATCH_SIZE,
+    side: int | None = None,
+) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
+    """Score images as they come, holding no more than one of them at its full size.
+
+    Args:
+        model: Extractor with references.
+        sources: The images.
+        products: Whose references to use, for each image.
+        batch_size: Images per forward pass.
+        side: Longest side in pixels of maps and pictures. By default maps have the size of the image.
+
+    Yields:
+        For each image the prediction, or why it cannot be read; and with ``side`` the picture that the map belongs to.
+
+    Raises:
+        InputError: For a batch size below 1, or a score that is not finite.
+        ReferencesError: If no references are set.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or more.")
+    for name in dict.fromkeys(products):
+        ensure_threshold(model, name)
+    for start in range(0, len(sources), batch_size):
+        batch = list(zip(sources, products, strict=True))[start : start + batch_size]
+        results: list[Photo | ImageError] = [_read_or_refuse(model, *wanted, side) for wanted in batch]
+        photos = [photo for photo in results if isinstance(photo, Photo)]
+        names = [name for (_, name), photo in zip(batch, results, strict=True) if isinstance(photo, Photo)]
+        predictions = iter(_predict_batch(model, photos, names) if photos else ())
+        for result in results:
+            yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
+
+
+def _read_or_refuse(
+    model: FeatureExtractor, source: ImageSource, product: str | None, side: int | None
+) -> Photo | ImageError:
+    try:
+        return read_photo(source, transform_for(model, model.bank(product).record.bit_depth), side)
+    except ImageError as error:
+        return error
+
+
 def _predict_batch(
-    model: FeatureExtractor, sources: Sequence[ImageSource], products: Sequence[str | None]
+    model: FeatureExtractor, photos: Sequence[Photo], products: Sequence[str | None]
 ) -> Iterator[Prediction]:
-    banks = [model.bank(product) for product in products]
-    images, inputs = [], []
-    for source, bank in zip(sources, banks, strict=True):
-        own, x = _read([source], transform_for(model, bank.record.bit_depth))
-        images += own
-        inputs.append(x)
-    maps, scores = model.anomaly_map(model.as_input(torch.cat(inputs)), products)
-    for source, bank, image, smoothed, score in zip(sources, banks, images, maps, scores.tolist(), strict=True):
-        size = (image.height, image.width)
-        resized = F.interpolate(smoothed[None, None], size=size, mode="bilinear", align_corners=False)
+    x = model.as_input(torch.stack([photo.x for photo in photos]))
+    maps, scores = model.anomaly_map(x, products)
+    for photo, product, smoothed, score in zip(photos, products, maps, scores.tolist(), strict=True):
+        if not math.isfinite(score):
+            raise InputError(f"The score of {photo.source} is {score}: the model overflows, or the bank is damaged.")
+        bank = model.bank(product)
+        resized = F.interpolate(smoothed[None, None], size=photo.size, mode="bilinear", align_corners=False)
         decision = None if bank.threshold is None else score > bank.threshold
-        known = digest(source) in bank.sha256s
+        known = not bank.record.known.isdisjoint({photo.sha256, photo.pixels})
         yield Prediction(score, resized[0, 0].cpu().numpy(), bank.threshold, decision, known)
 
 
@@ -148,37 +191,38 @@ def ensure_threshold(model: FeatureExtractor, product: str | None) -> None:
 
 def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | None, product: str | None) -> float:
     """See ``FeatureExtractor.fit_threshold``."""
-    bank = model.bank(product)
-    record = bank.record
+    record = model.bank(product).record
+    quantile = float(quantile)
     if normals is not None:
-        record.normal_scores = _scores_of(model, normals, product)
-    elif not record.normal_scores:
-        record.normal_scores = model.leave_one_out_scores(product)
-        for index in outliers(record.normal_scores):
+        scores = _scores_of(model, normals, product)
+    else:
+        scores = record.normal_scores or model.leave_one_out_scores(product)
+        for index in outliers(scores) if not record.normal_scores else ():
             name = record.files[index] or index
             warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
-    record.threshold, record.quantile = normal_quantile(record.normal_scores, quantile), quantile
-    count = len(record.normal_scores)
-    if count * (1 - quantile) < 1:
+    threshold = normal_quantile(scores, quantile)
+    record.threshold, record.quantile, record.normal_scores = threshold, quantile, scores
+    if len(scores) * (1 - quantile) < 1:
         warnings.warn(
-            f"{count} normal images cannot pin down the {quantile:g} quantile: "
-            f"expect about one false alarm in {count + 1} good images.",
+            f"{len(scores)} normal images cannot pin down the {quantile:g} quantile: "
+            f"expect about one false alarm in {len(scores) + 1} good images.",
             stacklevel=3,
         )
-    return record.threshold
+    if threshold < _NEAR_ZERO * model.scorer.top:
+        warnings.warn(
+            f"The threshold is {threshold:.3g}: the normal images are almost copies of each other or of references, "
+            "so nearly every other image will count as anomalous. Give photos of different good parts.",
+            stacklevel=3,
+        )
+    return threshold
 
 
 def _scores_of(model: FeatureExtractor, normals: Images, product: str | None) -> list[float]:
-    if isinstance(normals, Tensor):
-        batches = model.as_input(normals).split(BATCH_SIZE)
-    else:
-        # One by one: their sizes differ, and so many may be given that they do not fit into memory together.
-        transform = transform_for(model, model.bank(product).record.bit_depth)
-        batches = (model.as_input(_read([source], transform)[1]) for source in image_sources(normals))
-    return [score for batch in batches for score in model.anomaly_map(batch, product).scores.tolist()]
-
-
-def _read(sources: Sequence[ImageSource], transform: ImageTransform) -> tuple[list[Image.Image], Tensor]:
-    """The images as they are, and transformed for the model."""
-    images = [read_image(source, bit_depth=transform.bit_depth) for source in sources]
-    return images, torch.stack([transform(image) for image in images])
+    record = model.bank(product).record
+    scores: list[float] = []
+    for batch in normal_photos(model, normals, record.bit_depth, record.known):
+        x = model.as_input(torch.stack([photo.x for photo in batch]))
+        scores += model.anomaly_map(x, product).scores.tolist()
+    if not scores:
+        raise InputError("No normal image is left that is not a reference. Give photos of other good parts.")
+    return scores

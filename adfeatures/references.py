@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bank_files
 from .coreset import greedy_coreset
 from .errors import CheckpointError, InputError, ReferencesError
-from .scoring import SIGMA, Scorer
 
 # One block of similarities, 1024 x 2048, stays in the processor's cache: larger ones are slower, and the whole matrix
 # may not fit at all.
@@ -26,8 +24,6 @@ LEAVE_ONE_OUT_IMAGES = 64
 
 # The reference image that a query must not be matched with: one for all, or one or None for each query.
 Exclude: TypeAlias = "int | Sequence[int | None] | None"
-# From residuals of all levels to features of all levels.
-Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
 
 
 @dataclass
@@ -36,7 +32,8 @@ class BankRecord:
 
     Attributes:
         files: File name of each image, "" where it did not come from a file.
-        sha256s: Hash of each image file or of its pixels, "" for tensors.
+        sha256s: Hash of each image file, or of an image in memory, "" for tensors.
+        pixels: Hash of the pixels of each image, upright and in RGB, "" for tensors and in banks of earlier versions.
         model: Name of the model that made the features.
         fingerprint: Hashes of that model's weights.
         img_size: Input height and width of that model.
@@ -50,6 +47,7 @@ class BankRecord:
 
     files: list[str] = field(default_factory=list)
     sha256s: list[str] = field(default_factory=list)
+    pixels: list[str] = field(default_factory=list)
     model: str | None = None
     fingerprint: list[str] = field(default_factory=list)
     img_size: tuple[int, int] | None = None
@@ -58,6 +56,11 @@ class BankRecord:
     threshold: float | None = None
     quantile: float | None = None
     normal_scores: list[float] = field(default_factory=list)
+
+    @property
+    def known(self) -> set[str]:
+        """The hashes that the images are known by."""
+        return {*self.sha256s, *self.pixels} - {""}
 
     def undecided(self) -> BankRecord:
         """The same without the threshold and what it was taken from."""
@@ -204,54 +207,6 @@ class ReferenceBank:
             batch = list(images[start : start + 8])
             yield self.residuals([level[batch] for level in features], exclude=batch)
 
-    @torch.no_grad()
-    def leave_one_out_scores(
-        self, scorer: Scorer, project: Project, reduction: int, full: ReferenceBank | None = None
-    ) -> list[float]:
-        """Image scores of references, each against the others alone.
-
-        Args:
-            scorer: How the model scores.
-            project: From residuals of all levels to what the scorer takes.
-            reduction: Input pixels per cell of the first level.
-            full: Where the features of the references are, as for ``leave_one_out``.
-        """
-        size = (self.grids[0][0] * reduction, self.grids[0][1] * reduction)
-        scores: list[float] = []
-        for residuals in self.leave_one_out(full=full):
-            maps = scorer.maps(project(residuals), [self.scales] * len(residuals[0]), size, SIGMA)
-            scores += maps.amax(dim=(1, 2)).tolist()
-        return scores
-
-    def calibrate(self, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
-        """Keep what only all patches of the images can tell, which ``full`` still has.
-
-        Other arguments are as for ``leave_one_out_scores``.
-        """
-        self.scales = scorer.scales(self, full)
-        if self is not full and self.num_images > 1:
-            self.record.normal_scores = self.leave_one_out_scores(scorer, project, reduction, full)
-
-    def check(
-        self, model: str, img_size: tuple[int, int], channels: Sequence[int], fingerprint: Sequence[str], source: str
-    ) -> None:
-        """Refuse to serve a model whose features are not those of the bank.
-
-        Raises:
-            ReferencesError: Saying what differs; ``source`` is what the message calls the bank.
-        """
-        advice = "Create that model, or make the bank again with: adfeatures fit"
-        if self.model not in (None, model):
-            raise ReferencesError(f"{source} was made with {self.model}, not with {model}. {advice}")
-        if (size := self.record.img_size) not in (None, img_size):
-            raise ReferencesError(
-                f"{source} was made for images of {size} pixels (height, width), not {img_size}. {advice}"
-            )
-        if [rows.shape[1] for rows in self.rows] != list(channels):
-            raise ReferencesError(f"{source} holds features of other levels than those of {model}. {advice}")
-        if self.record.fingerprint and not set(self.record.fingerprint) & set(fingerprint):
-            raise ReferencesError(f"{source} was made with other weights of {model}. {advice}")
-
     def extended(self, other: ReferenceBank) -> ReferenceBank:
         """A bank of the images of both. Threshold and scales are those of neither, so they are dropped.
 
@@ -265,6 +220,8 @@ class ReferenceBank:
         owners = zip(self.image_of_row, other.image_of_row, strict=True)
         record = self.record.undecided()
         record.files, record.sha256s = self.files + other.files, self.sha256s + other.sha256s
+        # Banks of earlier versions have none.
+        record.pixels = (self.record.pixels or [""] * self.num_images) + other.record.pixels
         return ReferenceBank(
             rows=[torch.cat(pair) for pair in zip(self.rows, other.rows, strict=True)],
             image_of_row=[torch.cat([own, theirs + self.num_images]) for own, theirs in owners],
@@ -303,6 +260,8 @@ class ReferenceBank:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to a safetensors file, atomically."""
+        from .bank_files import save_banks
+
         save_banks(path, {"default": self})
 
     @classmethod
@@ -312,6 +271,8 @@ class ReferenceBank:
         Raises:
             CheckpointError: For a file that is damaged, no bank, or holds the banks of several products.
         """
+        from .bank_files import load_banks
+
         banks = load_banks(path)
         if len(banks) != 1:
             raise CheckpointError(
@@ -411,40 +372,3 @@ def _tokens(level: Tensor) -> Tensor:
 def _image_of_each_patch(level: Tensor, image_of_each_map: Sequence[int]) -> Tensor:
     patches = level.shape[2] * level.shape[3]
     return torch.tensor(image_of_each_map, dtype=torch.int32, device=level.device).repeat_interleave(patches)
-
-
-def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank]) -> None:
-    """Write the banks of several products to one safetensors file, atomically."""
-    bank_files.write({product: _packed(bank) for product, bank in banks.items()}, path)
-
-
-def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
-    """Read the banks that ``save_banks`` wrote, by product.
-
-    Raises:
-        CheckpointError: For a file that is missing, damaged or no bank.
-    """
-    return bank_files.read(path, _unpacked)
-
-
-def _packed(bank: ReferenceBank) -> bank_files.Packed:
-    tensors = {f"rows.{index}": rows for index, rows in enumerate(bank.rows)}
-    tensors |= {f"images.{index}": owners for index, owners in enumerate(bank.image_of_row)}
-    if bank.scales is not None:
-        tensors["scales"] = bank.scales
-    return {"grids": bank.grids, "num_images": bank.num_images, **dataclasses.asdict(bank.record)}, tensors
-
-
-def _unpacked(facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> ReferenceBank:
-    grids = [(int(height), int(width)) for height, width in facts.pop("grids")]
-    size = facts.pop("img_size")
-    # Of earlier versions; the number of rows says it.
-    facts.pop("complete", None)
-    return ReferenceBank(
-        rows=[tensors[f"rows.{index}"] for index in range(len(grids))],
-        image_of_row=[tensors[f"images.{index}"] for index in range(len(grids))],
-        grids=grids,
-        num_images=facts.pop("num_images"),
-        scales=tensors.get("scales"),
-        record=BankRecord(img_size=size and (int(size[0]), int(size[1])), **facts),
-    )

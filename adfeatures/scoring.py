@@ -7,9 +7,9 @@ one by cosine distances.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from .errors import InputError, ReferencesError
 
 if TYPE_CHECKING:
     from .references import ReferenceBank
+
+# From residuals of all levels to features of all levels.
+Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
 
 SIGMA = 4.0
 # Zero padding reaches about this far into the maps of a convolutional backbone.
@@ -125,6 +128,37 @@ class CosineRingScorer:
         of_levels = torch.stack(of_images, dim=1)
         distances = [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
         return fuse(distances, size, sigma)
+
+
+def calibrate(bank: ReferenceBank, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
+    """Keep with a bank what only all patches of its images can tell, which ``full`` still has.
+
+    Other arguments are as for ``leave_one_out_scores``.
+    """
+    bank.scales = scorer.scales(bank, full)
+    if bank is not full and bank.num_images > 1:
+        bank.record.normal_scores = leave_one_out_scores(bank, scorer, project, reduction, full)
+
+
+@torch.no_grad()
+def leave_one_out_scores(
+    bank: ReferenceBank, scorer: Scorer, project: Project, reduction: int, full: ReferenceBank | None = None
+) -> list[float]:
+    """Image scores of the references of a bank, each against the others alone.
+
+    Args:
+        bank: The bank, with scales.
+        scorer: How the model scores.
+        project: From residuals of all levels to what the scorer takes.
+        reduction: Input pixels per cell of the first level.
+        full: Where the features of the references are, as for ``ReferenceBank.leave_one_out``.
+    """
+    size = (bank.grids[0][0] * reduction, bank.grids[0][1] * reduction)
+    scores: list[float] = []
+    for residuals in bank.leave_one_out(full=full):
+        maps = scorer.maps(project(residuals), [bank.scales] * len(residuals[0]), size, SIGMA)
+        scores += maps.amax(dim=(1, 2)).tolist()
+    return scores
 
 
 def feature_norm_map(features: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:

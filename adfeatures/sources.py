@@ -1,21 +1,29 @@
-"""What users give as images: paths, folders, PIL images, arrays; and how an image is known again."""
+"""What users give as images: paths, folders, PIL images, arrays; and the photos that become of them."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from .errors import ImageError
-from .images import list_images
+from .images import IMAGE_SUFFIXES, ImageSource, ImageTransform, digest, read_image, shrunk
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+# What looks like a photo but is none of the formats, and what to do about it.
+_PHONE_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+_OTHER_SUFFIXES = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".ico", ".jxl", ".jxr", ".nef", ".orf", ".pcx", ".psd"),
+    *(".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga"),
+)
+# A folder with these files was written by ``adfeatures score``, and what it has drawn there are no photos.
+RESULTS_MARKS = frozenset({"scores.csv", "scores.jsonl"})
+RESULTS = frozenset({"overlays", "worst.png", "demo.png"})
 
 
 def image_sources(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
@@ -31,36 +39,128 @@ def image_sources(images: ImageSource | Sequence[ImageSource]) -> list[ImageSour
     return list(images)
 
 
-def distinct(sources: Sequence[ImageSource], known: Sequence[str] = ()) -> dict[str, ImageSource]:
-    """The images by digest; those whose digest is known, or came before, are left out with a warning."""
-    kept: dict[str, ImageSource] = {}
-    for source in sources:
-        key = digest(source)
-        if key in kept or key in known:
-            # A copy would be found by its twin when it is left out, and make every threshold too low.
-            warnings.warn(
-                f"The reference {name_of(source) or 'given in memory'} is a copy of another one and is left out.",
-                stacklevel=2,
-            )
-        else:
-            kept[key] = source
-    return kept
-
-
-def digest(source: ImageSource) -> str:
-    """SHA-256 of an image file, or of the shape and pixels of an image in memory.
-
-    Raises:
-        ImageError: If there is no such file.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        if not Path(source).is_file():
-            raise ImageError(f"There is no image file {source}.")
-        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    pixels = np.ascontiguousarray(source)
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-
-
-def name_of(source: ImageSource) -> str:
+def name_of(source: ImageSource | None) -> str:
     """The file name as given, "" for images in memory."""
     return str(source) if isinstance(source, (str, os.PathLike)) else ""
+
+
+class Photo(NamedTuple):
+    """An image that was read for a model.
+
+    Attributes:
+        source: What the user gave, None for a transformed tensor.
+        sha256: Hash of the image file, or of the shape and pixels of an image in memory; "" for a tensor.
+        pixels: Hash of the shape and pixels, upright and in RGB: the same in whatever file they come; "" for a tensor.
+        x: The model's input (3, H, W).
+        size: Height and width of the map that is wanted.
+        picture: The image itself, made smaller where it is large, where it was asked for.
+    """
+
+    source: ImageSource | None
+    sha256: str
+    pixels: str
+    x: Tensor
+    size: tuple[int, int]
+    picture: Image.Image | None = None
+
+
+def read_photo(source: ImageSource, transform: ImageTransform, side: int | None = None) -> Photo:
+    """Read an image for a model.
+
+    Args:
+        source: The image.
+        transform: The model's.
+        side: Longest side in pixels of picture and map. The default is no picture, and a map of the image's own size.
+
+    Raises:
+        ImageError: As ``read_image``.
+    """
+    image = read_image(source, bit_depth=transform.bit_depth)
+    x, pixels = transform.of_rgb(image), digest(image)
+    picture = None if side is None else shrunk(image, side)
+    width, height = (picture or image).size
+    return Photo(source, digest(source), pixels, x, (height, width), picture)
+
+
+def read_distinct(
+    sources: Iterable[ImageSource], transform: ImageTransform, known: Collection[str], batch_size: int
+) -> Iterator[list[Photo]]:
+    """Read images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
+
+    Raises:
+        ImageError: As ``read_image``.
+    """
+    seen, batch = set(known), []
+    for source in sources:
+        photo = read_photo(source, transform)
+        if seen & {photo.pixels, photo.sha256}:
+            # A copy would be found by its twin, and make every threshold too low.
+            name = name_of(source) or "An image given in memory"
+            warnings.warn(f"{name} is a copy of another normal image and is left out.", stacklevel=2)
+            continue
+        seen.add(photo.pixels)
+        batch.append(photo)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
+    """The image files in a folder, known by `IMAGE_SUFFIXES` in upper or lower case, sorted by path.
+
+    Files and folders whose names begin with a dot are passed over, and so are the overlays and sheets of a former
+    ``adfeatures score``; links to folders are not followed. A warning names files that look like photos but cannot be
+    read.
+
+    Args:
+        folder: Where to look.
+        recursive: Whether to look in sub-folders as well.
+
+    Raises:
+        ImageError: If the folder is missing, no folder, unreadable, or holds no images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ImageError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder of images.")
+    found = _walk(root)
+    own = found if recursive else [path for path in found if path.parent == root]
+    images = [path for path in own if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    left_out = [path for path in own if not path.name.lower().endswith(IMAGE_SUFFIXES)]
+    hint = _advice(left_out) if left_out else ""
+    if not images:
+        deeper = [path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES)]
+        if deeper:
+            hint += (
+                f" Its sub-folders hold {len(deeper)}: take them with recursive=True of list_images, or --recursive."
+            )
+        raise ImageError(f"No images in {root} (looked for {' '.join(IMAGE_SUFFIXES)}).{hint}")
+    if left_out:
+        warnings.warn(f"{len(left_out)} files of {root} are left out.{hint}", stacklevel=2)
+    return images
+
+
+def _advice(unread: Sequence[Path]) -> str:
+    suffixes = sorted({path.suffix.lower() for path in unread})
+    install = " pip install pillow-heif reads HEIC." if set(suffixes) & set(_PHONE_SUFFIXES) else ""
+    return f" {unread[0].name} cannot be read: convert {' '.join(suffixes)} to PNG.{install}"
+
+
+def _walk(root: Path) -> list[Path]:
+    """Photos below a folder, also those that cannot be read, sorted."""
+
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"Cannot list {error.filename}: {error.strerror}.") from error
+
+    photos = (*IMAGE_SUFFIXES, *_PHONE_SUFFIXES, *_OTHER_SUFFIXES)
+    found: list[Path] = []
+    for parent, folders, names in os.walk(root, onerror=refuse):
+        results = RESULTS if RESULTS_MARKS.issubset(names) else frozenset()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in results]
+        found += [
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and name not in results and name.lower().endswith(photos)
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())

@@ -1,50 +1,211 @@
-"""The files of banks as containers: whatever goes in by product comes out by product."""
+"""The files of banks: what was saved comes back bit for bit, and no damaged file is taken for a bank."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.banks import full_bank, maps
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adfeatures import bank_files
-from adfeatures.errors import AdfeaturesError, CheckpointError
+from adfeatures.bank_files import load_banks, save_banks
+from adfeatures.errors import CheckpointError
+from adfeatures.references import BankRecord, ReferenceBank
 
 
-def unpack(facts: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return facts, tensors
+def assert_same(one: ReferenceBank, other: ReferenceBank) -> None:
+    for entry in dataclasses.fields(ReferenceBank):
+        a, b = getattr(one, entry.name), getattr(other, entry.name)
+        for left, right in [(a, b)] if not isinstance(a, list) else [(len(a), len(b)), *zip(a, b, strict=True)]:
+            if isinstance(left, Tensor):
+                assert left.dtype == right.dtype and torch.equal(left, right)
+            else:
+                assert type(left) is type(right) and left == right
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    banks: dict[str, bank_files.Packed] = {
-        "nut": ({"n": 1, "text": "ä"}, {"rows.0": torch.arange(6.0).view(2, 3).T, "scales": torch.ones(2)}),
-        "": ({"n": None}, {"rows.0": torch.zeros(1, dtype=torch.int32)}),
-        "0": ({}, {}),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, reduced: bool, tmp_path: Path) -> None:
+    bank = full_bank()
+    if reduced:
+        bank = bank.coreset(0.5)
+        bank.record.threshold, bank.record.quantile = 0.5, 1.0
+    bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    path = tmp_path / "new folder" / "bank.safetensors"
+    bank.save(path)
+    assert_same(ReferenceBank.load(path), bank)
+    assert_same(ReferenceBank.load(str(path)), bank)
+    assert [entry.name for entry in path.parent.iterdir()] == ["bank.safetensors"]
+    bank.coreset(0.5).save(path)
+    assert len(ReferenceBank.load(path).rows[0]) == len(bank.rows[0]) // 2
+
+
+def test_every_fact_is_tested() -> None:
+    plain, full = BankRecord(), full_bank().record
+    for entry in dataclasses.fields(BankRecord):
+        assert getattr(plain, entry.name) != getattr(full, entry.name)
+
+
+def test_bare_bank_saved_and_loaded(tmp_path: Path) -> None:
+    bank = ReferenceBank.from_features(maps("references", count=1))
+    bank.save(tmp_path / "bank.safetensors")
+    assert_same(ReferenceBank.load(tmp_path / "bank.safetensors"), bank)
+
+
+def test_banks_of_several_products(tmp_path: Path) -> None:
+    path = tmp_path / "banks.safetensors"
+    banks = {
+        "screw": full_bank(),
+        "Flügel 0.1": ReferenceBank.from_features(maps("more", count=2)),
+        "": full_bank(threshold=None),
     }
-    bank_files.write(banks, tmp_path / "banks.safetensors")
-    found = bank_files.read(tmp_path / "banks.safetensors", unpack)
-    assert list(found) == list(banks)
-    for product, (facts, tensors) in banks.items():
-        assert found[product][0] == facts and found[product][1].keys() == tensors.keys()
-        assert all(torch.equal(found[product][1][name], tensor) for name, tensor in tensors.items())
-    assert os.listdir(tmp_path) == ["banks.safetensors"]
+    save_banks(path, banks)
+    loaded = load_banks(path)
+    assert list(loaded) == list(banks)
+    for product, bank in banks.items():
+        assert_same(loaded[product], bank)
+    with pytest.raises(CheckpointError, match="several products: screw, Flügel"):
+        ReferenceBank.load(path)
 
 
-def test_failures_leave_nothing_and_name_the_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AdfeaturesError, match="Cannot write"):
-        bank_files.write({"a": ({}, {"x": torch.ones(1)})}, tmp_path / "file" / "bank.safetensors")
-    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"other\.safetensors is not a reference bank"):
-        bank_files.read(tmp_path / "other.safetensors", unpack)
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "bank.safetensors"
+    full_bank().save(path)
+    return path
 
-    def broken(facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        raise KeyError("rows")
 
-    bank_files.write({"a": ({}, {"x": torch.ones(1)})}, tmp_path / "bank.safetensors")
-    with pytest.raises(CheckpointError, match=r"bank\.safetensors is damaged"):
-        bank_files.read(tmp_path / "bank.safetensors", broken)
+def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:4],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[8:],
+        lambda data: bytes(range(256)) * 20,
+        lambda data: b"\xff" * 16 + data,
+        lambda data: pickle.dumps({"rows": [1, 2, 3]}),
+    ],
+)
+def test_damaged_files(damage: Callable[[bytes], bytes], saved: Path) -> None:
+    saved.write_bytes(damage(saved.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"bank\.safetensors.*adfeatures fit"):
+        load_banks(saved)
+
+
+def _fact(name: str, content: object) -> Callable[[dict[str, Tensor], list[dict]], object]:
+    return lambda tensors, facts: facts[0].update({name: content})
+
+
+def _no_fact(name: str) -> Callable[[dict[str, Tensor], list[dict]], object]:
+    return lambda tensors, facts: facts[0].pop(name)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _fact("something_new", 1),
+        _fact("grids", 5),
+        _fact("grids", [[3, 4]] * 3),
+        _fact("img_size", [224]),
+        _no_fact("grids"),
+        _no_fact("num_images"),
+        _no_fact("product"),
+        lambda tensors, facts: tensors.pop("0.rows.1"),
+        lambda tensors, facts: tensors.pop("0.images.0"),
+        *(_fact("threshold", value) for value in (float("nan"), float("inf"), -1.0, "1", True, [1.0], 10**400)),
+        *(_fact("quantile", value) for value in (0, 1.5, float("nan"), "0.9")),
+        *(_fact("normal_scores", value) for value in ([float("nan")], [-1.0], 5, ["1"], [None])),
+        *(_fact("num_images", value) for value in (0, -1, 2.0, True, "4", 10**30)),
+        *(_fact("grids", value) for value in ([], [[3, 4]], [[3, 4], [0, 3]], [[3, 4], [2, 3.0]], [[3, 1e9], [2, 3]])),
+        *(_fact("img_size", value) for value in ([0, 224], [224.0, 224], "224", [1, 2, 3])),
+        *(_fact("bit_depth", value) for value in (8, 17, 12.0, None, True)),
+        *(_fact("files", value) for value in (["a"], [1, 2, 3, 4], "abcd", None)),
+        *(_fact("pixels", value) for value in (["a"], [1, 2, 3, 4], None)),
+        *(_fact("sha256s", value) for value in (["a"] * 5, 7)),
+        *(_fact("model", value) for value in (3, ["a"])),
+        _fact("fingerprint", [1]),
+        _fact("preset", 5),
+        _fact("product", 5),
+        lambda tensors, facts: tensors.update({"0.scales": torch.zeros(2, 4)}),
+        lambda tensors, facts: tensors.update({"0.scales": -torch.ones(2, 4)}),
+        lambda tensors, facts: tensors.update({"0.scales": torch.ones(3, 4)}),
+        lambda tensors, facts: tensors.update({"0.scales": torch.ones(2)}),
+        lambda tensors, facts: tensors.update({"0.rows.1": torch.ones(24)}),
+        lambda tensors, facts: tensors.update({"0.rows.1": torch.ones(24, 5, dtype=torch.int32)}),
+        lambda tensors, facts: tensors.update({"0.rows.1": torch.ones(0, 5)}),
+        lambda tensors, facts: tensors.update({"0.images.1": tensors["0.images.1"][:-1]}),
+        lambda tensors, facts: tensors.update({"0.images.1": tensors["0.images.1"] + 1}),
+        lambda tensors, facts: tensors.update({"0.images.1": tensors["0.images.1"] - 1}),
+        lambda tensors, facts: tensors.update({"0.images.1": tensors["0.images.1"].float()}),
+        lambda tensors, facts: facts.append("screw"),
+        lambda tensors, facts: facts.append({"product": "screw"}),
+    ],
+)
+def test_inconsistent_files(spoil: Callable[[dict[str, Tensor], list[dict]], object], saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    facts = json.loads(metadata["banks"])
+    spoil(tensors, facts)
+    save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
+    with pytest.raises(CheckpointError, match=r"bank\.safetensors is damaged.*adfeatures fit"):
+        load_banks(saved)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_files_of_before_0_1_say_whether_the_bank_is_complete(complete: bool, saved: Path) -> None:
+    expected = load_banks(saved)["default"]
+    tensors, metadata = contents(saved)
+    facts = json.loads(metadata["banks"])
+    facts[0]["complete"] = complete
+    save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
+    assert_same(load_banks(saved)["default"], expected)
+
+
+@pytest.mark.parametrize("name", ["0.rows.1", "0.scales"])
+@pytest.mark.parametrize("content", [torch.nan, torch.inf])
+def test_files_with_nan(content: float, name: str, saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    tensors[name][1, 3] = content
+    save_file(tensors, saved, metadata)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        load_banks(saved)
+
+
+@pytest.mark.parametrize("banks", ["", "{", "[1]", "{}x", "null"])
+def test_files_with_broken_facts(banks: str, saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    save_file(tensors, saved, {**metadata, "banks": banks})
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_banks(saved)
+
+
+def test_files_that_are_no_banks(saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    for other in (None, {"format": "pt"}, {**metadata, "format": "adfeatures"}):
+        save_file(tensors, saved, other)
+        with pytest.raises(CheckpointError, match="not a reference bank"):
+            load_banks(saved)
+    with pytest.raises(CheckpointError, match=r"no reference bank .*missing\.safetensors"):
+        load_banks(saved.with_name("missing.safetensors"))
+    with pytest.raises(CheckpointError, match="no reference bank"):
+        load_banks(saved.parent)
+
+
+def test_files_of_a_newer_version(saved: Path) -> None:
+    tensors, metadata = contents(saved)
+    save_file(tensors, saved, {**metadata, "version": "2"})
+    with pytest.raises(CheckpointError, match="newer version of adfeatures"):
+        load_banks(saved)

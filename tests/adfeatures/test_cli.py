@@ -9,7 +9,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ from PIL import Image
 from safetensors import safe_open
 
 import adfeatures
+from adfeatures import inspection
 from adfeatures.cli import main
+from adfeatures.errors import ReferencesError
 from adfeatures.projector import ResidualProjector
 
 REPOSITORY = Path(__file__).parents[2]
@@ -237,14 +241,15 @@ def test_bit_depth_is_kept_with_the_bank(photos: Path) -> None:
 def test_an_interrupted_run_keeps_its_rows(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = adfeatures.FeatureExtractor.score
+    original = inspection.score_photos
 
-    def interrupted(self: adfeatures.FeatureExtractor, files: list[str], *args: object, **kwargs: object) -> object:
-        if files[0].endswith("012.png"):
-            raise KeyboardInterrupt
-        return original(self, files, *args, **kwargs)  # type: ignore[arg-type]
+    def interrupted(*args: Any) -> Iterator[Any]:
+        for number, result in enumerate(original(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield result
 
-    monkeypatch.setattr(adfeatures.FeatureExtractor, "score", interrupted)
+    monkeypatch.setattr(inspection, "score_photos", interrupted)
     assert score(photos, photos / "new", "--batch-size", 1) == 130
     assert [row["file"][-7:] for row in rows(photos)] == ["010.png", "011.png"]
     assert "interrupted" in capsys.readouterr().err
@@ -307,3 +312,33 @@ def test_info_without_a_model_tells_the_versions(capsys: pytest.CaptureFixture[s
     assert found["python"] == platform.python_version() and found["timm"] == timm.__version__
     assert main(["info"]) == 0
     assert "huggingface-hub" in capsys.readouterr().out
+
+
+def test_reasons_of_failures_are_told(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "new" / "broken.png").write_bytes(b"no image")
+    assert score(photos, photos / "new") == 1
+    assert "not scored: Cannot read" in (told := capsys.readouterr()).err and "broken.png" in told.err
+    (reason,) = json.loads((photos / "out" / "summary.json").read_text())["errors"]
+    assert reason in told.err
+
+
+def test_a_bank_of_another_model_is_refused_before_anything_is_fetched(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = photos / "part.bank"
+    assert run("fit", "--references", photos / "good", "--bank", bank) == 0
+    monkeypatch.setattr("adfeatures.hub.resolve", lambda *_: pytest.fail("fetched for nothing"))
+    wanted = ["--bank", bank, "--output", photos / "out", photos / "new"]
+    assert run("score", *wanted, "--model", "adpretrain_dinov2_base") == 2
+    assert "was made with residual_lite.in1k_v1. Leave out --model" in capsys.readouterr().err
+    with pytest.raises(ReferencesError, match=r"part\.bank was made with residual_lite\.in1k_v1, not with adpretrain"):
+        adfeatures.create_model("adpretrain_dinov2_base", references=bank)
+    assert adfeatures.create_model(references=bank).bank().num_images == 4
+    assert adfeatures.create_model(references=str(bank)).threshold() is not None
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "-1", "-inf", "high"])
+def test_thresholds_are_scores(photos: Path, threshold: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        score(photos, photos / "new", f"--threshold={threshold}")
+    assert exit.value.code == 2 and not (photos / "out").exists()

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 import adfeatures
 from adfeatures.demo import SAMPLES, run_demo
 from adfeatures.errors import AdfeaturesError
-from adfeatures.images import list_images
+from adfeatures.sources import list_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 

@@ -25,11 +25,9 @@ from adfeatures import images
 from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.images import (
     BACKGROUND,
-    IMAGE_SUFFIXES,
     MAX_PIXELS,
     PRESETS,
     build_transform,
-    list_images,
     read_image,
 )
 
@@ -615,58 +613,104 @@ def test_every_mode_of_pillow_keeps_its_size(mode: str, width: int, height: int)
     assert pixels(read_image(Image.new(mode, (width, height)))).shape == (height, width, 3)
 
 
-# --- folders
+# --- nothing silently wrong
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in (
-        "b.PNG",
-        "a.jpg",
-        "c.tiff",
-        ".hidden.png",
-        "notes.txt",
-        "sub/z.bmp",
-        "sub/.x.png",
-        ".cache/y.png",
-        "sub/deep/w.webp",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    return tmp_path
+def rgba_tiff(pixels: np.ndarray, extra: list[int]) -> bytes:
+    height, width, channels = pixels.shape
+    return tiff([pixels.tobytes()], (width, height), [8] * channels, 2, extra=extra)
 
 
-def test_listing(folder: Path) -> None:
-    assert list_images(folder) == [folder / name for name in ("a.jpg", "b.PNG", "c.tiff")]
-    assert list_images(str(folder)) == list_images(folder)
-    expected = [folder / name for name in ("a.jpg", "b.PNG", "c.tiff", "sub/deep/w.webp", "sub/z.bmp")]
-    assert list_images(folder, recursive=True) == expected
+def bmp_with_alpha(rgba: np.ndarray) -> bytes:
+    """A BMP of version 4 that names a mask of the alpha channel, as cameras write it."""
+    height, width, _ = rgba.shape
+    data = rgba[::-1, :, [2, 1, 0, 3]].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(data), 0, 0, 0, 0)
+    header += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 122 + len(data), 0, 0, 122) + header + data
 
 
-@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-def test_every_listed_suffix_can_be_read(tmp_path: Path, suffix: str) -> None:
-    image = PICTURE.convert("L") if suffix == ".pgm" else PICTURE
-    path = tmp_path / f"image{suffix.upper()}"
-    image.save(path)
-    assert list_images(tmp_path) == [path]
-    assert read_image(path).size == PICTURE.size
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_alpha_that_hides_every_pixel_is_no_alpha(write: Write, kind: str) -> None:
+    hidden = Image.fromarray(np.dstack([NOISE, np.zeros(NOISE.shape[:2], np.uint8)]))
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    path = write(bmp_with_alpha(np.asarray(hidden)) if kind == "BMP" else encoded(hidden, kind, **options))
+    with pytest.warns(UserWarning, match="hides every pixel and is ignored"):
+        assert (pixels(read_image(path)) == NOISE).all()
+    with pytest.warns(UserWarning, match="hides every pixel"):
+        assert (pixels(read_image(np.asarray(hidden))) == NOISE).all()
 
 
-def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="not there"):
-        list_images(tmp_path / "missing")
-    (tmp_path / "file.png").touch()
-    with pytest.raises(ImageError, match="file.png is a file"):
-        list_images(tmp_path / "file.png")
-    empty = tmp_path / "empty"
-    (empty / "sub").mkdir(parents=True)
-    with pytest.raises(ImageError, match=r"empty \(looked for .bmp .*webp\)\.$"):
-        list_images(empty, recursive=True)
-    (empty / "sub" / "x.png").touch()
-    with pytest.raises(ImageError, match="sub-folders hold 1: take them with recursive=True"):
-        list_images(empty)
-    assert len(list_images(empty, recursive=True)) == 1
+@pytest.mark.parametrize("fill", [0, 7, 255])
+@pytest.mark.parametrize("extra", [[], [0]])
+def test_a_fourth_channel_that_is_not_declared_is_not_alpha(write: Write, fill: int, extra: list[int]) -> None:
+    path = write(rgba_tiff(np.dstack([NOISE, np.full(NOISE.shape[:2], fill, np.uint8)]), extra))
+    assert (pixels(read_image(path)) == NOISE).all()
+
+
+def test_a_fourth_channel_that_is_declared_is_alpha(write: Write) -> None:
+    alpha = np.where(np.arange(NOISE[..., 0].size).reshape(NOISE.shape[:2]) % 2, 255, 0).astype(np.uint8)
+    path = write(rgba_tiff(np.dstack([NOISE, alpha]), [2]))
+    assert (pixels(read_image(path)) == np.where(alpha[..., None] > 0, NOISE, 255)).all()
+
+
+def test_the_largest_page_of_a_tiff_is_the_photo(write: Write) -> None:
+    thumbnail, mask = PICTURE.resize((4, 3)), PICTURE.resize((6, 5))
+    data = encoded(thumbnail, "TIFF", save_all=True, append_images=[PICTURE, mask])
+    path = write(data, "pages.tif")
+    with pytest.warns(UserWarning, match=r"pages\.tif has several pages; page 2, 13 x 9 pixels, is read"):
+        assert (pixels(read_image(path)) == NOISE).all()
+    same = encoded(PICTURE, "TIFF", save_all=True, append_images=[PICTURE.rotate(180)])
+    with pytest.warns(UserWarning, match="page 1"):
+        assert (pixels(read_image(write(same))) == NOISE).all()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_few_bits_of_16_are_hinted_at(write: Write, bits: int) -> None:
+    samples = RNG.integers(0, 2**bits, (9, 13)).astype(np.uint16)
+    samples[0, 0] = 2**bits - 1
+    data = encoded(Image.fromarray(samples), "PNG")
+    with pytest.warns(UserWarning, match=f"use {bits} of their bits.*bit_depth={bits}, or --bit-depth {bits}"):
+        read_image(write(data))
+    with pytest.warns(UserWarning, match=f"use {bits} of their bits"):
+        read_image(samples)
+    color = b"P6 9 13 65535\n" + np.repeat(samples, 3).astype(">u2").tobytes()
+    with pytest.warns(UserWarning, match="saved with 8"):
+        read_image(write(color))
+
+
+def test_no_hint_where_the_bits_are_told_or_used(write: Write) -> None:
+    low = np.full((4, 6), 4095, np.uint16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(low, bit_depth=12)
+        read_image(low * 16)
+        read_image(np.zeros((4, 6), np.uint16))
+        read_image(write(b"P5 6 4 4095\n" + (low // 16).astype(">u2").tobytes()))
+        read_image(PICTURE.point(lambda value: value // 64))
+
+
+def test_truncated_files_are_refused_also_where_another_package_allows_them(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+    path = write(data[: len(data) // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+    assert read_image(write(data)).size == (64, 64)
+
+
+def test_transforms_are_float32_whatever_the_default_is() -> None:
+    transform = build_transform((14, 14), MEAN, STD)
+    expected = transform(PICTURE)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = transform(PICTURE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 # --- transforms
@@ -719,9 +763,8 @@ def test_transforms_take_any_mode_and_travel(preset: str) -> None:
     size: Any = [224, 224]
     transform = build_transform(size, list(MEAN), STD, preset=preset)
     assert pickle.loads(pickle.dumps(transform)) == transform and preset in repr(transform) and "224" in repr(transform)
-    rgba = Image.new("RGBA", (30, 40), (10, 20, 30, 0))
-    white = Image.new("RGB", (224, 224), BACKGROUND)
-    np.testing.assert_allclose(transform(rgba), normalized(white), atol=1e-6)
+    gray = Image.new("LA", (30, 40), (10, 255))
+    np.testing.assert_allclose(transform(gray), normalized(Image.new("RGB", (224, 224), (10, 10, 10))), atol=1e-6)
 
 
 def test_extreme_aspect_ratios() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.models import photo, tiny_extractor, write_photos
@@ -12,7 +14,8 @@ from PIL import Image
 
 from adfeatures.errors import AdfeaturesError, ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.inspection import find_images, inspect, set_references
+from adfeatures.inspection import Worst, find_images, inspect, set_references
+from adfeatures.overlays import contact_sheet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -97,3 +100,123 @@ def test_what_cannot_work_is_said_at_once(model: FeatureExtractor, tmp_path: Pat
         inspect(model, [str(tmp_path / "good" / "000.png")], tmp_path / "file")
     with pytest.raises(ReferencesError, match="none are set"):
         inspect(tiny_extractor(), [str(tmp_path / "good" / "000.png")], tmp_path / "out")
+
+
+class TestOutput:
+    """What lies in the output folder: images to score, foreign files, a former result."""
+
+    def test_images_are_never_written_over(self, model: FeatureExtractor, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "data" / "overlays", range(20, 22))
+        before = [path.read_bytes() for path in photos]
+        with pytest.raises(InputError, match=r"020\.png lies where the results of this run go"):
+            inspect(model, [str(path) for path in photos], tmp_path / "data")
+        assert [path.read_bytes() for path in photos] == before
+        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["overlays"]
+
+    @pytest.mark.parametrize("name", ["overlays/020.png", "worst.png", "scores.csv", "summary.json"])
+    def test_foreign_files_are_never_written_over(self, model: FeatureExtractor, tmp_path: Path, name: str) -> None:
+        files = [str(path) for path in write_photos(tmp_path / "new", range(20, 21))]
+        foreign = tmp_path / "out" / name
+        foreign.parent.mkdir(parents=True)
+        foreign.write_text("mine")
+        with pytest.raises(InputError, match="was not written by a former run"):
+            inspect(model, files, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [foreign.name]
+        assert foreign.read_text() == "mine"
+
+    def test_a_new_run_replaces_its_own_files_and_no_others(self, model: FeatureExtractor, tmp_path: Path) -> None:
+        files = [str(path) for path in write_photos(tmp_path / "new", range(20, 24))]
+        inspect(model, files, tmp_path / "out")
+        (tmp_path / "out" / "overlays" / "mine.png").write_text("mine")
+        inspect(model, files[:1], tmp_path / "out")
+        found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
+        drawn = ["overlays/020.png", "overlays/mine.png"]
+        assert found == [*drawn, "scores.csv", "scores.jsonl", "summary.json", "worst.png"]
+        Path(files[1]).write_bytes(b"no image")
+        inspect(model, files[1:2], tmp_path / "out")
+        assert not (tmp_path / "out" / "worst.png").exists(), "nothing was scored"
+        assert json.loads((tmp_path / "out" / "summary.json").read_text())["failed"] == 1
+
+    @pytest.mark.parametrize("after", [0, 2])
+    def test_a_run_that_fails_leaves_the_former_result(
+        self, model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    ) -> None:
+        files = [str(path) for path in write_photos(tmp_path / "new", range(20, 24))]
+        inspect(model, files, tmp_path / "out")
+        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        original, calls = FeatureExtractor.anomaly_map, 0
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(FeatureExtractor, "anomaly_map", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            inspect(model, files[::-1], tmp_path / "out", batch_size=1)
+        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+        calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            inspect(model, files, tmp_path / "fresh", batch_size=1)
+        assert len((tmp_path / "fresh" / "scores.jsonl").read_text().splitlines()) == after
+
+    def test_the_folder_may_be_that_of_the_images(self, model: FeatureExtractor, tmp_path: Path) -> None:
+        write_photos(tmp_path / "new", range(20, 22))
+        for _ in range(2):
+            files = find_images([str(tmp_path / "new")], recursive=True)
+            assert inspect(model, files, tmp_path / "new").summary["images"] == 2
+
+
+def test_large_images_are_drawn_at_a_bounded_size(model: FeatureExtractor, tmp_path: Path) -> None:
+    photo(20, (5000, 1000)).save(tmp_path / "wide.png")
+    photo(21, (20, 4200)).save(tmp_path / "tall.png")
+    files = [str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
+    found = inspect(model, files, tmp_path / "out", keep_maps=True)
+    assert [map.shape for map in found.maps] == [(410, 2048), (2048, 10)]
+    with Image.open(tmp_path / "out" / "overlays" / "wide.png") as drawn:
+        assert 2048 < drawn.width < 2500 and drawn.height < 600
+    assert [row.score for row in found.rows] == [prediction.score for prediction in model.score(files)]
+
+
+def test_the_worst_are_those_of_the_highest_scores(tmp_path: Path) -> None:
+    scores = [3.0, 1.0, 3.0, 2.0, *[0.5] * 12, 9.0]
+    worst = Worst()
+    for number, score in enumerate(scores):
+        worst.add(score, Image.new("RGB", (480, 100), (number, 0, 0)))
+    worst.save(tmp_path / "worst.png")
+    order = sorted(range(len(scores)), key=lambda number: (-scores[number], number))[:12]
+    expected = contact_sheet([Image.new("RGB", (480, 100), (n, 0, 0)) for n in order], columns=4, tile_width=480)
+    with Image.open(tmp_path / "worst.png") as sheet:
+        assert sheet.tobytes() == expected.tobytes()
+
+
+def test_names_that_are_not_utf8_are_escaped_and_can_be_read_back(model: FeatureExtractor, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    name = os.path.join(os.fsencode(tmp_path / "new"), b"caf\xe9.png")
+    with open(name, "wb") as file:
+        photo(20).save(file, "PNG")
+    (found,) = inspect(model, find_images([str(tmp_path / "new")], False), tmp_path / "out").rows
+    (line,) = (tmp_path / "out" / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert os.fsencode(json.loads(line)["file"]) == os.fsencode(found.file) == name
+    table = (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8")
+    assert "caf\\udce9.png" in table and found.score is not None
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 1
+
+
+def test_a_file_that_is_named_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_photos(tmp_path / "new", range(3))
+    monkeypatch.chdir(tmp_path)
+    found = find_images(["new/001.png", "new", "./new/001.png", str(tmp_path / "new" / "002.png")], recursive=False)
+    assert found == ["new/001.png", "new/000.png", "new/002.png"]
+
+
+def test_folders_that_are_no_products_are_passed_over(tmp_path: Path) -> None:
+    write_photos(tmp_path / "good" / "bolt", range(2))
+    for name in ("@eaDir", ".git", "empty"):
+        (tmp_path / "good" / name).mkdir()
+    model = tiny_extractor()
+    with pytest.warns(UserWarning, match="empty is no product") as warned:
+        set_references(model, str(tmp_path / "good"), product_folders=True, recursive=False)
+    assert list(model.references) == ["bolt"] and len(warned) == 1

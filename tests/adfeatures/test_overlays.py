@@ -184,3 +184,15 @@ def test_contact_sheet_of_unlike_tiles() -> None:
 def test_bad_contact_sheets(count: int, columns: int, width: int) -> None:
     with pytest.raises(InputError, match="contact sheet"):
         contact_sheet([PICTURE] * count, columns=columns, tile_width=width)
+
+
+def test_captions_hold_no_boxes() -> None:
+    """Letters that the font lacks are drawn as their escapes: exactly the picture that the escapes give."""
+    image, scores = Image.new("RGB", (200, 90), "gray"), np.zeros((90, 200))
+    for caption, shown in (
+        ("\u90e8\u54c1_7.png   score 1", r"\u90e8\u54c1_7.png   score 1"),
+        ("caf\udce9.png", r"caf\udce9.png"),
+        ("gr\u00fcn \U0001f600", r"gr\u00fcn \U0001f600".replace(r"\u00fc", "\u00fc")),
+    ):
+        drawn = overlay(image, scores, scale=(0, 1), caption=caption)
+        assert drawn.tobytes() == overlay(image, scores, scale=(0, 1), caption=shown).tobytes()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.golden_values import FOLDER
-from helpers.models import photo, tiny_extractor, write_photos
+from helpers.models import CFG, photo, tiny_extractor, write_photos
 from PIL import Image
 
 import adfeatures
 from adfeatures.errors import InputError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
+from adfeatures.predictor import Prediction, score_photos
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -128,3 +130,125 @@ def test_a_bank_of_before_gives_the_scores_of_before() -> None:
     assert [bank.threshold for bank in model.references.values()] == [1.1144108533859254, 1.1418405485153198]
     assert [bank.record.bit_depth for bank in model.references.values()] == [16, 12]
     assert [bank.complete for bank in model.references.values()] == [True, False]
+
+
+class TestCopies:
+    @pytest.fixture
+    def lite(self) -> FeatureExtractor:
+        """A model that scores cosine distances: an image against itself scores 0."""
+        backbone = tiny_extractor().backbone
+        return FeatureExtractor(backbone, None, name="lite", img_size=(56, 56), pretrained_cfg=CFG)
+
+    def test_normals_that_are_references_are_left_out(self, lite: FeatureExtractor, tmp_path: Path) -> None:
+        paths = write_photos(tmp_path, range(8))
+        lite.set_references(paths[:5])
+        expected = lite.fit_threshold(0.5, normals=paths[5:])
+        photo(0).save(tmp_path / "other.bmp")
+        with pytest.warns(UserWarning, match="is a copy") as warned:
+            assert lite.fit_threshold(0.5, normals=[*paths, tmp_path / "other.bmp", photo(6)]) == expected
+        assert sum("is a copy" in str(warning.message) for warning in warned) == 7
+        assert len(lite.bank().record.normal_scores) == 3 and expected > 0.1
+        before = lite.bank().record
+        with pytest.warns(UserWarning, match="is a copy"), pytest.raises(InputError, match="No normal image is left"):
+            lite.fit_threshold(normals=paths[:5])
+        assert lite.bank().record == before and lite.threshold() == expected
+
+    def test_references_are_known_by_their_pixels(self, lite: FeatureExtractor, tmp_path: Path) -> None:
+        paths = write_photos(tmp_path, range(4))
+        copies = write_photos(tmp_path, range(4), suffix=".bmp")
+        lite.set_references(paths)
+        expected = lite.fit_threshold()
+        with pytest.warns(UserWarning, match=r"\.bmp is a copy"):
+            lite.set_references([*paths, *copies])
+        assert lite.bank().num_images == 4 and lite.fit_threshold() == expected
+        predictions = lite.score([*paths, *copies, photo(2), np.asarray(photo(3)), photo(9)])
+        assert [prediction.is_reference for prediction in predictions] == [True] * 10 + [False]
+
+    def test_banks_of_earlier_versions_know_their_files(self, lite: FeatureExtractor, tmp_path: Path) -> None:
+        paths = write_photos(tmp_path, range(3))
+        lite.set_references(paths[:2])
+        lite.bank().record.pixels = []
+        assert [prediction.is_reference for prediction in lite.score(paths)] == [True, True, False]
+        lite.add_references(paths[2:])
+        assert [prediction.is_reference for prediction in lite.score(paths)] == [True] * 3
+
+    def test_a_threshold_near_zero_is_never_silent(self, lite: FeatureExtractor) -> None:
+        normals = torch.stack([adfeatures.create_transform(lite)(photo(seed)) for seed in range(3)])
+        lite.set_references(normals)
+        with pytest.warns(UserWarning, match="almost copies of each other"):
+            assert lite.fit_threshold(normals=normals) == 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*almost copies")
+            assert lite.fit_threshold(normals=normals + torch.randn_like(normals)) > 0
+
+    def test_numbers_of_numpy_are_saved(self, lite: FeatureExtractor, tmp_path: Path) -> None:
+        lite.set_references([photo(seed) for seed in range(3)])
+        threshold = lite.fit_threshold(np.float32(0.5))  # type: ignore[arg-type]
+        lite.save_references(tmp_path / "bank.safetensors")
+        bank = adfeatures.ReferenceBank.load(tmp_path / "bank.safetensors")
+        assert (bank.threshold, bank.quantile) == (threshold, 0.5)
+
+
+class TestWrongImages:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+    def test_tensors_of_pixels_are_refused(self, dtype: torch.dtype) -> None:
+        model = tiny_extractor()
+        pixels = torch.ones(2, 3, 56, 56, dtype=dtype)
+        with pytest.raises(InputError, match="create_transform"):
+            model.set_references(pixels)
+        model.set_references([photo(0), photo(1)])
+        for call in (model, model.anomaly_map, model.residuals, model.backbone_features):
+            with pytest.raises(InputError, match="create_transform"):
+                call(pixels)
+        with pytest.raises(InputError, match="create_transform"):
+            model.fit_threshold(normals=pixels)
+
+    @pytest.mark.parametrize("scale", [1, 255])
+    def test_tensors_that_no_transform_gives_are_warned_of(self, scale: int) -> None:
+        pixels = np.stack([np.asarray(photo(seed, (56, 56))) for seed in range(2)])
+        raw = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 * scale
+        model = tiny_extractor()
+        with pytest.warns(UserWarning, match="which the model's transform does not give"):
+            model.set_references(raw)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            transform = adfeatures.create_transform(model)
+            model.set_references(torch.stack([transform(photo(seed)) for seed in range(2)]))
+            model.set_references(torch.zeros(1, 3, 56, 56))
+
+    @pytest.mark.parametrize("size", [0, -1])
+    def test_batches_hold_an_image_at_least(self, size: int) -> None:
+        model = tiny_extractor()
+        model.set_references([photo(0), photo(1)])
+        with pytest.raises(InputError, match=f"batch_size is {size}"):
+            model.score([photo(2)], batch_size=size)
+
+    def test_a_score_that_is_not_finite_is_no_decision(self) -> None:
+        model = tiny_extractor()
+        model.set_references([photo(0), photo(1)])
+        model.fit_threshold()
+        model.bank().rows[0][:] = torch.nan
+        with pytest.raises(InputError, match="score of .* is nan"):
+            model.score([photo(2)])
+
+    def test_large_images_are_held_one_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a batch is read, what is kept of an image are the model's input and a small picture."""
+        alive: list[weakref.ref[Image.Image]] = []
+        most = 0
+
+        def read(source: object, *, bit_depth: int) -> Image.Image:
+            nonlocal most
+            image = Image.new("RGB", (3000, 2000), (9, 9, int(str(source))))
+            most = max(most, sum(ref() is not None for ref in alive))
+            alive.append(weakref.ref(image))
+            return image
+
+        model = tiny_extractor()
+        model.set_references([photo(0), photo(1)])
+        monkeypatch.setattr("adfeatures.sources.read_image", read)
+        monkeypatch.setattr("adfeatures.sources.digest", lambda source: "")
+        results = list(score_photos(model, [str(n) for n in range(6)], [None] * 6, 6, side=100))
+        for prediction, picture in results:
+            assert isinstance(prediction, Prediction) and prediction.map.shape == (67, 100)
+            assert picture is not None and picture.size == (100, 67)
+        assert len(alive) == 6 and most <= 1

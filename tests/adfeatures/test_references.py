@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,27 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.banks import FACTS, full_bank, maps
 from helpers.golden_values import assert_near, golden, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adfeatures import references
-from adfeatures.checkpoints import weights_fingerprint
-from adfeatures.errors import CheckpointError, InputError, ReferencesError
-from adfeatures.references import BankRecord, ReferenceBank, load_banks, residuals_of_images, save_banks
-
-
-def maps(
-    name: str, count: int = 4, channels: tuple[int, ...] = (6, 5), grids: tuple[tuple[int, int], ...] = ((3, 4), (2, 3))
-) -> list[Tensor]:
-    return [
-        value(f"{name}.{level}", (count, c, *grid)) for level, (c, grid) in enumerate(zip(channels, grids, strict=True))
-    ]
+from adfeatures.errors import InputError, ReferencesError
+from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
 
 
 def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:
@@ -353,39 +341,21 @@ def test_from_features_refuses(features: list[Tensor]) -> None:
         ReferenceBank.from_features(features)
 
 
-FACTS: dict[str, Any] = {
-    "files": ["a.png", "b/ä.png", "", "d.png"],
-    "sha256s": ["1" * 64, "2" * 64, "3" * 64, ""],
-    "model": "adpretrain_dinov2_base.realiad_norm",
-    "fingerprint": ["f" * 64, "e" * 64],
-    "img_size": (224, 280),
-    "preset": "squash",
-    "bit_depth": 12,
-    "threshold": 0.1 + 0.2,
-    "quantile": 0.99,
-    "normal_scores": [1 / 3, 2 / 7, 1e-30],
-}
-
-
-def full_bank(count: int = 4, **facts: object) -> ReferenceBank:
-    bank = ReferenceBank.from_features(maps("references", count))
-    bank.scales = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    bank.record = BankRecord(**{**FACTS, **facts})
-    return bank
-
-
 def test_extended() -> None:
     features, more = maps("references"), maps("more", count=3)
     first, second = full_bank(), ReferenceBank.from_features(more)
-    second.record = BankRecord(model=first.model, files=["x", "y", "z"], sha256s=["7", "8", "9"])
+    second.record = BankRecord(
+        model=first.model, files=["x", "y", "z"], sha256s=["7", "8", "9"], pixels=["a", "b", "c"]
+    )
     both = first.extended(second)
     whole = ReferenceBank.from_features([torch.cat(pair) for pair in zip(features, more, strict=True)])
     assert_near(both.rows, whole.rows, 0)
     assert_near(both.image_of_row, whole.image_of_row, 0)
-    assert (both.num_images, both.files, both.sha256s) == (
+    assert (both.num_images, both.files, both.sha256s, both.record.pixels) == (
         7,
         FACTS["files"] + ["x", "y", "z"],
         FACTS["sha256s"] + ["7", "8", "9"],
+        FACTS["pixels"] + ["a", "b", "c"],
     )
     kept = {name: value for name, value in FACTS.items() if name in ("model", "img_size", "preset", "bit_depth")}
     assert kept.items() <= dataclasses.asdict(both.record).items()
@@ -520,238 +490,3 @@ def test_coreset_of_a_single_image_cannot_leave_it_out() -> None:
 def test_coreset_refuses_fractions(fraction: float) -> None:
     with pytest.raises(InputError, match="fraction"):
         full_bank().coreset(fraction)
-
-
-# Files
-
-
-def assert_same(one: ReferenceBank, other: ReferenceBank) -> None:
-    for entry in dataclasses.fields(ReferenceBank):
-        a, b = getattr(one, entry.name), getattr(other, entry.name)
-        for left, right in [(a, b)] if not isinstance(a, list) else [(len(a), len(b)), *zip(a, b, strict=True)]:
-            if isinstance(left, Tensor):
-                assert left.dtype == right.dtype and torch.equal(left, right)
-            else:
-                assert type(left) is type(right) and left == right
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reduced", [False, True])
-def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, reduced: bool, tmp_path: Path) -> None:
-    bank = full_bank()
-    if reduced:
-        bank = bank.coreset(0.5)
-        bank.record.threshold, bank.record.quantile = 0.5, 1.0
-    bank.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    path = tmp_path / "new folder" / "bank.safetensors"
-    bank.save(path)
-    assert_same(ReferenceBank.load(path), bank)
-    assert_same(ReferenceBank.load(str(path)), bank)
-    assert [entry.name for entry in path.parent.iterdir()] == ["bank.safetensors"]
-    bank.coreset(0.5).save(path)
-    assert len(ReferenceBank.load(path).rows[0]) == len(bank.rows[0]) // 2
-
-
-def test_every_fact_is_tested() -> None:
-    plain, full = BankRecord(), full_bank().record
-    for entry in dataclasses.fields(BankRecord):
-        assert getattr(plain, entry.name) != getattr(full, entry.name)
-
-
-def test_bare_bank_saved_and_loaded(tmp_path: Path) -> None:
-    bank = ReferenceBank.from_features(maps("references", count=1))
-    bank.save(tmp_path / "bank.safetensors")
-    assert_same(ReferenceBank.load(tmp_path / "bank.safetensors"), bank)
-
-
-def test_banks_of_several_products(tmp_path: Path) -> None:
-    path = tmp_path / "banks.safetensors"
-    banks = {
-        "screw": full_bank(),
-        "Flügel 0.1": ReferenceBank.from_features(maps("more", count=2)),
-        "": full_bank(threshold=None),
-    }
-    save_banks(path, banks)
-    loaded = load_banks(path)
-    assert list(loaded) == list(banks)
-    for product, bank in banks.items():
-        assert_same(loaded[product], bank)
-    with pytest.raises(CheckpointError, match="several products: screw, Flügel"):
-        ReferenceBank.load(path)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "bank.safetensors"
-    full_bank().save(path)
-    return path
-
-
-def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: data[:4],
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:-1],
-        lambda data: data[8:],
-        lambda data: bytes(range(256)) * 20,
-        lambda data: b"\xff" * 16 + data,
-        lambda data: pickle.dumps({"rows": [1, 2, 3]}),
-    ],
-)
-def test_damaged_files(damage: Callable[[bytes], bytes], saved: Path) -> None:
-    saved.write_bytes(damage(saved.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"bank\.safetensors.*adfeatures fit"):
-        load_banks(saved)
-
-
-def _fact(name: str, content: object) -> Callable[[dict[str, Tensor], list[dict]], object]:
-    return lambda tensors, facts: facts[0].update({name: content})
-
-
-def _no_fact(name: str) -> Callable[[dict[str, Tensor], list[dict]], object]:
-    return lambda tensors, facts: facts[0].pop(name)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _fact("something_new", 1),
-        _fact("grids", 5),
-        _fact("grids", [[3, 4]] * 3),
-        _fact("img_size", [224]),
-        _no_fact("grids"),
-        _no_fact("num_images"),
-        _no_fact("product"),
-        lambda tensors, facts: tensors.pop("0.rows.1"),
-        lambda tensors, facts: tensors.pop("0.images.0"),
-        lambda tensors, facts: facts.append("screw"),
-        lambda tensors, facts: facts.append({"product": "screw"}),
-    ],
-)
-def test_inconsistent_files(spoil: Callable[[dict[str, Tensor], list[dict]], object], saved: Path) -> None:
-    tensors, metadata = contents(saved)
-    facts = json.loads(metadata["banks"])
-    spoil(tensors, facts)
-    save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
-    with pytest.raises(CheckpointError, match=r"bank\.safetensors is damaged.*adfeatures fit"):
-        load_banks(saved)
-
-
-@pytest.mark.parametrize("complete", [True, False])
-def test_files_of_before_0_1_say_whether_the_bank_is_complete(complete: bool, saved: Path) -> None:
-    expected = load_banks(saved)["default"]
-    tensors, metadata = contents(saved)
-    facts = json.loads(metadata["banks"])
-    facts[0]["complete"] = complete
-    save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
-    assert_same(load_banks(saved)["default"], expected)
-
-
-@pytest.mark.parametrize("name", ["0.rows.1", "0.scales"])
-@pytest.mark.parametrize("content", [torch.nan, torch.inf])
-def test_files_with_nan(content: float, name: str, saved: Path) -> None:
-    tensors, metadata = contents(saved)
-    tensors[name][1, 3] = content
-    save_file(tensors, saved, metadata)
-    with pytest.raises(CheckpointError, match="NaN or infinite"):
-        load_banks(saved)
-
-
-@pytest.mark.parametrize("banks", ["", "{", "[1]", "{}x", "null"])
-def test_files_with_broken_facts(banks: str, saved: Path) -> None:
-    tensors, metadata = contents(saved)
-    save_file(tensors, saved, {**metadata, "banks": banks})
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_banks(saved)
-
-
-def test_files_that_are_no_banks(saved: Path) -> None:
-    tensors, metadata = contents(saved)
-    for other in (None, {"format": "pt"}, {**metadata, "format": "adfeatures"}):
-        save_file(tensors, saved, other)
-        with pytest.raises(CheckpointError, match="not a reference bank"):
-            load_banks(saved)
-    with pytest.raises(CheckpointError, match=r"no reference bank .*missing\.safetensors"):
-        load_banks(saved.with_name("missing.safetensors"))
-    with pytest.raises(CheckpointError, match="no reference bank"):
-        load_banks(saved.parent)
-
-
-def test_files_of_a_newer_version(saved: Path) -> None:
-    tensors, metadata = contents(saved)
-    save_file(tensors, saved, {**metadata, "version": "2"})
-    with pytest.raises(CheckpointError, match="newer version of adfeatures"):
-        load_banks(saved)
-
-
-# Belonging to a model
-
-
-def test_check() -> None:
-    def check(bank: ReferenceBank, **other: object) -> None:
-        arguments = {
-            "model": FACTS["model"],
-            "img_size": FACTS["img_size"],
-            "channels": (6, 5),
-            "fingerprint": FACTS["fingerprint"],
-            "source": "the bank",
-        }
-        bank.check(**{**arguments, **other})
-
-    check(full_bank())
-    check(full_bank(), fingerprint=[FACTS["fingerprint"][0], "0"])
-    check(full_bank(), fingerprint=["0", FACTS["fingerprint"][1]])
-    check(ReferenceBank.from_features(maps("references")), model="any", img_size=(8, 8), fingerprint=["0"])
-    for other, message in (
-        ({"model": "another"}, "was made with adpretrain_dinov2_base.realiad_norm, not with another"),
-        ({"img_size": (280, 224)}, r"images of \(224, 280\) pixels .*not \(280, 224\)"),
-        ({"channels": (6, 6)}, "other levels"),
-        ({"channels": (6,)}, "other levels"),
-        ({"fingerprint": ["0", "1"]}, "other weights"),
-    ):
-        with pytest.raises(ReferencesError, match=f"the bank.*{message}.*adfeatures fit"):
-            check(full_bank(), **other)
-
-
-def small_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU())
-
-
-def test_fingerprint_is_shared_with_low_precision_copies() -> None:
-    own = weights_fingerprint(small_model().state_dict())
-    assert own == weights_fingerprint(small_model().state_dict())
-    for move in (nn.Module.half, nn.Module.bfloat16, nn.Module.double):
-        assert set(own) & set(weights_fingerprint(move(small_model()).state_dict()))
-    assert all(len(text) == 64 for text in own)
-
-
-def _change(key: str, factor: float) -> Callable[[dict[str, Tensor]], object]:
-    return lambda state: state.update({key: state[key] * factor})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _change("0.weight", 1.01),
-        _change("1.running_var", 1.01),
-        _change("2.weight", -1),
-        lambda state: state["1.num_batches_tracked"].add_(1),
-        lambda state: state.update({"3.weight": state.pop("2.weight")}),
-        lambda state: state.pop("0.bias"),
-    ],
-)
-def test_fingerprint_of_other_weights(change: Callable[[dict[str, Tensor]], object]) -> None:
-    state = small_model().state_dict()
-    change(state)
-    own = set(weights_fingerprint(small_model().state_dict()))
-    assert not own & set(weights_fingerprint(state))
-    assert not own & set(weights_fingerprint({k: v.half() if v.is_floating_point() else v for k, v in state.items()}))
-    assert not own & set(weights_fingerprint(small_model(seed=1).state_dict()))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.models import photo, write_photos
 from PIL import Image
 
 from adfeatures.errors import ImageError
-from adfeatures.sources import digest, distinct, image_sources, name_of
+from adfeatures.images import IMAGE_SUFFIXES, ImageSource, build_transform, digest, read_image
+from adfeatures.sources import Photo, image_sources, list_images, name_of, read_distinct, read_photo
+
+TRANSFORM = build_transform((28, 28), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_one_image_or_several_or_a_folder(tmp_path: Path) -> None:
@@ -39,20 +45,133 @@ def test_files_are_known_by_their_bytes_and_images_by_their_pixels(tmp_path: Pat
 
 
 def test_copies_are_left_out_with_a_warning_that_names_them(tmp_path: Path) -> None:
-    paths = write_photos(tmp_path, range(2))
-    (tmp_path / "copy.png").write_bytes(paths[0].read_bytes())
-    with pytest.warns(UserWarning, match=r"copy\.png is a copy"):
-        kept = distinct([*paths, tmp_path / "copy.png"])
-    assert list(kept.values()) == paths and list(kept) == [digest(path) for path in paths]
-    with pytest.warns(UserWarning, match=r"001\.png is a copy"):
-        assert list(distinct(paths, known=[digest(paths[1])]).values()) == paths[:1]
+    def kept(sources: Sequence[ImageSource], known: Sequence[str] = ()) -> list[Photo]:
+        return [photo for batch in read_distinct(sources, TRANSFORM, known, 2) for photo in batch]
+
+    paths = write_photos(tmp_path, range(3))
+    photo(0).save(tmp_path / "copy.bmp")
+    photo(0).save(tmp_path / "copy.tif", compression="tiff_lzw")
+    with pytest.warns(UserWarning, match=r"copy\.(bmp|tif) is a copy") as warned:
+        found = kept([*paths, tmp_path / "copy.bmp", tmp_path / "copy.tif"])
+    assert [photo.source for photo in found] == paths and len(warned) == 2
+    for known in (digest(paths[1]), digest(photo(1))):
+        with pytest.warns(UserWarning, match=r"001\.png is a copy"):
+            assert [photo.source for photo in kept(paths[:2], known=[known])] == paths[:1]
     with pytest.warns(UserWarning, match="given in memory is a copy"):
-        distinct([photo(5), photo(5)])
+        kept([photo(5), np.asarray(photo(5))])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(distinct([photo(5), photo(6)])) == 2
+        assert len(kept([photo(5), photo(6)])) == 2
+
+
+def test_photos_hold_what_a_model_needs(tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    photo(3).resize((300, 60)).save(path)
+    whole, small = read_photo(path, TRANSFORM), read_photo(path, TRANSFORM, side=100)
+    assert whole.picture is None and whole.size == (60, 300)
+    assert small.picture is not None and small.picture.size == (100, 20) and small.size == (20, 100)
+    for found in (whole, small):
+        assert torch.equal(found.x, TRANSFORM(Image.open(path)))
+        assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert found.pixels == digest(Image.open(path).convert("RGB"))
+    exact = read_photo(path, TRANSFORM, side=300).picture
+    assert exact is not None and np.array_equal(np.asarray(exact), np.asarray(Image.open(path)))
 
 
 def test_names() -> None:
     assert name_of("a/b.png") == "a/b.png" and name_of(Path("a") / "b.png") == str(Path("a") / "b.png")
     assert name_of(Image.new("RGB", (2, 2))) == name_of(np.zeros((2, 2), np.uint8)) == ""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in (
+        "b.PNG",
+        "a.jpg",
+        "c.tiff",
+        ".hidden.png",
+        "notes.txt",
+        "sub/z.bmp",
+        "sub/.x.png",
+        ".cache/y.png",
+        "sub/deep/w.webp",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def test_listing(folder: Path) -> None:
+    assert list_images(folder) == [folder / name for name in ("a.jpg", "b.PNG", "c.tiff")]
+    assert list_images(str(folder)) == list_images(folder)
+    expected = [folder / name for name in ("a.jpg", "b.PNG", "c.tiff", "sub/deep/w.webp", "sub/z.bmp")]
+    assert list_images(folder, recursive=True) == expected
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_listed_suffix_can_be_read(tmp_path: Path, suffix: str) -> None:
+    image = photo(0).convert({".pgm": "L", ".pbm": "1"}.get(suffix, "RGB"))
+    path = tmp_path / f"image{suffix.upper()}"
+    image.save(path)
+    assert list_images(tmp_path) == [path]
+    assert read_image(path).size == photo(0).size
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="not there"):
+        list_images(tmp_path / "missing")
+    (tmp_path / "file.png").touch()
+    with pytest.raises(ImageError, match="file.png is a file"):
+        list_images(tmp_path / "file.png")
+    empty = tmp_path / "empty"
+    (empty / "sub").mkdir(parents=True)
+    with pytest.raises(ImageError, match=r"empty \(looked for .bmp .*webp\)\.$"):
+        list_images(empty, recursive=True)
+    (empty / "sub" / "x.png").touch()
+    with pytest.raises(ImageError, match="sub-folders hold 1: take them with recursive=True"):
+        list_images(empty)
+    assert len(list_images(empty, recursive=True)) == 1
+
+
+def test_what_pillow_reads_is_found_whatever_it_is_called(tmp_path: Path) -> None:
+    names = ["a.jfif", "b.JPE", "c.mpo", "d.jp2", "e.avif", "f.dib", "g.pnm"]
+    formats = {".jfif": "JPEG", ".jpe": "JPEG", ".pnm": "PPM"}
+    for name in names:
+        photo(0).save(tmp_path / name, format=formats.get(Path(name).suffix.lower()))
+    assert list_images(tmp_path) == [tmp_path / name for name in names]
+    for name in names:
+        assert read_image(tmp_path / name).size == photo(0).size
+
+
+def test_photos_that_cannot_be_read_are_named_with_what_to_do(tmp_path: Path) -> None:
+    photo(0).save(tmp_path / "a.png")
+    for name in ("b.heic", "c.CR2", "depth.pfm", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"2 files .* b\.heic cannot be read: convert \.cr2 \.heic .*pillow-heif"):
+        assert list_images(tmp_path) == [tmp_path / "a.png"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ImageError, match=r"No images .*b\.heic cannot be read.*pip install pillow-heif"):
+        list_images(tmp_path)
+
+
+def test_drawings_of_a_former_run_are_no_photos(tmp_path: Path) -> None:
+    photo(0).save(tmp_path / "a.png")
+    for folder in (tmp_path, tmp_path / "old"):
+        (folder / "overlays").mkdir(parents=True)
+        photo(1).save(folder / "overlays" / "a.png")
+        photo(1).save(folder / "worst.png")
+    assert len(list_images(tmp_path, recursive=True)) == 5
+    for name in ("scores.csv", "scores.jsonl"):
+        (tmp_path / "old" / name).write_text("")
+    assert [path.name for path in list_images(tmp_path, recursive=True)] == ["a.png", "a.png", "worst.png"]
+    with pytest.raises(ImageError, match="No images"):
+        list_images(tmp_path / "old", recursive=True)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    with open(path, "wb") as file:
+        photo(0).save(file, "PNG")
+    (found,) = list_images(tmp_path)
+    assert os.fsencode(found) == path and read_image(found).size == photo(0).size

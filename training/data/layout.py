@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import list_images
+from adfeatures.sources import list_images
 
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import SPLITS, StrPath, Tree, find_file, subfolders

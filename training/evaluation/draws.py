@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adfeatures.errors import InputError
-from adfeatures.images import list_images
+from adfeatures.sources import list_images
 
 from ..data.items import NORMAL, Item
 

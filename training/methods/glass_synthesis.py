@@ -16,7 +16,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import list_images, read_image
+from adfeatures.images import read_image
+from adfeatures.sources import list_images
 
 from ..data.images import read_mask
 from ..data.transforms import MaskTransform

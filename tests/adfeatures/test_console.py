@@ -1,0 +1,61 @@
+"""Consoles that cannot show every name, and readers that leave."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adfeatures.console import PIPE_CLOSED, console
+
+SHOW = """
+import os, sys
+from adfeatures.console import console
+with console():
+    for line in range(int(sys.argv[1])):
+        print("\u00df \u4e2d", os.fsdecode(b"caf\\xe9"))
+print("after", file=sys.stderr)
+"""
+
+
+def show(lines: int, **options: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SHOW, str(lines)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("cp1252", b"\xdf \\u4e2d caf\\udce9"),
+        ("ascii", b"\\xdf \\u4e2d caf\\udce9"),
+        ("utf-8", "ß 中 caf\\udce9".encode()),
+    ],
+)
+def test_what_cannot_be_shown_is_escaped(encoding: str, shown: bytes) -> None:
+    out, err = show(1, PYTHONIOENCODING=encoding).communicate()
+    assert out.splitlines() == [shown] and b"after" in err and b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    process = show(100_000)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == PIPE_CLOSED
+
+
+def test_streams_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with console():
+        print("text")
+    assert stream.getvalue() == "text\n"
