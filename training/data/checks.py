@@ -16,7 +16,7 @@ from training.console import DONE, SOME_FAILED
 
 from . import DATASETS, dataset
 from .images import ODD_MASKS as ODD_MASKS
-from .images import read_item, shared_masks, some, summarize
+from .images import noticing, read_item, shared_masks, some, summarize
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import StrPath, Tree, nearby, subfolders
 
@@ -139,11 +139,13 @@ def _check_product(tree: Tree, root: StrPath, product: str, folder: Path) -> Ite
     complete = True
     for split in tree.splits:
         try:
-            walked = dict(tree.walk(root, product, split))
+            with noticing() as texts:
+                walked = dict(tree.walk(root, product, split))
         except InputError as error:
             yield Problem(str(error))
             complete = False
             continue
+        yield from (Problem(text, serious=False) for text in texts)
         for place, found in walked.items():
             if not found:
                 yield Problem(f"{place} holds no images. Extract it again, or remove it.")

@@ -192,6 +192,12 @@ FAULTS = {
         ["fryum/Data/Images/Normal has 1 files that belong to no image: 77.JPG"],
         [],
     ),
+    "photos of a phone": (
+        "folder",
+        lambda r: (r / "gear/train/good/photo.heic").write_bytes(b"photo"),
+        [],
+        ["1 files of .*gear/train/good are left out. photo.heic cannot be read"],
+    ),
     "foreign folder": (
         "folder",
         lambda r: (r / "notes").mkdir(),
