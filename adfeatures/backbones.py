@@ -7,11 +7,12 @@ cut after the last stage used.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import index
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import catalog
-from .checkpoints import load_checkpoint
+from .checkpoints import AnyPath, is_finite, load_checkpoint
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
@@ -84,15 +85,9 @@ class VisionTransformer(Encoder):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (spec.native_size // patch_size) ** 2, embed_dim))
         self.norm_pre = norm_layer(embed_dim) if spec.pre_norm else nn.Identity()
-        block = partial(
-            Block,
-            dim=embed_dim,
-            num_heads=num_heads,
-            qkv_bias=True,
-            norm_layer=norm_layer,
-            act_layer=spec.act_layer,
-            init_values=1e-5 if spec.layer_scale else None,
-        )
+        layers = {"norm_layer": norm_layer, "act_layer": spec.act_layer}
+        scale = 1e-5 if spec.layer_scale else None
+        block = partial(Block, embed_dim, num_heads, qkv_bias=True, init_values=scale, **layers)
         self.blocks = nn.ModuleList(block() for _ in range(max(levels)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -103,13 +98,12 @@ class VisionTransformer(Encoder):
         """
         grid = check_images(x, self.patch_size)
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], dim=1)
-        tokens = self.norm_pre(tokens + self._position(grid))
-        maps = {}
+        tokens, maps = self.norm_pre(tokens + self._position(grid)), []
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in self.levels:
-                maps[number] = tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()
-        return [maps[level] for level in self.levels]
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
+        return maps
 
     def _position(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding for a grid: each family resizes its own way, and features depend on it."""
@@ -117,34 +111,22 @@ class VisionTransformer(Encoder):
         if grid == (side, side):
             return self.pos_embed
         patches = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if self.family == "dinov2":
-            # DINOv2 interpolates by a factor with an offset of 0.1, so the sampling positions differ from those of a
-            # resize by size.
-            factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-            patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=False)
-        else:
-            patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=False)
+        # DINOv2's offset of 0.1 makes the sampling positions differ from those of a resize by size.
+        factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+        target: dict[str, Any] = {"scale_factor": factors} if self.family == "dinov2" else {"size": grid}
+        patches = F.interpolate(patches, **target, mode="bicubic", antialias=False)
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
 
 
 class EfficientNet(Encoder):
-    """The first stages of a timm EfficientNet.
+    """The first stages of a timm EfficientNet, none past the last level."""
 
-    Args:
-        timm_name: Architecture, such as tf_efficientnet_lite0.
-        levels: Stages, counted from 1, whose outputs are returned. No stage past the last one is kept.
-        channels: Channels of those outputs.
-        reductions: Input pixels per cell of those outputs.
-    """
-
-    def __init__(
-        self, timm_name: str, levels: Sequence[int], channels: Sequence[int], reductions: Sequence[int]
-    ) -> None:
+    def __init__(self, entry: catalog.Backbone) -> None:
         super().__init__()
-        whole = timm.create_model(timm_name, pretrained=False)
-        self.conv_stem, self.bn1, self.blocks = whole.conv_stem, whole.bn1, whole.blocks[: max(levels)]
-        self.levels, self.channels, self.reductions = tuple(levels), tuple(channels), tuple(reductions)
-        self.patch_size = max(reductions)
+        whole = timm.create_model(str(entry.timm_name), pretrained=False)
+        self.conv_stem, self.bn1, self.blocks = whole.conv_stem, whole.bn1, whole.blocks[: max(entry.blocks)]
+        self.levels, self.channels, self.reductions = entry.blocks, entry.channels, entry.reductions
+        self.patch_size = entry.patch_size
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images (B, 3, H, W) to one (B, C_l, H / reduction_l, W / reduction_l) map per level.
@@ -153,19 +135,18 @@ class EfficientNet(Encoder):
             InputError: If a side is not a multiple of the coarsest reduction.
         """
         check_images(x, self.patch_size)
-        x = self.bn1(self.conv_stem(x))
-        maps = {}
+        x, maps = self.bn1(self.conv_stem(x)), []
         for number, stage in enumerate(self.blocks, start=1):
             x = stage(x)
             if number in self.levels:
-                maps[number] = x
-        return [maps[level] for level in self.levels]
+                maps.append(x)
+        return maps
 
 
 def create_backbone(
     arch: str,
     *,
-    weights: str | os.PathLike[str] | StateDict | None = None,
+    weights: AnyPath | StateDict | None = None,
     img_size: int | tuple[int, int] = 224,
     levels: Sequence[int] | None = None,
     embed_dim: int | None = None,
@@ -201,7 +182,7 @@ def create_backbone(
     if entry.family == "efficientnet":
         if tuple(levels or entry.blocks) != entry.blocks or (embed_dim or depth or num_heads) is not None:
             raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
-        backbone: Encoder = EfficientNet(str(entry.timm_name), entry.blocks, entry.channels, entry.reductions)
+        backbone: Encoder = EfficientNet(entry)
         depth = max(entry.blocks)
     else:
         embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
@@ -211,7 +192,12 @@ def create_backbone(
             raise InputError(f"{num_heads} attention heads do not divide a width of {embed_dim}.")
         backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
     if weights is not None:
-        _load(backbone, entry, weights, depth, source)
+        if not isinstance(weights, Mapping):
+            source, weights = source or str(weights), load_checkpoint(weights).state_dict
+        # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
+        spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
+        state = {key: value for key, value in _to_timm_keys(weights, entry.family).items() if not key.startswith(spare)}
+        load_strictly(backbone, state, source or "the given state dict")
     return backbone.requires_grad_(False).eval()
 
 
@@ -221,7 +207,11 @@ def check_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     Raises:
         InputError: Otherwise, with the nearest sizes that are possible.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        # Whole numbers of any kind, those of numpy too.
+        height, width = map(index, size if isinstance(size, Sequence) else (size, size))
+    except (TypeError, ValueError):
+        raise InputError(f"The image size {size!r} must be one whole number of pixels, or height and width.") from None
     for side in (height, width):
         if side < patch_size or side % patch_size:
             below = max(side // patch_size, 1) * patch_size
@@ -255,15 +245,14 @@ def check_levels(levels: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(levels)
 
 
-# Keys of the authors' files, and what timm calls them. Where a rule gives None, the entry plays no part in the feature
-# maps.
+# Keys of the authors' files, and what timm calls them: nothing where the entry plays no part in the feature maps.
 _OPENAI_KEYS = (
     (r"class_embedding", "cls_token"),
     (r"positional_embedding", "pos_embed"),
     (r"conv1\.weight", "patch_embed.proj.weight"),
     (r"ln_pre\.(.*)", r"norm_pre.\1"),
     (r"transformer\.resblocks\.(.*)", r"blocks.\1"),
-    (r"proj|ln_post\..*", None),
+    (r"proj|ln_post\..*", ""),
 )
 _IMAGEBIND_KEYS = (
     (r"modality_preprocessors\.vision\.cls_token", "cls_token"),
@@ -271,7 +260,7 @@ _IMAGEBIND_KEYS = (
     (r"modality_preprocessors\.vision\.rgbt_stem\.proj\.1\.weight", "patch_embed.proj.weight"),
     (r"modality_trunks\.vision\.pre_transformer_layer\.0\.(.*)", r"norm_pre.\1"),
     (r"modality_trunks\.vision\.blocks\.(.*)", r"blocks.\1"),
-    (r"modality_.*", None),
+    (r"modality_.*", ""),
 )
 _BLOCK_KEYS = (
     (r"\.(ln|norm)_([12])\.", r".norm\2."),
@@ -283,29 +272,17 @@ _BLOCK_KEYS = (
 UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
 
 
-def _load(
-    backbone: Encoder,
-    entry: catalog.Backbone,
-    weights: str | os.PathLike[str] | StateDict,
-    depth: int,
-    source: str | None,
-) -> None:
-    if isinstance(weights, Mapping):
-        source, state = source or "the given state dict", weights
-    else:
-        source, state = source or str(weights), load_checkpoint(weights).state_dict
-    state = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not UNUSED.fullmatch(key)}
-    # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
-    spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
-    load_strictly(backbone, {key: value for key, value in state.items() if not key.startswith(spare)}, source)
+def of_prefix(state: StateDict, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:
-    if family == "clip" and any(key.startswith("visual.") for key in state):
-        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    renamed = {}
+    if family == "clip":
+        state = of_prefix(state, "visual.") or state
+    renamed, rules = {}, {"clip": _OPENAI_KEYS, "imagebind": _IMAGEBIND_KEYS}.get(family, ())
     for key, value in state.items():
-        name = _rename(key, {"clip": _OPENAI_KEYS, "imagebind": _IMAGEBIND_KEYS}.get(family, ()))
+        name = _rename(key, rules)
         if name == "cls_token":
             value = value.reshape(1, 1, -1)
         elif name == "pos_embed":
@@ -313,19 +290,19 @@ def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:
         elif name == "patch_embed.proj.weight" and value.ndim == 5:
             # A still image is a clip of one frame repeated: its frames see the sum of the kernel over time.
             value = value.sum(dim=2, dtype=torch.float32)
-        if name is not None:
+        if name and not UNUSED.fullmatch(name):
             renamed[name] = value
     return renamed
 
 
-def _rename(key: str, rules: Sequence[tuple[str, str | None]]) -> str | None:
+def _rename(key: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, name in rules:
         if match := re.fullmatch(pattern, key):
-            key = match.expand(name) if name is not None else ""
+            key = match.expand(name)
             break
     for pattern, name in _BLOCK_KEYS:
         key = re.sub(pattern, name, key)
-    return key or None
+    return key
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
@@ -344,14 +321,11 @@ def check_fit(module: nn.Module, state: StateDict, source: str) -> None:
     # Batch counters serve training alone, and torch itself makes up for missing ones.
     problems = [f"missing {key}" for key in own if key not in state and not key.endswith("num_batches_tracked")]
     problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems += [
-        f"{key} holds NaN or infinite values" for key, value in state.items() if not torch.isfinite(value).all()
-    ]
+    for key, value in state.items():
+        if key in own and value.shape != own[key].shape:
+            problems.append(f"{key} has shape {tuple(value.shape)} instead of {tuple(own[key].shape)}")
+        if not is_finite(value):
+            problems.append(f"{key} holds NaN or infinite values")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(

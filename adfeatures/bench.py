@@ -133,29 +133,6 @@ def extractor_forms(sizes: BenchSizes, batch: int) -> tuple[Form, Form]:
     return partial(extractor, x), partial(naive_features, extractor, x)
 
 
-def projector_rows(sizes: BenchSizes) -> Iterator[Measurement]:
-    """The projector at every batch size."""
-    for batch in sizes.batches:
-        what = f"projector, 4 levels of {sizes.width}, batch {batch}"
-        yield _compare(what, *projector_forms(sizes, batch), sizes, "target 2.8")
-
-
-def extractor_rows(sizes: BenchSizes) -> Iterator[Measurement]:
-    """The whole extractor at batch 1, and its stages."""
-    note = f"target 1.4; {sizes.references} references"
-    yield _compare(f"{MODEL}, batch 1", *extractor_forms(sizes, 1), sizes, note)
-    yield from stage_rows(build_extractor(sizes), sizes)
-
-
-def default_rows(sizes: BenchSizes) -> Iterator[Measurement]:
-    """The stages of the embedded default model, where its file is there."""
-    asset = catalog.BACKBONES[catalog.MODELS[catalog.DEFAULT_MODEL.partition(".")[0]].backbone].asset
-    if asset is not None and (catalog.ASSETS / asset).is_file():
-        extractor = create_model()
-        extractor.set_references(torch.randn(sizes.references, 3, *extractor.img_size))
-        yield from stage_rows(extractor, sizes)
-
-
 def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measurement]:
     """Milliseconds of each stage of ours from a photograph on disk to its anomaly map, batch 1."""
     transform, size, name = create_transform(extractor), extractor.img_size, extractor.name.partition(".")[0]
@@ -184,15 +161,6 @@ def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measu
     yield Measurement(f"{name}: all stages", "ms", total, note=f"{note}, {bank.num_images} references")
 
 
-def matching_rows(sizes: BenchSizes) -> Iterator[Measurement]:
-    """Matching in chunks against the whole matrix."""
-    queries, rows = sizes.matching
-    bank, features = _bank(torch.randn(rows, sizes.width)), [torch.randn(1, sizes.width, 1, queries)]
-    what = f"matching {queries:,} x {rows:,} rows of {sizes.width}"
-    naive = partial(naive_residuals, features, bank.rows)
-    yield _compare(what, partial(bank.residuals, features), naive, sizes, "chunks against whole matrix")
-
-
 def memory_rows(sizes: BenchSizes) -> Iterator[Measurement]:
     """Peak memory, each in a fresh process."""
     for name, forms in (("projector", projector_forms), ("extractor", extractor_forms)):
@@ -215,10 +183,7 @@ def batch_peak(forms: Callable[[BenchSizes, int], Sequence[Form]], sizes: BenchS
 
 
 def matching_peak(sizes: BenchSizes) -> float | None:
-    """Megabytes beyond the bank that matching takes.
-
-    Rows in half precision, converted on the way, take more than others.
-    """
+    """Megabytes beyond the bank that matching takes: rows in half precision, converted on the way, take the most."""
     queries, count = sizes.bank
     rows = torch.empty(count, sizes.width, dtype=torch.float16)
     for chunk in rows.split(1024):
@@ -256,20 +221,33 @@ def _photo(path: Path, size: tuple[int, int]) -> Path:
 @torch.no_grad()
 def measure_all(sizes: BenchSizes) -> Iterator[Measurement]:
     """Measure everything, row by row."""
-    for section in (projector_rows, extractor_rows, default_rows, matching_rows, memory_rows):
-        yield from section(sizes)
+    for batch in sizes.batches:
+        what = f"projector, 4 levels of {sizes.width}, batch {batch}"
+        yield _compare(what, *projector_forms(sizes, batch), sizes, "target 2.8")
+
+    note = f"target 1.4; {sizes.references} references"
+    yield _compare(f"{MODEL}, batch 1", *extractor_forms(sizes, 1), sizes, note)
+    default = create_model()
+    default.set_references(torch.randn(sizes.references, 3, *default.img_size))
+    for extractor in (build_extractor(sizes), default):
+        yield from stage_rows(extractor, sizes)
+
+    queries, rows = sizes.matching
+    bank, features = _bank(torch.randn(rows, sizes.width)), [torch.randn(1, sizes.width, 1, queries)]
+    what = f"matching {queries:,} x {rows:,} rows of {sizes.width}"
+    naive = partial(naive_residuals, features, bank.rows)
+    yield _compare(what, partial(bank.residuals, features), naive, sizes, "chunks against whole matrix")
+    yield from memory_rows(sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the measurements of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m adfeatures.bench", description="Speed and memory against the published form."
-    )
+    about = "Speed and memory against the published form."
+    parser = argparse.ArgumentParser(prog="python -m adfeatures.bench", description=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quick", action="store_true", help=f"fewer repeats and a bank of {QUICK.bank[1]:,} rows")
-    parser.add_argument(
-        "--threads", type=int, help="threads of torch in this process; 1 gives steadier ratios on a busy machine"
-    )
+    steady = "threads of torch in this process; 1 gives steadier ratios on a busy machine"
+    parser.add_argument("--threads", type=int, help=steady)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from .errors import UnknownNameError
 
@@ -96,93 +97,54 @@ class Model:
         return next(iter(self.tags), None)
 
 
-def _vit(
-    family: str, timm_name: str | None, depth: int, width: int, patch: int, **origin: str | tuple[str, str] | None
-) -> Backbone:
+_DINOV2: dict[str, Any] = {
+    "family": "dinov2",
+    "normalization": IMAGENET,
+    "tag": "lvd142m",
+    "license": "Apache-2.0",
+    "origin": "https://github.com/facebookresearch/dinov2",
+    "notes": "Position embeddings are stored for 518 px and resized the way DINOv2 does (bicubic, no antialiasing, "
+    "scale factor with the 0.1 offset); timm's own resize changes the features by 3 % of their range.",
+}
+_CLIP: dict[str, Any] = {
+    "family": "clip",
+    "normalization": OPENAI_CLIP,
+    "tag": "openai",
+    "license": "MIT",
+    "origin": "https://github.com/openai/CLIP",
+    "notes": "QuickGELU and LayerNorm eps 1e-5. Sizes other than 224 px are an extension of the original.",
+}
+_IMAGEBIND: dict[str, Any] = {
+    "family": "imagebind",
+    "normalization": OPENAI_CLIP,
+    "tag": "imagebind",
+    "license": "CC-BY-NC-4.0",
+    "origin": "https://github.com/facebookresearch/ImageBind",
+    "notes": "Non-commercial. The image path only: the video stem summed over its two frames. Sizes as for CLIP.",
+}
+
+
+def _vit(timm_name: str | None, original_file: str, depth: int, width: int, patch: int, **family: Any) -> Backbone:
+    # On the Hub, timm has one repository for both activations of CLIP.
+    repo = timm_name and f"timm/{timm_name.replace('_quickgelu', '')}.{family['tag']}"
     return Backbone(
-        family=family,
         timm_name=timm_name,
+        hub_file=(repo, "model.safetensors") if repo else None,
+        original_file=original_file,
         blocks=tuple(depth * i // 4 for i in (1, 2, 3, 4)),
         channels=(width,) * 4,
         reductions=(patch,) * 4,
-        normalization=IMAGENET if family == "dinov2" else OPENAI_CLIP,
-        **origin,  # type: ignore[arg-type]
+        **family,
     )
 
 
-_DINOV2_NOTES = (
-    "Position embeddings are stored for 518 px and resized the way DINOv2 does (bicubic, no antialiasing, "
-    "scale factor with the 0.1 offset); timm's own resize changes the features by 3 % of their range."
-)
-_CLIP_NOTES = "QuickGELU and LayerNorm eps 1e-5. Sizes other than 224 px are an extension of the original."
-
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {
-        "dinov2_base": _vit(
-            "dinov2",
-            "vit_base_patch14_dinov2",
-            depth=12,
-            width=768,
-            patch=14,
-            tag="lvd142m",
-            hub_file=("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors"),
-            original_file="dinov2_vitb14_pretrain.pth",
-            license="Apache-2.0",
-            origin="https://github.com/facebookresearch/dinov2",
-            notes=_DINOV2_NOTES,
-        ),
-        "dinov2_large": _vit(
-            "dinov2",
-            "vit_large_patch14_dinov2",
-            depth=24,
-            width=1024,
-            patch=14,
-            tag="lvd142m",
-            hub_file=("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors"),
-            original_file="dinov2_vitl14_pretrain.pth",
-            license="Apache-2.0",
-            origin="https://github.com/facebookresearch/dinov2",
-            notes=_DINOV2_NOTES,
-        ),
-        "clip_base": _vit(
-            "clip",
-            "vit_base_patch16_clip_quickgelu_224",
-            depth=12,
-            width=768,
-            patch=16,
-            tag="openai",
-            hub_file=("timm/vit_base_patch16_clip_224.openai", "model.safetensors"),
-            original_file="ViT-B-16.pt",
-            license="MIT",
-            origin="https://github.com/openai/CLIP",
-            notes=_CLIP_NOTES,
-        ),
-        "clip_large": _vit(
-            "clip",
-            "vit_large_patch14_clip_quickgelu_224",
-            depth=24,
-            width=1024,
-            patch=14,
-            tag="openai",
-            hub_file=("timm/vit_large_patch14_clip_224.openai", "model.safetensors"),
-            original_file="ViT-L-14.pt",
-            license="MIT",
-            origin="https://github.com/openai/CLIP",
-            notes=_CLIP_NOTES,
-        ),
-        "imagebind_huge": _vit(
-            "imagebind",
-            None,
-            depth=32,
-            width=1280,
-            patch=14,
-            tag="imagebind",
-            hub_file=None,
-            original_file="imagebind_huge.pth",
-            license="CC-BY-NC-4.0",
-            origin="https://github.com/facebookresearch/ImageBind",
-            notes="Non-commercial. The image path only: the video stem summed over its two frames. Sizes as for CLIP.",
-        ),
+        "dinov2_base": _vit("vit_base_patch14_dinov2", "dinov2_vitb14_pretrain.pth", 12, 768, 14, **_DINOV2),
+        "dinov2_large": _vit("vit_large_patch14_dinov2", "dinov2_vitl14_pretrain.pth", 24, 1024, 14, **_DINOV2),
+        "clip_base": _vit("vit_base_patch16_clip_quickgelu_224", "ViT-B-16.pt", 12, 768, 16, **_CLIP),
+        "clip_large": _vit("vit_large_patch14_clip_quickgelu_224", "ViT-L-14.pt", 24, 1024, 14, **_CLIP),
+        "imagebind_huge": _vit(None, "imagebind_huge.pth", 32, 1280, 14, **_IMAGEBIND),
         "efficientnet_lite": Backbone(
             family="efficientnet",
             timm_name="tf_efficientnet_lite0",
@@ -202,42 +164,29 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     }
 )
 
-_ADPRETRAIN = "xcyao00/ADPretrain"
-_ADPRETRAIN_FOLDERS = {
-    "dinov2_base": "dino-base",
-    "dinov2_large": "dino-large",
-    "clip_base": "clip-base",
-    "clip_large": "clip-large",
-    "imagebind_huge": "imagebind",
-}
 
+def _adpretrain(backbone: str, folder: str) -> Model:
+    def realiad(kind: str, serves: str) -> Tag:
+        return Tag(
+            hub_file=("xcyao00/ADPretrain", f"{folder}/checkpoints_pro_{kind}.pth"),
+            license="unstated (code of the authors: MIT)",
+            training_data="Real-IAD",
+            training_data_license="CC-BY-NC-SA-4.0",
+            origin="https://arxiv.org/abs/2511.05245",
+            serves=serves,
+        )
 
-def _realiad(folder: str, kind: str, serves: str) -> Tag:
-    return Tag(
-        hub_file=(_ADPRETRAIN, f"{folder}/checkpoints_pro_{kind}.pth"),
-        license="unstated (code of the authors: MIT)",
-        training_data="Real-IAD",
-        training_data_license="CC-BY-NC-SA-4.0",
-        origin="https://arxiv.org/abs/2511.05245",
-        serves=serves,
-    )
-
-
-def _adpretrain(backbone: str) -> Model:
-    folder = _ADPRETRAIN_FOLDERS[backbone]
-    return Model(
-        backbone=backbone,
-        scoring="feature_norm",
-        tags={
-            "realiad_norm": _realiad(folder, "norm", "FeatureNorm, CFLOW, GLASS, UniAD"),
-            "realiad_angle": _realiad(folder, "angle", "PatchCore, PaDiM"),
-        },
-    )
+    norm, angle = realiad("norm", "FeatureNorm, CFLOW, GLASS, UniAD"), realiad("angle", "PatchCore, PaDiM")
+    return Model(backbone, "feature_norm", tags={"realiad_norm": norm, "realiad_angle": angle})
 
 
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
-        **{f"adpretrain_{backbone}": _adpretrain(backbone) for backbone in _ADPRETRAIN_FOLDERS},
+        "adpretrain_dinov2_base": _adpretrain("dinov2_base", "dino-base"),
+        "adpretrain_dinov2_large": _adpretrain("dinov2_large", "dino-large"),
+        "adpretrain_clip_base": _adpretrain("clip_base", "clip-base"),
+        "adpretrain_clip_large": _adpretrain("clip_large", "clip-large"),
+        "adpretrain_imagebind_huge": _adpretrain("imagebind_huge", "imagebind"),
         "adpretrain_efficientnet_lite": Model(backbone="efficientnet_lite", scoring="feature_norm"),
         "adpretrain_timm": Model(backbone="", scoring="feature_norm"),
         "residual_lite": Model(
@@ -286,8 +235,7 @@ def find_model(name: str) -> tuple[str, str | None]:
     if any(sign in name for sign in "/\\:"):
         raise UnknownNameError(
             f"{name!r} is no model name. Give a name of list_models(), and where the weights are as "
-            "weights='hf-hub:owner/repo', "
-            "weights='local-dir:/folder' or the path of a file."
+            "weights='hf-hub:owner/repo', weights='local-dir:/folder' or the path of a file."
         )
     if arch not in MODELS:
         raise UnknownNameError(unknown("model", arch, MODELS))
@@ -302,52 +250,33 @@ def describe(name: str) -> dict[str, object]:
     Raises:
         UnknownNameError: For an unknown name or tag.
     """
-    arch, tag = find_model(name)
+    arch, tag_name = find_model(name)
     model = MODELS[arch]
-    tag = tag or model.default_tag
+    tag_name = tag_name or model.default_tag
+    tag, backbone = model.tags.get(tag_name or ""), BACKBONES.get(model.backbone)
     facts: dict[str, object] = {
-        "model": f"{arch}.{tag}" if tag else arch,
+        "model": f"{arch}.{tag_name}" if tag_name else arch,
         "tags": list(model.tags),
         "scoring": model.scoring,
     }
-    if tag:
-        facts.update(_weights_facts(model.tags[tag], BACKBONES[model.backbone].asset))
+    if tag is None:
+        facts["weights"] = must_be_given(arch)
     else:
-        facts.update(weights=must_be_given(arch))
-    if model.backbone:
-        facts.update(_backbone_facts(model.backbone))
-    else:
-        facts.update(
-            backbone="a model of timm: the header of the weights file says which, with its levels and preprocessing"
-        )
-    return facts
-
-
-def must_be_given(arch: str) -> str:
-    """What to do about a model that has no published weights."""
-    return (
-        f"{arch} has no published weights: give those that you trained as weights=PATH, hf-hub:owner/repo or "
-        "local-dir:/folder"
-    )
-
-
-def _weights_facts(tag: Tag, asset: str | None) -> dict[str, object]:
-    return {
-        "serves": tag.serves,
-        "weights": place(*tag.hub_file) if tag.hub_file else asset,
-        "license": tag.license,
-        "training_data": tag.training_data,
-        "training_data_license": tag.training_data_license,
-        "origin": tag.origin,
-    }
-
-
-def _backbone_facts(name: str) -> dict[str, object]:
-    backbone = BACKBONES[name]
+        facts |= {
+            "serves": tag.serves,
+            "weights": place(*tag.hub_file) if tag.hub_file else backbone and backbone.asset,
+            "license": tag.license,
+            "training_data": tag.training_data,
+            "training_data_license": tag.training_data_license,
+            "origin": tag.origin,
+        }
+    if backbone is None:
+        of_timm = "a model of timm: the header of the weights file says which, with its levels and preprocessing"
+        return facts | {"backbone": of_timm}
     mean, std = backbone.normalization
     by_hand = f"{backbone.original_file}, to be given as a path"
-    return {
-        "backbone": name,
+    return facts | {
+        "backbone": model.backbone,
         "levels": backbone.blocks,
         "channels": backbone.channels,
         "reductions": backbone.reductions,
@@ -359,6 +288,14 @@ def _backbone_facts(name: str) -> dict[str, object]:
         "backbone_origin": backbone.origin,
         "notes": backbone.notes,
     }
+
+
+def must_be_given(arch: str) -> str:
+    """What to do about a model that has no published weights."""
+    return (
+        f"{arch} has no published weights: give those that you trained as weights=PATH, hf-hub:owner/repo or "
+        "local-dir:/folder"
+    )
 
 
 def place(repo: str, file: str) -> str:

@@ -10,34 +10,22 @@ import re
 import struct
 import threading
 import uuid
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import AdfeaturesError, CheckpointError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+AnyPath: TypeAlias = "str | os.PathLike[str]"
+
 _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
-_BROKEN = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    struct.error,
-)
 _LOADING = threading.Lock()
 
 
@@ -56,7 +44,7 @@ class Checkpoint:
     metadata: dict[str, str]
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(path: AnyPath) -> Checkpoint:
     """Read weights from ``.safetensors``, or from ``.pth``, ``.pt`` and ``.bin`` without running any code in them.
 
     A pickle may be a state dict, or hold one under "projectors", "state_dict" or "model" with numbers beside it. Of a
@@ -67,7 +55,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             other than tensors, float scalars and the modules of TorchScript; or that holds anything but finite tensors
             and numbers.
     """
-    path = _existing(path)
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not an existing file.")
+    if not path.stat().st_size:
+        raise CheckpointError(f"{path} is empty. Fetch it again.")
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
     if suffix == ".safetensors":
@@ -76,14 +68,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     elif suffix in _PICKLES:
         state_dict, metrics = _unwrap(path, _read_pickle(path))
     else:
-        raise CheckpointError(
-            f"{path}: unknown format {suffix!r}. Weights are read from .safetensors, {', '.join(_PICKLES)}."
-        )
+        known = ", ".join((".safetensors", *_PICKLES))
+        raise CheckpointError(f"{path}: unknown format {suffix!r}. Weights are read from {known}.")
     return Checkpoint(_checked(path, state_dict), metrics, metadata)
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     state_dict: Mapping[str, Tensor],
     *,
     metrics: Mapping[str, float] | None = None,
@@ -112,7 +103,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, with the same suffix, that takes its place when the block succeeds.
 
     Raises:
@@ -134,17 +125,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, AdfeaturesError):
             raise
-        raise AdfeaturesError(
-            f"Cannot write {path}: {error}. Free some space or choose a folder that can be written."
-        ) from error
+        advice = "Free some space or choose a folder that can be written"
+        raise AdfeaturesError(f"Cannot write {path}: {error}. {advice}.") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def convert(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
-) -> Checkpoint:
+def convert(source: AnyPath, destination: AnyPath, metadata: Mapping[str, str] | None = None) -> Checkpoint:
     """Rewrite any loadable weights as safetensors: tensors bit for bit, metrics, and the name and sha256 of the source.
 
     A destination that already holds this very conversion is left as it is.
@@ -163,28 +151,38 @@ def convert(
             existing = load_checkpoint(destination)
             if (existing.metadata, existing.metrics) == (wanted, checkpoint.metrics):
                 return existing
-        raise InputError(
-            f"{destination} exists and is not this conversion of {source}. Remove it or choose another name."
-        )
+        problem = f"{destination} exists and is not this conversion of {source}"
+        raise InputError(f"{problem}. Remove it or choose another name.")
     save_checkpoint(destination, checkpoint.state_dict, metrics=checkpoint.metrics, metadata=wanted)
     return load_checkpoint(destination)
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal sha256 of a file, read piece by piece."""
+def sha256(path: AnyPath) -> str:
+    """Hexadecimal sha256 of a file."""
     return _hash_file(path, hashlib.sha256())
 
 
-def git_blob_id(path: str | os.PathLike[str]) -> str:
+def git_blob_id(path: AnyPath) -> str:
     """The hexadecimal id under which git, and so the Hub, knows the content of a file."""
     return _hash_file(path, hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False))
 
 
-def _hash_file(path: str | os.PathLike[str], digest: Any) -> str:
+def _hash_file(path: AnyPath, digest: Any) -> str:
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return str(digest.hexdigest())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes show it, forty times faster than isfinite does; torch has them for no 8-bit float.
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
 
 
 def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> list[str]:
@@ -201,37 +199,25 @@ def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> list[str]:
     return hashes
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not an existing file.")
-    if not path.stat().st_size:
-        raise CheckpointError(f"{path} is empty. Fetch it again.")
-    return path
-
-
 def _damaged(path: Path, detail: str) -> CheckpointError:
     with open(path, "rb") as file:
         head = file.read(64)
-    advice = (
-        "It is truncated, damaged or of another format: fetch it again and compare its sha256 with the published one"
-    )
+    advice = "It is truncated, damaged or of another format: fetch it again and check its sha256 against that published"
     if head.startswith(b"version https://git-lfs"):
         advice = "It is a Git LFS pointer: run `git lfs pull`, or download the weights themselves"
     elif head.lstrip().startswith(b"<"):
         advice = "It is a web page: download the weights themselves"
-    return CheckpointError(
-        f"{path} cannot be read as weights. {advice}. ({detail.strip().partition(chr(10))[0][:200]})"
-    )
+    (detail, *_) = detail.strip().splitlines() or [""]
+    return CheckpointError(f"{path} cannot be read as weights. {advice}. ({detail[:200]})")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, *_BROKEN) as error:
+    except Exception as error:
         raise _damaged(path, str(error)) from error
 
 
@@ -247,17 +233,14 @@ def _read_pickle(path: Path) -> object:
 
     from .torchscript import is_torchscript, read_torchscript
 
-    if is_torchscript(path):
-        try:
-            return read_torchscript(path)
-        except (zipfile.BadZipFile, zlib.error, *_BROKEN) as error:
-            raise _damaged(path, str(error)) from error
     with _only_float_scalars():
         try:
+            if is_torchscript(path):
+                return read_torchscript(path)
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             message, refused = str(error), _refused_globals(path, str(error))
-        except _BROKEN as error:
+        except Exception as error:  # a damaged file makes its reader fail in any way
             raise _damaged(path, str(error)) from error
     if not refused:
         raise _damaged(path, message.rpartition("error:")[2])
@@ -289,16 +272,11 @@ def _only_float_scalars() -> Iterator[None]:
     """Allow exactly what a pickled float of numpy 1 or 2 names, and nothing that the caller allows."""
     from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
+    scalars = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with _LOADING:
         before = get_safe_globals()
         clear_safe_globals()
-        add_safe_globals(
-            [
-                (_scalar, "numpy.core.multiarray.scalar"),
-                (_scalar, "numpy._core.multiarray.scalar"),
-                (_Dtype, "numpy.dtype"),
-            ]
-        )
+        add_safe_globals([*scalars, (_Dtype, "numpy.dtype")])
         try:
             yield
         finally:
@@ -311,7 +289,7 @@ def _refused_globals(path: Path, message: str) -> list[str]:
 
     try:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (pickle.UnpicklingError, *_BROKEN):
+    except Exception:
         names = set(re.findall(r"GLOBAL ([\w.]+)", message)) or _pickle_globals(path)
     return sorted(names.union(re.findall(r"refused: (\S+)", message)))
 
@@ -322,7 +300,7 @@ def _pickle_globals(path: Path) -> set[str]:
 
     names: set[str] = set()
     strings: list[str] = []
-    with open(path, "rb") as file, suppress(*_BROKEN):
+    with open(path, "rb") as file, suppress(Exception):
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
                 names.add(".".join(strings[-2:]))
@@ -337,19 +315,16 @@ def _unwrap(path: Path, content: object) -> tuple[dict[str, Any], dict[str, floa
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
     wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
-    state_dict = content if wrapper is None else content[wrapper]
-    beside = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
-    alien = [key for key, value in state_dict.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
-    alien += [
-        key
-        for key, value in beside.items()
-        if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, Real)
-    ]
+    state_dict, metrics = content, {}
+    if wrapper is not None:
+        state_dict, metrics = content[wrapper], {key: value for key, value in content.items() if key != wrapper}
+    alien = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    alien += [key for key, value in metrics.items() if isinstance(value, bool) or not isinstance(value, Real)]
+    alien += [key for key in (*state_dict, *metrics) if not isinstance(key, str)]
     if alien:
-        raise CheckpointError(
-            f"{path} holds more than weights and metrics: {', '.join(map(repr, alien[:5]))}. Save its state dict alone."
-        )
-    return state_dict, {key: float(value) for key, value in beside.items()}
+        found = ", ".join(map(repr, alien[:5]))
+        raise CheckpointError(f"{path} holds more than weights and metrics: {found}. Save its state dict alone.")
+    return state_dict, {key: float(value) for key, value in metrics.items()}
 
 
 def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -357,25 +332,19 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     tensors = {}
     for name, tensor in state_dict.items():
-        odd = (
-            not isinstance(tensor, torch.Tensor)
-            or tensor.is_meta
-            or tensor.is_quantized
-            or tensor.is_nested
-            or tensor.is_complex()
-        )
-        if odd or tensor.layout != torch.strided:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or _is_odd(tensor):
             raise CheckpointError(f"{path}: {name} is not a plain tensor.")
         tensors[name] = tensor = tensor.detach().cpu()
-        # the extremes show what is not finite, forty times faster than isfinite does; torch has them for no 8-bit float
-        numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(numbers)).isfinite().all():
-            raise CheckpointError(
-                f"{path}: {name} holds NaN or infinite values. The file is damaged or its training diverged."
-            )
+        if not is_finite(tensor):
+            problem = f"{path}: {name} holds NaN or infinite values"
+            raise CheckpointError(f"{problem}. The file is damaged or its training diverged.")
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.")
     return tensors
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    return tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.is_complex()
 
 
 def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

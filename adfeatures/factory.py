@@ -14,10 +14,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from . import catalog, predictor
-from .backbones import Encoder, StateDict, create_backbone
+from .backbones import Encoder, StateDict, create_backbone, of_prefix
 from .bank_files import load_banks
 from .catalog import find_model
-from .checkpoints import load_checkpoint
+from .checkpoints import AnyPath, load_checkpoint
 from .errors import InputError, ReferencesError
 from .extractor import FeatureExtractor
 from .images import IMAGE_SUFFIXES, build_transform
@@ -26,7 +26,7 @@ from .projector import ResidualProjector
 from .references import ReferenceBank
 from .resolve import BackboneSpec, ModelSpec, Weights, resolve_backbone, resolve_model
 from .scoring import CosineRingScorer, FeatureNormScorer, Scorer
-from .trained import BACKBONE, TrainedWeights, of_prefix
+from .trained import BACKBONE, TrainedWeights
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def create_model(
     references: Images | None = None,
     img_size: int | tuple[int, int] | None = None,
     out_indices: Sequence[int] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: AnyPath | None = None,
 ) -> FeatureExtractor:
     """Create a feature extractor: in eval mode, with frozen parameters, on the CPU.
 
@@ -101,7 +101,7 @@ def load_backbone(
     weights: Weights | StateDict = None,
     img_size: int | tuple[int, int] | None = None,
     levels: Sequence[int] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: AnyPath | None = None,
 ) -> tuple[Encoder, catalog.Backbone]:
     """Create a frozen encoder, in eval mode, on the CPU.
 
@@ -169,9 +169,8 @@ def create_transform(
         return predictor.transform_for(model, predictor.bit_depth_of(model, product), preset)
     arch, _ = find_model(model)
     if not catalog.MODELS[arch].backbone:
-        raise InputError(
-            f"The preprocessing of {arch} stands in the header of its weights: give the created model, not its name."
-        )
+        where = "stands in the header of its weights"
+        raise InputError(f"The preprocessing of {arch} {where}: give the created model, not its name.")
     entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
     return build_transform(entry.img_size, *entry.normalization, preset=preset)
 
@@ -205,7 +204,7 @@ def _banks(references: Images | None) -> dict[str, ReferenceBank]:
 def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, Any]:
     """Timm's description of a model: its preprocessing, and where weights of a tag come from."""
     mean, std = entry.normalization
-    return {
+    cfg: dict[str, Any] = {
         "architecture": arch,
         "tag": tag,
         "input_size": (3, *entry.img_size),
@@ -216,22 +215,18 @@ def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, A
         "mean": mean,
         "std": std,
         "num_classes": 0,
-        **(_weights_cfg(catalog.MODELS[arch].tags[tag], entry.asset) if tag else {}),
     }
-
-
-def _weights_cfg(tag: catalog.Tag, asset: str | None) -> dict[str, Any]:
-    place = (
-        dict(zip(("hf_hub_id", "hf_hub_filename"), tag.hub_file, strict=True))
-        if tag.hub_file
-        else {"file": str(catalog.ASSETS / str(asset))}
-    )
-    return {"license": tag.license, "origin_url": tag.origin, **place}
+    if tag:
+        weights = catalog.MODELS[arch].tags[tag]
+        cfg |= {"license": weights.license, "origin_url": weights.origin}
+        if weights.hub_file:
+            cfg["hf_hub_id"], cfg["hf_hub_filename"] = weights.hub_file
+        else:
+            cfg["file"] = str(catalog.ASSETS / str(entry.asset))
+    return cfg
 
 
 # timm
-
-_TIMM_DEFAULTS = {"num_classes": 0, "in_chans": 3}
 
 
 def register_with_timm() -> None:
@@ -239,12 +234,12 @@ def register_with_timm() -> None:
 
     Doing it twice does no harm.
     """
-    for entry_point in ENTRY_POINTS:
-        if not timm.is_model(entry_point.__name__):
-            register_model(entry_point)
+    for arch in catalog.MODELS:
+        if not timm.is_model(arch):
+            register_model(globals()[arch])
 
 
-def _entry_point(
+def _create_for_timm(
     arch: str,
     *,
     pretrained: bool = True,
@@ -255,11 +250,10 @@ def _entry_point(
     **kwargs: Any,
 ) -> FeatureExtractor:
     """Translate the arguments that timm passes; with or without ``features_only`` the result is the same."""
-    for argument, only in _TIMM_DEFAULTS.items():
+    for argument, only in (("num_classes", 0), ("in_chans", 3)):
         if kwargs.pop(argument, None) not in (None, only):
-            raise InputError(
-                f"{arch} takes {argument}={only} only: it extracts features of RGB images and has no classifier."
-            )
+            reason = "it extracts features of RGB images and has no classifier"
+            raise InputError(f"{arch} takes {argument}={only} only: {reason}.")
     name = arch
     if isinstance(pretrained_cfg, str):
         name = f"{arch}.{pretrained_cfg}"
@@ -267,9 +261,8 @@ def _entry_point(
         weights = _timm_source(pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict())
     if pretrained and weights is None and pretrained_cfg_overlay:
         weights = _timm_source(pretrained_cfg_overlay)
-    return create_model(
-        name, pretrained=pretrained, weights=weights, **{k: v for k, v in kwargs.items() if v is not None}
-    )
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    return create_model(name, pretrained=pretrained, weights=weights, **given)
 
 
 def _timm_source(cfg: Mapping[str, Any]) -> Weights:
@@ -282,75 +275,36 @@ def _timm_source(cfg: Mapping[str, Any]) -> Weights:
     return ":".join(filter(None, ("hf-hub", cfg["hf_hub_id"], cfg.get("hf_hub_filename"))))
 
 
-def adpretrain_dinov2_base(**kwargs: Any) -> FeatureExtractor:
-    """ADPretrain on DINOv2 ViT-B/14: 4 levels of 768 channels. Arguments as for ``create_model``."""
-    return _entry_point("adpretrain_dinov2_base", **kwargs)
+def _entry_point(arch: str, summary: str) -> Callable[..., FeatureExtractor]:
+    def create(**kwargs: Any) -> FeatureExtractor:
+        return _create_for_timm(arch, **kwargs)
+
+    create.__name__ = create.__qualname__ = arch
+    create.__doc__ = f"{summary} Arguments as for ``create_model``."
+    return create
 
 
-def adpretrain_dinov2_large(**kwargs: Any) -> FeatureExtractor:
-    """ADPretrain on DINOv2 ViT-L/14: 4 levels of 1024 channels. Arguments as for ``create_model``."""
-    return _entry_point("adpretrain_dinov2_large", **kwargs)
-
-
-def adpretrain_clip_base(**kwargs: Any) -> FeatureExtractor:
-    """ADPretrain on OpenAI CLIP ViT-B/16: 4 levels of 768 channels. Arguments as for ``create_model``."""
-    return _entry_point("adpretrain_clip_base", **kwargs)
-
-
-def adpretrain_clip_large(**kwargs: Any) -> FeatureExtractor:
-    """ADPretrain on OpenAI CLIP ViT-L/14: 4 levels of 1024 channels. Arguments as for ``create_model``."""
-    return _entry_point("adpretrain_clip_large", **kwargs)
-
-
-def adpretrain_imagebind_huge(**kwargs: Any) -> FeatureExtractor:
-    """ADPretrain on ImageBind ViT-H/14, non-commercial: 4 levels of 1280 channels.
-
-    Arguments as for ``create_model``.
-    """
-    return _entry_point("adpretrain_imagebind_huge", **kwargs)
-
-
-def adpretrain_efficientnet_lite(**kwargs: Any) -> FeatureExtractor:
-    """A projector that you trained on the embedded backbone: ``weights`` must be given.
-
-    Arguments as for ``create_model``.
-    """
-    return _entry_point("adpretrain_efficientnet_lite", **kwargs)
-
-
-def adpretrain_timm(**kwargs: Any) -> FeatureExtractor:
-    """A projector that you trained on a backbone of timm, which the header of ``weights`` names.
-
-    Arguments as for ``create_model``.
-    """
-    return _entry_point("adpretrain_timm", **kwargs)
-
-
-def residual_lite(**kwargs: Any) -> FeatureExtractor:
-    """The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download.
-
-    Arguments as for ``create_model``.
-    """
-    return _entry_point("residual_lite", **kwargs)
-
-
-ENTRY_POINTS = (
-    adpretrain_dinov2_base,
-    adpretrain_dinov2_large,
-    adpretrain_clip_base,
-    adpretrain_clip_large,
-    adpretrain_imagebind_huge,
-    adpretrain_efficientnet_lite,
-    adpretrain_timm,
-    residual_lite,
+# What timm and hubconf.py call, one for each model of the catalog.
+adpretrain_dinov2_base = _entry_point("adpretrain_dinov2_base", "ADPretrain on DINOv2 ViT-B/14: 4 x 768 channels.")
+adpretrain_dinov2_large = _entry_point("adpretrain_dinov2_large", "ADPretrain on DINOv2 ViT-L/14: 4 x 1024 channels.")
+adpretrain_clip_base = _entry_point("adpretrain_clip_base", "ADPretrain on OpenAI CLIP ViT-B/16: 4 x 768 channels.")
+adpretrain_clip_large = _entry_point("adpretrain_clip_large", "ADPretrain on OpenAI CLIP ViT-L/14: 4 x 1024 channels.")
+adpretrain_imagebind_huge = _entry_point(
+    "adpretrain_imagebind_huge", "ADPretrain on ImageBind ViT-H/14, non-commercial: 4 x 1280 channels."
 )
-
-
-def _default_cfg(arch: str, tag: str) -> dict[str, Any]:
-    entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
-    return {key: value for key, value in timm_cfg(arch, tag, entry).items() if key not in ("architecture", "tag")}
-
-
+adpretrain_efficientnet_lite = _entry_point(
+    "adpretrain_efficientnet_lite", "A projector that you trained on the embedded backbone: ``weights`` must be given."
+)
+adpretrain_timm = _entry_point(
+    "adpretrain_timm", "A projector that you trained on a backbone of timm, which the header of ``weights`` names."
+)
+residual_lite = _entry_point(
+    "residual_lite", "The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download."
+)
 default_cfgs = generate_default_cfgs(
-    {f"{arch}.{tag}": _default_cfg(arch, tag) for arch, model in catalog.MODELS.items() for tag in model.tags}
+    {
+        f"{arch}.{tag}": timm_cfg(arch, tag, catalog.BACKBONES[model.backbone])
+        for arch, model in catalog.MODELS.items()
+        for tag in model.tags
+    }
 )

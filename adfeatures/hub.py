@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from time import monotonic
 from typing import Any, TypeVar
 
-from .checkpoints import git_blob_id, sha256
+from .checkpoints import AnyPath, git_blob_id, sha256
 from .errors import DownloadError, InputError
 
 _T = TypeVar("_T")
@@ -28,9 +28,7 @@ _ELSEWHERE = (
 )
 
 
-def resolve(
-    spec: str | os.PathLike[str], *, candidates: Sequence[str] = (), cache_dir: str | os.PathLike[str] | None = None
-) -> Path:
+def resolve(spec: AnyPath, *, candidates: Sequence[str] = (), cache_dir: AnyPath | None = None) -> Path:
     """Turn a weights specification into a file on disk, downloading it only when it is not in the local cache.
 
     Args:
@@ -45,10 +43,10 @@ def resolve(
         InputError: For an ``hf-hub:`` specification of another form.
     """
     text, names = os.fspath(spec), tuple(candidates) or ("model.safetensors",)
-    if isinstance(spec, str) and spec.startswith("local-dir:"):
-        return _from_folder(Path(spec.partition(":")[2]).expanduser(), names)
-    if isinstance(spec, str) and spec.startswith("hf-hub:"):
-        return _from_hub(spec, names, cache_dir)
+    if text.startswith("local-dir:"):
+        return _from_folder(Path(text.removeprefix("local-dir:")).expanduser(), names)
+    if text.startswith("hf-hub:"):
+        return _from_hub(text, names, cache_dir)
     path = os.path.expanduser(text)
     if os.path.isfile(path):
         return Path(path)
@@ -62,7 +60,7 @@ def resolve(
     )
 
 
-def download(repo: str, filename: str, revision: str = "main", cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def download(repo: str, filename: str, revision: str = "main", cache_dir: AnyPath | None = None) -> Path:
     """Path of a Hub file in the local cache, fetched only when it is not there, with its hash verified.
 
     HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT (seconds to wait for the Hub, 10), HF_HUB_DOWNLOAD_TIMEOUT (10; a
@@ -78,7 +76,7 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: str | 
     wanted = _Wanted.of(repo, filename, revision, cache_dir)
     if cached := wanted.cached():
         return wanted.verified(cached)
-    if wanted.offline:
+    if _is_offline():
         raise wanted.error("HF_HUB_OFFLINE is set and the file is not in the cache", _ELSEWHERE)
     reached = threading.Event()
     try:
@@ -91,7 +89,7 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: str | 
     return wanted.verified(path, etag)
 
 
-def verify(path: str | os.PathLike[str], etag: str | None = None) -> None:
+def verify(path: AnyPath, etag: str | None = None) -> None:
     """Compare a file with the digest under which the Hub knows it, and remove it from the cache when it differs.
 
     Args:
@@ -107,13 +105,8 @@ def verify(path: str | os.PathLike[str], etag: str | None = None) -> None:
     # one link only: a blob may itself be a link into a store that repositories share, where names are Xet hashes
     target = Path(os.readlink(path)) if path.is_symlink() else Path()
     expected = target.name if target.parent.name == "blobs" else etag or ""
-    if re.fullmatch("[0-9a-f]{64}", expected):
-        found = sha256(path)
-    elif re.fullmatch("[0-9a-f]{40}", expected):
-        found = git_blob_id(path)
-    else:
-        return
-    if found == expected:
+    digest = {64: sha256, 40: git_blob_id}.get(len(expected)) if re.fullmatch("[0-9a-f]+", expected) else None
+    if digest is None or (found := digest(path)) == expected:
         return
     with suppress(OSError):
         os.unlink(os.path.realpath(path))
@@ -142,7 +135,7 @@ def _from_folder(path: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def _from_hub(spec: str, names: tuple[str, ...], cache_dir: str | os.PathLike[str] | None) -> Path:
+def _from_hub(spec: str, names: tuple[str, ...], cache_dir: AnyPath | None) -> Path:
     form = re.fullmatch(r"hf-hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?", spec)
     if form is None:
         raise InputError(f"{spec!r} is not of the form hf-hub:owner/repo[@revision][:path/in/repo].")
@@ -165,12 +158,9 @@ class _Wanted:
     revision: str
     cache: Path
     endpoint: str
-    offline: bool
-    etag_timeout: float
-    download_timeout: float
 
     @staticmethod
-    def of(repo: str, filename: str, revision: str, cache_dir: str | os.PathLike[str] | None) -> _Wanted:
+    def of(repo: str, filename: str, revision: str, cache_dir: AnyPath | None) -> _Wanted:
         from huggingface_hub import constants
         from huggingface_hub.utils import validate_repo_id
 
@@ -184,18 +174,8 @@ class _Wanted:
         environ = os.environ
         home_cache = os.path.join(environ["HF_HOME"], "hub") if environ.get("HF_HOME") else constants.HF_HUB_CACHE
         cache = cache_dir or environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or home_cache
-        cache = os.path.expandvars(os.path.expanduser(cache))
-        offline = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or str(constants.HF_HUB_OFFLINE)
-        timeouts = (_seconds("HF_HUB_ETAG_TIMEOUT"), _seconds("HF_HUB_DOWNLOAD_TIMEOUT"))
-        return _Wanted(
-            repo,
-            filename,
-            revision,
-            Path(cache),
-            hub_endpoint(),
-            offline.upper() in {"1", "ON", "YES", "TRUE"},
-            *timeouts,
-        )
+        folder = Path(os.path.expandvars(os.path.expanduser(cache)))
+        return _Wanted(repo, filename, revision, folder, hub_endpoint())
 
     def cached(self) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -203,27 +183,24 @@ class _Wanted:
         try:
             found = try_to_load_from_cache(self.repo, self.filename, cache_dir=self.cache, revision=self.revision)
         except (OSError, ValueError) as error:
-            raise self.error(
-                f"the cache cannot be read ({error})", "mend that folder, or use another by HF_HOME or cache_dir"
-            ) from error
+            advice = "mend that folder, or use another by HF_HOME or cache_dir"
+            raise self.error(f"the cache cannot be read ({error})", advice) from error
         return Path(found) if isinstance(found, str) else None
 
     def verified(self, path: Path, etag: str | None = None) -> Path:
         try:
             verify(path, etag)
         except OSError as error:
-            raise self.error(
-                str(error).rstrip("."), "run the same command again, which downloads the file anew"
-            ) from error
+            advice = "run the same command again, which downloads the file anew"
+            raise self.error(str(error).rstrip("."), advice) from error
         return path
 
     def partial_sizes(self) -> dict[str, int]:
         sizes = {}
         for partial in (self.cache / f"models--{self.repo.replace('/', '--')}" / "blobs").glob("*.incomplete"):
             with suppress(OSError):
-                facts = (
-                    partial.stat()
-                )  # hf_xet may write in any order, so that a file first has its size and then its blocks
+                # hf_xet may write in any order, so that a file first has its size and then its blocks
+                facts = partial.stat()
                 sizes[partial.name] = facts.st_size + 512 * getattr(facts, "st_blocks", 0)
         return sizes
 
@@ -233,6 +210,13 @@ class _Wanted:
             f"Cannot get {self.filename} of {self.repo} (revision {self.revision}) from {self.endpoint}: {reason}.\n"
             f"Cache folder: {self.cache}\nNext step: {advice}."
         )
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or str(constants.HF_HUB_OFFLINE)
+    return said.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _seconds(variable: str) -> float:
@@ -248,21 +232,14 @@ def _fetch(wanted: _Wanted, reached: threading.Event) -> tuple[Path, str | None]
     from huggingface_hub.errors import EntryNotFoundError
 
     url = hf_hub_url(wanted.repo, wanted.filename, revision=wanted.revision, endpoint=wanted.endpoint)
-    etag = None
+    etag, patience = None, _seconds("HF_HUB_ETAG_TIMEOUT")
     # hf_hub_download repeats a failed first request for up to six minutes; the same request made alone fails at once. A
     # missing file is left to it, because it notes the absence in the cache.
     with suppress(EntryNotFoundError):
-        etag = get_hf_file_metadata(url, timeout=wanted.etag_timeout).etag
+        etag = get_hf_file_metadata(url, timeout=patience).etag
     reached.set()
-    path = hf_hub_download(
-        wanted.repo,
-        wanted.filename,
-        revision=wanted.revision,
-        cache_dir=wanted.cache,
-        endpoint=wanted.endpoint,
-        etag_timeout=wanted.etag_timeout,
-    )
-    return Path(path), etag
+    places: dict[str, Any] = {"revision": wanted.revision, "cache_dir": wanted.cache, "endpoint": wanted.endpoint}
+    return Path(hf_hub_download(wanted.repo, wanted.filename, etag_timeout=patience, **places)), etag
 
 
 def _watched(call: Callable[[], _T], wanted: _Wanted) -> _T:
@@ -279,12 +256,12 @@ def _watched(call: Callable[[], _T], wanted: _Wanted) -> _T:
         except BaseException as error:
             result.set_exception(error)
 
-    sizes, last, limit = wanted.partial_sizes(), monotonic(), _PATIENCE + wanted.etag_timeout
+    sizes, last, limit = wanted.partial_sizes(), monotonic(), _PATIENCE + _seconds("HF_HUB_ETAG_TIMEOUT")
     threading.Thread(target=run, name="adfeatures-download", daemon=True).start()
     while not wait([result], timeout=0.2).done:
         now = wanted.partial_sizes()
         if any(size > sizes.get(name, -1) for name, size in now.items()):
-            last, limit = monotonic(), 6 * wanted.download_timeout
+            last, limit = monotonic(), 6 * _seconds("HF_HUB_DOWNLOAD_TIMEOUT")
         sizes = {name: max(size, sizes.get(name, -1)) for name, size in now.items()}
         if monotonic() - last > limit:
             raise TimeoutError(f"nothing arrived for {limit:.0f} s")
@@ -330,34 +307,21 @@ def _explain_failure(error: BaseException, reached: bool) -> tuple[str, str]:
         return "the repository does not exist or is private (HTTP 404)", login
     if status == 429:
         delay = response.headers.get("Retry-After")
-        return (
-            "the Hub asks for fewer requests (HTTP 429)",
-            f"wait {f'{delay} s' if delay else 'some minutes'}, or run `hf auth login`",
-        )
+        wait = f"{delay} s" if delay else "some minutes"
+        return "the Hub asks for fewer requests (HTTP 429)", f"wait {wait}, or run `hf auth login`"
     if status:
         return f"the Hub answered HTTP {status}", "try again later, or set HF_ENDPOINT to a mirror"
     if isinstance(error, errors.FileMetadataError):
-        return (
-            "the answer is not that of a Hub; is a proxy or login page in between?",
-            "check the network and HF_ENDPOINT",
-        )
-    if (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and not isinstance(error, (ConnectionError, TimeoutError))
-    ):
-        return (
-            f"the cache cannot be written ({error})",
-            f"free some space, or use another folder by HF_HOME or cache_dir; {_ELSEWHERE}",
-        )
-    detail = first_line(error)
-    if reached:
-        again = (
-            "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, "
-            "where Xet is blocked HF_HUB_DISABLE_XET=1"
-        )
-        return f"the download broke off ({detail}); no part of it is used", again
-    return f"there is no connection ({detail})", _ELSEWHERE
+        reason = "the answer is not that of a Hub; is a proxy or login page in between?"
+        return reason, "check the network and HF_ENDPOINT"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+        advice = f"free some space, or use another folder by HF_HOME or cache_dir; {_ELSEWHERE}"
+        return f"the cache cannot be written ({error})", advice
+    if not reached:
+        return f"there is no connection ({first_line(error)})", _ELSEWHERE
+    again = "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, "
+    again += "where Xet is blocked HF_HUB_DISABLE_XET=1"
+    return f"the download broke off ({first_line(error)}); no part of it is used", again
 
 
 def first_line(error: BaseException) -> str:
@@ -369,19 +333,18 @@ def _listing(wanted: _Wanted) -> str:
     from huggingface_hub import HfApi
 
     ask = HfApi(endpoint=wanted.endpoint).model_info
+    patience = _seconds("HF_HUB_ETAG_TIMEOUT")
     try:
-        info = _watched(lambda: ask(wanted.repo, revision=wanted.revision, timeout=wanted.etag_timeout), wanted)
+        info = _watched(lambda: ask(wanted.repo, revision=wanted.revision, timeout=patience), wanted)
     except hub_failures():
         return "look at the repository's page for the names of its files"
     names = [sibling.rfilename for sibling in info.siblings or []]
     folder = wanted.filename.rpartition("/")[0]
     beside = [name for name in names if folder and name.rpartition("/")[0] == folder]
-    return (
-        f"name one of the files in {folder}: {_enumerate(beside)}"
-        if beside
-        else f"name one of its files: {_enumerate(names)}"
-    )
+    which = f"the files in {folder}: {_enumerate(beside)}" if beside else f"its files: {_enumerate(names)}"
+    return f"name one of {which}"
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    return (", ".join(sorted(names)[:20]) or "(none)") + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(sorted(names)[:20]) or "(none)") + more

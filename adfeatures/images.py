@@ -72,6 +72,8 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES = 258, 262, 338
 _TIFF_WHITE_IS_ZERO, _TIFF_ALPHAS = 0, {1, 2, 999}
 # A TIFF of more pages than these is no photo with a thumbnail.
 _MAX_PAGES = 64
+# So many rows of an image are copied at once: a large one must not be as a whole.
+_ROWS = 256
 # Cameras put so few bits into 16 that an image looks black when they are not told.
 _FEW_BITS = 14
 _strictly = threading.Lock()
@@ -361,9 +363,16 @@ def digest(source: ImageSource) -> str:
         if not Path(source).is_file():
             raise ImageError(f"There is no image file {source}.")
         return hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    pixels = np.ascontiguousarray(source)
-    total = hashlib.sha256(repr(pixels.shape).encode())
-    total.update(pixels.data)
+    if isinstance(source, Image.Image):
+        bands = len(source.getbands())
+        shape: tuple[int, ...] = (source.height, source.width, bands) if bands > 1 else (source.height, source.width)
+    else:
+        shape = source.shape
+    total = hashlib.sha256(repr(shape).encode())
+    for top in range(0, shape[0], _ROWS):
+        bottom = min(top + _ROWS, shape[0])
+        rows = source[top:bottom] if isinstance(source, np.ndarray) else source.crop((0, top, shape[1], bottom))
+        total.update(np.asarray(rows).tobytes())
     return total.hexdigest()
 
 

@@ -26,10 +26,7 @@ _PER_SECOND = {"s": 1, "ms": 1000}
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of a table.
-
-    The ratio is naive over ours, so above 1 where ours is better; None is what was not measured.
-    """
+    """One line of a table: the ratio is naive over ours, above 1 where ours is better; None was not measured."""
 
     what: str
     unit: str
@@ -75,8 +72,7 @@ def compare(
 ) -> Measurement:
     """Time two functions alternately, ours once before to warm up; after ``limit`` seconds no other pair is begun."""
     ours()
-    pairs: list[tuple[float, float]] = []
-    end = time.perf_counter() + limit
+    pairs, end = list[tuple[float, float]](), time.perf_counter() + limit
     while not pairs or (len(pairs) < repeats and time.perf_counter() < end):
         pairs.append((seconds(ours), seconds(naive)))
     note = f"pairs {len(pairs)}; {note}".removesuffix("; ")

@@ -22,8 +22,7 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map of tokens (B, L, C) to (B, L, weight.shape[0]), by the faster of torch's two ways."""
     if tokens.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return F.linear(tokens, weight, bias)
-    # On a CPU torch convolves by oneDNN and multiplies matrices by MKL, which leaves half of what AMD processors can do
-    # unused.
+    # On a CPU torch convolves by oneDNN and multiplies by MKL, which leaves half of an AMD processor unused.
     return F.conv1d(tokens.transpose(1, 2), weight[..., None], bias).transpose(1, 2)
 
 
@@ -75,8 +74,7 @@ class _CrossAttention(nn.Module):
         """Attend from tokens (B, L, C)."""
         channels = tokens.shape[-1]
         queries = self._split(linear(tokens, self.in_proj_weight[:channels], self.in_proj_bias[:channels]))
-        # The images share their keys, so their tokens form one long sequence: the fused kernel then reads the keys
-        # once.
+        # The images share their keys, so their tokens form one long sequence: the fused kernel reads the keys once.
         queries = queries.transpose(0, 1).flatten(1, 2).unsqueeze(0).contiguous()
         attended = F.scaled_dot_product_attention(queries, keys, values)
         attended = attended.squeeze(0).unflatten(1, tokens.shape[:2]).permute(1, 2, 0, 3).flatten(2)
@@ -110,8 +108,6 @@ class _ReferenceProjection(nn.Module):
 
 
 class _LevelProjector(nn.Module):
-    """The projector of one level."""
-
     def __init__(self, channels: int, num_heads: int, num_keys: int) -> None:
         super().__init__()
         self.x_ref = nn.Parameter(torch.randn(1, num_keys, channels))
@@ -133,8 +129,7 @@ class _LevelProjector(nn.Module):
             keys.register_hook(self._thaw)
             return keys, values
         if self._frozen is None or not self._frozen.follows(sources):
-            # Kept values serve later calls in any mode, so they are neither inference tensors nor in autocast's lower
-            # precision.
+            # Kept values serve later calls in any mode: no inference tensors, nor in autocast's lower precision.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.x_ref.device.type, enabled=False):
                 self._frozen = _Frozen(sources, self._compute_keys_values())
         return self._frozen.keys_values
@@ -163,8 +158,8 @@ class _Frozen:
     """Keys and values, with the state of the parameters that they were computed from."""
 
     def __init__(self, sources: tuple[Tensor, ...], keys_values: tuple[Tensor, Tensor]) -> None:
-        self.keys_values = keys_values
-        self._sources, self._states = sources, [_state(source) for source in sources]
+        self.keys_values, self._sources = keys_values, sources
+        self._states = [_state(source) for source in sources]
         # Held, so that new values put in their place (``parameter.data = ...``) cannot come to lie at their address.
         self._memory = [source.detach() for source in sources]
 
@@ -174,23 +169,16 @@ class _Frozen:
 
 
 def _state(tensor: Tensor) -> object:
-    """What changes whenever the tensor's values do.
-
-    Never equal for inference tensors, which keep no count of changes, nor while a gradient waits for a step, which
-    might not be counted.
-    """
+    """What changes whenever the tensor's values do."""
     waiting = tensor.is_leaf and tensor.requires_grad and tensor.grad is not None
-    return (
-        object()
-        if waiting or tensor.is_inference()
-        else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
-    )
+    if waiting or tensor.is_inference():
+        # A step that waits might not be counted, and inference tensors count nothing: equal to no other state.
+        return object()
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 class ResidualProjector(nn.Module):
-    """One independent projector per level.
-
-    The state-dict keys are those of the published files, ``l1_proj.x_ref`` and so on.
+    """One independent projector per level, with the state-dict keys of the published files: ``l1_proj.x_ref`` ...
 
     Args:
         channels: Channels of each level.
@@ -219,6 +207,5 @@ class ResidualProjector(nn.Module):
         if found != self.channels:
             raise InputError(f"The projector takes levels of {self.channels} channels, got {found}.")
         projectors = list(self.children())
-        return [
-            projectors[index](residuals[index]) for index in (range(len(projectors)) if indices is None else indices)
-        ]
+        chosen = range(len(projectors)) if indices is None else indices
+        return [projectors[index](residuals[index]) for index in chosen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any, TypeAlias
 
 from . import catalog, hub
 from .backbones import StateDict, check_levels, check_size
-from .checkpoints import Checkpoint, convert
-from .errors import CheckpointError, InputError, UnknownNameError
+from .checkpoints import AnyPath, Checkpoint, convert
+from .errors import InputError, UnknownNameError
 from .timm_backbones import TimmBackbone, find_timm
 from .trained import TrainedWeights
 
 # A tag of the catalog, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path".
-Weights: TypeAlias = "str | os.PathLike[str] | None"
-Folder: TypeAlias = "str | os.PathLike[str] | None"
+Weights: TypeAlias = "AnyPath | None"
 
 RANDOM = "random"
 _WEIGHTS = "model.safetensors"
@@ -69,13 +67,18 @@ def resolve_model(
     backbone_weights: Weights = None,
     pretrained: bool = True,
     img_size: int | tuple[int, int] | None = None,
-    cache_dir: Folder = None,
+    cache_dir: AnyPath | None = None,
 ) -> ModelSpec:
     """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
     arch, tag, weights = _asked(name, weights)
     if arch and weights is None:
-        _check_published(arch, pretrained, backbone_weights)
-        tag = tag or catalog.MODELS[arch].default_tag if pretrained else None
+        # Nothing is fetched before it is known that all can be had.
+        model = catalog.MODELS[arch]
+        if not model.tags and (pretrained or not model.backbone):
+            raise InputError(f"{catalog.must_be_given(arch)}.")
+        if pretrained and backbone_weights is None:
+            _check_fetchable(model.backbone, catalog.BACKBONES[model.backbone])
+        tag = tag or model.default_tag if pretrained else None
     trained = find_trained(weights, arch, tag, cache_dir)
     if trained is not None:
         arch, tag = trained.identify(arch, tag)
@@ -97,7 +100,7 @@ def resolve_backbone(
     weights: Weights | StateDict = None,
     img_size: int | tuple[int, int] | None = None,
     levels: Sequence[int] | None = None,
-    cache_dir: Folder = None,
+    cache_dir: AnyPath | None = None,
 ) -> BackboneSpec:
     """Find a backbone and its weights. Arguments and errors as in ``load_backbone``."""
     backbone = _sized(_find_backbone(name, levels), img_size)
@@ -105,7 +108,7 @@ def resolve_backbone(
 
 
 def find_trained(
-    weights: Weights = None, arch: str | None = None, tag: str | None = None, cache_dir: Folder = None
+    weights: Weights = None, arch: str | None = None, tag: str | None = None, cache_dir: AnyPath | None = None
 ) -> TrainedWeights | None:
     """The trained weights in a place, or else the published ones of a tag; None where there is neither.
 
@@ -114,12 +117,12 @@ def find_trained(
         CheckpointError: If the file is damaged.
     """
     published = _hub_file(arch, tag)
-    if weights is not None:
-        candidates = (published[1], _WEIGHTS) if published else (_WEIGHTS,)
-        return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
-    if tag is None or published is None:
-        return None
-    return TrainedWeights.read(hub.resolve(catalog.place(*published), cache_dir=cache_dir))
+    if weights is None:
+        if tag is None or published is None:
+            return None
+        weights = catalog.place(*published)
+    candidates = (published[1], _WEIGHTS) if published else (_WEIGHTS,)
+    return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
 
 
 def describe_backbone(
@@ -144,23 +147,21 @@ def describe_backbone(
         mean, std = (tuple(map(float, facts[key])) for key in ("mean", "std"))
         backbone = _find_backbone(name, blocks)
     except (InputError, UnknownNameError) as error:
-        raise CheckpointError(f"{trained.source}: the backbone of its header does not exist. {error}") from error
+        raise trained.header_error(f"the backbone of its header does not exist. {error}") from error
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{trained.source}: its header must describe the backbone of {arch} by timm_name, blocks, channels, "
-            f"reductions, mean and std; it says {facts!r}."
-        ) from error
+        needed = "timm_name, blocks, channels, reductions, mean and std"
+        problem = f"its header must describe the backbone of {arch} by {needed}; it says {facts!r}."
+        raise trained.header_error(problem) from error
     entry = backbone.entry
     if claimed != (entry.channels, entry.reductions) or len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(
-            f"{trained.source}: its header describes {name} as {facts!r}, but it has channels {entry.channels} and "
-            f"reductions {entry.reductions}. Was it made with another version of timm?"
-        )
+        problem = f"has channels {entry.channels} and reductions {entry.reductions}"
+        advice = "Was it made with another version of timm?"
+        raise trained.header_error(f"its header describes {name} as {facts!r}, but it {problem}. {advice}")
     backbone = replace(backbone, entry=replace(entry, normalization=(mean, std)))
     return _sized(backbone, img_size or trained.img_size)
 
 
-def published_files(name: str, cache_dir: Folder = None) -> tuple[list[Path], str]:
+def published_files(name: str, cache_dir: AnyPath | None = None) -> tuple[list[Path], str]:
     """Find or fetch the weights of a model that the catalog names.
 
     Returns:
@@ -183,7 +184,7 @@ def published_files(name: str, cache_dir: Folder = None) -> tuple[list[Path], st
     return files, missing
 
 
-def convert_checkpoint(source: str | os.PathLike[str], destination: str | os.PathLike[str], name: str) -> Checkpoint:
+def convert_checkpoint(source: AnyPath, destination: AnyPath, name: str) -> Checkpoint:
     """Turn a published checkpoint into a safetensors file that says what it is for; the tensors stay as they are.
 
     Args:
@@ -222,15 +223,6 @@ def _asked(name: str | None, weights: Weights) -> tuple[str | None, str | None, 
     return arch, str(weights), None
 
 
-def _check_published(arch: str, pretrained: bool, backbone_weights: Weights) -> None:
-    """Refuse, before anything is fetched, to take from the catalog what it does not have."""
-    model = catalog.MODELS[arch]
-    if not model.tags and (pretrained or not model.backbone):
-        raise InputError(f"{catalog.must_be_given(arch)}.")
-    if pretrained and backbone_weights is None:
-        _check_fetchable(model.backbone, catalog.BACKBONES[model.backbone])
-
-
 def _hub_file(arch: str | None, tag: str | None) -> tuple[str, str] | None:
     """Where the trained weights of a tag, or of the default one, are published."""
     model = catalog.MODELS[arch] if arch else None
@@ -267,15 +259,14 @@ def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
 def _sized(backbone: BackboneSpec, img_size: int | tuple[int, int] | None) -> BackboneSpec:
     """The backbone with the input size asked for, which must be possible."""
     entry = backbone.entry
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size or entry.img_size
-    size = check_size(size, entry.patch_size)
+    size = check_size(entry.img_size if img_size is None else img_size, entry.patch_size)
     if backbone.encoder is not None:
         backbone.encoder.try_out(size)
     return replace(backbone, entry=replace(entry, img_size=size))
 
 
 def _find_weights(
-    backbone: BackboneSpec, weights: Weights | TrainedWeights | StateDict, cache_dir: Folder
+    backbone: BackboneSpec, weights: Weights | TrainedWeights | StateDict, cache_dir: AnyPath | None
 ) -> Path | TrainedWeights | StateDict | None:
     entry = backbone.entry
     if isinstance(weights, (TrainedWeights, Mapping)):
@@ -287,7 +278,7 @@ def _find_weights(
     return hub.resolve(weights, candidates=(_WEIGHTS, entry.original_file), cache_dir=cache_dir)
 
 
-def _published(name: str, entry: catalog.Backbone, cache_dir: Folder) -> Path:
+def _published(name: str, entry: catalog.Backbone, cache_dir: AnyPath | None) -> Path:
     """The file of a backbone's published weights, from the package, the cache or the Hub."""
     if entry.asset is not None:
         return catalog.ASSETS / entry.asset

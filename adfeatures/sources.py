@@ -143,7 +143,7 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
 
 def _advice(unread: Sequence[Path]) -> str:
     suffixes = sorted({path.suffix.lower() for path in unread})
-    install = " pip install pillow-heif reads HEIC." if set(suffixes) & set(_PHONE_SUFFIXES) else ""
+    install = ' For HEIC: pip install "adfeatures[heic]".' if set(suffixes) & set(_PHONE_SUFFIXES) else ""
     return f" {unread[0].name} cannot be read: convert {' '.join(suffixes)} to PNG.{install}"
 
 

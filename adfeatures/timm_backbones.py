@@ -13,12 +13,11 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entr
 from torch import Tensor, nn
 
 from . import catalog
-from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly
+from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly, of_prefix
 from .errors import CheckpointError, InputError, UnknownNameError
 
 _PYRAMID = (4, 8, 16)
 _TIMM = "https://github.com/huggingface/pytorch-image-models"
-_FAILURES = (AssertionError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
 class TimmBackbone(Encoder):
@@ -39,10 +38,10 @@ class TimmBackbone(Encoder):
         self.arch, self.model = arch, _build(arch)
         stages = self.model.feature_info
         self.levels = check_levels(_default_levels(arch, stages) if levels is None else levels, len(stages))
-        self.channels = tuple(int(stages[level - 1]["num_chs"]) for level in self.levels)
-        self.reductions = tuple(int(stages[level - 1]["reduction"]) for level in self.levels)
-        self.patch_size = max(self.reductions)
         self._indices = [level - 1 for level in self.levels]
+        self.channels = tuple(int(stages[index]["num_chs"]) for index in self._indices)
+        self.reductions = tuple(int(stages[index]["reduction"]) for index in self._indices)
+        self.patch_size = max(self.reductions)
 
     def load(self, weights: StateDict | None, source: str) -> None:
         """Take weights, and let go of what the levels do not need.
@@ -88,21 +87,18 @@ class TimmBackbone(Encoder):
                 break
             except InputError:
                 raise
-            except _FAILURES as error:
+            except Exception as error:  # models fail in many ways
                 failure = error
         else:
             reason = str(failure).strip().partition("\n")[0].rstrip(".")
-            raise InputError(
-                f"{self.arch} takes no images of {(height, width)} pixels ({reason}). Choose another size or backbone."
-            ) from failure
+            problem = f"{self.arch} takes no images of {(height, width)} pixels ({reason})"
+            raise InputError(f"{problem}. Choose another size or backbone.") from failure
         shapes = zip(self.channels, self.reductions, strict=True)
         expected = [(1, channels, height // reduction, width // reduction) for channels, reduction in shapes]
         found = [tuple(level.shape) for level in maps]
         if found != expected:
-            raise InputError(
-                f"{self.arch} gives maps of shape {found} instead of {expected}, so it cannot be used. "
-                "Choose another backbone."
-            )
+            problem = f"{self.arch} gives maps of shape {found} instead of {expected}, so it cannot be used"
+            raise InputError(f"{problem}. Choose another backbone.")
 
 
 def find_timm(name: str, levels: Sequence[int] | None = None) -> tuple[catalog.Backbone, TimmBackbone]:
@@ -150,10 +146,8 @@ def _build(arch: str) -> Any:
     except TypeError:  # most convolutional networks take any size and know no such argument
         model = timm.create_model(arch, pretrained=False)
     if not (hasattr(model, "forward_intermediates") and getattr(model, "feature_info", None)):
-        raise InputError(
-            f"timm {timm.__version__} has no feature maps for {arch}. Choose a vision transformer or a convolutional "
-            "pyramid."
-        )
+        problem = f"timm {timm.__version__} has no feature maps for {arch}"
+        raise InputError(f"{problem}. Choose a vision transformer or a convolutional pyramid.")
     return model
 
 
@@ -163,21 +157,20 @@ def _default_levels(arch: str, stages: Sequence[Mapping[str, Any]]) -> tuple[int
         return tuple(sorted({max(1, depth * i // 4) for i in (1, 2, 3, 4)}))
     levels = tuple(number for number, reduction in enumerate(reductions, start=1) if reduction in _PYRAMID)
     if not levels:
-        raise InputError(
-            f"{arch} has no stages with 4, 8 or 16 pixels per cell, but {reductions}: choose levels from 1 to {depth}."
-        )
+        problem = f"{arch} has no stages with 4, 8 or 16 pixels per cell, but {reductions}"
+        raise InputError(f"{problem}: choose levels from 1 to {depth}.")
     return levels
 
 
 def _native(state: StateDict, model: nn.Module, arch: str, source: str) -> StateDict:
     """The weights under the keys of timm's model."""
     if all(key.startswith("model.") for key in state):
-        state = {key.removeprefix("model."): value for key, value in state.items()}
+        state = of_prefix(state, "model.")
     own = model.state_dict().keys()
     convert = getattr(sys.modules[model_entrypoint(arch).__module__], "checkpoint_filter_fn", None)
     if convert is not None and any(key not in own and not UNUSED.fullmatch(key) for key in state):
         try:
             state = convert(dict(state), model)
-        except _FAILURES as error:
+        except Exception as error:
             raise CheckpointError(f"{source} does not hold the weights of {arch}: {error}") from error
     return {key: value for key, value in state.items() if key in own or not UNUSED.fullmatch(key)}

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ _DTYPES = {
     "torch ShortStorage": torch.int16,
 }
 _REBUILD = "torch._utils _rebuild_tensor_v2"
-# What attributes that are no tensors are made of. Their values are not needed.
+# What attributes that are no tensors are made of. Their values are not needed: None stands for them.
 _IGNORED = re.compile(r"torch\.jit\._pickle \w+|torch device|collections OrderedDict")
 
 
@@ -52,10 +53,6 @@ class _Global(NamedTuple):
 class _Module:
     kind: str
     attributes: dict[str, Any] = field(default_factory=dict)
-
-
-class _Ignored:
-    """Stands for a value that is no tensor, number, text or container."""
 
 
 def is_torchscript(path: Path) -> bool:
@@ -82,11 +79,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def _state(root: _Module, files: _Files) -> Iterator[tuple[str, Tensor]]:
-    waiting = [("", root)]
-    count = 0
+    waiting, count, state_names = [("", root)], 0, cache(files.state_names)
     while waiting:
         prefix, module = waiting.pop()
-        named = files.state_names(module.kind)
+        named = state_names(module.kind)
         for key, value in module.attributes.items():
             # Modules may share others, so that few bytes can stand for many names.
             count += 1
@@ -106,7 +102,6 @@ class _Files:
         roots = [name for name in self.names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         self.folder = _single(roots).removesuffix("data.pkl")
         self.storages: dict[str, Tensor] = {}
-        self.state: dict[str, set[str] | None] = {}
         if f"{self.folder}byteorder" in self.names and self.read("byteorder").decode() != sys.byteorder:
             raise ArchiveError("its bytes are in the order of another kind of processor")
 
@@ -135,11 +130,7 @@ class _Files:
 
     def state_names(self, kind: str) -> set[str] | None:
         """The attributes that a class lists as its parameters and buffers, None where its text is missing."""
-        if kind not in self.state:
-            self.state[kind] = self._listed(*kind.split(" "))
-        return self.state[kind]
-
-    def _listed(self, module: str, name: str) -> set[str] | None:
+        module, name = kind.split(" ")
         path = f"code/{module.replace('.', '/')}.py"
         if self.folder + path not in self.names:
             return None
@@ -171,26 +162,22 @@ def _interpret(data: bytes, files: _Files) -> Any:
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
             case "MARK":
                 marks.append(len(stack))
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[opcode.name]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 length = int(opcode.name[-1])
                 stack[-length:] = [tuple(stack[-length:])]
             case "TUPLE":
                 stack.append(tuple(above_mark()))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                value = stack.pop()
-                stack[-1].append(value)
-            case "APPENDS":
-                values = above_mark()
+            case "APPEND" | "APPENDS":
+                values = above_mark() if opcode.name == "APPENDS" else [stack.pop()]
                 stack[-1].extend(values)
-            case "EMPTY_DICT":
-                stack.append({})
             case "SETITEMS":
                 values = above_mark()
-                _set_items(stack[-1], values)
+                # A tuple of tuples of tuples could take for ever to hash.
+                if not all(isinstance(key, (str, int, float)) for key in values[::2]):
+                    raise ArchiveError("a dictionary has keys that are neither text nor numbers")
+                stack[-1].update(zip(values[::2], values[1::2], strict=True))
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -201,14 +188,14 @@ def _interpret(data: bytes, files: _Files) -> Any:
                 stack.append(files.storage(stack.pop()))
             case "NEWOBJ":
                 _, made = stack.pop(), stack.pop()
-                stack.append(_Module(made.name) if made.name.startswith("__torch__") else _Ignored())
+                stack.append(_Module(made.name) if made.name.startswith("__torch__") else None)
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], _Module) and isinstance(state, dict):
                     stack[-1].attributes = {key: value for key, value in state.items() if isinstance(key, str)}
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_tensor(*arguments) if function.name == _REBUILD else _Ignored())
+                stack.append(_tensor(*arguments) if function.name == _REBUILD else None)
             case "STOP":
                 return _single(stack)
             case _:
@@ -220,14 +207,6 @@ def _named(argument: str) -> _Global:
     if argument.startswith("__torch__") or argument in _DTYPES or argument == _REBUILD or _IGNORED.fullmatch(argument):
         return _Global(argument)
     raise ArchiveError(f"it names {argument.replace(' ', '.')}, which is neither a module nor a tensor")
-
-
-def _set_items(mapping: dict[Any, Any], values: list[Any]) -> None:
-    keys = values[::2]
-    # A tuple of tuples of tuples could take for ever to hash.
-    if not all(isinstance(key, (str, int, float)) for key in keys):
-        raise ArchiveError("a dictionary has keys that are neither text nor numbers")
-    mapping.update(zip(keys, values[1::2], strict=True))
 
 
 def _tensor(storage: Tensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:

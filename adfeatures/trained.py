@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import catalog
-from .backbones import StateDict, check_fit, load_strictly
+from .backbones import check_fit, load_strictly, of_prefix
 from .checkpoints import Checkpoint, load_checkpoint
 from .errors import CheckpointError, UnknownNameError
 from .projector import ResidualProjector
@@ -49,9 +49,7 @@ class TrainedWeights:
         """Attention heads, which a state dict cannot tell: they stand in every header that is not the authors'."""
         heads = self.fact("num_heads")
         if heads is not None and (type(heads) is not int or heads < 1):
-            raise CheckpointError(
-                f"{self.source}: the num_heads of its header must be a positive number, got {heads!r}."
-            )
+            raise self.header_error(f"the num_heads of its header must be a positive number, got {heads!r}.")
         return heads or 16
 
     @property
@@ -61,7 +59,7 @@ class TrainedWeights:
         if size is None:
             return None
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
-            raise CheckpointError(f"{self.source}: the img_size of its header must be [height, width], got {size!r}.")
+            raise self.header_error(f"the img_size of its header must be [height, width], got {size!r}.")
         return size[0], size[1]
 
     def identify(self, arch: str | None, tag: str | None) -> tuple[str, str | None]:
@@ -74,21 +72,17 @@ class TrainedWeights:
         try:
             found = catalog.find_model(header) if header is not None else None
         except UnknownNameError as error:
-            raise CheckpointError(
-                f"{self.source} is a checkpoint of {header!r}, which this version does not know. {error}"
-            ) from error
-        if arch is None:
-            if found is None:
-                raise CheckpointError(
-                    f"{self.source} does not say which model it is for. Name it: create_model(NAME, weights=...)."
-                )
-            return found
-        if found is not None and (found[0] != arch or (tag and found[1] and found[1] != tag)):
-            asked = f"{arch}.{tag}" if tag else arch
-            raise CheckpointError(
-                f"{self.source} is a checkpoint of {header}, not of {asked}. Create that model instead."
-            )
-        return arch, tag or (found and found[1])
+            problem = f"{self.source} is a checkpoint of {header!r}, which this version does not know"
+            raise CheckpointError(f"{problem}. {error}") from error
+        if found is None:
+            if arch is None:
+                problem = f"{self.source} does not say which model it is for"
+                raise CheckpointError(f"{problem}. Name it: create_model(NAME, weights=...).")
+            return arch, tag
+        if arch and (found[0] != arch or (tag and found[1] and found[1] != tag)):
+            problem = f"{self.source} is a checkpoint of {header}, not of {f'{arch}.{tag}' if tag else arch}"
+            raise CheckpointError(f"{problem}. Create that model instead.")
+        return found[0], tag or found[1]
 
     def create_projector(self, channels: Sequence[int]) -> ResidualProjector:
         """The projector of these weights.
@@ -120,9 +114,8 @@ class TrainedWeights:
         try:
             return json.loads(text) if text is not None else None
         except ValueError as error:
-            raise CheckpointError(f"{self.source}: the {name} of its header is not JSON: {text!r}.") from error
+            raise self.header_error(f"the {name} of its header is not JSON: {text!r}.") from error
 
-
-def of_prefix(state: StateDict, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin with a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    def header_error(self, problem: str) -> CheckpointError:
+        """The error to raise about the header."""
+        return CheckpointError(f"{self.source}: {problem}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def small_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model on a quarter of its pixels, for tests of what is done with its scores."""
+    from adfeatures import catalog
+
+    small = replace(catalog.BACKBONES["efficientnet_lite"], img_size=(160, 160))
+    monkeypatch.setattr(catalog, "BACKBONES", {**catalog.BACKBONES, "efficientnet_lite": small})
 
 
 @pytest.fixture

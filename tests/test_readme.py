@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.hub_server import HubServer
@@ -13,6 +15,7 @@ from helpers.published import as_published
 from safetensors.torch import save
 
 import adfeatures
+from adfeatures import catalog
 from adfeatures.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -23,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_input: None) -> Path:
     """A folder with the photos that the README speaks of."""
     write_photos(tmp_path / "good", range(8))
     write_photos(tmp_path / "new", range(20, 22))
@@ -43,7 +46,10 @@ def test_commands(workplace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cannot pin down")
-def test_python_blocks(workplace: Path, hub: HubServer) -> None:
+def test_python_blocks(workplace: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A third of the blocks, of the same width: what is shown does not depend on the depth.
+    shallow = replace(catalog.BACKBONES["dinov2_base"], blocks=(1, 2, 3, 4))
+    monkeypatch.setattr(catalog, "BACKBONES", {**catalog.BACKBONES, "dinov2_base": shallow})
     model = adfeatures.create_model("adpretrain_dinov2_base", pretrained=False)
     assert model.projector is not None
     for kind in ("norm", "angle"):
@@ -57,6 +63,8 @@ def test_python_blocks(workplace: Path, hub: HubServer) -> None:
     assert len(code) >= 3
     for block in code:
         exec(compile(block.replace("/path/to/checkout", str(namespace["CHECKOUT"])), "README.md", "exec"), namespace)
+    maps: Any = namespace["maps"]
+    assert [tuple(level.shape) for level in maps] == [(1, 768, 16, 16)] * 4
 
 
 def test_table_lists_every_model() -> None:

@@ -46,19 +46,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A metric that selects checkpoints, and the names that it goes by.
+    """A metric that selects checkpoints, and the names that it goes by."""
 
-    Attributes:
-        key: In the names of checkpoints and in logs.
-        field: In ``Metrics``.
-        stored: In the files of weights, the authors' own as well.
-        title: For people.
-    """
-
-    key: str
-    field: str
-    stored: str
-    title: str
+    key: str  # in the names of checkpoints and in logs
+    field: str  # in `Metrics`
+    stored: str  # in the files of weights, the authors' own as well
+    title: str  # for people
 
 
 CRITERIA = (
@@ -97,10 +90,9 @@ def evaluate(maps: Array, masks: Array, labels: Array, scores: Array | None = No
         )
     images = _of_both_kinds("image_auroc, image_ap, image_f1", "image", anomalous)
     pixels = _of_both_kinds("pixel_auroc, pixel_ap, pixel_f1, aupro", "pixel", defect)
-    return Metrics(
-        *(_image_metrics(scores, anomalous) if images else (nan, nan, nan)),
-        *(_pixel_metrics(maps, defect) if pixels else (nan, nan, nan, nan)),
-    )
+    of_images = _image_metrics(scores, anomalous) if images else [nan] * 3
+    of_pixels = _pixel_metrics(maps, defect) if pixels else [nan] * 4
+    return Metrics(*of_images, *of_pixels)
 
 
 def aupro(maps: Array, masks: Array, limit: float = LIMIT) -> float:
@@ -127,7 +119,7 @@ def aupro(maps: Array, masks: Array, limit: float = LIMIT) -> float:
     maps, defect = _checked(maps, masks)
     if not _of_both_kinds("aupro", "pixel", defect):
         return nan
-    ranking = _Ranking.of(maps, defect)
+    ranking = _Ranking(maps, defect)
     return ranking.area(ranking.overlap(defect), limit)
 
 
@@ -179,66 +171,52 @@ def curves(maps: Array, masks: Array, rates: Array) -> tuple[np.ndarray, np.ndar
     maps, defect = _checked(maps, masks)
     if not _of_both_kinds("curves", "pixel", defect):
         return np.full(len(rates), nan), np.full(len(rates), nan)
-    ranking = _Ranking.of(maps, defect)
-    detected = (ranking.found / len(ranking.order), ranking.overlap(defect))
-    roc, pro = (np.interp(_array(rates), *ranking.curve(fraction)) for fraction in detected)
-    return roc, pro
+    ranking = _Ranking(maps, defect)
+    roc, pro = ranking.curve(ranking.found / len(ranking.order)), ranking.curve(ranking.overlap(defect))
+    return np.interp(_array(rates), *roc), np.interp(_array(rates), *pro)
 
 
-def _image_metrics(scores: np.ndarray, anomalous: np.ndarray) -> tuple[float, float, float]:
+def _image_metrics(scores: np.ndarray, anomalous: np.ndarray) -> list[float]:
     """AUROC, AP and F1-max of scores (N,)."""
     precision, recall, _ = precision_recall_curve(anomalous, scores)
     # Where both are 0 so is F1.
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    return float(roc_auc_score(anomalous, scores)), float(average_precision_score(anomalous, scores)), float(f1.max())
+    return [float(roc_auc_score(anomalous, scores)), float(average_precision_score(anomalous, scores)), float(f1.max())]
 
 
-def _pixel_metrics(maps: np.ndarray, defect: np.ndarray) -> tuple[float, float, float, float]:
+def _pixel_metrics(maps: np.ndarray, defect: np.ndarray) -> list[float]:
     """AUROC, AP, F1-max and AUPRO of the pixels of (N, H, W).
 
     From one ranking, for scikit-learn would sort all pixels three times and hold several float64 copies of them.
     """
-    ranking = _Ranking.of(maps, defect)
+    ranking = _Ranking(maps, defect)
     found, false, total = ranking.found, ranking.false, len(ranking.order)
     recall = found / total
     ap = float(np.diff(recall, prepend=0) @ (found / (found + false)))
     f1 = float((2 * found / (found + false + total)).max())
-    return ranking.area(recall, 1.0), ap, f1, ranking.area(ranking.overlap(defect), LIMIT)
+    return [ranking.area(recall, 1.0), ap, f1, ranking.area(ranking.overlap(defect), LIMIT)]
 
 
-@dataclass(frozen=True)
 class _Ranking:
     """Pixels counted at the T distinct scores of defect pixels, from the highest down.
 
     No other threshold matters: between two of them nothing but false positives is added, which raises no metric and
     bends no curve.
-
-    Attributes:
-        order: The P defect pixels from the highest score down, as indices in the order of ``maps[defect]``.
-        found: (T,) defect pixels at or above each score.
-        above: (T,) normal pixels above it.
-        false: (T,) normal pixels at or above it.
-        normal: Number of all normal pixels.
     """
 
-    order: np.ndarray
-    found: np.ndarray
-    above: np.ndarray
-    false: np.ndarray
-    normal: int
-
-    @classmethod
-    def of(cls, maps: np.ndarray, defect: np.ndarray) -> _Ranking:
+    def __init__(self, maps: np.ndarray, defect: np.ndarray) -> None:
         scores = maps[defect]
-        order = scores.argsort()[::-1]
-        scores = scores[order]
-        found = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) + 1
-        thresholds = scores[found - 1]
-        above, false = np.zeros_like(found), np.zeros_like(found)
+        # The defect pixels from the highest score down, as indices in the order of ``maps[defect]``.
+        self.order = scores.argsort()[::-1]
+        scores = scores[self.order]
+        # Of each threshold (T,): defect pixels at or above it, normal pixels above it, normal pixels at or above it.
+        self.found = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) + 1
+        self.above, self.false = np.zeros_like(self.found), np.zeros_like(self.found)
+        thresholds = scores[self.found - 1]
         for normal in _sorted_normals(maps, defect):
-            above += len(normal) - normal.searchsorted(thresholds, side="right")
-            false += len(normal) - normal.searchsorted(thresholds, side="left")
-        return cls(order, found, above, false, defect.size - len(scores))
+            self.above += len(normal) - normal.searchsorted(thresholds, side="right")
+            self.false += len(normal) - normal.searchsorted(thresholds, side="left")
+        self.normal = defect.size - len(scores)
 
     def overlap(self, defect: np.ndarray) -> np.ndarray:
         """PRO (T,) at each score."""
@@ -247,8 +225,7 @@ class _Ranking:
     def curve(self, detected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """FPR from 0 to 1, and ``detected`` (T,) over it.
 
-        The curve is level from each score to the next one of a defect pixel, and a slope where normal pixels share
-        that.
+        Level from each score to the next one of a defect pixel, and a slope where normal pixels share that.
         """
         x = np.stack([np.append(0, self.false), np.append(self.above, self.normal)], axis=1).ravel() / self.normal
         return x, np.append(0, detected).repeat(2)
@@ -294,9 +271,8 @@ def _of_both_kinds(metrics: str, unit: str, positive: np.ndarray) -> bool:
 
 def _checked(maps: Array, masks: Array) -> tuple[np.ndarray, np.ndarray]:
     """Maps (N, H, W), float32 or float64, and where they lie over defects, bool."""
-    maps, masks = (
-        array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array for array in (_array(maps), _array(masks))
-    )
+    arrays = map(_array, (maps, masks))
+    maps, masks = (array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array for array in arrays)
     if maps.ndim != 3 or not maps.size or maps.shape != masks.shape:
         raise InputError(
             f"Maps and masks must be of one shape (N, H, W), not empty, got {maps.shape} and {masks.shape}. "
@@ -313,7 +289,6 @@ def _checked(maps: Array, masks: Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _array(values: Array) -> np.ndarray:
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
         # numpy has no bfloat16.
-        values = values.float() if values.dtype == torch.bfloat16 else values
+        values = (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu()
     return np.asarray(values)

@@ -58,22 +58,11 @@ def _synthesize(options: argparse.Namespace) -> None:
         products = int(products[0])
     torch.set_num_threads(1)
     start = time.perf_counter()
-    count = synthesize(
-        options.output,
-        products=products,
-        good=good,
-        bad=bad,
-        size=options.size,
-        seed=options.seed,
-        workers=options.workers,
-    )
+    settings = {"size": options.size, "seed": options.seed, "workers": options.workers}
+    count = synthesize(options.output, products=products, good=good, bad=bad, **settings)
     seconds = time.perf_counter() - start
-    rate = (
-        f" in {seconds:.1f} s, {count / seconds / options.workers:.1f} images/s per worker"
-        if count
-        else "; everything was there"
-    )
-    print(f"{options.output}: wrote {count} images{rate}.")
+    rate = f" in {seconds:.1f} s, {count / seconds / options.workers:.1f} images/s per worker"
+    print(f"{options.output}: wrote {count} images{rate if count else '; everything was there'}.")
 
 
 if __name__ == "__main__":

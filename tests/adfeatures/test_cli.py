@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import adfeatures
-from adfeatures import inspection
+from adfeatures import catalog, inspection
 from adfeatures.cli import main
 from adfeatures.errors import ReferencesError
 from adfeatures.projector import ResidualProjector
@@ -32,7 +33,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path: Path, small_input: None) -> Path:
     """References good/, and images to score in new/."""
     write_photos(tmp_path / "good", range(4))
     write_photos(tmp_path / "new", range(10, 13))
@@ -255,8 +256,10 @@ def test_an_interrupted_run_keeps_its_rows(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A published file of full size: the same tensors, bit for bit, under a name that the library loads by itself."""
+    shallow = replace(catalog.BACKBONES["dinov2_base"], blocks=(1, 2, 3, 4))
+    monkeypatch.setattr(catalog, "BACKBONES", {**catalog.BACKBONES, "dinov2_base": shallow})
     projector = ResidualProjector((768,) * 4).state_dict()
     source, destination = tmp_path / "checkpoints_pro_norm.pth", tmp_path / "c.safetensors"
     source.write_bytes(as_published(projector))
@@ -296,7 +299,7 @@ def test_convert_refuses_another_model(
     assert not any(tmp_path.iterdir())
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path: Path, small_input: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("demo", "--output", tmp_path / "demo", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["failed"] == 0 and summary["image_auroc"] > 0.9 and summary["pixel_auroc"] > 0.9

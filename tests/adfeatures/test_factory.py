@@ -30,6 +30,8 @@ from adfeatures.resolve import convert_checkpoint
 REPOSITORY = Path(__file__).parents[2]
 REPO = "xcyao00/ADPretrain"
 CLIP = "adpretrain_clip_base"
+FULL_SIZE = catalog.BACKBONES
+WIDTHS = {"clip_base": 64, "dinov2_base": 64, "dinov2_large": 128}
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
 
@@ -38,17 +40,26 @@ def projector_of(model: FeatureExtractor) -> ResidualProjector:
     return model.projector
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_catalog() -> Iterator[None]:
+    """Transformers of five narrow blocks stand for those of the catalog, which take seconds to build."""
+    small = {name: replace(FULL_SIZE[name], blocks=(1, 2, 4, 5), channels=(c,) * 4) for name, c in WIDTHS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "BACKBONES", {**FULL_SIZE, **small})
+        yield
+
+
 class Published:
-    """A random CLIP-base model, its files as they lie on the Hub, and its features of one picture."""
+    """A random model on CLIP-base, its files as they lie on the Hub, and its features of one picture."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         model = adfeatures.create_model(CLIP, pretrained=False)
         projector = projector_of(model)
         projector.load_state_dict({key: value.bfloat16() for key, value in projector.state_dict().items()})
-        self.backbone = save(
-            {**model.backbone.state_dict(), "norm.weight": torch.ones(768), "head.weight": torch.ones(512, 768)}
-        )
+        width = catalog.BACKBONES["clip_base"].channels[0]
+        unused = {"norm.weight": torch.ones(width), "head.weight": torch.ones(8, width)}
+        self.backbone = save({**model.backbone.state_dict(), **unused})
         self.projector = as_published(projector.state_dict())
         self.safetensors = save(
             {f"projector.{key}": value for key, value in projector.state_dict().items()}, {"model": CLIP}
@@ -64,6 +75,10 @@ class Published:
         for found, expected in zip(self.of(model), self.features, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
+    def upload(self, hub: HubServer) -> None:
+        hub.add(REPO, "clip-base/checkpoints_pro_norm.pth", self.projector)
+        hub.add("timm/vit_base_patch16_clip_224.openai", "model.safetensors", self.backbone)
+
 
 @pytest.fixture(scope="module")
 def published() -> Published:
@@ -71,13 +86,12 @@ def published() -> Published:
 
 
 @pytest.fixture
-def full_hub(hub: HubServer, published: Published) -> Iterator[HubServer]:
-    hub.add(REPO, "clip-base/checkpoints_pro_norm.pth", published.projector)
-    hub.add("timm/vit_base_patch16_clip_224.openai", "model.safetensors", published.backbone)
+def full_hub(hub: HubServer, published: Published) -> HubServer:
+    published.upload(hub)
     config = {"architecture": CLIP, "num_classes": 0, "pretrained_cfg": {"tag": "mine", "num_classes": 0}}
     hub.add("owner/repo", "config.json", json.dumps(config).encode(), lfs=False)
     hub.add("owner/repo", "model.safetensors", published.safetensors)
-    yield hub
+    return hub
 
 
 class TestFromTheHub:
@@ -90,6 +104,14 @@ class TestFromTheHub:
         assert model.name == f"{CLIP}.realiad_norm" and not model.training
 
     @pytest.mark.slow
+    def test_in_full_size(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(catalog, "BACKBONES", FULL_SIZE)
+        published = Published()
+        published.upload(hub)
+        model = adfeatures.create_model(CLIP)
+        assert model.feature_info.channels() == [768] * 4 and model.levels == (3, 6, 9, 12)
+        published.is_served_by(model)
+
     def test_timm_and_torch_hub_return_the_same(
         self, full_hub: HubServer, published: Published, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -100,7 +122,6 @@ class TestFromTheHub:
         monkeypatch.chdir("/")
         published.is_served_by(torch.hub.load(str(REPOSITORY), CLIP, source="local", weights="realiad_norm"))
 
-    @pytest.mark.slow
     def test_own_repository_and_any_file_in_one(self, full_hub: HubServer, published: Published) -> None:
         for weights in (
             "hf-hub:owner/repo",
@@ -146,7 +167,6 @@ class TestFromDisk:
         (tmp_path / "backbone.safetensors").write_bytes(published.backbone)
         return tmp_path
 
-    @pytest.mark.slow
     def test_paths_and_folders(self, disk: Path, published: Published) -> None:
         projector, backbone = disk / "clip-base" / "checkpoints_pro_norm.pth", disk / "backbone.safetensors"
         for weights in (projector, str(projector), f"local-dir:{disk}", f"local-dir:{disk / 'clip-base'}"):
@@ -408,12 +428,12 @@ class TestTimmBackbones:
 
     def test_other_levels_of_a_backbone_of_the_catalog(self, tmp_path: Path) -> None:
         _, entry = load_backbone("dinov2_base", weights="random", levels=(1, 2))
-        assert (entry.blocks, entry.channels, entry.reductions) == ((1, 2), (768, 768), (14, 14))
+        assert (entry.blocks, entry.channels, entry.reductions) == ((1, 2), (64, 64), (14, 14))
         mean, std = entry.normalization
         facts = {
             "timm_name": entry.timm_name,
             "blocks": (1, 2),
-            "channels": (768, 768),
+            "channels": (64, 64),
             "reductions": (14, 14),
             "mean": mean,
             "std": std,
@@ -519,7 +539,7 @@ class TestLoadBackbone:
         hub.add("timm/vit_base_patch16_clip_224.openai", "model.safetensors", published.backbone)
         backbone, entry = load_backbone("clip_base", img_size=(32, 48))
         assert entry == replace(catalog.BACKBONES["clip_base"], img_size=(32, 48))
-        key = "blocks.11.mlp.fc2.weight"
+        key = "blocks.4.mlp.fc2.weight"
         assert torch.equal(backbone.state_dict()[key], load(published.backbone)[key])
         assert not backbone.training and not any(parameter.requires_grad for parameter in backbone.parameters())
         assert load_backbone("efficientnet_lite")[1].img_size == (320, 320)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.hub_server import HubServer
@@ -333,6 +334,14 @@ class TestRefusals:
 
 
 class TestBrokenTransfers:
+    @pytest.fixture(autouse=True)
+    def short_rests(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """huggingface_hub tries again after 0.1 s instead of 1 s."""
+        from huggingface_hub import file_download
+
+        rests = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.1))})
+        monkeypatch.setattr(file_download, "time", rests)
+
     def nothing_kept(self, cache: Path) -> bool:
         return not [
             path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -28,6 +29,7 @@ from adfeatures.images import (
     MAX_PIXELS,
     PRESETS,
     build_transform,
+    digest,
     read_image,
 )
 
@@ -711,6 +713,22 @@ def test_transforms_are_float32_whatever_the_default_is() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+# --- identity
+
+
+def test_files_are_known_by_their_bytes_and_images_by_their_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    PICTURE.save(path)
+    assert digest(path) == digest(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    for shape in ((9, 13, 3), (700, 4), (256, 3, 4), (257, 2)):
+        array = RNG.integers(0, 256, shape, dtype=np.uint8)
+        expected = hashlib.sha256(repr(shape).encode() + array.tobytes()).hexdigest()
+        assert digest(array) == digest(np.asfortranarray(array)) == digest(Image.fromarray(array)) == expected
+        assert digest(array[::-1]) != expected != digest(array.reshape(shape[0], -1, 1))
+    with pytest.raises(ImageError, match=r"no image file .*gone\.png"):
+        digest(tmp_path / "gone.png")
 
 
 # --- transforms

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,23 @@ def test_folders_that_are_no_products_are_passed_over(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="empty is no product") as warned:
         set_references(model, str(tmp_path / "good"), product_folders=True, recursive=False)
     assert list(model.references) == ["bolt"] and len(warned) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[(8000, 5625)] * 8, [(10_000, 8000), (1000, 40_000)]])
+def test_large_images_fit_into_memory(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    """Eight photos of 45 megapixels in a batch, or larger ones, with the model that comes with the package."""
+    write_photos(tmp_path / "good", range(2))
+    (tmp_path / "new").mkdir()
+    for number, size in enumerate(sizes):
+        photo(number, (160, 120)).resize(size).save(tmp_path / "new" / f"{number}.jpg")
+    code = (
+        "import resource, sys; from adfeatures.cli import main; print(main(sys.argv[1:])); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    good, out, new = (str(tmp_path / name) for name in ("good", "out", "new"))
+    arguments = ["score", "--references", good, "--output", out, new]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    *_, done, megabytes = result.stdout.split()
+    assert int(done) == 0 and len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
+    assert len(sizes) < 8 or float(megabytes) < 1500

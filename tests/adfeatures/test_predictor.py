@@ -183,7 +183,7 @@ class TestCopies:
 
     def test_numbers_of_numpy_are_saved(self, lite: FeatureExtractor, tmp_path: Path) -> None:
         lite.set_references([photo(seed) for seed in range(3)])
-        threshold = lite.fit_threshold(np.float32(0.5))  # type: ignore[arg-type]
+        threshold = lite.fit_threshold(np.float32(0.5))
         lite.save_references(tmp_path / "bank.safetensors")
         bank = adfeatures.ReferenceBank.load(tmp_path / "bank.safetensors")
         assert (bank.threshold, bank.quantile) == (threshold, 0.5)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -181,3 +182,15 @@ class TestFiles:
             trained = find_trained(path)
             assert describe_backbone(LITE, trained).entry.img_size == size
             assert describe_backbone(LITE, trained, 32).entry.img_size == (32, 32)
+
+
+@pytest.mark.parametrize("size", [np.int64(96), (np.int32(96), np.int64(96)), [96, 96], 96])
+def test_sizes_are_whole_numbers_of_any_kind(size: Any) -> None:
+    found = resolve_model(None, img_size=size).backbone.entry.img_size
+    assert found == (96, 96) and all(type(side) is int for side in found)
+
+
+@pytest.mark.parametrize("size", [96.0, "96", (96,), (96, 96, 3), (96, None)])
+def test_other_sizes_are_refused(size: Any) -> None:
+    with pytest.raises(InputError, match="image size .* must be one whole number"):
+        resolve_model(None, img_size=size)

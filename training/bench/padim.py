@@ -58,20 +58,16 @@ def fit(maps: Tensor) -> Gaussians:
 
 def plain_fit(maps: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mean and inverse of the covariance at each position of maps (N, C, h, w)."""
-    patches = maps.flatten(2).double().numpy()
-    ridge = EPSILON * np.eye(patches.shape[1])
-    return [
-        (patches[:, :, p].mean(axis=0), np.linalg.inv(np.cov(patches[:, :, p], rowvar=False) + ridge))
-        for p in range(patches.shape[2])
-    ]
+    positions = maps.flatten(2).permute(2, 0, 1).double().numpy()
+    ridge = EPSILON * np.eye(maps.shape[1])
+    return [(own.mean(axis=0), np.linalg.inv(np.cov(own, rowvar=False) + ridge)) for own in positions]
 
 
 def plain_distances(distributions: list[tuple[np.ndarray, np.ndarray]], maps: Tensor) -> np.ndarray:
     """Distances (N, h, w) of maps (N, C, h, w)."""
-    patches = maps.flatten(2).double().numpy()
-    distances = [
-        mahalanobis(image[:, p], *distribution) for image in patches for p, distribution in enumerate(distributions)
-    ]
+    images = maps.flatten(2).mT.double().numpy()
+    pairs = ((patch, own) for image in images for patch, own in zip(image, distributions, strict=True))
+    distances = [mahalanobis(patch, *own) for patch, own in pairs]
     return np.array(distances).reshape(len(maps), *maps.shape[2:])
 
 

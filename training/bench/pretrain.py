@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,9 +59,7 @@ def naive_angle_loss(first: Tensor, second: Tensor, labels: Tensor, center: Tens
 class BenchedStep:
     """One training step in three forms, on the same batch and from the same weights.
 
-    Args:
-        sizes: What it is made of.
-        folder: Where the encoded pool of references is kept.
+    The encoded pool of references is kept in a folder.
     """
 
     def __init__(self, sizes: StepSizes, folder: str) -> None:
@@ -92,7 +90,7 @@ class BenchedStep:
 
     def ours(self, store: ReferenceStore | None = None) -> float:
         """Take a step, with references from the store if one is given, and return its loss."""
-        batch, model = self.batch, self.projector
+        model, batch = self.projector, self.batch
         return train_step(model, self.optimizer, batch, self.encode, store, self.centers, self.config)["loss"]
 
     def naive(self) -> float:
@@ -131,8 +129,8 @@ def rows(quick: bool = False) -> Iterator[Measurement]:
     sizes = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         step = BenchedStep(sizes, folder)
-        note = f"batch {sizes.batch}, {sizes.shots} references each"
-        note += f"; first losses {step.ours():.5f} and {step.naive():.5f}"
+        first = f"first losses {step.ours():.5f} and {step.naive():.5f}"
+        note = f"batch {sizes.batch}, {sizes.shots} references each; {first}"
         forms = (step.ours, partial(step.ours, step.store), step.naive)
         rounds = [[seconds(form) for form in forms] for _ in range(sizes.repeats)]
         fly, stored, naive = zip(*rounds, strict=True)
@@ -144,7 +142,8 @@ def rows(quick: bool = False) -> Iterator[Measurement]:
 
 def _split(step: BenchedStep) -> Iterator[Measurement]:
     """Seconds of the two halves of a step."""
-    first, second = view_residuals(step.batch, step.encode, step.store)
+    encode = partial(view_residuals, step.batch, step.encode)
+    first, second = encode(step.store)
 
     def ours() -> None:
         joined = step.projector([torch.cat(views) for views in zip(first, second, strict=True)])
@@ -152,13 +151,9 @@ def _split(step: BenchedStep) -> Iterator[Measurement]:
         angle, norm = losses(one, other, step.batch["mask"], step.centers, step.config)
         (angle + norm).backward()
 
-    def of_it(what: str, ours: Callable[[], object], naive: float) -> Measurement:
-        return Measurement.of_runs(f"  of it: {what}", [seconds(ours)], [naive])
-
     naive = seconds(step.naive_view_residuals)
-    yield of_it("encoding and matching", partial(view_residuals, step.batch, step.encode, None), naive)
-    yield of_it(
-        "encoding and matching, from the pool", partial(view_residuals, step.batch, step.encode, step.store), naive
-    )
+    for what, store in (("", None), (", from the pool", step.store)):
+        taken = [seconds(partial(encode, store))]
+        yield Measurement.of_runs(f"  of it: encoding and matching{what}", taken, [naive])
     naive = seconds(lambda: step.naive_losses([first, second]).backward())
-    yield of_it("projector, losses, backward", ours, naive)
+    yield Measurement.of_runs("  of it: projector, losses, backward", [seconds(ours)], [naive])

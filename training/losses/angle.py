@@ -61,18 +61,11 @@ def angle_loss(
             return 0 * features.sum()
         units = F.normalize(features, dim=2)
         positives = (units[0] * units[1]).sum(dim=1) / temperature
-        normal_costs, anomalous_costs = (
-            costs.view(2, -1) - positives[members]
-            for costs, members in zip(
-                _CrossLogSumExp.apply(
-                    units[:, ~anomalous].flatten(0, 1), units[:, anomalous].flatten(0, 1), temperature
-                ),
-                (~anomalous, anomalous),
-                strict=True,
-            )
-        )
+        sides = (~anomalous, anomalous)
+        sums = _CrossLogSumExp.apply(*(units[:, side].flatten(0, 1) for side in sides), temperature)
         views = slice(None) if anchors == "both" else slice(1)
-        return torch.cat([normal_costs[views].flatten(), anomalous_costs[views].flatten()]).mean()
+        costs = [(own.view(2, -1) - positives[side])[views] for own, side in zip(sums, sides, strict=True)]
+        return torch.cat([cost.flatten() for cost in costs]).mean()
 
 
 class _CrossLogSumExp(torch.autograd.Function):

@@ -11,6 +11,8 @@ from adfeatures.errors import InputError, UnknownNameError
 
 # Fraction of the smallest anomalous norm that the radius stays below, and of the radius that normal norms stay above.
 OUTER_FRACTION, INNER_FRACTION = 0.9, 0.99
+# Weights grow no further than exp of this, so that the sum of 10^5 features of norm 10^6 is finite in float32.
+STEEPEST = 60
 _NORMS = {
     "code": lambda features: torch.linalg.vector_norm(features, dim=1),
     "paper": lambda features: features.square().sum(dim=1),
@@ -24,8 +26,9 @@ def norm_loss(
 
     The outer radius moves: it is 0.9 of the smallest anomalous norm of the batch, at most ``radius``; the inner one is
     0.99 of it. A feature on the wrong side of its bound by x costs exp(x) softplus(x), where the first factor is a
-    weight without gradient. Each of the three sets (normal too far, normal too near, anomalous too near) counts by its
-    mean, an empty one not at all. The moving radius and the inner bound stand in the published code only.
+    weight without gradient, here constant from x = 60 on. Each of the three sets (normal too far, normal too near,
+    anomalous too near) counts by its mean, an empty one not at all. The moving radius and the inner bound stand in the
+    published code only.
 
     Args:
         features: Projected residual features (N, C) of one level.
@@ -53,10 +56,8 @@ def norm_loss(
         # sqrt(norms + 1) - 1 without the cancellation of small norms.
         norms = norms / ((norms + 1).sqrt() + 1)
         anomalous = labels > 0
-        smallest = (
-            torch.where(anomalous, norms.detach(), torch.inf).min() if len(norms) else norms.new_tensor(torch.inf)
-        )
-        outer = (OUTER_FRACTION * smallest).clamp_max(radius)
+        limits = torch.where(anomalous, OUTER_FRACTION * norms.detach(), radius)
+        outer = torch.cat([limits, limits.new_full((1,), radius)]).min()
         inner, bound = INNER_FRACTION * outer, outer + margin
         return (
             _mean_excess(norms - outer, ~anomalous)
@@ -71,7 +72,7 @@ def _mean_excess(excess: Tensor, members: Tensor) -> Tensor:
     No synchronization with the device.
     """
     counted = members & (excess > 0)
-    # Where nothing is counted, exp could overflow and spoil the gradient.
+    # Not counted ones may be of any size.
     excess = torch.where(counted, excess, 0)
-    costs = excess.detach().exp() * F.softplus(excess)
+    costs = excess.detach().clamp_max(STEEPEST).exp() * F.softplus(excess)
     return torch.where(counted, costs, 0).sum() / counted.sum().clamp_min(1)

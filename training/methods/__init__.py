@@ -24,29 +24,17 @@ __all__ = ["CFLOW", "GLASS", "METHODS", "FeatureNorm", "Method", "PaDiM", "Patch
 
 @dataclass(frozen=True)
 class Method:
-    """A method and how an evaluation runs it, as the paper does.
+    """A method and how an evaluation runs it, as the paper does."""
 
-    Attributes:
-        create: Its class, called with an extractor and settings.
-        batch: Training images of a batch.
-        shuffle: Whether their order is drawn anew in each pass.
-        drop_last: Whether a last, smaller batch is left out, unless there is no other.
-        seed: Of the order.
-        images: Whether it needs the training images and not only their features.
-        joint: Whether one model is trained on all products.
-        epochs: The setting that says for how many epochs it trains, in ``fit(loader, on_epoch)``; None for no epochs.
-        takes: Further settings that follow from the model, its features and the protocol.
-    """
-
-    create: Callable[..., Any]
-    batch: int = 8
-    shuffle: bool = False
-    drop_last: bool = False
-    seed: int = 0
-    images: bool = False
-    joint: bool = False
-    epochs: str | None = None
-    takes: tuple[str, ...] = ()
+    create: Callable[..., Any]  # its class, called with an extractor and settings
+    batch: int = 8  # training images of a batch
+    shuffle: bool = False  # whether their order is drawn anew in each pass
+    drop_last: bool = False  # whether a last, smaller batch is left out, unless there is no other
+    seed: int = 0  # of the order
+    images: bool = False  # whether it needs the training images and not only their features
+    joint: bool = False  # whether one model is trained on all products
+    epochs: str | None = None  # the setting of how many epochs it trains, in ``fit(loader, on_epoch)``; None: no epochs
+    takes: tuple[str, ...] = ()  # further settings that follow from the model, its features and the protocol
 
 
 _OF_GLASS = ("adapter", "mean", "std", "preset", "textures", "foregrounds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ WARMUP_EPOCHS = 2
 LEVEL_REFERENCES = ("train", "test")
 
 
+@dataclass(eq=False)
 class CFLOW:
     """One conditional flow per level, trained on the patches of normal images.
 
@@ -30,51 +32,31 @@ class CFLOW:
     is the maximum of its map. The original subtracts the sum from the largest one among the test images, which changes
     no rank but would cost float32 its resolution.
 
-    Args:
-        extractor: Maps a batch to feature maps.
-        levels: How many of the last levels to model.
-        blocks: Coupling blocks per flow.
-        chunk: Patches per optimization step. What a batch holds beyond whole chunks is left out of that pass, as in the
-            original; a batch of fewer patches is a chunk by itself.
-        meta_epochs: Number of learning rates and of evaluations.
-        sub_epochs: Passes through the training images per meta-epoch.
-        learning_rate: Of Adam, at the start of its cosine decay.
-        level_reference: What the likelihoods of a level are relative to: the largest of the training images ("train"),
-            or as in the original of the very images that are predicted ("test"), which makes each score depend on the
-            other images.
-        seed: Of the initial weights, the rotations and the order of patches.
-
-    Attributes:
-        flows: The flows after ``fit``, one per level.
-        reference: Largest log-likelihood of the training patches, one per level, float64.
-
     Raises:
         UnknownNameError: For another level_reference.
     """
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        *,
-        levels: int = 3,
-        blocks: int = 8,
-        chunk: int = 4096,
-        meta_epochs: int = 25,
-        sub_epochs: int = 8,
-        learning_rate: float = 2e-4,
-        level_reference: str = "train",
-        seed: int = 0,
-    ) -> None:
-        if level_reference not in LEVEL_REFERENCES:
-            raise UnknownNameError(unknown("level_reference", level_reference, LEVEL_REFERENCES))
-        self.extractor = extractor
-        self.levels, self.blocks, self.chunk = levels, blocks, chunk
-        self.meta_epochs, self.sub_epochs = meta_epochs, sub_epochs
-        self.learning_rate = learning_rate
-        self.level_reference = level_reference
-        self.seed = seed
-        self.flows: list[ConditionalFlow] = []
-        self.reference: list[Tensor] = []
+    extractor: Extractor  # of the features of a batch
+    _: KW_ONLY
+    levels: int = 3  # how many of the last levels to model
+    blocks: int = 8  # coupling blocks per flow
+    # Patches per optimization step. What a batch holds beyond whole chunks is left out of that pass, as in the
+    # original; a batch of fewer patches is a chunk by itself.
+    chunk: int = 4096
+    meta_epochs: int = 25  # number of learning rates and of evaluations
+    sub_epochs: int = 8  # passes through the training images per meta-epoch
+    learning_rate: float = 2e-4  # of Adam, at the start of its cosine decay
+    # What the likelihoods of a level are relative to: the largest of the training images ("train"), or as in the
+    # original of the very images that are predicted ("test"), which makes each score depend on the other images.
+    level_reference: str = "train"
+    seed: int = 0  # of the initial weights, the rotations and the order of patches
+    flows: list[ConditionalFlow] = field(default_factory=list, init=False)  # after ``fit``, one per level
+    # Largest log-likelihood of the training patches, one per level, float64.
+    reference: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.level_reference not in LEVEL_REFERENCES:
+            raise UnknownNameError(unknown("level_reference", self.level_reference, LEVEL_REFERENCES))
 
     def fit(self, loader: CountedLoader, on_epoch: Callable[[int], None] | None = None) -> CFLOW:
         """Train on normal images.
@@ -111,16 +93,13 @@ class CFLOW:
         """
         if not self.reference:
             raise InputError("This CFLOW is not trained yet; call fit first.")
-        scored = [(tuple(batch["image"].shape[-2:]), self._log_likelihoods(batch)) for batch in loader]
+        scored = [(batch["image"].shape[-2:], self._log_likelihoods(batch)) for batch in loader]
         reference = self.reference if self.level_reference == "train" else _maxima(levels for _, levels in scored)
         maps = (_anomaly_maps(levels, reference, size) for size, levels in scored)
-        return gather((m, m.flatten(1).amax(dim=1)) for m in maps)
+        return gather((m, m.amax(dim=(1, 2))) for m in maps)
 
     def _learning_rate(self, epoch: int, progress: float) -> float:
-        """The rate of a batch, given the fraction of its meta-epoch done before it.
-
-        Linear warm-up, then one cosine step per meta-epoch.
-        """
+        """Linear warm-up, batch after batch by the fraction of its meta-epoch done, then a cosine per meta-epoch."""
         if epoch >= WARMUP_EPOCHS:
             return self._cosine(epoch)
         start, end = self.learning_rate / 10, self._cosine(WARMUP_EPOCHS)
@@ -166,7 +145,7 @@ def _maxima(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(values).amax() for values in per_level]
 
 
-def _anomaly_maps(levels: Sequence[Tensor], reference: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def _anomaly_maps(levels: Sequence[Tensor], reference: Sequence[Tensor], size: torch.Size) -> Tensor:
     """Anomaly maps (B, H, W) from the log-likelihoods (B, h_l, w_l) of the levels."""
     # Patches may be likelier than all of training by any factor, which would hide what is beside them, and overflow.
     total = torch.zeros((), dtype=torch.float64)

@@ -47,8 +47,7 @@ class ConditionalFlow(nn.Module):
     def log_likelihood(self, vectors: Tensor, conditions: Tensor) -> Tensor:
         """Log-likelihood per channel of (N, C) under a standard normal prior, (N,)."""
         normal, log_det = self(vectors, conditions)
-        channels = vectors.shape[1]
-        return (log_det - normal.square().sum(dim=1) / 2) / channels - math.log(2 * math.pi) / 2
+        return (log_det - normal.square().sum(dim=1) / 2) / vectors.shape[1] - math.log(2 * math.pi) / 2
 
 
 class CouplingBlock(nn.Module):
@@ -63,9 +62,8 @@ class CouplingBlock(nn.Module):
         inputs = channels - changed + condition
         self.subnet = nn.Sequential(nn.Linear(inputs, 2 * inputs), nn.ReLU(), nn.Linear(2 * inputs, 2 * changed))
         # The softplus of this value is 1 / SOFTPLUS_SCALE: the block begins with a scale of one.
-        self.raw_scale = nn.Parameter(
-            torch.full((channels,), math.log(math.expm1(SOFTPLUS_BETA / SOFTPLUS_SCALE)) / SOFTPLUS_BETA)
-        )
+        raw_scale = math.log(math.expm1(SOFTPLUS_BETA / SOFTPLUS_SCALE)) / SOFTPLUS_BETA
+        self.raw_scale = nn.Parameter(torch.full((channels,), raw_scale))
         self.offset = nn.Parameter(torch.zeros(channels))
         self.register_buffer("rotation", random_rotation(channels))
 
@@ -100,5 +98,4 @@ def position_code(height: int, width: int, size: int = 128) -> Tensor:
         angles = torch.arange(length)[:, None] * frequencies
         return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :half]
 
-    columns, rows = axis(width).expand(height, -1, -1), axis(height)[:, None].expand(-1, width, -1)
-    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+    return torch.cat(torch.broadcast_tensors(axis(width), axis(height)[:, None]), dim=2).flatten(0, 1)

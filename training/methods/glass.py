@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TINY = 1e-10
 
 
+@dataclass(eq=False)
 class GLASS:
     """Train a discriminator of patch vectors; a patch's score is its probability of being anomalous.
 
@@ -41,30 +43,8 @@ class GLASS:
     A pixel's score is upsampled from the patches and smoothed; an image's score is that of its highest patch. The
     original's min-max over the test images, which changes no rank, is left out.
 
-    Args:
-        extractor: Maps a batch to feature maps. In ``fit`` it is also called on augmented images: batches whose "path"
-            is a list of None, by which an extractor that keeps features knows not to, and whose "origin" are the paths
-            of the images augmented.
-        adapter: Train a linear layer before the discriminator, as for raw features; pretrained ones take none.
-        noise: Standard deviation of the noise on normal vectors. None: 0.015 with the adapter, 0.005 without.
-        textures: Folder of texture images (the original: DTD). None makes procedural ones, and ``texture_source`` says
-            so.
-        foregrounds: Folder of masks ``<product>/<file name of the training image>`` that defects stay in. None for
-            whole images.
-        mean: Mean that the images are normalized with, per channel; textures are blended in as they would be
-            normalized.
-        std: Standard deviation likewise.
-        preset: Geometry of the images' transform, which the foreground masks follow.
-        dim: Length of the patch vectors.
-        hidden: Width of the discriminator.
-        epochs: Epochs, each in the order of the loader.
-        samples_per_epoch: An epoch ends with the batch that exceeds so many images, or with the loader.
-        learning_rate: Of AdamW for the discriminator; that of Adam for the adapter is half of it.
-        seed: Of the initial weights, the noise and the defects.
-
     Attributes:
-        texture_source: "procedural" or the folder of the textures.
-        discriminator: The trained network.
+        discriminator: The trained network, from vectors (N, dim) to logits (N, 1).
         center: Mean normal vector of each position, (h, w, dim). The original averages the means of batches, ours the
             images.
 
@@ -72,33 +52,29 @@ class GLASS:
         ImageError: For a folder of textures without images.
     """
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        *,
-        adapter: bool = False,
-        noise: float | None = None,
-        textures: str | os.PathLike[str] | None = None,
-        foregrounds: str | os.PathLike[str] | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        preset: str = "squash",
-        dim: int = 1536,
-        hidden: int = 1024,
-        epochs: int = 640,
-        samples_per_epoch: int = 392,
-        learning_rate: float = 2e-4,
-        seed: int = 0,
-    ) -> None:
-        self.extractor = extractor
-        self.noise = (0.015 if adapter else 0.005) if noise is None else noise
-        self.synthesis = DefectSynthesis(textures, foregrounds, mean, std, preset)
-        self.texture_source = self.synthesis.texture_source
-        self.dim, self.hidden = dim, hidden
-        self.epochs, self.samples_per_epoch, self.learning_rate = epochs, samples_per_epoch, learning_rate
-        self.seed = seed
-        self._with_adapter = adapter
-        self.adapter: nn.Module = nn.Identity()
+    # Of the features of a batch. In ``fit`` it is also called on augmented images: batches whose "path" is a list of
+    # None, by which an extractor that keeps features knows not to, and whose "origin" are the paths of their originals.
+    extractor: Extractor
+    _: KW_ONLY
+    adapter: bool = False  # train a linear layer before the discriminator, as for raw features, not for pretrained
+    noise: float | None = None  # standard deviation on normal vectors; None: 0.015 with the adapter, 0.005 without
+    # As in `DefectSynthesis`.
+    textures: str | os.PathLike[str] | None = None
+    foregrounds: str | os.PathLike[str] | None = None
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    preset: str = "squash"
+    dim: int = 1536  # length of the patch vectors
+    hidden: int = 1024  # width of the discriminator
+    epochs: int = 640  # each in the order of the loader
+    samples_per_epoch: int = 392  # an epoch ends with the batch that exceeds so many images, or with the loader
+    learning_rate: float = 2e-4  # of AdamW for the discriminator; that of Adam for the adapter is half of it
+    seed: int = 0  # of the initial weights, the noise and the defects
+
+    def __post_init__(self) -> None:
+        self.synthesis = DefectSynthesis(self.textures, self.foregrounds, self.mean, self.std, self.preset)
+        self.deviation = (0.015 if self.adapter else 0.005) if self.noise is None else self.noise
+        self.adapt: nn.Module = nn.Identity()
         self.discriminator = nn.Sequential()
         self.center = torch.empty(0)
 
@@ -110,27 +86,26 @@ class GLASS:
             on_epoch: Called with the number of finished epochs after each of them, when ``predict`` can be called.
 
         Raises:
-            InputError: For no images, a batch of a single patch, features that are NaN, or a foreground mask without
-                foreground.
-            ImageError: For a texture or foreground mask that is missing or cannot be read.
-            UnknownNameError: For an unknown preset, where there are foreground masks.
+            InputError: For no images, a batch of a single patch, or NaN features; further errors as `DefectSynthesis`.
         """
         device = first_maps(self.extractor, loader, LEVELS)[0].device
         with seeded(self.seed):
-            self.adapter = (_xavier(nn.Linear(self.dim, self.dim)) if self._with_adapter else nn.Identity()).to(device)
-            self.discriminator = _discriminator(self.dim, self.hidden).to(device)
+            if self.adapter:
+                self.adapt = _xavier(nn.Linear(self.dim, self.dim)).to(device)
+            first, last = _xavier(nn.Linear(self.dim, self.hidden)), _xavier(nn.Linear(self.hidden, 1, bias=False))
+            layers = (first, nn.BatchNorm1d(self.hidden), nn.LeakyReLU(0.2), last)
+            self.discriminator = nn.Sequential(*layers).to(device)
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=0.01)
         ]
-        if self._with_adapter:
-            optimizers.append(torch.optim.Adam(self.adapter.parameters(), lr=self.learning_rate / 2, weight_decay=1e-5))
+        if self.adapter:
+            optimizers.append(torch.optim.Adam(self.adapt.parameters(), lr=self.learning_rate / 2, weight_decay=1e-5))
         generator = torch.Generator(device).manual_seed(self.seed)
         rng = np.random.default_rng(self.seed)
         for epoch in tqdm(range(self.epochs), desc="GLASS", leave=False, disable=None):
             # Without an adapter the vectors of the training images never change.
-            if epoch == 0 or self._with_adapter:
+            if epoch == 0 or self.adapter:
                 self.center = self._mean_vectors(loader)
-            self.adapter.train()
             self.discriminator.train()
             seen = 0
             for batch in loader:
@@ -156,9 +131,8 @@ class GLASS:
         """
         if not len(self.center):
             raise InputError("This GLASS is not trained yet; call fit first.")
-        self.adapter.eval()
         self.discriminator.eval()
-        return gather(self._score(batch) for batch in loader)
+        return gather(map(self._score, loader))
 
     def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         vectors = self._vectors(batch)
@@ -168,9 +142,7 @@ class GLASS:
 
     def _vectors(self, batch: Batch) -> Tensor:
         """Adapted patch vectors (B, h, w, dim)."""
-        with torch.no_grad():
-            vectors = neighborhood_vectors(feature_maps(self.extractor, batch, LEVELS), self.dim)
-        return self.adapter(vectors)
+        return self.adapt(neighborhood_vectors(feature_maps(self.extractor, batch, LEVELS), self.dim))
 
     @torch.no_grad()
     def _mean_vectors(self, loader: Loader) -> Tensor:
@@ -183,10 +155,8 @@ class GLASS:
     def _loss(self, batch: Batch, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         """The loss of one batch: cross-entropy of normal and global anomalies, focal loss of local anomalies."""
         images, masks = self.synthesis(batch, rng)
-        normal = self._vectors(batch)
-        augmented = self._vectors(
-            {**batch, "image": images.to(batch["image"]), "path": [None] * len(images), "origin": batch["path"]}
-        )
+        made = {"image": images.to(batch["image"]), "path": [None] * len(images), "origin": batch["path"]}
+        normal, augmented = self._vectors(batch), self._vectors({**batch, **made})
         defective = F.adaptive_max_pool2d(masks, normal.shape[1:3]).flatten().to(normal.device) > 0
         center = self.center.expand_as(normal).flatten(0, 2)
         normal, augmented = normal.flatten(0, 2), augmented.flatten(0, 2)
@@ -195,14 +165,15 @@ class GLASS:
                 "GLASS trains on statistics of a batch, and a single image of one patch has none. "
                 "Use larger images or batches."
             )
-        radius = _radius(torch.cat([augmented[~defective] - center[~defective], normal - center]))
+        offsets = torch.cat([augmented[~defective] - center[~defective], normal - center])
+        radius = offsets.detach().norm(dim=1).quantile(RADIUS_QUANTILE)
         loss = self._ascent_loss(normal, center, radius, generator)
         augmented = torch.where(defective[:, None], project(augmented, center, radius, DEFECT_RADII), augmented)
         return loss + hard_focal_loss(self.discriminator(augmented)[:, 0].sigmoid(), defective.float())
 
     def _ascent_loss(self, normal: Tensor, center: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of normal vectors (N, dim) and of the global anomalies that gradient ascent makes of them."""
-        moved = normal + self.noise * torch.randn(normal.shape, generator=generator, device=normal.device)
+        moved = normal + self.deviation * torch.randn(normal.shape, generator=generator, device=normal.device)
         if not moved.requires_grad:
             moved.requires_grad_()
         for step in range(1, STEPS + 1):
@@ -232,18 +203,8 @@ def hard_focal_loss(scores: Tensor, target: Tensor) -> Tensor:
     return -((1 - likelihood) ** FOCAL_GAMMA * likelihood.log()).mean()
 
 
-def _radius(offsets: Tensor) -> Tensor:
-    return offsets.detach().norm(dim=1).quantile(RADIUS_QUANTILE)
-
-
 def _cross_entropy(logits: Tensor, label: int) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
-
-
-def _discriminator(dim: int, hidden: int) -> nn.Sequential:
-    """From vectors (N, dim) to logits (N, 1)."""
-    first, last = _xavier(nn.Linear(dim, hidden)), _xavier(nn.Linear(hidden, 1, bias=False))
-    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2), last)
 
 
 def _xavier(layer: nn.Linear) -> nn.Linear:

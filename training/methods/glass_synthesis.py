@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,45 +24,29 @@ from ..data.images import read_mask
 from ..data.transforms import MaskTransform
 from .base import Batch
 
-PROCEDURAL = "procedural"
 Size = tuple[int, int]
 # So many masks may miss a foreground before all of it is taken, since a very small one could be missed for ever.
 MAX_DRAWS = 100
 
 
+@dataclass(eq=False)
 class DefectSynthesis:
     """Turns batches of normal images into images with one synthetic defect each.
-
-    Args:
-        textures: Folder of texture images (the original: DTD), searched with its sub-folders. None makes textures of
-            Perlin noise instead.
-        foregrounds: Folder of masks ``<product>/<file name of the training image>``, above 0 where the object is. None
-            for whole images.
-        mean: Mean that the images were normalized with, per channel.
-        std: Standard deviation likewise.
-        preset: Geometry of the images' transform, one of `adfeatures.images.PRESETS`, which the foreground masks then
-            follow.
-
-    Attributes:
-        texture_source: The folder of the textures, or "procedural".
 
     Raises:
         ImageError: For a folder without images.
     """
 
-    def __init__(
-        self,
-        textures: str | os.PathLike[str] | None,
-        foregrounds: str | os.PathLike[str] | None,
-        mean: Sequence[float],
-        std: Sequence[float],
-        preset: str,
-    ) -> None:
-        self.texture_source = PROCEDURAL if textures is None else os.fspath(textures)
-        self._textures = [] if textures is None else list_images(textures, recursive=True)
-        self._foregrounds = None if foregrounds is None else Path(foregrounds)
-        self._mean, self._std = list(mean), list(std)
-        self._preset = preset
+    # Folder of texture images (the original: DTD), searched with its sub-folders. None makes them of Perlin noise.
+    textures: str | os.PathLike[str] | None
+    # Folder of masks <product>/<file name of the training image>, above 0 where the object is. None: whole images.
+    foregrounds: str | os.PathLike[str] | None
+    mean: Sequence[float]  # that the images were normalized with, per channel
+    std: Sequence[float]  # likewise
+    preset: str  # of `adfeatures.images.PRESETS`: geometry of the images' transform, which foreground masks follow
+
+    def __post_init__(self) -> None:
+        self._files = [] if self.textures is None else list_images(self.textures, recursive=True)
 
     def __call__(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw a defect for every image.
@@ -78,21 +63,20 @@ class DefectSynthesis:
         images = batch["image"].cpu()
         size = (images.shape[2], images.shape[3])
         names = zip(batch["product"], batch["path"], strict=True)
-        masks = torch.stack([torch.from_numpy(_mask(self._foreground(size, *name), rng)) for name in names])[
-            :, None
-        ].float()
+        drawn = np.stack([_mask(self._foreground(size, *name), rng) for name in names])
+        masks = torch.from_numpy(drawn)[:, None].float()
         textures = torch.stack([self._texture(size, rng) for _ in images])
         kept = torch.tensor(rng.normal(0.5, 0.1, (len(images), 1, 1, 1)), dtype=torch.float32).clamp(0.2, 0.8)
         return torch.where(masks > 0, (1 - kept) * textures + kept * images, images), masks
 
     def _foreground(self, size: Size, product: str, path: str) -> np.ndarray:
-        if self._foregrounds is None:
+        if self.foregrounds is None:
             return np.ones(size, dtype=bool)
-        file = self._foregrounds / product / Path(path).name
-        mask = MaskTransform(size, self._preset)(read_mask(str(file)))[0].numpy() > 0
+        file = Path(self.foregrounds, product, Path(path).name)
+        mask = MaskTransform(size, self.preset)(read_mask(str(file)))[0].numpy() > 0
         if mask.shape != size:
             raise ImageError(
-                f"The foreground mask {file} becomes {mask.shape} pixels under {self._preset}, its image has {size}."
+                f"The foreground mask {file} becomes {mask.shape} pixels under {self.preset}, its image has {size}."
             )
         if not mask.any():
             raise InputError(
@@ -102,13 +86,13 @@ class DefectSynthesis:
 
     def _texture(self, size: Size, rng: np.random.Generator) -> Tensor:
         """A changed texture, normalized, (3, H, W)."""
-        if self._textures:
-            image = _cover(read_image(self._textures[rng.integers(len(self._textures))]), size)
+        if self._files:
+            image = _cover(read_image(self._files[rng.integers(len(self._files))]), size)
         else:
             image = procedural_texture(size, rng)
         for index in rng.permutation(len(CHANGES))[:3]:
             image = CHANGES[index](image, rng)
-        return F.normalize(F.to_tensor(F.center_crop(image, list(size))), self._mean, self._std)
+        return F.normalize(F.to_tensor(F.center_crop(image, list(size))), list(self.mean), list(self.std))
 
 
 def _mask(foreground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -132,14 +116,10 @@ def perlin_noise(size: Size, cells: Size, rng: np.random.Generator) -> np.ndarra
         angle = angles[np.ix_(row + below, column + right)]
         return np.cos(angle) * (dy - below) + np.sin(angle) * (dx - right)
 
-    down, across = _fade(dy), _fade(dx)
+    down, across = (6 * t**5 - 15 * t**4 + 10 * t**3 for t in (dy, dx))
     upper = corner(0, 0) * (1 - across) + corner(0, 1) * across
     lower = corner(1, 0) * (1 - across) + corner(1, 1) * across
     return math.sqrt(2) * (upper * (1 - down) + lower * down)
-
-
-def _fade(t: np.ndarray) -> np.ndarray:
-    return 6 * t**5 - 15 * t**4 + 10 * t**3
 
 
 def perlin_mask(size: Size, rng: np.random.Generator) -> np.ndarray:
@@ -150,11 +130,8 @@ def perlin_mask(size: Size, rng: np.random.Generator) -> np.ndarray:
 
 def procedural_texture(size: Size, rng: np.random.Generator) -> Image.Image:
     """An image of two random colors mixed by three octaves of Perlin noise, with a little noise per pixel."""
-    cells = 2 ** rng.integers(1, 5, size=2)
-    octaves = [
-        perlin_noise(size, (int(rows), int(columns)), rng) / 2**i
-        for i, (rows, columns) in enumerate([cells, 2 * cells, 4 * cells])
-    ]
+    rows, columns = (2 ** rng.integers(1, 5, size=2)).tolist()
+    octaves = [perlin_noise(size, (scale * rows, scale * columns), rng) / scale for scale in (1, 2, 4)]
     mixture = np.clip(0.5 + rng.uniform(0.5, 2) * sum(octaves), 0, 1)[..., None]
     first, second = rng.uniform(0, 255, (2, 3))
     pixels = first + (second - first) * mixture + rng.normal(0, 8, (*size, 1))

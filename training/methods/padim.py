@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +19,12 @@ BLOCK = 64
 # Samples that are added up together.
 SUMMED = 128
 # Positions are worked on together for as long as their matrices in float64 take no more than this.
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 4 * 2**20
 # Of one level, in float64. Covariances that take more than this are kept in float32, as the original keeps all of them.
 LEVEL_BYTES = 600 * 2**20
 
 
+@dataclass(eq=False)
 class PaDiM:
     """Fit a normal distribution to the patches at each position of each level; score by Mahalanobis distances from it.
 
@@ -32,19 +32,22 @@ class PaDiM:
     rescales the maps by the extremes of the whole test set, which moves no ranking metric; here a map depends on its
     own image alone.
 
-    Args:
-        extractor: What gives the features of a batch.
-        epsilon: What is added to the diagonal of the covariances, above 0.
-        sigma: Gaussian smoothing in pixels of the images.
+    Raises:
+        InputError: For an epsilon that is not above 0.
     """
 
-    def __init__(self, extractor: Extractor, *, epsilon: float = 0.01, sigma: float = scoring.SIGMA) -> None:
-        if not epsilon > 0:
+    extractor: Extractor  # of the features of a batch
+    _: KW_ONLY
+    epsilon: float = 0.01  # what is added to the diagonal of the covariances, above 0
+    sigma: float = scoring.SIGMA  # of the Gaussian smoothing, in pixels of the images
+    _levels: list[Gaussians] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
             raise InputError(
-                f"PaDiM needs epsilon above 0, got {epsilon}: the covariances of few images have no inverse without it."
+                f"PaDiM needs epsilon above 0, got {self.epsilon}: "
+                "the covariances of few images have no inverse without it."
             )
-        self.extractor, self.epsilon, self.sigma = extractor, epsilon, sigma
-        self._levels: list[Gaussians] = []
 
     def fit(self, loader: Loader) -> PaDiM:
         """Estimate the distributions from normal images, in one pass and with bounded memory. A single image will do.
@@ -75,13 +78,12 @@ class PaDiM:
         """
         if not self._levels:
             raise ReferencesError("PaDiM has no distributions to compare with yet: call fit first.")
-        return gather(self._score(batch) for batch in loader)
+        return gather(map(self._score, loader))
 
     def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        height, width = batch["image"].shape[-2:]
         features = feature_maps(self.extractor, batch)
         distances = [gaussians.distances(level) for gaussians, level in zip(self._levels, features, strict=True)]
-        maps = scoring.fuse(distances, (height, width), self.sigma)
+        maps = scoring.fuse(distances, batch["image"].shape[-2:], self.sigma)
         return maps, maps.amax(dim=(1, 2))
 
 
@@ -107,37 +109,38 @@ class Gaussians:
         _, self.channels, *self.grid = example.shape
         self.positions = self.grid[0] * self.grid[1]
         self.few = min(3 * self.channels // 8, LEVEL_BYTES // (8 * self.positions * self.channels))
-        self.epsilon, self.device = epsilon, example.device
+        self.epsilon = epsilon
         self.count = 0  # of the images in mean and scatter
-        self.mean = torch.zeros(self.positions, self.channels, dtype=torch.float64, device=self.device)
-        # Sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2).
-        self.scatter: Tensor | None = None
+        self.mean = example.new_zeros(self.positions, self.channels, dtype=torch.float64)
+        # Sums of squared deviations from the mean, lower triangles (P, C (C + 1) / 2), and later the factors.
+        self.scatter = self.factors = torch.empty(0)
         self.blocks: list[Tensor] = []  # of samples that are not in mean and scatter, (P, BLOCK, C) float32 each
         self.waiting = 0  # how many samples these hold
-        self.factors = torch.empty(0)  # lower triangles like the scatter
-        self.whitened: Tensor | None = None  # W for few images, (P, N, C) float64
-        self._samples_memory, self._packed_memory, self._matrix_memory = _Scratch(), _Scratch(), _Scratch()
+        self.whitened = torch.empty(0)  # W for few images, (P, N, C) float64
+        self._memory = self.mean.new_empty(0)
+        rows, columns = torch.tril_indices(self.channels, self.channels, device=example.device)
+        self._lower = rows * self.channels + columns  # places of the lower triangle in a matrix, row after row
 
     def add(self, level: Tensor) -> None:
         """Take in the maps (B, C, h, w) of a batch."""
         for image in self._patches(level).unbind(dim=1):
             if self.waiting == BLOCK * len(self.blocks):
-                self.blocks.append(torch.empty(self.positions, BLOCK, self.channels, device=self.device))
+                self.blocks.append(image.new_empty(self.positions, BLOCK, self.channels))
             self.blocks[-1][:, self.waiting % BLOCK] = image
             self.waiting += 1
             # Until the scatter matrices take their memory, there is room for all samples that might do without them.
-            if self.waiting > (max(SUMMED, self.few) if self.scatter is None else SUMMED):
+            if self.waiting > (SUMMED if len(self.scatter) else max(SUMMED, self.few)):
                 self._add_to_scatter()
 
     def finish(self) -> None:
         """Compute the factors: no images come after this."""
-        if self.waiting and (self.scatter is not None or self.waiting > self.few):
+        if self.waiting and (len(self.scatter) or self.waiting > self.few):
             self._add_to_scatter()
-        if self.scatter is not None:
-            self.factors, self.scatter = self.scatter, None
+        if len(self.scatter):
+            self.factors = self.scatter
             for chunk in self._chunks(self.channels**2):
                 covariances = self._unpack(self.factors[chunk]).div_(max(self.count - 1, 1))
-                self.factors[chunk] = _pack(self._factor(covariances, self.epsilon))
+                self.factors[chunk] = self._pack(self._factor(covariances, self.epsilon))
             return
         self.whitened = self.mean.new_empty(self.positions, self.waiting, self.channels)
         for chunk in self._chunks(self.waiting * self.channels):
@@ -155,27 +158,25 @@ class Gaussians:
             InputError: For maps of another shape than those that came before.
         """
         deviations = self._patches(level).double() - self.mean[:, None]
-        squared = torch.empty(deviations.shape[:2], dtype=torch.float64, device=self.device)
-        for chunk in self._chunks(self.channels * (self.channels if self.whitened is None else self.count)):
-            squared[chunk] = self._squared_distances(deviations[chunk], chunk)
+        squared = deviations.new_empty(deviations.shape[:2])
+        for chunk in self._chunks(self.channels * (self.channels if len(self.factors) else self.count)):
+            own = deviations[chunk]
+            if len(self.factors):
+                factors = self._unpack(self.factors[chunk])
+                squared[chunk] = torch.linalg.solve_triangular(factors, own.mT, upper=False).square().sum(dim=1)
+            else:
+                explained = own @ self.whitened[chunk].mT
+                squared[chunk] = (own.square().sum(dim=2) - explained.square().sum(dim=2)) / self.epsilon
         # Near the span of the samples both terms of a difference agree in most digits, and rounding may leave less than
         # nothing.
         return squared.clamp_min(0).sqrt().float().T.unflatten(1, self.grid)
 
-    def _squared_distances(self, deviations: Tensor, chunk: slice) -> Tensor:
-        """Squared distances (p, B) of deviations (p, B, C) from the means at a chunk of the positions."""
-        if self.whitened is None:
-            factors = self._unpack(self.factors[chunk])
-            return torch.linalg.solve_triangular(factors, deviations.mT, upper=False).square().sum(dim=1)
-        explained = deviations @ self.whitened[chunk].mT
-        return (deviations.square().sum(dim=2) - explained.square().sum(dim=2)) / self.epsilon
-
     def _add_to_scatter(self) -> None:
         """Move the samples into mean and scatter (the pairwise update of Chan, Golub and LeVeque 1983)."""
-        if self.scatter is None:
-            size = self.channels * (self.channels + 1) // 2
-            dtype = torch.float64 if 8 * self.positions * size <= LEVEL_BYTES else torch.float32
-            self.scatter = torch.zeros(self.positions, size, dtype=dtype, device=self.device)
+        if not len(self.scatter):
+            fits = 8 * self.positions * len(self._lower) <= LEVEL_BYTES
+            dtype = torch.float64 if fits else torch.float32
+            self.scatter = self.mean.new_zeros(self.positions, len(self._lower), dtype=dtype)
         total = self.count + self.waiting
         for chunk in self._chunks(self.channels * max(self.channels, self.waiting)):
             samples = self._samples(chunk)
@@ -183,13 +184,13 @@ class Gaussians:
             step = mean - self.mean[chunk]
             samples -= mean[:, None]
             between = step[:, None] * (self.count * self.waiting / total) ** 0.5
-            self.scatter[chunk] += _pack(torch.baddbmm(between.mT @ between, samples.mT, samples))
+            self.scatter[chunk] += self._pack((between.mT @ between).baddbmm_(samples.mT, samples))
             self.mean[chunk] += step * (self.waiting / total)
         self.blocks, self.waiting, self.count = [], 0, total
 
     def _samples(self, chunk: slice) -> Tensor:
         """The samples (p, N, C) at a chunk of the positions, float64, in memory that the next call uses again."""
-        samples = self._samples_memory(self.mean[chunk].shape[0], self.waiting, self.channels, like=self.mean)
+        samples = self._memory.resize_(len(self.mean[chunk]), self.waiting, self.channels)
         for own, block in zip(samples.split(BLOCK, dim=1), self.blocks, strict=True):
             own.copy_(block[chunk, : own.shape[1]])
         return samples
@@ -204,7 +205,7 @@ class Gaussians:
         return level.flatten(2).permute(2, 0, 1)
 
     def _factor(self, matrices: Tensor, ridge: float) -> Tensor:
-        """Lower Cholesky factors of matrices (p, n, n) + ridge I."""
+        """Lower Cholesky factors of matrices (p, n, n) + ridge I, of which the lower triangles will do."""
         matrices.diagonal(dim1=1, dim2=2).add_(ridge)
         factors, failed = torch.linalg.cholesky_ex(matrices)
         if failed.any():
@@ -219,41 +220,12 @@ class Gaussians:
         step = max(1, CHUNK_BYTES // (8 * numbers))
         return (slice(start, start + step) for start in range(0, self.positions, step))
 
+    def _pack(self, matrices: Tensor) -> Tensor:
+        """The lower triangles (p, C (C + 1) / 2) of matrices (p, C, C), row after row."""
+        return matrices.flatten(1).index_select(1, self._lower)
+
     def _unpack(self, packed: Tensor) -> Tensor:
-        """Symmetric matrices (p, C, C) with these lower triangles, float64, in memory that the next call uses again."""
-        shape = (len(packed), self.channels**2)
-        values = torch.index_select(
-            packed, 1, _places(self.channels, self.device), out=self._packed_memory(*shape, like=packed)
-        )
-        return self._matrix_memory(*shape, like=self.mean).copy_(values).unflatten(1, (self.channels, self.channels))
-
-
-def _pack(matrices: Tensor) -> Tensor:
-    """The lower triangles of matrices (p, n, n), row after row, (p, n (n + 1) / 2)."""
-    rows, columns = torch.tril_indices(*matrices.shape[1:], device=matrices.device)
-    return matrices.flatten(1).index_select(1, rows * matrices.shape[2] + columns)
-
-
-@lru_cache(maxsize=2)
-def _places(size: int, device: torch.device) -> Tensor:
-    """Where each entry of a symmetric matrix, row after row, is in its packed lower triangle, (size * size,)."""
-    number = torch.arange(size, device=device)
-    low, high = torch.minimum(number[:, None], number), torch.maximum(number[:, None], number)
-    return (high * (high + 1) // 2 + low).flatten()
-
-
-class _Scratch:
-    """Memory that is used again: fresh memory of this size took longer at first touch than the computation in it."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def __call__(self, *shape: int, like: Tensor) -> Tensor:
-        """Memory of a shape, with the dtype and device of another tensor.
-
-        Nothing that was taken before may be in use any more.
-        """
-        size = math.prod(shape)
-        if self._memory.numel() < size:
-            self._memory = like.new_empty(size)
-        return self._memory[:size].view(shape)
+        """Matrices (p, C, C) of these lower triangles, float64, 0 above them."""
+        matrices = self.mean.new_zeros(len(packed), self.channels**2)
+        matrices.scatter_(1, self._lower.expand(len(packed), -1), packed.double())
+        return matrices.unflatten(1, (self.channels, self.channels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,44 +24,35 @@ QUERIES_PER_CHUNK, ROWS_PER_CHUNK = 1024, 4096
 SHORTLIST = 8
 
 
+@dataclass(eq=False)
 class PatchCore:
     """Memorize a coreset of the normal patches; score patches by their squared distance to the nearest of them.
 
-    Args:
-        extractor: What gives the features of a batch.
-        levels: How many of the last levels to use, or all where there are fewer.
-        patch: Side of the neighborhood that describes a patch, odd.
-        dim: Length of the vectors.
-        coreset: Fraction of the patches to keep, in (0, 1].
-        projection: Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions,
-            which takes longer and covers the patches more closely.
-        neighbors: How many nearest neighbors a score is the mean over.
-        seed: Seed of the coreset; torch's and numpy's own generators are left alone.
-        sigma: Gaussian smoothing in pixels of the images.
+    Raises:
+        InputError: For a setting out of its range.
     """
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        *,
-        levels: int = 3,
-        patch: int = 3,
-        dim: int = 1024,
-        coreset: float = 0.1,
-        projection: int | None = 128,
-        neighbors: int = 1,
-        seed: int = 42,
-        sigma: float = scoring.SIGMA,
-    ) -> None:
-        if not 0 < coreset <= 1:
-            raise InputError(f"The coreset fraction must lie in (0, 1], got {coreset}.")
-        for name, value in {"levels": levels, "dim": dim, "projection": projection, "neighbors": neighbors}.items():
+    extractor: Extractor  # of the features of a batch
+    _: KW_ONLY
+    levels: int = 3  # how many of the last levels to use, or all where there are fewer
+    patch: int = 3  # side of the neighborhood that describes a patch, odd
+    dim: int = 1024  # length of the vectors
+    coreset: float = 0.1  # fraction of the patches to keep, in (0, 1]
+    # Dimensions of the random projection in which the coreset is chosen. None chooses in all dimensions, which takes
+    # longer and covers the patches more closely.
+    projection: int | None = 128
+    neighbors: int = 1  # how many nearest neighbors a score is the mean over
+    seed: int = 42  # of the coreset; torch's and numpy's own generators are left alone
+    sigma: float = scoring.SIGMA  # of the Gaussian smoothing, in pixels of the images
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coreset <= 1:
+            raise InputError(f"The coreset fraction must lie in (0, 1], got {self.coreset}.")
+        for name in ("levels", "dim", "projection", "neighbors"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, got {value}.")
-        self.extractor, self.levels, self.patch, self.dim = extractor, levels, patch, dim
-        self.coreset, self.projection, self.seed = coreset, projection, seed
-        self.neighbors, self.sigma = neighbors, sigma
-        self._rows = torch.empty(0, dim)
+        self._rows = torch.empty(0, self.dim)
         self._images = torch.empty(0)  # (rows,), the image that each comes from
         self._numbers: dict[str | int, int] = {}  # of the images of the rows, by their paths
 
@@ -106,17 +98,15 @@ class PatchCore:
             InputError: For no images, images of several sizes, features that are not finite, or, with
                 ``leave_one_out``, an image that ``fit`` has not seen.
         """
+        if not len(self._rows):
+            raise ReferencesError("PatchCore has no patches to compare with yet: call fit first.")
         return gather(self._score(batch, leave_one_out) for batch in loader)
 
     def _score(self, batch: Batch, leave_one_out: bool) -> tuple[Tensor, Tensor]:
-        if not len(self._rows):
-            raise ReferencesError("PatchCore has no patches to compare with yet: call fit first.")
         vectors = self._vectors(batch)
         if leave_one_out:
-            pairs = zip(vectors, batch["path"], strict=True)
-            nearest = torch.stack(
-                [nearest_distances(v.flatten(0, 1), self._others(path), self.neighbors) for v, path in pairs]
-            )
+            pairs = zip(vectors.flatten(1, 2), map(self._others, batch["path"]), strict=True)
+            nearest = torch.stack([nearest_distances(own, others, self.neighbors) for own, others in pairs])
         else:
             nearest = nearest_distances(vectors.flatten(0, 2), self._rows, self.neighbors)
         patches = nearest.mean(dim=-1).view(vectors.shape[:3])
@@ -130,20 +120,19 @@ class PatchCore:
 
     def _choose(self, rows: Sequence[Tensor]) -> Tensor:
         """Which of all rows, one tensor a batch, are kept: (N,) bool."""
-        total = sum(map(len, rows))
+        total, device = sum(map(len, rows)), rows[0].device
         count = max(1, int(self.coreset * total))
         if count == total:
-            return torch.ones(total, dtype=torch.bool, device=rows[0].device)
+            return torch.ones(total, dtype=torch.bool, device=device)
         generator = torch.Generator().manual_seed(self.seed)
-        starts = torch.randperm(total, generator=generator)[:STARTS].to(rows[0].device)
+        starts = torch.randperm(total, generator=generator)[:STARTS].to(device)
         if self.projection is not None:
             # The default weights of torch's Linear, which the original projects with.
             bound = self.dim**-0.5
-            drawn = torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator)
-            weights = drawn.to(rows[0].device)
-            with torch.autocast(weights.device.type, enabled=False):
+            weights = torch.empty(self.dim, self.projection).uniform_(-bound, bound, generator=generator).to(device)
+            with torch.autocast(device.type, enabled=False):
                 rows = [of_batch @ weights for of_batch in rows]
-        kept = torch.zeros(total, dtype=torch.bool, device=rows[0].device)
+        kept = torch.zeros(total, dtype=torch.bool, device=device)
         kept[greedy_coreset(torch.cat(list(rows)), count, starts)] = True
         return kept
 
@@ -168,30 +157,22 @@ def nearest_distances(queries: Tensor, rows: Tensor, count: int) -> Tensor:
     """
     center = rows.mean(dim=0)
     count = min(count, len(rows))
-    listed = min(count + SHORTLIST - 1, len(rows))
     found = []
     for chunk in queries.split(QUERIES_PER_CHUNK):
-        short_list = _short_list(chunk - center, rows, center, listed)
-        found.append(_refined(chunk, rows, short_list, count))
+        listed = _short_list(chunk - center, rows, center, min(count + SHORTLIST - 1, len(rows)))
+        distances = torch.stack([(chunk - rows[column]).square().sum(dim=1) for column in listed.T], dim=1)
+        found.append(distances.topk(count, largest=False).values)
     return torch.cat(found)
 
 
 def _short_list(queries: Tensor, rows: Tensor, center: Tensor, count: int) -> Tensor:
     """Indices (Q, count) of the rows nearest to queries about the center, up to rounding."""
-    values = torch.empty(len(queries), 0, dtype=queries.dtype, device=queries.device)
-    indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    values, indices = [], []
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         chunk = rows[start : start + ROWS_PER_CHUNK] - center
         with torch.autocast(queries.device.type, enabled=False):
             partial = torch.addmm(chunk.square().sum(dim=1), queries, chunk.T, alpha=-2)
         found = partial.topk(min(count, len(chunk)), largest=False)
-        values, indices = torch.cat([values, found.values], dim=1), torch.cat([indices, found.indices + start], dim=1)
-        best = values.topk(min(count, values.shape[1]), largest=False)
-        values, indices = best.values, indices.gather(1, best.indices)
-    return indices
-
-
-def _refined(queries: Tensor, rows: Tensor, listed: Tensor, count: int) -> Tensor:
-    """The ``count`` smallest squared distances of each query to the rows listed for it, one listed row at a time."""
-    distances = torch.stack([(queries - rows[column]).square().sum(dim=1) for column in listed.T], dim=1)
-    return distances.topk(count, largest=False).values
+        values.append(found.values)
+        indices.append(found.indices + start)
+    return torch.cat(indices, dim=1).gather(1, torch.cat(values, dim=1).topk(count, largest=False).indices)

@@ -34,15 +34,10 @@ def neighborhood_vectors(levels: Sequence[Tensor], dim: int, patch: int = 3) -> 
             f"Patch vectors need at least one level and an odd neighborhood, got {len(levels)} levels and {patch}."
         )
     grid = levels[0].shape[2:]
-    pooled = [_pooled_neighborhoods(level, dim, patch) for level in levels]
-    resized = [
-        p if p.shape[2:] == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False) for p in pooled
-    ]
+    resized = []
+    for level in levels:
+        neighbors = F.unfold(level, patch, padding=patch // 2).transpose(1, 2)
+        pooled = F.adaptive_avg_pool1d(neighbors, dim).transpose(1, 2).unflatten(2, level.shape[2:])
+        resized.append(F.interpolate(pooled, grid, mode="bilinear", align_corners=False))
     vectors = torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
     return F.adaptive_avg_pool1d(vectors, dim).unflatten(1, grid)
-
-
-def _pooled_neighborhoods(level: Tensor, dim: int, patch: int) -> Tensor:
-    """Maps (B, dim, h, w) of the averaged neighborhoods of one level."""
-    neighbors = F.unfold(level, patch, padding=patch // 2).transpose(1, 2)
-    return F.adaptive_avg_pool1d(neighbors, dim).transpose(1, 2).unflatten(2, level.shape[2:])

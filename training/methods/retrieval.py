@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -52,10 +53,8 @@ class VisualWords:
 
         Where the grid of patches cannot be divided evenly, neighboring cells share a row or column of patches.
         """
-        nearest = torch.cdist(patches_of(maps), self.centers).argmin(dim=1)
-        occurrence = (
-            F.one_hot(nearest, len(self.centers)).float().unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
-        )
+        nearest = torch.cdist(patches_of(maps), self.centers).argmin(dim=1).view(len(maps), *maps.shape[2:])
+        occurrence = F.one_hot(nearest, len(self.centers)).float().permute(0, 3, 1, 2)
         histograms = F.adaptive_avg_pool2d(occurrence, CELLS).flatten(2).transpose(1, 2)
         return (1 - UNIFORM) * histograms + UNIFORM / len(self.centers)
 
@@ -89,6 +88,7 @@ class Entries(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+@dataclass(eq=False)
 class RetrievedReferences:
     """An extractor of residual features whose references are retrieved for each image.
 
@@ -96,40 +96,31 @@ class RetrievedReferences:
     batch. Those retrieved are read and encoded again for each image. A cache in ``features`` saves all of that. A
     training image is not among its own references, as nothing else gives it the residuals of a normal image.
 
-    Args:
-        features: Extractor of the backbone's features, all levels. Of a `FeatureExtractor`: its ``backbone_features``.
-        projector: Projector of the residuals, None to take them as they are.
-        train: Normal training images of one product.
-        count: References per image.
-        seed: Seed of the words.
-
-    Attributes:
-        lists: Paths of the references of every image so far, by its path, most similar first.
-
     Raises:
         InputError: For no training images.
     """
 
-    def __init__(
-        self,
-        features: Extractor,
-        projector: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None,
-        train: Entries,
-        *,
-        count: int = COUNT,
-        seed: int = 0,
-    ) -> None:
-        self.features, self.projector, self.train, self.count = features, projector, train, count
-        self.lists: dict[str, list[str]] = {}
-        if not len(train):
+    features: Extractor  # of the backbone's features, all levels; of a `FeatureExtractor` its ``backbone_features``
+    projector: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None  # of the residuals, None to take them as they are
+    train: Entries  # normal training images of one product
+    _: KW_ONLY
+    count: int = COUNT  # references per image
+    seed: int = 0  # of the words
+    # Paths of the references of every image so far, by its path, most similar first.
+    lists: dict[str, list[str]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.train):
             raise InputError("References are retrieved from training images, and there are none.")
-        generator, share = torch.Generator().manual_seed(seed), math.ceil(PATCHES / len(train))
+        generator, share = torch.Generator().manual_seed(self.seed), math.ceil(PATCHES / len(self.train))
         drawn = [_draw(patches_of(maps), share * len(maps), generator) for _, maps in self._first_level()]
-        self._words = VisualWords(torch.cat(drawn), seed)
-        paths, histograms = zip(
-            *((own, self._words.histograms(maps)) for own, maps in self._first_level()), strict=True
-        )
-        self._paths, self._histograms = [path for own in paths for path in own], torch.cat(histograms)
+        self._words = VisualWords(torch.cat(drawn), self.seed)
+        self._paths: list[str] = []
+        histograms = []
+        for paths, maps in self._first_level():
+            self._paths += paths
+            histograms.append(self._words.histograms(maps))
+        self._histograms = torch.cat(histograms)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
@@ -154,8 +145,9 @@ class RetrievedReferences:
 
     def _first_level(self) -> Iterator[tuple[list[str], Tensor]]:
         """Paths and first-level features of the training images, in batches."""
-        for start in range(0, len(self.train), BATCH):
-            paths, features = self._encode(range(start, min(start + BATCH, len(self.train))))
+        indices = range(len(self.train))
+        for start in indices[::BATCH]:
+            paths, features = self._encode(indices[start : start + BATCH])
             yield paths, features[0]
 
     def _encode(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor]]:

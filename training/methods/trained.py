@@ -14,12 +14,9 @@ from .base import Batch, Extractor, Loader, Predictions
 
 
 def feature_maps(extractor: Extractor, batch: Batch, levels: int | None = None) -> list[Tensor]:
-    """Feature maps of a batch, float32 and without gradient, one (B, C_l, h_l, w_l) per level.
+    """Feature maps of a batch, float32 and without gradient, one (B, C_l, h_l, w_l) for each of the last ``levels``.
 
-    Args:
-        extractor: Where they come from.
-        batch: Images with what the extractor needs to know of them.
-        levels: How many of the last levels to take, or all where there are fewer. None for all.
+    All levels where that is None, or more than there are.
 
     Raises:
         InputError: For NaN or infinite values, naming the image.
@@ -39,10 +36,8 @@ def feature_maps(extractor: Extractor, batch: Batch, levels: int | None = None) 
 def first_maps(extractor: Extractor, loader: Loader, levels: int | None = None) -> list[Tensor]:
     """Feature maps of the loader's first batch, which tell channels, grids and device.
 
-    Arguments as in ``feature_maps``.
-
     Raises:
-        InputError: If there is no batch.
+        InputError: If there is no batch, or as `feature_maps`.
     """
     for batch in loader:
         return feature_maps(extractor, batch, levels)
@@ -81,4 +76,4 @@ def gather(scored: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
         raise InputError(
             f"Predictions need images of one size, got (height, width) {sorted(sizes)}. Give all images the same size."
         )
-    return Predictions(torch.cat([maps for maps, _ in pairs]), torch.cat([scores for _, scores in pairs]))
+    return Predictions(*map(torch.cat, zip(*pairs, strict=True)))

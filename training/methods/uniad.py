@@ -8,7 +8,7 @@ ours for that reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ DECAY_EVERY, DECAY = 800, 0.1
 MAX_GRADIENT_NORM = 0.1
 
 
+@dataclass(eq=False)
 class UniAD:
     """Train one reconstruction transformer on the normal images of all products.
 
@@ -32,60 +33,29 @@ class UniAD:
     A pixel's score is the distance of the reconstruction from the input, upsampled, without smoothing; an image's score
     is the maximum of its map.
 
-    Args:
-        extractor: Maps a batch to feature maps.
-        hidden: Width of the transformer, even and a multiple of ``heads``.
-        heads: Attention heads.
-        layers: Layers of the encoder, and of the decoder.
-        feed_forward: Width within the feed-forward layers.
-        dropout: Rate of dropout in training.
-        neighbors: Side of the square around a position, itself included, that it must not attend to, odd. On a grid
-            that such squares would cover it shrinks to the largest that leaves something; a single position attends to
-            itself.
-        jitter: Scale of the noise on the input in training.
-        epochs: Passes through the training images. The learning rate falls to a tenth after 800 (in the original after
-            801).
-        learning_rate: Of AdamW.
-        seed: Of the initial weights, the jitter and dropout.
-
-    Attributes:
-        network: The trained network.
-
     Raises:
         InputError: For a width that cannot be split into the heads, or into rows and columns.
     """
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        *,
-        hidden: int = 512,
-        heads: int = 8,
-        layers: int = 4,
-        feed_forward: int = 2048,
-        dropout: float = 0.1,
-        neighbors: int = 7,
-        jitter: float = 20,
-        epochs: int = 1000,
-        learning_rate: float = 1e-4,
-        seed: int = 133,
-    ) -> None:
-        if hidden % 2 or hidden % heads:
-            raise InputError(f"hidden must be even and a multiple of heads, got {hidden} and {heads}.")
-        self.extractor = extractor
-        self._create = partial(
-            ReconstructionTransformer,
-            hidden=hidden,
-            heads=heads,
-            layers=layers,
-            feed_forward=feed_forward,
-            dropout=dropout,
-            neighbors=neighbors,
-        )
-        self.jitter = jitter
-        self.epochs, self.learning_rate = epochs, learning_rate
-        self.seed = seed
-        self.network: ReconstructionTransformer | None = None
+    extractor: Extractor  # of the features of a batch
+    _: KW_ONLY
+    hidden: int = 512  # width of the transformer, even and a multiple of heads
+    heads: int = 8  # of the attention
+    layers: int = 4  # of the encoder, and of the decoder
+    feed_forward: int = 2048  # width within the feed-forward layers
+    dropout: float = 0.1  # rate, in training
+    # Side of the square around a position, itself included, that it must not attend to, odd. On a grid that such
+    # squares would cover it shrinks to the largest that leaves something; a single position attends to itself.
+    neighbors: int = 7
+    jitter: float = 20  # scale of the noise on the input in training
+    epochs: int = 1000  # the learning rate falls to a tenth after 800 (in the original after 801)
+    learning_rate: float = 1e-4  # of AdamW
+    seed: int = 133  # of the initial weights, the jitter and dropout
+    network: ReconstructionTransformer | None = field(default=None, init=False)  # after ``fit``
+
+    def __post_init__(self) -> None:
+        if self.hidden % 2 or self.hidden % self.heads:
+            raise InputError(f"hidden must be even and a multiple of heads, got {self.hidden} and {self.heads}.")
 
     def fit(self, loader: Loader, on_epoch: Callable[[int], None] | None = None) -> UniAD:
         """Train on normal images.
@@ -100,8 +70,16 @@ class UniAD:
         """
         first = _joined(first_maps(self.extractor, loader))
         with seeded(self.seed):
-            network = self._create(first.shape[1], first.shape[2:]).to(first.device)
-        self.network = network
+            self.network = network = ReconstructionTransformer(
+                first.shape[1],
+                first.shape[2:],
+                hidden=self.hidden,
+                heads=self.heads,
+                layers=self.layers,
+                feed_forward=self.feed_forward,
+                dropout=self.dropout,
+                neighbors=self.neighbors,
+            ).to(first.device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, DECAY_EVERY, DECAY)
         generator = torch.Generator().manual_seed(self.seed)
@@ -141,10 +119,10 @@ class UniAD:
 
     def _features(self, batch: Batch, network: ReconstructionTransformer) -> Tensor:
         features = _joined(feature_maps(self.extractor, batch))
-        if features.shape[2:] != network.grid:
+        grid, trained = tuple(features.shape[2:]), tuple(network.grid)
+        if grid != trained:
             raise InputError(
-                f"This UniAD was trained on maps of {tuple(network.grid)} positions, got "
-                f"{tuple(features.shape[2:])}. Give all images the same size."
+                f"This UniAD was trained on maps of {trained} positions, got {grid}. Give all images the same size."
             )
         return features
 
@@ -152,11 +130,7 @@ class UniAD:
 def _joined(levels: Sequence[Tensor]) -> Tensor:
     """All levels as one map (B, sum of C_l, h, w) on the coarsest grid."""
     grid = min((level.shape[2:] for level in levels), key=lambda grid: grid.numel())
-    same = [
-        level if level.shape[2:] == grid else F.interpolate(level, grid, mode="bilinear", align_corners=True)
-        for level in levels
-    ]
-    return torch.cat(same, dim=1)
+    return torch.cat([F.interpolate(level, grid, mode="bilinear", align_corners=True) for level in levels], dim=1)
 
 
 def jittered(features: Tensor, scale: float) -> Tensor:
@@ -171,9 +145,8 @@ def neighbor_mask(grid: Sequence[int], side: int) -> Tensor:
     The square is smaller where it would leave nothing to attend to, and absent on a grid of one position.
     """
     half = (min(side, max(grid) - 1) - 1) // 2
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    return ((rows[:, None] - rows).abs() <= half) & ((columns[:, None] - columns).abs() <= half)
+    positions = torch.cartesian_prod(*map(torch.arange, grid))
+    return ((positions[:, None] - positions).abs() <= half).all(dim=2)
 
 
 class ReconstructionTransformer(nn.Module):
@@ -199,10 +172,9 @@ class ReconstructionTransformer(nn.Module):
         self.input = nn.Linear(channels, hidden)
         self.rows = nn.Parameter(torch.rand(grid[0], hidden // 2))
         self.columns = nn.Parameter(torch.rand(grid[1], hidden // 2))
-        self.encoder = nn.ModuleList(_EncoderLayer(hidden, heads, feed_forward, dropout) for _ in range(layers))
-        self.decoder = nn.ModuleList(
-            _DecoderLayer(hidden, heads, feed_forward, dropout, grid.numel()) for _ in range(layers)
-        )
+        sizes = (hidden, heads, feed_forward, dropout)
+        self.encoder = nn.ModuleList(_EncoderLayer(*sizes) for _ in range(layers))
+        self.decoder = nn.ModuleList(_DecoderLayer(grid.numel(), *sizes) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
         self.output = nn.Linear(hidden, channels)
         self.register_buffer("mask", neighbor_mask(grid, neighbors))
@@ -214,10 +186,7 @@ class ReconstructionTransformer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Reconstruct maps (B, C, h, w)."""
         tokens = self.input(features.flatten(2).transpose(1, 2))
-        positions = torch.cat(
-            [self.columns.expand(self.grid[0], -1, -1), self.rows[:, None].expand(-1, self.grid[1], -1)], dim=2
-        )
-        positions = positions.flatten(0, 1)
+        positions = torch.cat(torch.broadcast_tensors(self.columns, self.rows[:, None]), dim=2).flatten(0, 1)
         for layer in self.encoder:
             tokens = layer(tokens, positions, self.mask)
         decoded = tokens
@@ -236,9 +205,8 @@ class _Attention(nn.Module):
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, queries: Tensor, memory: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        attended, _ = self.attention(
-            queries + positions, memory + positions, memory, attn_mask=mask, need_weights=False
-        )
+        inputs = (queries + positions, memory + positions, memory)
+        attended, _ = self.attention(*inputs, attn_mask=mask, need_weights=False)
         return self.norm(queries + self.dropout(attended))
 
 
@@ -267,7 +235,7 @@ class _EncoderLayer(nn.Module):
 class _DecoderLayer(nn.Module):
     """Ask with learned queries (h w, hidden): first what was encoded, then what the layer before decoded."""
 
-    def __init__(self, hidden: int, heads: int, feed_forward: int, dropout: float, positions: int) -> None:
+    def __init__(self, positions: int, hidden: int, heads: int, feed_forward: int, dropout: float) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(positions, hidden))
         self.of_encoded = _Attention(hidden, heads, dropout)

@@ -125,6 +125,25 @@ def test_low_temperature_does_not_overflow() -> None:
     assert not torch.isfinite(expected) or torch.isclose(loss.double(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [1, 8000, 1e6])
+def test_large_features_give_what_float64_gives(norm: float, dtype: torch.dtype) -> None:
+    scales = torch.linspace(norm / 100, norm, 400)[:, None]
+    views = [(torch.nn.functional.normalize(view, dim=1) * scales)[:90].to(dtype) for view in (FIRST, SECOND)]
+    ours = [view.clone().requires_grad_() for view in views]
+    plain = [view.double().requires_grad_() for view in views]
+    loss = angle_loss(ours[0], ours[1], MASK[:90], CENTER)
+    expected = plain_angle_loss(plain[0], plain[1], MASK[:90], CENTER, 0.15, "both")
+    assert torch.isfinite(loss) and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    expected.backward()
+    for one, other in zip(ours, plain, strict=True):
+        # The gradient of features in bfloat16 is rounded to that in the end.
+        rounding = 2**-8 if dtype == torch.bfloat16 else 0
+        bound = rounding * gradient(other).abs() + 1e-4 * gradient(other).abs().max()
+        assert ((gradient(one).double() - gradient(other)).abs() <= bound).all()
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 def test_memory_is_bounded_for_tens_of_thousands_of_patches() -> None:
     code = """

@@ -34,7 +34,7 @@ def plain_norm_loss(features: Tensor, labels: Tensor, radius: float, margin: flo
     hidden = [outer + margin - a for a, label in zip(norms, labels, strict=True) if label and a < outer + margin]
     loss = torch.zeros((), dtype=torch.float64)
     for excesses in (too_far, too_near, hidden):
-        costs = [x.detach().exp() * torch.log(1 + x.exp()) for x in excesses]
+        costs = [x.detach().clamp(max=60).exp() * torch.logaddexp(x, torch.zeros_like(x)) for x in excesses]
         loss = loss + (torch.stack(costs).mean() if costs else 0)
     return loss
 
@@ -92,6 +92,24 @@ def test_bfloat16_is_stable_under_autocast() -> None:
         loss = norm_loss(features, MASK)
     assert loss.dtype == torch.float32
     assert_near(loss, plain_norm_loss(features, MASK, 0.4, 0.75, False).float(), 1e-5)
+
+
+@pytest.mark.parametrize("pseudo_huber", ["code", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [1, 100, 8000, 1e6])
+def test_large_features_give_what_float64_gives(norm: float, dtype: torch.dtype, pseudo_huber: str) -> None:
+    features = torch.nn.functional.normalize(FEATURES, dim=1) * torch.linspace(norm / 1000, norm, 400)[:, None]
+    ours = features.to(dtype).requires_grad_()
+    plain = ours.detach().double().requires_grad_()
+    loss = norm_loss(ours, MASK, pseudo_huber=pseudo_huber)
+    expected = plain_norm_loss(plain, MASK, 0.4, 0.75, pseudo_huber == "paper")
+    assert torch.isfinite(loss) and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    expected.backward()
+    # The gradient of features in bfloat16 is rounded to that in the end.
+    rounding = 2**-8 if dtype == torch.bfloat16 else 0
+    bound = rounding * gradient(plain).abs() + 1e-4 * gradient(plain).abs().max()
+    assert ((gradient(ours).double() - gradient(plain)).abs() <= bound).all()
 
 
 def test_wrong_arguments() -> None:

@@ -69,13 +69,13 @@ def test_focal_loss_of_certain_scores_is_finite() -> None:
 
 def naive_loss(glass: GLASS, batch: Batch, augmented: Tensor, masks: Tensor, generator: torch.Generator) -> Tensor:
     """The loss of a batch as the paper's steps say it, with probabilities and an in-place ascent."""
-    embed = lambda images: glass.adapter(patch_vectors(images)).flatten(0, 2)  # noqa: E731
+    embed = lambda images: glass.adapt(patch_vectors(images)).flatten(0, 2)  # noqa: E731
     bce = torch.nn.BCELoss()
     score = lambda vectors: torch.sigmoid(glass.discriminator(vectors))  # noqa: E731
     u, v = embed(batch["image"]), embed(augmented)
     m = F.max_pool2d(masks, 4).flatten() == 1
     c = glass.center.repeat(len(batch["image"]), 1, 1, 1).flatten(0, 2)
-    g = u + glass.noise * torch.randn(u.shape, generator=generator)
+    g = u + glass.deviation * torch.randn(u.shape, generator=generator)
     if not g.requires_grad:
         g.requires_grad_()
     r = torch.quantile(torch.cat([(v - c)[~m], u - c]).norm(dim=1), 0.75).detach()
@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_those_of_the_stated_steps(adapter: bool) -> None
     glass = quick(adapter=adapter, noise=0.3, epochs=1, std=(0.01, 0.01, 0.01)).fit([batch])
     glass.discriminator.train()
     augmented, masks = glass.synthesis(batch, np.random.default_rng(5))
-    parameters = [*glass.discriminator.parameters(), *glass.adapter.parameters()]
+    parameters = [*glass.discriminator.parameters(), *glass.adapt.parameters()]
     state = {name: value.clone() for name, value in glass.discriminator.state_dict().items()}
     found = glass._loss(batch, np.random.default_rng(5), torch.Generator().manual_seed(5))
     found_gradients = torch.autograd.grad(found, parameters)
@@ -133,7 +133,7 @@ def test_predictions_are_the_stated_formula(adapter: bool) -> None:
     p = glass.discriminator.state_dict()
     vectors = patch_vectors(torch.cat([batch["image"] for batch in test]))
     if adapter:
-        q = glass.adapter.state_dict()
+        q = glass.adapt.state_dict()
         vectors = vectors @ q["weight"].T + q["bias"]
     hidden = vectors @ p["0.weight"].T + p["0.bias"]
     hidden = (hidden - p["1.running_mean"]) / (p["1.running_var"] + 1e-5) ** 0.5 * p["1.weight"] + p["1.bias"]
@@ -154,7 +154,7 @@ def test_center_is_the_mean_of_the_training_images() -> None:
 
 def test_initial_weights_are_normal_by_xavier() -> None:
     glass = GLASS(EXTRACT, dim=300, hidden=200, epochs=0, adapter=True).fit(batches(2, seed=0))
-    discriminator, adapter = glass.discriminator.state_dict(), glass.adapter.state_dict()
+    discriminator, adapter = glass.discriminator.state_dict(), glass.adapt.state_dict()
     assert discriminator["0.weight"].std().item() == pytest.approx((2 / 500) ** 0.5, rel=0.03)
     assert discriminator["3.weight"].std().item() == pytest.approx((2 / 201) ** 0.5, rel=0.2)
     assert adapter["weight"].std().item() == pytest.approx((2 / 600) ** 0.5, rel=0.03)
@@ -162,9 +162,9 @@ def test_initial_weights_are_normal_by_xavier() -> None:
 
 
 def test_noise_depends_on_the_adapter() -> None:
-    assert quick().noise == 0.005
-    assert quick(adapter=True).noise == 0.015
-    assert quick(adapter=True, noise=0.1).noise == 0.1
+    assert quick().deviation == 0.005
+    assert quick(adapter=True).deviation == 0.015
+    assert quick(adapter=True, noise=0.1).deviation == 0.1
 
 
 @pytest.mark.parametrize(("samples", "steps"), [(15, 2), (16, 3), (392, 4)], ids=["within", "exactly", "small-class"])
@@ -215,14 +215,12 @@ def test_textures_and_foregrounds_are_used(tmp_path: Path) -> None:
         return EXTRACT(batch)
 
     train = batches(3, seed=0)
-    glass = quick(spy, textures=tmp_path / "dtd", foregrounds=str(tmp_path / "masks")).fit(train)
-    assert glass.texture_source == str(tmp_path / "dtd")
+    quick(spy, textures=tmp_path / "dtd", foregrounds=str(tmp_path / "masks")).fit(train)
     augmented = [call["image"] for call in calls if call["path"][0] is None]
     assert len(augmented) == 2
     for images in augmented:
         assert torch.equal(images[..., 8:], train[0]["image"][..., 8:])
         assert (images[..., :8] != train[0]["image"][..., :8]).flatten(1).any(dim=1).all()
-    assert quick().texture_source == "procedural"
 
 
 @pytest.mark.parametrize("adapter", [False, True])

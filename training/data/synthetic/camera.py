@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from .canvas import Map, Part, sample, smooth
+from .canvas import Part
+from .shapes import Map, Rng, grain, sample, smooth
 
 VIEWS = 5
 # Texels per pixel: the picture is made at twice its size and averaged.
@@ -53,11 +54,12 @@ class View:
     reflections: tuple[float, float]
 
     @classmethod
-    def of(cls, number: int, rng: np.random.Generator, part: Part) -> View:
+    def of(cls, number: int, rng: Rng, part: Part) -> View:
         """Camera 1 looks from above, 2 to 5 from the four sides; nothing is ever in quite the same place."""
         above, surface = number == 1, part.surface
         azimuth = math.radians(-125 + rng.normal(0, 9) + (0 if above else rng.normal(0, 12)))
         elevation = math.radians(np.clip(rng.normal(52, 4), 40, 66))
+        across = math.cos(elevation)
         reach = 0.14 if surface and not above else 0.015
         return cls(
             yaw=math.radians((0 if above else 90 * (number - 2)) + rng.normal(0, 1.2 if above else 3)),
@@ -65,10 +67,7 @@ class View:
             window=WINDOWS[surface, above] * rng.uniform(0.97, 1.02),
             center=(rng.uniform(-reach, reach), rng.uniform(-reach, reach)),
             tall=float(part.height.max()),
-            key=np.array(
-                [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)],
-                np.float32,
-            ),
+            key=np.array((across * math.cos(azimuth), across * math.sin(azimuth), math.sin(elevation)), np.float32),
             strengths=(rng.uniform(0.72, 0.9), rng.uniform(0.10, 0.2), rng.uniform(0.24, 0.34)),
             tint=np.array([1, 1, 1], np.float32) + rng.normal(0, 0.02, 3).astype(np.float32),
             vignette=rng.uniform(0.05, 0.16),
@@ -76,11 +75,6 @@ class View:
             noise=rng.uniform(0.005, 0.012),
             reflections=(rng.uniform(0, 0.8), rng.uniform(0, 0.8)),
         )
-
-    @property
-    def towards_camera(self) -> tuple[float, float, float]:
-        """Direction from the part to the camera, of length 1."""
-        return math.sin(self.yaw) * math.sin(self.tilt), math.cos(self.yaw) * math.sin(self.tilt), math.cos(self.tilt)
 
 
 @dataclass(frozen=True)
@@ -98,12 +92,11 @@ class Relief:
     @classmethod
     def of(cls, part: Part) -> Relief:
         """The relief of a part."""
-        height, step = ndimage.gaussian_filter(part.height, 0.6, truncate=2), 2 * part.texel
+        height = ndimage.gaussian_filter(part.height, 0.6, truncate=2)
         normal = np.empty((3, *height.shape), np.float32)
-        normal[0, :, 1:-1] = (height[:, :-2] - height[:, 2:]) / step
-        normal[0, :, 0], normal[0, :, -1] = normal[0, :, 1], normal[0, :, -2]
-        normal[1, 1:-1] = (height[:-2] - height[2:]) / step
-        normal[1, 0], normal[1, -1] = normal[1, 1], normal[1, -2]
+        normal[1], normal[0] = np.gradient(-height, part.texel)
+        # Beyond the edges there is nothing to tell a slope from.
+        normal[0][:, [0, -1]], normal[1][[0, -1]] = normal[0][:, [1, -2]], normal[1][[1, -2]]
         normal[2] = 1 / np.sqrt(1 + normal[0] ** 2 + normal[1] ** 2)
         normal[:2] *= normal[2]
         half = _halved(height)
@@ -120,9 +113,7 @@ def _halved(map: Map) -> Map:
 
 
 def _doubled(map: Map) -> Map:
-    return F.interpolate(torch.from_numpy(map)[None, None], scale_factor=2.0, mode="bilinear", align_corners=False)[
-        0, 0
-    ].numpy()
+    return F.interpolate(torch.from_numpy(map)[None, None], scale_factor=2.0, mode="bilinear")[0, 0].numpy()
 
 
 def _sunlit(height: Map, key: Map) -> Map:
@@ -145,7 +136,9 @@ def shade(relief: Relief, view: View) -> Map:
     """Linear light (3, H, W) that each texel sends to the camera."""
     part, (nx, ny, nz), open_ = relief.part, relief.normal, relief.openness
     key, (strong, weak, around) = view.key, view.strengths
-    vx, vy, vz = view.towards_camera
+    # Towards the camera.
+    aside, vz = math.sin(view.tilt), math.cos(view.tilt)
+    vx, vy = math.sin(view.yaw) * aside, math.cos(view.yaw) * aside
     sunlit = _sunlit(relief.height, key)
     # The lamp is near: its direction, and with it the highlight, moves over the part.
     lx, ly = key[0] - 0.22 * part.x, key[1] - 0.22 * part.y
@@ -160,11 +153,8 @@ def shade(relief: Relief, view: View) -> Map:
     highlight = np.exp(-(dx * dx + dy * dy) / (square + 0.012)) * (0.5 + 0.5 * sunlit)
     facing = nx * vx + ny * vy + nz * vz
     rx, ry, rz = 2 * facing * nx - vx, 2 * facing * ny - vy, 2 * facing * nz - vz
-    mirrored = (
-        0.26
-        + 0.5 * smooth(rz * 1.25 - 0.1)
-        + (0.26 * part.gloss) * np.sin(3.1 * rx + view.reflections[0]) * np.sin(2.3 * ry + 0.6 + view.reflections[1])
-    )
+    waves = np.sin(3.1 * rx + view.reflections[0]), np.sin(2.3 * ry + 0.6 + view.reflections[1])
+    mirrored = 0.26 + 0.5 * smooth(rz * 1.25 - 0.1) + (0.26 * part.gloss) * waves[0] * waves[1]
     mirrored *= 0.35 + 0.65 * open_
     grazing = np.clip(1 - facing, 0, 1)
     fresnel = 0.03 + 0.5 * grazing * grazing * grazing
@@ -242,17 +232,12 @@ def expose(relief: Relief, view: View, size: int) -> Map:
 
 
 def _blurred(light: Map, share: float, axis: int) -> Map:
-    pad = [(0, 0)] * 3
-    pad[axis] = (1, 1)
-    padded = np.pad(light, pad, mode="edge")
-    before, after = padded.take(range(light.shape[axis]), axis), padded.take(range(2, light.shape[axis] + 2), axis)
-    return (1 - 2 * share) * light + share * (before + after)
+    at = np.arange(light.shape[axis])
+    beside = light.take(at - 1, axis, mode="clip") + light.take(at + 1, axis, mode="clip")
+    return (1 - 2 * share) * light + share * beside
 
 
-def develop(picture: Map, view: View, rng: np.random.Generator) -> np.ndarray:
+def develop(picture: Map, view: View, rng: Rng) -> np.ndarray:
     """Add the noise of the sensor, and round: uint8 (size, size, 3)."""
-    shape = picture.shape[1:]
-    noisy = picture + view.noise * (
-        rng.standard_normal(shape, dtype=np.float32) + 0.5 * rng.standard_normal(picture.shape, dtype=np.float32)
-    )
+    noisy = picture + view.noise * (grain(rng, picture.shape[1:]) + 0.5 * grain(rng, picture.shape))
     return (np.clip(noisy, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)

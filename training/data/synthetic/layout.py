@@ -28,19 +28,10 @@ from adfeatures.images import read_image
 from adfeatures.overlays import contact_sheet
 
 from .camera import VIEWS
+from .defects import DEFECTS
 from .specimen import BUILDERS, SMALLEST_SIZE, Specimen
 
 PRODUCTS = tuple(BUILDERS)
-DEFECTS = {
-    "AK": "pit: a dent with a raised rim, or a group of small holes",
-    "BX": "deformation: material pushed aside or twisted, and bulging",
-    "CH": "abrasion: a rubbed patch of fine parallel marks",
-    "HS": "scratch: one to four thin cuts",
-    "PS": "damage: a crack, a tear or a piece broken out",
-    "QS": "missing part: a component, a print or a piece of material that is not there",
-    "YW": "foreign body: a fiber, a crumb, a metal shaving or a scrap of film",
-    "ZW": "contamination: a stain, grease, a smear or a spray of dots",
-}
 FOLDER, SETTINGS, README, SHEET = "realiad_512", "synthetic.json", "README.txt", "contact_sheet.jpg"
 # Raised whenever the same settings give other images.
 VERSION = 1
@@ -79,13 +70,7 @@ def render(
 
 @dataclass(frozen=True)
 class Sample:
-    """A part to be written.
-
-    Attributes:
-        product: Its product.
-        number: Its number within the product.
-        defect: One of DEFECTS, None for a normal part.
-    """
+    """A part to be written, by its number within the product; its defect is None where it is normal."""
 
     product: str
     number: int
@@ -93,10 +78,7 @@ class Sample:
 
     @classmethod
     def of(cls, product: str, number: int, bad: int) -> Sample:
-        """The first ``bad`` parts of a product have the DEFECTS in turn, those after them none.
-
-        Each product begins with another one.
-        """
+        """The first ``bad`` parts have the DEFECTS in turn, each product from another one on; those after them none."""
         kind = (number - 1 + PRODUCTS.index(product)) % len(DEFECTS)
         return cls(product, number, list(DEFECTS)[kind] if number <= bad else None)
 
@@ -109,6 +91,10 @@ class Sample:
         time = datetime(2024, 1, 1, 8) + timedelta(minutes=3 * self.number, seconds=7 * view)
         name = f"{self.product}{gap}{self.number:04d}_{code}_C{view}_{time:%Y%m%d%H%M%S}.jpg"
         return Path(FOLDER, self.product, tree, f"S{self.number:04d}", name)
+
+    def missing(self, output: Path) -> list[int]:
+        """The views that are not in the output folder yet."""
+        return [view for view in range(1, VIEWS + 1) if not (output / self.path(view)).exists()]
 
 
 def synthesize(
@@ -153,17 +139,14 @@ def synthesize(
     settings = {"version": VERSION, "products": list(names), "good": good, "bad": bad, "size": size, "seed": seed}
     _claim(output, settings)
     samples = [Sample.of(name, number, bad) for name in names for number in range(1, bad + good + 1)]
-    with tqdm(total=VIEWS * len(samples), unit="image", disable=None) as bar:
-        wanted = []
-        for sample in samples:
-            count = sum(not (output / sample.path(view)).exists() for view in range(1, VIEWS + 1))
-            bar.update(VIEWS - count)
-            wanted += [sample] * (count > 0)
-        written = 0
-        with _mapper(workers) as mapper:
-            for count in mapper(partial(_write, output, size, seed), wanted):
-                bar.update(count)
-                written += count
+    missing = {sample: len(views) for sample in samples if (views := sample.missing(output))}
+    written, total = sum(missing.values()), VIEWS * len(samples)
+    with (
+        tqdm(total=total, initial=total - written, unit="image", disable=None) as bar,
+        _mapper(workers) as mapper,
+    ):
+        for count in mapper(partial(_write, output, size, seed), missing):
+            bar.update(count)
     if written or not (output / SHEET).exists():
         _save(_sheet(output, names, good, bad), output / SHEET)
     return written
@@ -191,9 +174,8 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     except FileNotFoundError:
         found = None
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{output} cannot be used: its {SETTINGS} cannot be read ({error}). Choose another folder."
-        ) from error
+        message = f"{output} cannot be used: its {SETTINGS} cannot be read ({error}). Choose another folder."
+        raise InputError(message) from error
     if found is None:
         if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise InputError(f"{output} is not empty and holds no {SETTINGS}. Choose a new folder.")
@@ -201,17 +183,15 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     elif found != settings:
         keys = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-        raise InputError(
-            f"{output} holds a data set made with other settings ({', '.join(keys)}). "
-            "Repeat those or choose another folder."
-        )
+        message = f"{output} holds a data set made with other settings ({', '.join(keys)}). "
+        raise InputError(message + "Repeat those or choose another folder.")
     if not (output / README).exists():
         with atomic_path(output / README) as temporary:
             temporary.write_text(_note(**settings), encoding="utf-8")
 
 
 def _note(*, products: Sequence[str], good: int, bad: int, size: int, seed: int, version: int) -> str:
-    kinds = "\n".join(f"  {code}  {meaning}" for code, meaning in DEFECTS.items())
+    kinds = "\n".join(f"  {code}  {meaning}" for code, (meaning, _) in DEFECTS.items())
     return f"""\
 Rendered by training/synthesize.py of the adfeatures project (format {version}), settings in {SETTINGS}:
   seed {seed}, {len(products)} products, {good} good and {bad} bad parts each, {size} pixels
@@ -259,12 +239,11 @@ def _write(output: Path, size: int, seed: int, sample: Sample) -> int:
     """Write the images of a sample that are not there, each after its mask, and count them."""
     for leftover in (output / sample.path(1)).parent.glob(".*"):
         leftover.unlink(missing_ok=True)
-    missing = [view for view in range(1, VIEWS + 1) if not (output / sample.path(view)).exists()]
+    missing = sample.missing(output)
     tree = OK if sample.defect is None else NG
     specimen = Specimen.make(sample.product, (seed, tree, sample.number), sample.defect, size)
     for view in missing:
-        image, mask = specimen.photograph(view)
-        path = output / sample.path(view)
+        (image, mask), path = specimen.photograph(view), output / sample.path(view)
         if mask is not None:
             _save(Image.fromarray(mask), path.with_suffix(".png"))
         _save(image, path)

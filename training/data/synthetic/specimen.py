@@ -14,12 +14,13 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from .camera import OVERSAMPLING, Relief, View, develop, expose
-from .canvas import Builder, Map, Part
+from .canvas import Builder, Part
 from .cloth import CLOTH
 from .defects import DEFECTS
 from .electronics import ELECTRONICS
 from .goods import GOODS
 from .hardware import HARDWARE
+from .shapes import Map, Rng
 from .textures import TEXTURES
 
 _KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
@@ -29,17 +30,16 @@ BUILDERS: dict[str, Builder] = dict(pair for row in _ROWS for pair in row if pai
 # A pixel belongs to a defect where it changes by more than VISIBLE of the full range, in an area that somewhere changes
 # by more than CLEAR. The noise of the sensor stays below.
 VISIBLE, CLEAR = 0.024, 0.05
-# Of an image of 256 pixels a side.
+# Pixels, in an image of 256 pixels a side.
 SMALLEST_MASK = 14
-TRIES = 8
-SMALLEST_SIZE = 32
+TRIES, SMALLEST_SIZE = 8, 32
 # Pixels around a mask in which the defect may still show faintly, and pixels around a picture while masks are made.
 MARGIN, RIM = 2, 4
 # What random numbers of a part are for.
 PART, CAMERA, SENSOR, DEFECT = range(4)
 
 
-def stream(key: tuple[int, ...], *purpose: int) -> np.random.Generator:
+def stream(key: tuple[int, ...], *purpose: int) -> Rng:
     """Random numbers that depend on nothing but the part and what they are for."""
     return np.random.default_rng(np.random.SeedSequence(key, spawn_key=purpose))
 
@@ -64,13 +64,9 @@ class Specimen:
 
     @classmethod
     def make(cls, product: str, key: tuple[int, int, int], defect: str | None, size: int) -> Specimen:
-        """Build a part of a product, with a defect that camera 1 sees.
+        """Build a part of a product, with a defect that camera 1 sees where one is named.
 
-        Args:
-            product: One of BUILDERS.
-            key: Seed, number of the tree, number of the sample.
-            defect: One of DEFECTS, None for a normal part.
-            size: Height and width of the pictures.
+        Its ``key`` is the seed, the number of the tree and that of the sample.
         """
         for kind, name, known in (("product", product, BUILDERS), ("defect", defect or "HS", DEFECTS)):
             if name not in known:
@@ -97,7 +93,7 @@ class Specimen:
                 part = build(BUILDERS[product], self.key, self.size, missing=int(rng.integers(part.pieces.count)))
             else:
                 part = replace(part, maps=part.maps.copy())
-                DEFECTS[defect](part, rng, strength)
+                DEFECTS[defect][1](part, rng, strength)
             self.flawed = Relief.of(part)
             self.exposed[1, True] = expose(self.flawed, self._view(1), self.size)
             if changed(self._expose(1), self.exposed[1, True]).any():
