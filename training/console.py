@@ -31,14 +31,14 @@ def run(entry: str, function: Callable[[], int | None]) -> int:
     try:
         return function() or DONE
     except AdfeaturesError as error:
-        print(f"training.{entry}: error: {error}", file=sys.stderr)
-        return NOTHING_DONE
+        message, code = f"error: {error}", NOTHING_DONE
     except KeyboardInterrupt:
-        print(
-            f"training.{entry}: interrupted. What was written before is kept; the same command resumes from there.",
-            file=sys.stderr,
+        message, code = (
+            "interrupted. What was written before is kept; the same command resumes from there.",
+            INTERRUPTED,
         )
-        return INTERRUPTED
+    print(f"training.{entry}: {message}", file=sys.stderr)
+    return code
 
 
 def run_config(
@@ -48,14 +48,9 @@ def run_config(
     function: Callable[[Config], int | None],
     arguments: Sequence[str] | None,
 ) -> int:
-    """The whole of an entry point whose options are the fields of a config.
+    """The whole of an entry point whose options are the fields of a config dataclass.
 
-    Args:
-        entry: Name of the entry point.
-        description: For its help.
-        config: The dataclass.
-        function: What to run with the config that the options ask for; it returns as in ``run``.
-        arguments: Of the command line; None for those of this process.
+    The function is called with the config, and returns, as in ``run``; arguments are by default those of this process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m training.{entry}", description=description)
     add_options(parser, config)

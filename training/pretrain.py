@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -21,23 +22,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import weights_fingerprint
-from adfeatures.errors import InputError
-from adfeatures.images import read_image
 from adfeatures.projector import ResidualProjector
 
 from . import console
-from .data.items import ANOMALOUS, items_digest
-from .data.real_iad import reference_pool
+from .data.images import ImageLoader
+from .data.items import items_digest
 from .distributed import processes, rank, world_size
 from .pretraining.centers import find_centers
+from .pretraining.checks import check_labels, check_masks
 from .pretraining.config import PretrainConfig
-from .pretraining.dataset import training_batches
+from .pretraining.curves import draw_curves
+from .pretraining.dataset import PretrainingDataset, StepSampler, augmentation, choose_pool
 from .pretraining.header import checkpoint_header
-from .pretraining.inputs import load_frozen_backbone, read_split
-from .pretraining.reference_store import ReferenceStore, choose_pool
+from .pretraining.inputs import Inputs
+from .pretraining.reference_store import ReferenceStore
 from .pretraining.run import TrainingRun
-from .pretraining.step import encode_images, on_device, train_step
-from .pretraining.validation import create_validation
+from .pretraining.step import encode_images, train_step
+from .pretraining.trials import Trial, held_out_trials, mvtec_trials
+from .pretraining.validation import Validation
 
 
 def pretrain(config: PretrainConfig, device: torch.device) -> Path:
@@ -54,56 +56,76 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         AdfeaturesError: If the loss is not finite, or the disk is full. What was saved before is kept.
     """
     run = TrainingRun(config)
-    train, held_out = read_split(config)
-    if not any(item.label == ANOMALOUS for item in train):
-        raise InputError(
-            f"None of the {len(train)} training images in {config.root} is anomalous, so there is nothing to contrast."
-        )
-    pool = reference_pool(train)
+    inputs = Inputs(config, device)
+    train, pool, backbone = inputs.train, inputs.normal, inputs.backbone
+    check_labels(train)
+    if run.is_new and rank() == 0:
+        check_masks(train)
     if config.pool is not None:
         pool = choose_pool(pool, config.pool, config.seed)
     run.depend_on("images", items_digest([*train, *pool]))
-
-    backbone = load_frozen_backbone(config, device)
     run.depend_on("backbone weights", backbone.fingerprint[0])
-    sampler, loader = training_batches(config, backbone, train, pool)
-    validation = create_validation(config, backbone, train, held_out)
-    header = checkpoint_header(config, backbone, train)
+
+    dataset = PretrainingDataset(
+        train,
+        pool,
+        augmentation(config.view_statistics, backbone.entry),
+        backbone.transform,
+        load_references=config.pool is None,
+        shots=config.shots,
+    )
+    sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
+    pinned = device.type == "cuda"
+    loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
+    trials = {
+        "none": partial(list[Trial]),
+        "held_out": partial(held_out_trials, inputs.normal, inputs.held_out, config.validation_images, config.seed),
+        "mvtec": partial(mvtec_trials, str(config.validation_root), backbone.entry.img_size),
+    }[config.validation]()
+    validation = Validation(backbone, trials, workers=config.workers) if trials else None
 
     torch.manual_seed(config.seed)
     projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
     projector.to(device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
     optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    centers = find_centers(config, backbone, train)
-    run.depend_on("centers", weights_fingerprint({f"center.{i}": center for i, center in enumerate(centers)})[0])
-    run.resume(projector=projector, optimizer=optimizer)
-    model = DistributedDataParallel(projector) if world_size() > 1 else projector
-
+    centers = find_centers(config.centers, run.folder, backbone, train, config.seed, config.workers)
     encode = partial(encode_images, backbone=backbone.module, device=device, precision=config.precision)
     store = None
     if config.pool is not None:
-        facts = [backbone.name, backbone.fingerprint, backbone.entry.blocks, backbone.entry.img_size, config.precision]
-        store, transform = ReferenceStore(run.folder / "references", pool, json.dumps(facts)), backbone.transform
-        store.encode(lambda path: transform(read_image(path)), encode)
+        store = ReferenceStore(run.folder / "references", pool, json.dumps([*backbone.identity, config.precision]))
+        store.encode(backbone.read, encode)
+    digest = weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0]
+    run.depend_on("centers", digest)
+    run.resume(projector, optimizer, checkpoint_header(backbone, projector, inputs.title))
 
+    model = DistributedDataParallel(projector) if world_size() > 1 else projector
+    step = partial(train_step, model, optimizer, encode=encode, store=store, centers=centers, config=config)
+    rates = config.learning_rates
     total = config.epochs * sampler.steps_per_epoch
     total = total if config.max_steps is None else min(total, config.max_steps)
     progress = tqdm(total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None)
     while run.validated < total:
-        lr = config.learning_rate(run.epoch)
+        contrasted = False
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        sampler.set_position(run.epoch, run.step_of_epoch)
+            group["lr"] = rates[run.epoch]
+        sampler.epoch, sampler.step = run.epoch, run.step_of_epoch
         left = min(len(sampler), total - run.step)
         for batch in islice(loader, max(left, 0)):
             started = time.perf_counter()
-            values = train_step(model, optimizer, on_device(batch, device), encode, store, centers, config)
+            values = step(batch)
             run.advance()
-            run.log("step", {**values, "lr": lr, "seconds": round(time.perf_counter() - started, 4)})
+            run.log("step", {**values, "lr": rates[run.epoch], "seconds": round(time.perf_counter() - started, 4)})
+            contrasted = contrasted or bool(values.get("angle"))
             progress.update()
             progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             if run.step % config.save_every == 0:
                 run.save()
+        if left > 0 and not contrasted and rank() == 0:
+            warnings.warn(
+                f"The angle loss was 0 in every step of epoch {run.epoch + 1}: no patch was anomalous. Are the masks "
+                "black, or the defects too small for this --img-size?",
+                stacklevel=2,
+            )
         if validation is not None:
             # Validating takes long: a run that is interrupted in it resumes from here.
             run.save()
@@ -112,12 +134,13 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         if validation is not None:
             scores = validation.run(projector)
             run.log("validation", scores)
-            run.keep_best(scores, projector, header)
+            run.keep_best(scores)
         run.validated = run.step
         run.save()
-        run.draw()
+        if rank() == 0:
+            draw_curves(run.folder)
     progress.close()
-    run.keep_last(projector, header)
+    run.keep_last()
     return run.folder
 
 

@@ -27,7 +27,7 @@ from .metrics import CRITERIA
 from .pretrain import pretrain
 from .pretraining.centers import centers_of
 from .pretraining.config import CentersConfig, PretrainConfig
-from .pretraining.inputs import load_frozen_backbone
+from .pretraining.frozen_backbone import load_frozen_backbone
 from .pretraining.trials import Trial, held_out_trials
 from .pretraining.validation import Validation
 from .publishing.config import PublishConfig
@@ -87,12 +87,10 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in state.items()})
         results["trained"].append(validation.run(projector)["norm"])
     lines = _table(results, steps)
-    with atomic_path(output / "results.json") as temporary:
-        temporary.write_text(
-            json.dumps({"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}, indent=1)
-        )
-    with atomic_path(output / "results.md") as temporary:
-        temporary.write_text(lines)
+    facts = {"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}
+    for name, text in (("results.json", json.dumps(facts, indent=1)), ("results.md", lines)):
+        with atomic_path(output / name) as temporary:
+            temporary.write_text(text)
     checkpoint = str(Path(recipes[0].output) / LAST)
     terms = PublishConfig(license="mit", data="images of training.synthesize", data_license="MIT")
     write_repository(checkpoint, terms, output / "published")
@@ -120,9 +118,7 @@ def _table(results: dict[str, list[dict[str, float]]], steps: int) -> str:
     titles = " | ".join(criterion.title for criterion in CRITERIA)
     lines = [f"| FeatureNorm on {len(UNSEEN)} unseen products | {titles} |", "|---|---|---|---|"]
     for key, scores in results.items():
-        cells = []
-        for criterion in CRITERIA:
-            cells.append(_mean_and_spread([100 * score[criterion.key] for score in scores]))
+        cells = [_mean_and_spread([100 * score[criterion.key] for score in scores]) for criterion in CRITERIA]
         lines.append(f"| {names[key]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

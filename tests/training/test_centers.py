@@ -13,7 +13,7 @@ from training import centers
 from training.data import real_iad
 from training.pretraining.centers import compute_centers, load_centers
 from training.pretraining.config import CentersConfig
-from training.pretraining.inputs import FrozenBackbone
+from training.pretraining.frozen_backbone import FrozenBackbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fewer normal images")
 

@@ -371,7 +371,7 @@ def test_another_config_is_refused(tree: Path, tmp_path: Path, monkeypatch: pyte
     pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
     with monkeypatch.context() as patch:
         # Before anything is computed for what is refused in the end.
-        patch.setattr("training.pretrain.load_frozen_backbone", lambda *_, **__: pytest.fail("a backbone is loaded"))
+        patch.setattr("training.pretrain.Inputs", lambda *_: pytest.fail("data are read"))
         for changes, message in (
             ({"lr": 0.1}, r"lr was 0\.0001, is 0\.1.*--output"),
             ({"img_size": (64,), "seed": 1}, "img_size.*; seed was"),
@@ -449,6 +449,61 @@ def test_data_without_anomalies(tmp_path: Path) -> None:
     tree = write_real_iad(tmp_path / "tree", ("bottle_cap",), ok=6, ng=0)
     with pytest.raises(InputError, match="nothing to contrast"):
         pretrain(config(tree, tmp_path / "run"), CPU)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A folder of gray images."""
+    root = write_mvtec(tmp_path / "parts", ("nut",), good=6, test_good=2, bad=6, size=(40, 40))
+    for path in root.glob("nut/t*/*/*.png"):
+        Image.open(path).convert("L").save(path)
+    return root
+
+
+def of_folder(root: Path, output: Path, **changes: Any) -> PretrainConfig:
+    given = {**FAST, "data": "folder", "root": str(root), "output": str(output), "max_steps": 2, **changes}
+    return PretrainConfig(**given)
+
+
+def test_images_of_twelve_bits_are_read_as_they_are_meant(parts: Path, tmp_path: Path) -> None:
+    expected = steps(pretrain(of_folder(parts, tmp_path / "eight"), CPU))
+    for path in parts.glob("nut/t*/*/*.png"):
+        samples = np.rint(np.asarray(Image.open(path)) * (4095 / 255)).astype(np.uint16)
+        Image.fromarray(samples).save(path)
+    with pytest.warns(UserWarning, match="16-bit images use .*--bit-depth"):
+        dark = pretrain(of_folder(parts, tmp_path / "dark"), CPU)
+    assert steps(dark) != expected
+    folder = pretrain(of_folder(parts, tmp_path / "deep", bit_depth=12, max_steps=1), CPU)
+    with pytest.raises(InputError, match="bit_depth was 12, is 16"):
+        pretrain(of_folder(parts, folder), CPU)
+    with pytest.raises(CheckpointError, match="bit_depth 16, not 12"):
+        pretrain(of_folder(parts, tmp_path / "n", bit_depth=12, centers=str(dark / "centers.safetensors")), CPU)
+    assert steps(pretrain(of_folder(parts, folder, bit_depth=12), CPU)) == expected
+    header = load_checkpoint(folder / "checkpoint_last.safetensors").metadata
+    assert json.loads(header["training"])["bit_depth"] == 12
+    stores = []
+    for bit_depth in (12, 16):
+        pool = pretrain(of_folder(parts, tmp_path / f"pool{bit_depth}", bit_depth=bit_depth, pool=2), CPU)
+        stores.append((pool / "references/level1.f16").read_bytes())
+    assert stores[0] != stores[1]
+
+
+def test_masks_that_show_no_defect_are_not_trained_on_in_silence(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks = list(parts.glob("nut/ground_truth/*/*.png"))
+    dot = np.zeros((40, 40), np.uint8)
+    dot[5, 5] = 255
+    for path in masks:
+        Image.fromarray(dot).save(path)
+    # One pixel makes no patch anomalous.
+    with pytest.warns(UserWarning, match="The angle loss was 0 in every step of epoch 1: no patch was anomalous"):
+        pretrain(of_folder(parts, tmp_path / "dots"), CPU)
+    for path in masks:
+        Image.new("L", (40, 40)).save(path)
+    assert main(arguments(of_folder(parts, tmp_path / "black", device="cpu"))) == 2
+    assert "All masks are black everywhere" in capsys.readouterr().err
+    assert not (tmp_path / "black").exists()
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,11 @@ from adfeatures.images import ImageTransform
 from ..data.images import ImageLoader
 from ..data.items import NORMAL, Item, items_digest
 from ..data.real_iad import reference_pool
-from ..data.transforms import MaskTransform
 from ..distributed import world_size
-from .config import CentersConfig, PretrainConfig
+from .config import CentersConfig
 from .dataset import Draw, PretrainingDataset
-from .inputs import FrozenBackbone, load_frozen_backbone, read_split
+from .frozen_backbone import FrozenBackbone
+from .inputs import Inputs
 from .residuals import batch_residuals
 
 FORMAT = "adfeatures-centers"
@@ -37,32 +37,36 @@ FORMAT = "adfeatures-centers"
 SAVE_EVERY = 50
 _ADVICE = (
     "Compute them with: python -m training.centers "
-    "and the same --backbone, --backbone-weights, --levels and --img-size."
+    "and the same --backbone, --backbone-weights, --levels, --img-size and --bit-depth."
 )
 
 
 def centers_of(config: CentersConfig, device: torch.device) -> list[Tensor]:
-    """What a config asks for; errors as of ``compute_centers``, and those of reading the data and the backbone."""
-    train, _ = read_split(config)
-    return compute_centers(config, load_frozen_backbone(config, device), train, reference_pool(train))
+    """What a config asks for; errors as of ``compute_centers`` and ``Inputs``."""
+    inputs = Inputs(config, device)
+    return compute_centers(config, inputs.backbone, inputs.train, inputs.normal)
 
 
-def find_centers(config: PretrainConfig, backbone: FrozenBackbone, train: Sequence[Item]) -> list[Tensor]:
-    """The centers for a pretraining, on the device of the backbone: of a file or, in a single process, computed now.
+def find_centers(
+    path: str | None, folder: Path, backbone: FrozenBackbone, train: Sequence[Item], seed: int, workers: int
+) -> list[Tensor]:
+    """The centers for a pretraining, on the device of the backbone.
+
+    They are those of a file or, without a path, of the folder of the run, where a single process computes them.
 
     Raises:
         InputError: If they are needed by several processes and there are none.
         CheckpointError: If those of the file are of other features.
     """
-    path = config.centers or str(Path(config.output) / "centers.safetensors")
-    if config.centers is None and world_size() == 1:
-        given = CentersConfig(output=path, seed=config.seed, workers=config.workers)
-        centers = compute_centers(given, backbone, train, reference_pool(train))
-    elif Path(path).exists():
-        centers = load_centers(path, backbone)
+    file = Path(path or folder / "centers.safetensors")
+    if path is None and world_size() == 1:
+        config = CentersConfig(output=str(file), seed=seed, workers=workers)
+        centers = compute_centers(config, backbone, train, reference_pool(train))
+    elif file.exists():
+        centers = load_centers(file, backbone)
     else:
         raise InputError(
-            f"There are no centers {path}. "
+            f"There are no centers {file}. "
             "Run python -m training.centers in one process first, then give --centers FILE."
         )
     return [center.to(backbone.device) for center in centers]
@@ -91,53 +95,50 @@ def compute_centers(
         CheckpointError: If the output or the state beside it comes from another call.
         AdfeaturesError: If features are not finite, or a file cannot be written.
     """
-    normal, transform = [item for item in items if item.label == NORMAL], backbone.transform
+    normal, transform, output = (
+        [item for item in items if item.label == NORMAL],
+        backbone.transform,
+        Path(config.output),
+    )
     if not normal:
         raise InputError("There are no normal images to compute centers from.")
-    dataset = PretrainingDataset(
-        normal, pool, _Plain(transform), transform, MaskTransform(transform.img_size), shots=(config.shots,)
-    )
+    dataset = PretrainingDataset(normal, pool, partial(_plain, transform), transform, shots=(config.shots,))
     draws = _draws(len(normal), config)
     facts = {
-        "format": FORMAT,
-        **origin(backbone),
+        **_origin(backbone),
         "products": json.dumps(sorted({item.product for item in normal})),
         "normal_images": f"{len(normal)} {items_digest(normal)}",
         "references": f"{len(pool)} {items_digest(pool)}",
         "images": str(len(draws)),
         **{name: str(getattr(config, name)) for name in ("shots", "seed", "batch_size")},
     }
-    output = Path(config.output)
     if output.exists():
-        return _read_levels(output, facts)[0]
-    partial = output.with_suffix(f".partial{output.suffix}")
-    total = _Total.load(partial, facts) if partial.exists() else _Total()
+        return _resumed(output, facts)[0]
+    state, done = output.with_suffix(f".partial{output.suffix}"), 0
+    sums = [torch.zeros(channels, dtype=torch.float64) for channels in backbone.entry.channels]
+    patches = [0] * len(sums)
+    if state.exists():
+        sums, position = _resumed(state, facts)
+        patches, done = json.loads(position["patches"]), int(position["batches"])
     batches = [draws[start : start + config.batch_size] for start in range(0, len(draws), config.batch_size)]
     # A generator of its own, so that torch's is left as it is.
-    loader = ImageLoader(
-        dataset, batch_sampler=batches[total.batches :], num_workers=config.workers, generator=torch.Generator()
-    )
-    for batch in tqdm(loader, desc="centers", unit="batch", total=len(batches), initial=total.batches, disable=None):
-        total.add(_residuals(backbone, batch["views"], batch["references"]), batch["path"])
-        if total.batches % SAVE_EVERY == 0:
-            total.save(partial, facts)
-    centers = [(level / count).float() for level, count in zip(total.sums, total.patches, strict=True)]
-    _write_levels(output, "center", centers, facts)
-    partial.unlink(missing_ok=True)
+    loader = ImageLoader(dataset, batch_sampler=batches[done:], num_workers=config.workers, generator=torch.Generator())
+    for batch in tqdm(loader, desc="centers", unit="batch", total=len(batches), initial=done, disable=None):
+        residuals = _residuals(backbone, batch["views"], batch["references"])
+        sums = [total + level.double().sum(dim=(0, 2, 3)).cpu() for total, level in zip(sums, residuals, strict=True)]
+        patches = [count + level[:, 0].numel() for count, level in zip(patches, residuals, strict=True)]
+        if not all(level.isfinite().all() for level in sums):
+            raise AdfeaturesError(
+                f"The backbone gives features that are not finite for one of {', '.join(batch['path'])}. "
+                "Check its weights."
+            )
+        done += 1
+        if done % SAVE_EVERY == 0:
+            _write(state, "sum", sums, {**facts, "batches": str(done), "patches": json.dumps(patches)})
+    centers = [(level / count).float() for level, count in zip(sums, patches, strict=True)]
+    _write(output, "center", centers, facts)
+    state.unlink(missing_ok=True)
     return centers
-
-
-def origin(backbone: FrozenBackbone) -> dict[str, str]:
-    """Which features centers are of: part of the metadata of their file."""
-    mean, std = backbone.entry.normalization
-    return {
-        "backbone": backbone.name,
-        "weights": json.dumps(backbone.fingerprint),
-        "levels": json.dumps(backbone.entry.blocks),
-        "img_size": json.dumps(backbone.entry.img_size),
-        "mean": json.dumps(mean),
-        "std": json.dumps(std),
-    }
 
 
 def load_centers(path: str | os.PathLike[str], backbone: FrozenBackbone) -> list[Tensor]:
@@ -154,20 +155,30 @@ def load_centers(path: str | os.PathLike[str], backbone: FrozenBackbone) -> list
         CheckpointError: For a file that is missing, damaged, no centers, or of other features.
     """
     path, channels = Path(path), list(backbone.entry.channels)
-    centers = _read_npy(path) if path.suffix == ".npy" else _read_centers(path, origin(backbone))
+    centers = _read_npy(path) if path.suffix == ".npy" else _read_centers(path, _origin(backbone))
     if (lengths := [len(center) for center in centers]) != channels:
         raise CheckpointError(f"{path} holds centers of {lengths} channels, but the levels have {channels}. {_ADVICE}")
     return centers
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """In the place of the two augmented views: the image as it is, (3, H, W)."""
+def _origin(backbone: FrozenBackbone) -> dict[str, str]:
+    """Which features centers are of: part of the metadata of their file."""
+    mean, std = backbone.entry.normalization
+    return {
+        "format": FORMAT,
+        "backbone": backbone.name,
+        "weights": json.dumps(backbone.fingerprint),
+        "levels": json.dumps(backbone.entry.blocks),
+        "img_size": json.dumps(backbone.entry.img_size),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "bit_depth": str(backbone.bit_depth),
+    }
 
-    transform: ImageTransform
 
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        return self.transform(image)
+def _plain(transform: ImageTransform, image: Image.Image, seed: int) -> Tensor:
+    """In the place of two augmented views: the image as it is, (3, H, W)."""
+    return transform(image)
 
 
 def _draws(count: int, config: CentersConfig) -> list[Draw]:
@@ -184,66 +195,42 @@ def _residuals(backbone: FrozenBackbone, images: Tensor, references: Tensor) -> 
     return batch_residuals(backbone.module(images.to(backbone.device)), banks)
 
 
-@dataclass
-class _Total:
-    """Of the batches so far: per level the sum, (C_l,) float64 on the CPU, and the number of the residuals."""
-
-    sums: Sequence[Tensor] = ()
-    patches: Sequence[int] = ()
-    batches: int = 0
-
-    def add(self, residuals: Sequence[Tensor], paths: Sequence[str]) -> None:
-        sums = [level.double().sum(dim=(0, 2, 3)).cpu() for level in residuals]
-        patches = [level[:, 0].numel() for level in residuals]
-        if not all(level.isfinite().all() for level in sums):
-            raise AdfeaturesError(
-                f"The backbone gives features that are not finite for one of {', '.join(paths)}. Check its weights."
-            )
-        if self.batches:
-            sums = [before + level for before, level in zip(self.sums, sums, strict=True)]
-            patches = [before + count for before, count in zip(self.patches, patches, strict=True)]
-        self.sums, self.patches, self.batches = sums, patches, self.batches + 1
-
-    def save(self, path: Path, facts: Mapping[str, str]) -> None:
-        position = {"batches": str(self.batches), "patches": json.dumps(self.patches)}
-        _write_levels(path, "sum", self.sums, {**facts, **position})
-
-    @classmethod
-    def load(cls, path: Path, facts: Mapping[str, str]) -> _Total:
-        sums, metadata = _read_levels(path, facts)
-        return cls(sums, json.loads(metadata["patches"]), int(metadata["batches"]))
+def _write(path: Path, name: str, levels: Sequence[Tensor], facts: Mapping[str, str]) -> None:
+    save_checkpoint(path, {f"{name}.{number}": level for number, level in enumerate(levels, 1)}, metadata=facts)
 
 
-def _write_levels(path: Path, name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
-    save_checkpoint(path, {f"{name}.{level}": tensor for level, tensor in enumerate(tensors, 1)}, metadata=metadata)
-
-
-def _read_levels(path: Path, facts: Mapping[str, str]) -> tuple[list[Tensor], dict[str, str]]:
-    """Tensors in the order of the levels, and metadata, of a file that was written with the same facts."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, in the order of the levels, and metadata."""
     checkpoint = load_checkpoint(path)
-    differing = [key for key in facts if checkpoint.metadata.get(key) != facts[key]]
-    if differing:
+    tensors = sorted(checkpoint.state_dict.items(), key=lambda entry: (len(entry[0]), entry[0]))
+    # Earlier versions knew no other bit depth.
+    return dict(tensors), {"bit_depth": "16", **checkpoint.metadata}
+
+
+def _resumed(path: Path, facts: Mapping[str, str]) -> tuple[list[Tensor], dict[str, str]]:
+    """Levels and metadata of a file that was written with the same facts."""
+    tensors, metadata = _read(path)
+    if differing := [key for key in facts if metadata.get(key) != facts[key]]:
         raise CheckpointError(
             f"{path} is of another run, with other {', '.join(differing)}. Remove it, or choose another output."
         )
-    return _by_level(checkpoint.state_dict), checkpoint.metadata
+    return list(tensors.values()), metadata
 
 
 def _read_centers(path: Path, wanted: Mapping[str, str]) -> list[Tensor]:
     """The centers of a file that was written for features of this origin."""
-    checkpoint = load_checkpoint(path)
-    found = checkpoint.metadata
-    if found.get("format") != FORMAT or not all(key.startswith("center.") for key in checkpoint.state_dict):
+    tensors, found = _read(path)
+    if found.get("format") != FORMAT or not all(name.startswith("center.") for name in tensors):
         raise CheckpointError(f"{path} holds no centers. {_ADVICE}")
     differences = []
     for key, value in wanted.items():
         # Of the fingerprints of weights one in common is enough.
         if found[key] != value and not (key == "weights" and set(json.loads(found[key])) & set(json.loads(value))):
-            short = key in ("backbone", "levels", "img_size")
+            short = key in ("backbone", "levels", "img_size", "bit_depth")
             differences.append(f"{key} {found[key]}, not {value}" if short else f"other {key}")
     if differences:
         raise CheckpointError(f"{path} holds centers of other features: {'; '.join(differences)}. {_ADVICE}")
-    return [center.float() for center in _by_level(checkpoint.state_dict)]
+    return [center.float() for center in tensors.values()]
 
 
 def _read_npy(path: Path) -> list[Tensor]:
@@ -254,7 +241,3 @@ def _read_npy(path: Path) -> list[Tensor]:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise CheckpointError(f"{path} does not hold finite centers of shape (levels, channels). {_ADVICE}")
     return list(torch.from_numpy(array.astype(np.float32)))
-
-
-def _by_level(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensors[key] for key in sorted(tensors, key=lambda key: int(key.rpartition(".")[2]))]

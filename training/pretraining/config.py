@@ -23,6 +23,7 @@ class InputsConfig:
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
     products: tuple[str, ...] = option((), "products to take; the default is all")
     filter_list: str | None = option(None, "Real-IAD: folder or file of lists of the anomalous images to keep")
+    bit_depth: int = option(16, "bits in use of 16-bit images, 9 to 16: 12 for a camera that gives 0 to 4095")
     held_out: float = option(0.1, "fraction of the samples that is kept for validation")
     # Model
     backbone: str = option("dinov2_base", "name of a backbone of adfeatures, or of a timm ViT or CNN")
@@ -39,6 +40,8 @@ class InputsConfig:
         self._check_numbers("workers", "seed")
         if not 0 <= self.held_out < 1:
             raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
+        if not 9 <= self.bit_depth <= 16:
+            raise InputError(f"bit_depth must be 9 to 16, got {self.bit_depth}.")
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
 
@@ -99,9 +102,7 @@ class PretrainConfig(InputsConfig):
     pseudo_huber: str = option("code", "form of the norm", ("code", "paper"))
     centers: str | None = option(None, "file of python -m training.centers; the default computes them at the start")
     view_statistics: str = option(
-        "original",
-        "normalization of the augmented views: original is CLIP's for DINOv2 as well",
-        ("original", "backbone"),
+        "original", "of the augmented views: original is CLIP's for DINOv2 as well", ("original", "backbone")
     )
     precision: str = option(
         "autocast",
@@ -112,8 +113,7 @@ class PretrainConfig(InputsConfig):
     # References
     pool: int | None = option(
         None,
-        "encode so many references per product and view once, and draw from these; "
-        "the default encodes those of every step",
+        "encode so many references per product and view once and draw from these; the default encodes in each step",
     )
     # Validation
     validation: str = option("held_out", "what is evaluated after each epoch", ("held_out", "mvtec", "none"))
@@ -131,21 +131,14 @@ class PretrainConfig(InputsConfig):
         if self.validation == "mvtec" and self.validation_root is None:
             raise InputError("validation=mvtec needs validation_root, the folder of MVTec AD.")
 
-    def learning_rate(self, epoch: int) -> float:
-        """A tenth from each milestone on; of the epoch alone, so that a resumed run has nothing to catch up with."""
-        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+    @property
+    def learning_rates(self) -> list[float]:
+        """Of each epoch, a tenth from each milestone on."""
+        return [self.lr * 0.1 ** sum(epoch >= at for at in self.milestones) for epoch in range(self.epochs)]
 
 
 # What may differ between a run and its resumption, because it changes no number.
 FREE = (
-    "output",
-    "root",
-    "validation_root",
-    "backbone_weights",
-    "centers",
-    "filter_list",
-    "workers",
-    "save_every",
-    "device",
-    "max_steps",
-)
+    "output", "root", "validation_root", "backbone_weights", "centers", "filter_list",
+    "workers", "save_every", "device", "max_steps"
+)  # fmt: skip

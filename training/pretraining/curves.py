@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,16 @@ from adfeatures.checkpoints import atomic_path
 
 from ..metrics import CRITERIA, SELECTED_BY
 
+LOG, CURVES = "log.jsonl", "curves.png"
 SMOOTHING = 50
 _COLORS = {"angle": "tab:orange", "norm": "tab:blue"}
 _STYLES = {"img": "-", "pix": "--", "pro": ":"}
 
 
-def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log. A last line that was cut off is left out."""
-    if not Path(path).exists():
-        return []
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -33,15 +31,18 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
+def draw_curves(folder: Path) -> None:
     """Draw the losses of the steps and, beside them, the metrics of the validations where there are any.
+
+    Args:
+        folder: That of the run: ``log.jsonl`` is read, ``curves.png`` written.
 
     Raises:
         AdfeaturesError: If the picture cannot be written.
     """
     from matplotlib.figure import Figure
 
-    lines = read_log(log)
+    lines = read_log(folder / LOG)
     steps = [line for line in lines if line["kind"] == "step" and "angle" in line]
     validations = [line for line in lines if line["kind"] == "validation"]
     panels = 2 if validations else 1
@@ -57,7 +58,7 @@ def draw_curves(log: str | os.PathLike[str], picture: str | os.PathLike[str]) ->
     # Encoded in memory: of a disk that fills up Pillow would not tell.
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png", dpi=120)
-    with atomic_path(picture) as temporary:
+    with atomic_path(folder / CURVES) as temporary:
         temporary.write_bytes(encoded.getbuffer())
 
 

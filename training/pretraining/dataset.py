@@ -7,11 +7,13 @@ very batches that it would have seen.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,11 @@ from adfeatures import catalog
 from adfeatures.errors import ImageError, InputError
 from adfeatures.images import ImageTransform, read_image
 
-from ..data.images import ImageLoader, different_sizes, read_mask
-from ..data.items import ANOMALOUS, Item
+from ..data.images import different_sizes, read_mask
+from ..data.items import Item
 from ..data.transforms import MaskTransform, TwoViews
 from ..distributed import rank, world_size
 from .config import PretrainConfig
-from .inputs import FrozenBackbone
 
 # Unreadable files in a row after which the data set, not a file, must be at fault.
 MAX_FAILURES = 10
@@ -37,40 +38,20 @@ MAX_FAILURES = 10
 _PERMUTATION, _STEP, _ITEM, _REFERENCES = range(4)
 
 
-def training_batches(
-    config: PretrainConfig, backbone: FrozenBackbone, items: Sequence[Item], pool: Sequence[Item]
-) -> tuple[StepSampler, ImageLoader]:
-    """The batches of this process, and the sampler that decides which of them comes next.
-
-    Raises:
-        InputError: As of the sampler and of the data set, and for micro-batches that would not be equal.
-    """
-    share = config.batch_size // world_size()
-    if share % config.accumulate:
-        raise InputError(f"{share} images a device cannot be divided into {config.accumulate} equal micro-batches.")
-    img_size = backbone.entry.img_size
-    dataset = PretrainingDataset(
-        items,
-        pool,
-        TwoViews(img_size, *view_statistics(config.view_statistics, backbone.entry)),
-        backbone.transform,
-        MaskTransform(img_size),
-        load_references=config.pool is None,
-        shots=config.shots,
-    )
-    sampler = StepSampler(
-        len(dataset), config.batch_size, config.seed, shots=config.shots, rank=rank(), world=world_size()
-    )
-    pinned = backbone.device.type == "cuda"
-    return sampler, ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
+def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
+    """At most ``size`` of the items of each product and view, drawn without replacement, in the order of the items."""
+    chosen: list[int] = []
+    for key, members in sorted(_by_group(items).items()):
+        digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
+        random = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+        chosen += random.permutation(members)[:size].tolist()
+    return [items[index] for index in sorted(chosen)]
 
 
-def view_statistics(choice: str, entry: catalog.Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for the augmented views: those of the "backbone", or the "original" ones.
-
-    The published weights were made with CLIP's, for DINOv2 too.
-    """
-    return catalog.OPENAI_CLIP if choice == "original" and entry.family == "dinov2" else entry.normalization
+def augmentation(statistics: str, entry: catalog.Backbone) -> TwoViews:
+    """Two views with the statistics of a backbone or, as the published weights were made, CLIP's for DINOv2 too."""
+    original = statistics == "original" and entry.family == "dinov2"
+    return TwoViews(entry.img_size, *(catalog.OPENAI_CLIP if original else entry.normalization))
 
 
 @dataclass(frozen=True)
@@ -92,14 +73,16 @@ class StepSampler(Sampler[list[Draw]]):
     Args:
         count: Number of images.
         batch_size: Images a step, of all processes together.
-        seed: Seed of everything drawn, not negative.
+        seed: Seed of everything drawn.
         shots: Numbers of references, one of which is drawn for every step.
-        rank: This process.
-        world: Number of processes.
+        micro_batches: Equal fractions that a process divides its share into.
+
+    Attributes:
+        epoch, step: Where the next iteration begins, both counted from 0.
+        share: Which elements of a global batch are those of this process.
 
     Raises:
-        InputError: For a batch that cannot be divided among the processes or is larger than the data, and for senseless
-            numbers.
+        InputError: For a batch that cannot be divided equally, or is larger than the data.
     """
 
     def __init__(
@@ -107,20 +90,14 @@ class StepSampler(Sampler[list[Draw]]):
         count: int,
         batch_size: int,
         seed: int,
-        *,
         shots: Sequence[int] = PretrainConfig.shots,
-        rank: int = 0,
-        world: int = 1,
+        micro_batches: int = 1,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world or seed < 0 or not shots or min(shots) < 1:
+        world = world_size()
+        if batch_size % (world * micro_batches):
             raise InputError(
-                "batch_size and shots must be at least 1, the seed not negative, and rank one of world: "
-                f"got {batch_size}, {list(shots)}, {seed}, {rank} and {world}."
-            )
-        if batch_size % world:
-            raise InputError(
-                f"A batch of {batch_size} images cannot be divided among {world} processes. "
-                f"Choose a multiple of {world}."
+                f"A batch of {batch_size} images cannot be divided among {world} processes in {micro_batches} equal "
+                f"micro-batches each. Choose a multiple of {world * micro_batches}."
             )
         if count < batch_size:
             raise InputError(
@@ -128,23 +105,13 @@ class StepSampler(Sampler[list[Draw]]):
             )
         self.count, self.batch_size, self.seed, self.shots = count, batch_size, seed, tuple(shots)
         # Every world-th image: the first micro-batches of all ranks then make up the first fraction of the batch.
-        self.share = slice(rank, None, world)
+        self.share = slice(rank(), None, world)
         self.epoch = self.step = 0
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches of an epoch."""
         return self.count // self.batch_size
-
-    def set_position(self, epoch: int, step: int = 0) -> None:
-        """Begin the next iteration at a step of an epoch, both counted from 0.
-
-        Raises:
-            InputError: For a step outside the epoch (its end, ``steps_per_epoch``, gives no batches).
-        """
-        if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
-            raise InputError(f"There is no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps.")
-        self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.step
@@ -162,31 +129,26 @@ class StepSampler(Sampler[list[Draw]]):
 
 
 class PretrainingDataset(Dataset[dict[str, Any]]):
-    """Images by ``Draw``, each a dict that the default collation makes batches of.
+    """Images by ``Draw``, with two views, a mask, and normal images of the same product and view to compare with.
 
-    ``views`` (2, 3, H, W) float32, the augmented views; ``mask`` (1, H, W) uint8 of 0 and 1, which both share;
-    ``label`` of the item, which stays anomalous where the defect is too small to survive in the mask; ``references``
-    (shots, 3, H, W) float32 without augmentation, or ``reference_indices`` (shots,) int64 into the pool; ``path`` of
-    the image.
+    An element is a dict: ``views`` (2, 3, H, W) float32, ``mask`` (1, H, W) uint8 of 0 and 1, ``label`` and ``path`` of
+    the item, and ``references`` (shots, 3, H, W) float32 or ``reference_indices`` (shots,) int64 into the pool.
 
-    The references are drawn with replacement from the pool's images of the same product and view. As in the original,
-    the image itself may be among them, which then makes a residual of only the augmentation.
-
-    An image that cannot be read is replaced by another one, a reference by another one of its group, both determined by
-    the seed of the draw, with a warning for each such file. A mask that is missing or does not fit is an error, because
-    nothing can stand in for it.
+    References are drawn with replacement from the pool's images of the same product and view, the image itself
+    included, as in the original. An image that cannot be read is replaced by another one, a reference by another one of
+    its group, as the seed of the draw decides, with a warning for each such file. Nothing can stand in for a mask.
 
     Args:
         items: All images to train on, normal and anomalous.
         pool: Normal images that serve as references.
-        views: ``TwoViews``, or what else makes ``views`` of an RGB image and a seed.
-        reference_transform: For references, with the normalization of the backbone.
-        mask_transform: Brings masks to the size of the views.
-        load_references: False for reference features from a store: gives ``reference_indices`` and reads no references.
+        views: What makes ``views`` of an RGB image and a seed.
+        transform: For references; its size is that of masks, and its bit depth that of all images.
+        load_references: False gives ``reference_indices`` and reads no references.
         shots: The numbers of references that will be drawn, to warn of groups that have fewer images.
 
     Raises:
-        InputError: If the pool has no image of the product and view of some item, or an anomalous item has no mask.
+        InputError: If the pool has no image of the product and view of some item.
+        ImageError: From an entry, for a mask that is missing or does not fit, or where image after image is unreadable.
     """
 
     def __init__(
@@ -194,26 +156,21 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         items: Sequence[Item],
         pool: Sequence[Item],
         views: Callable[[Image.Image, int], Tensor],
-        reference_transform: ImageTransform,
-        mask_transform: MaskTransform,
+        transform: ImageTransform,
         *,
         load_references: bool = True,
         shots: Sequence[int] = PretrainConfig.shots,
     ) -> None:
-        self.items, self.pool = list(items), list(pool)
-        self.views, self.reference_transform, self.mask_transform = views, reference_transform, mask_transform
-        self.load_references = load_references
-        if bare := next((item.image for item in self.items if item.label == ANOMALOUS and item.mask is None), None):
+        self.items, self.pool, self.views, self.transform = list(items), list(pool), views, transform
+        self.mask_transform, self.load_references = MaskTransform(transform.img_size), load_references
+        self.groups = _by_group(self.pool)
+        sizes = {" ".join(group).strip(): len(self.groups.get(group, ())) for group in _by_group(self.items)}
+        if lonely := [group for group, size in sizes.items() if not size]:
             raise InputError(
-                f"{bare} is anomalous without a mask, and the losses need one. Add the mask, or leave the image out."
+                f"No normal images can serve as references for {', '.join(lonely)}. "
+                "Add some, or leave these products out."
             )
-        self.groups = _groups(self.items, self.pool)
-        small = [
-            f"{' '.join(group).strip()} ({len(indices)})"
-            for group, indices in self.groups.items()
-            if len(indices) < max(shots)
-        ]
-        if small:
+        if small := [f"{group} ({size})" for group, size in sizes.items() if size < max(shots)]:
             warnings.warn(
                 f"Fewer normal images than {max(shots)} references, so that some repeat: {', '.join(small)}.",
                 stacklevel=2,
@@ -224,7 +181,8 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         return len(self.items)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        item, image = self._readable(self._queries(draw))
+        random = np.random.default_rng((_ITEM, draw.seed))
+        item, image = self._read(self.items, draw.index, partial(random.integers, len(self.items)))
         sample = {
             "views": self.views(image, draw.seed),
             "mask": self._mask(item, image),
@@ -236,8 +194,8 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         indices = random.choice(group, draw.shots)
         if not self.load_references:
             return {**sample, "reference_indices": torch.from_numpy(indices)}
-        images = [self._readable(self._references(index, group, random))[1] for index in indices]
-        return {**sample, "references": torch.stack([self.reference_transform(image) for image in images])}
+        images = [self._read(self.pool, index, partial(random.choice, group))[1] for index in indices]
+        return {**sample, "references": torch.stack([self.transform(image) for image in images])}
 
     def _mask(self, item: Item, image: Image.Image) -> Tensor:
         if item.mask is None:
@@ -247,43 +205,26 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
             raise ImageError(different_sizes(item, image.size, mask.size))
         return self.mask_transform(mask)
 
-    def _queries(self, draw: Draw) -> Iterator[Item]:
-        """The image drawn, then others that may take its place."""
-        yield self.items[draw.index]
-        random = np.random.default_rng((_ITEM, draw.seed))
-        while True:
-            yield self.items[random.integers(len(self.items))]
-
-    def _references(self, index: int, group: np.ndarray, random: np.random.Generator) -> Iterator[Item]:
-        """The reference drawn, then others of its group that may take its place."""
-        yield self.pool[index]
-        while True:
-            yield self.pool[random.choice(group)]
-
-    def _readable(self, candidates: Iterator[Item]) -> tuple[Item, Image.Image]:
-        for item in islice(candidates, MAX_FAILURES):
+    def _read(self, items: Sequence[Item], index: int, another: Callable[[], Any]) -> tuple[Item, Image.Image]:
+        """The image drawn, or another one in the place of those that cannot be read."""
+        for _ in range(MAX_FAILURES):
+            item = items[index]
             try:
-                return item, read_image(item.image)
+                return item, read_image(item.image, bit_depth=self.transform.bit_depth)
             except ImageError as error:
-                self._warn(f"{error} Another image takes its place.")
+                message = f"{error} Another image takes its place."
+                if message not in self._warned:
+                    self._warned.add(message)
+                    warnings.warn(message, stacklevel=2)
+                index = another()
         raise ImageError(
             f"{MAX_FAILURES} images in a row could not be read, {item.image} the last of them. Check the data set."
         )
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
 
-
-def _groups(items: Sequence[Item], pool: Sequence[Item]) -> dict[tuple[str, str], np.ndarray]:
-    """Indices into the pool by product and view, for every product and view of the items."""
+def _by_group(items: Sequence[Item]) -> dict[tuple[str, str], list[int]]:
+    """Indices of items by product and view."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    wanted = dict.fromkeys((item.product, item.view) for item in items)
-    for index, item in enumerate(pool):
+    for index, item in enumerate(items):
         groups[item.product, item.view].append(index)
-    if lonely := {" ".join(group).strip(): None for group in wanted if group not in groups}:
-        raise InputError(
-            f"No normal images can serve as references for {', '.join(lonely)}. Add some, or leave these products out."
-        )
-    return {group: np.array(groups[group]) for group in wanted}
+    return groups

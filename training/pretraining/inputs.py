@@ -4,91 +4,69 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from adfeatures import catalog
-from adfeatures.backbones import Encoder
-from adfeatures.checkpoints import weights_fingerprint
+from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
-from adfeatures.factory import load_backbone
-from adfeatures.images import ImageTransform, build_transform
 
 from ..data import folder, real_iad
 from ..data.items import Item
 from ..data.manifest import read_manifest
 from .config import InputsConfig
+from .frozen_backbone import load_frozen_backbone
 
 
-@dataclass(frozen=True)
-class FrozenBackbone:
-    """A backbone that is not trained, with what is known of it.
+class Inputs:
+    """The images of a config and its backbone.
 
     Attributes:
-        name: The name that it was asked for by.
-        module: Maps images (B, 3, H, W) to one map (B, C_l, h_l, w_l) per level.
-        entry: Its description, with the levels and the input size in use.
+        train: What to train on.
+        normal: Those of it that may serve as references.
+        held_out: What is kept for validation.
+        title: "Real-IAD" where all images are of it; other data may come in the same layout.
+        backbone: The backbone, on the device.
+
+    Raises:
+        UnknownNameError: For a product that the data do not have.
+        InputError: As the readers raise it.
+        AdfeaturesError: As ``load_backbone`` raises it.
     """
 
-    name: str
-    module: Encoder
-    entry: catalog.Backbone
-
-    @cached_property
-    def fingerprint(self) -> list[str]:
-        """Hashes of its weights; see ``weights_fingerprint``."""
-        return weights_fingerprint(self.module.state_dict())
-
-    @property
-    def transform(self) -> ImageTransform:
-        """The way from an image to its input, without augmentation."""
-        return build_transform(self.entry.img_size, *self.entry.normalization)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module is."""
-        return next(self.module.parameters()).device
+    def __init__(self, config: InputsConfig, device: torch.device) -> None:
+        # The images come first: nobody waits for weights to hear of a wrong folder.
+        self.train, self.held_out = read_split(config)
+        self.normal = real_iad.reference_pool(self.train)
+        known = config.data == "real_iad" and {item.product for item in self.train} <= set(real_iad.PRODUCTS)
+        self.title = real_iad.TREE.title if known else None
+        self.backbone = load_frozen_backbone(config, device)
 
 
 def read_split(config: InputsConfig) -> tuple[list[Item], list[Item]]:
-    """The items to train on, and those that are held out.
-
-    Raises:
-        UnknownNameError: For a product that the manifest does not have.
-        InputError: As the readers raise it, and for a filter list of another data set than Real-IAD.
-    """
-    return real_iad.split_by_sample(_read_items(config), config.held_out, config.seed)
-
-
-def load_frozen_backbone(config: InputsConfig, device: torch.device) -> FrozenBackbone:
-    """The backbone of a config, on a device; errors as of ``load_backbone``."""
-    # Random weights, where they are asked for, are the same in whatever resumes or precedes the pretraining.
-    torch.manual_seed(config.seed)
-    module, entry = load_backbone(
-        config.backbone, weights=config.backbone_weights, img_size=config.size, levels=config.levels or None
-    )
-    return FrozenBackbone(config.backbone, module.to(device), entry)
-
-
-def _read_items(config: InputsConfig) -> list[Item]:
-    root, products = config.root, config.products or None
-    if config.data == "real_iad":
-        return real_iad.read(root, products, config.filter_list)
-    if config.filter_list is not None:
+    """The items to train on, and those that are held out; errors as of the readers."""
+    if config.filter_list is not None and config.data != "real_iad":
         raise InputError(f"A filter list goes with the data of Real-IAD only, not with {config.data}.")
-    if config.data == "manifest":
-        return _of_products(read_manifest(root), products)
+    readers: dict[str, Callable[[str, Sequence[str] | None], list[Item]]] = {
+        "real_iad": partial(real_iad.read, filter_list=config.filter_list),
+        "folder": _read_folder,
+        "manifest": _read_manifest,
+    }
+    items = readers[config.data](config.root, config.products or None)
+    return real_iad.split_by_sample(items, config.held_out, config.seed)
+
+
+def _read_folder(root: str, products: Sequence[str] | None) -> list[Item]:
     items = [item for split in ("train", "test") for item in folder.TREE.find_items(root, split, products)]
     # Where the folder lies must not decide which images are held out.
     return [dataclasses.replace(item, sample=os.path.relpath(item.image, root).replace(os.sep, "/")) for item in items]
 
 
-def _of_products(items: list[Item], products: Sequence[str] | None) -> list[Item]:
-    known = {item.product: item for item in items}
+def _read_manifest(path: str, products: Sequence[str] | None) -> list[Item]:
+    items = read_manifest(path)
+    known = dict.fromkeys(item.product for item in items)
     for product in products or ():
         if product not in known:
-            raise UnknownNameError(catalog.unknown("product", product, known))
+            raise UnknownNameError(unknown("product", product, known))
     return [item for item in items if products is None or item.product in products]

@@ -24,19 +24,6 @@ from ..distributed import barrier, rank
 ENCODED_AT_ONCE = 16
 
 
-def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
-    """At most ``size`` of the items of each product and view, drawn without replacement, in the order of the items."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault((item.product, item.view), []).append(index)
-    chosen = []
-    for key, members in sorted(groups.items()):
-        digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
-        random = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-        chosen += [members[i] for i in random.permutation(len(members))[:size]]
-    return [items[index] for index in sorted(chosen)]
-
-
 class ReferenceStore:
     """Feature maps of the images of a pool, one memory-mapped float16 array (N, C_l, h_l, w_l) per level.
 

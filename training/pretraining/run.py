@@ -26,10 +26,10 @@ from adfeatures.trained import PROJECTOR
 from ..distributed import barrier, rank, world_size
 from ..metrics import CRITERIA, SELECTED_BY
 from .config import FREE, PretrainConfig
-from .curves import draw_curves
+from .curves import LOG
 from .validation import Scores
 
-STATE, LOG, CURVES = "state.pt", "log.jsonl", "curves.png"
+STATE = "state.pt"
 _VALIDATED_ON = {"held_out": "held-out samples of the training data", "mvtec": "the test set of MVTec AD"}
 # Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
@@ -55,19 +55,19 @@ class TrainingRun:
     """
 
     def __init__(self, config: PretrainConfig) -> None:
-        self.folder, self.config = Path(config.output), config
+        self.folder = Path(config.output)
         self.epoch = self.step = self.step_of_epoch = self.validated = 0
         self.best: dict[str, float] = {}
+        self._log_bytes = 0
+        self._config = json.dumps(dataclasses.asdict(config))
+        self._validated_on = _VALIDATED_ON.get(config.validation)
         self._inputs: dict[str, str] = {}
-        self._resumable: Mapping[str, Any] = {}
-        self._board: Any = None
-        self._found: dict[str, Any] | None = None
-        if (self.folder / STATE).exists():
-            with _reading(self.folder / STATE):
-                self._found = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
-                self._check(json.loads(self._found["config"]), self._found["world_size"])
-                # As a state of an earlier version has it.
-                self._found["inputs"].setdefault("centers", self._found["inputs"].get("centres"))
+        self._found = self._load()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing to resume from."""
+        return self._found is None
 
     def depend_on(self, name: str, digest: str) -> None:
         """Say by its digest what else the run depends on.
@@ -76,27 +76,35 @@ class TrainingRun:
             InputError: If the run in the folder had something else in its place.
         """
         self._inputs[name] = digest
-        if self._found is not None and self._found["inputs"].get(name) != digest:
+        if self._found is None:
+            return
+        with self._reading():
+            found = self._found["inputs"]
+            # The second is the name in the states of an earlier version.
+            same = digest in (found.get(name), found.get(name.replace("centers", "centres")))
+        if not same:
             raise InputError(
                 f"{self.folder} holds a run with other {name}. Give the same again, or choose another --output."
             )
 
-    def resume(self, **resumable: Any) -> None:
+    def resume(self, projector: ResidualProjector, optimizer: torch.optim.Optimizer, header: Mapping[str, str]) -> None:
         """Go on where the run in the folder was, if there is one.
 
         Args:
-            resumable: What is saved and restored: modules and optimizers by name.
+            projector: Saved and restored, and what the checkpoints hold.
+            optimizer: Saved and restored.
+            header: Metadata of the checkpoints; the config is added to it.
 
         Raises:
             CheckpointError: If the state does not fit.
         """
-        self._resumable, log_bytes = resumable, 0
+        self._projector, self._optimizer, self._header = projector, optimizer, header
         if self._found is not None:
-            with _reading(self.folder / STATE):
-                log_bytes = self._restore(self._found)
+            with self._reading():
+                self._restore(self._found)
             self._found = None
         if rank() == 0:
-            self._tidy(log_bytes)
+            self._tidy()
         self._board = _tensorboard(self.folder, self.step + 1)
 
     def advance(self) -> None:
@@ -127,12 +135,13 @@ class TrainingRun:
             state = {
                 "position": [self.epoch, self.step, self.step_of_epoch, self.validated],
                 "best": dict(self.best),
-                "config": json.dumps(dataclasses.asdict(self.config)),
+                "config": self._config,
                 "inputs": self._inputs,
                 "world_size": world_size(),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
                 "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
-                **{name: each.state_dict() for name, each in self._resumable.items()},
+                "projector": self._projector.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
             }
             with atomic_path(self.folder / STATE) as temporary:
                 _save(state, temporary)
@@ -140,7 +149,7 @@ class TrainingRun:
                     self._board.flush()
         barrier()
 
-    def keep_best(self, scores: Scores, projector: ResidualProjector, header: Mapping[str, str]) -> None:
+    def keep_best(self, scores: Scores) -> None:
         """Write ``checkpoints_{img,pix,pro}_{norm,angle}.safetensors`` for each criterion that was surpassed."""
         for method, found in scores.items():
             metrics = {
@@ -150,56 +159,54 @@ class TrainingRun:
                 name, value = f"checkpoints_{criterion.key}_{method}", found[criterion.key]
                 if value > self.best.get(name, 0.0):
                     self.best[name] = value
-                    data = _VALIDATED_ON[self.config.validation]
-                    selected = f"{criterion.title} of {SELECTED_BY[method]} on {data}, after step {self.step}"
-                    self._write(name, projector, {**header, "selected_by": selected}, metrics)
+                    selected = f"{criterion.title} of {SELECTED_BY[method]} on {self._validated_on}"
+                    self._keep(name, selected, metrics)
 
-    def keep_last(self, projector: ResidualProjector, header: Mapping[str, str]) -> None:
+    def keep_last(self) -> None:
         """Write ``checkpoint_last.safetensors``, the projector as it is now."""
-        selected = f"nothing: the last one, after step {self.step}"
-        self._write("checkpoint_last", projector, {**header, "selected_by": selected}, {})
+        self._keep("checkpoint_last", "nothing: the last one", {})
 
-    def draw(self) -> None:
-        """Draw the losses and metrics of the log to curves.png."""
+    def _keep(self, name: str, selected_by: str, metrics: Mapping[str, float]) -> None:
         if rank() == 0:
-            draw_curves(self.folder / LOG, self.folder / CURVES)
-
-    def _write(
-        self, name: str, projector: ResidualProjector, metadata: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> None:
-        if rank() == 0:
-            tensors = {f"{PROJECTOR}{key}": value for key, value in projector.state_dict().items()}
+            tensors = {f"{PROJECTOR}{key}": value for key, value in self._projector.state_dict().items()}
+            selected = f"{selected_by}, after step {self.step}"
+            metadata = {**self._header, "training": self._config, "selected_by": selected}
             save_checkpoint(self.folder / f"{name}.safetensors", tensors, metrics=metrics, metadata=metadata)
 
-    def _tidy(self, log_bytes: int) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._projector.load_state_dict(state["projector"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
+        self.best, (cpu, *devices) = state["best"], state["rng"]
+        torch.set_rng_state(cpu)
+        if devices and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
+        self._log_bytes = int(state["log_bytes"])
+
+    def _tidy(self) -> None:
         """Remove what killed processes left half written, and of the log what will be done, and logged, again."""
         try:
             for path in self.folder.rglob(".*"):
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink()
             if (self.folder / LOG).exists():
-                os.truncate(self.folder / LOG, min(log_bytes, os.path.getsize(self.folder / LOG)))
+                os.truncate(self.folder / LOG, min(self._log_bytes, os.path.getsize(self.folder / LOG)))
         except OSError as error:
             raise AdfeaturesError(
                 f"Cannot write to {self.folder}: {error}. Make it writable or choose another --output."
             ) from error
 
-    def _restore(self, state: Mapping[str, Any]) -> int:
-        """Take over the state. The length of the log at that time is returned, in bytes."""
-        for name, each in self._resumable.items():
-            each.load_state_dict(state[name])
-        self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
-        self.best, (cpu, *devices) = state["best"], state["rng"]
-        torch.set_rng_state(cpu)
-        if devices and len(devices) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(devices)
-        return int(state["log_bytes"])
-
-    def _check(self, other: Mapping[str, Any], processes: int) -> None:
-        own = json.loads(json.dumps(dataclasses.asdict(self.config)))
+    def _load(self) -> dict[str, Any] | None:
+        """The state in the folder, if it is of the same config and as many processes."""
+        if not (self.folder / STATE).exists():
+            return None
+        with self._reading():
+            state: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+            # Earlier versions knew no other bit depth.
+            other, processes = {"bit_depth": 16, **json.loads(state["config"])}, state["world_size"]
         changed = [
             f"{name} was {other.get(name)!r}, is {value!r}"
-            for name, value in own.items()
+            for name, value in json.loads(self._config).items()
             if name not in FREE and other.get(name) != value
         ]
         if changed:
@@ -211,19 +218,18 @@ class TrainingRun:
                 f"{self.folder} holds a run on {processes} processes, now there are {world_size()}. "
                 "Start as many (torchrun --nproc-per-node), or choose another --output."
             )
+        return state
 
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Errors of a state that is damaged, or none, as CheckpointError."""
-    try:
-        yield
-    except AdfeaturesError:
-        raise
-    except _DAMAGE as error:
-        raise CheckpointError(
-            f"{path} cannot be resumed from ({error}). Choose another --output, or remove the file to begin again."
-        ) from error
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Errors of a state that is damaged, or none, as CheckpointError."""
+        try:
+            yield
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"{self.folder / STATE} cannot be resumed from ({error}). "
+                "Choose another --output, or remove the file to begin again."
+            ) from error
 
 
 def _save(state: Mapping[str, Any], path: Path) -> None:
@@ -250,10 +256,10 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
     except ImportError:
         return None
-    try:
-        return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
     except OSError as error:
         raise AdfeaturesError(
             f"Cannot write to {folder}: {error}. Free some space or choose another --output."

@@ -27,13 +27,13 @@ Encode = Callable[[Tensor], list[Tensor]]
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Any],
     encode: Encode,
     store: ReferenceStore | None,
     centers: Sequence[Tensor | None],
     config: PretrainConfig,
 ) -> dict[str, float]:
-    """One step of the optimizer on this rank's share of a batch.
+    """One step of the optimizer on this rank's share of a batch, wherever the batch lies.
 
     Returns:
         The losses of the global batch, summed over the levels, by name; {"skipped": 1} where it has no anomalous image.
@@ -42,16 +42,17 @@ def train_step(
         AdfeaturesError: If the loss is not finite. The parameters are as before then.
     """
     optimizer.zero_grad()
-    micro_batches = [micro for micro in _divide(batch, config.accumulate) if gather(micro["label"]).any()]
+    tensors = on_device(batch, next(model.parameters()).device)
+    micro_batches = [micro for micro in _divide(tensors, config.accumulate) if gather(micro["label"]).any()]
     sums = {"angle": 0.0, "norm": 0.0}
     for number, micro in enumerate(micro_batches, start=1):
         first, second = view_residuals(micro, encode, store)
-        with contextlib.ExitStack() as stack:
-            if isinstance(model, DistributedDataParallel) and number < len(micro_batches):
-                stack.enter_context(model.no_sync())
+        last = number == len(micro_batches)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
                 projected = model([torch.cat(pair) for pair in zip(first, second, strict=True)])
-            angle, norm = losses(*_split(projected), micro["mask"], centers, config)
+            one, other = zip(*(level.chunk(2) for level in projected), strict=True)
+            angle, norm = losses(one, other, micro["mask"], centers, config)
             ((angle + norm) / len(micro_batches)).backward()
         sums["angle"] += angle.item() / len(micro_batches)
         sums["norm"] += norm.item() / len(micro_batches)
@@ -69,23 +70,21 @@ def train_step(
 @torch.no_grad()
 def view_residuals(
     batch: dict[str, Tensor], encode: Encode, store: ReferenceStore | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, against the same references."""
     views = batch["views"]
     features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
     if store is None:
-        references = [
-            level.unflatten(0, batch["references"].shape[:2]) for level in encode(batch["references"].flatten(0, 1))
-        ]
+        images = batch["references"]
+        references = [level.unflatten(0, images.shape[:2]) for level in encode(images.flatten(0, 1))]
     else:
+        stored, one = store.read(batch["reference_indices"]), features[0]
         # Half the bytes go to the device.
-        references = [
-            level.to(features[0].device).to(features[0].dtype) for level in store.read(batch["reference_indices"])
-        ]
+        references = [level.to(one.device).to(one.dtype) for level in stored]
     # The views lie one above the other in one map, so that each row of the bank is normalized once.
     tall = batch_residuals([level.transpose(1, 2).flatten(2, 3) for level in features], references)
     first, second = zip(*(level.unflatten(2, (2, -1)).unbind(2) for level in tall), strict=True)
-    return list(first), list(second)
+    return first, second
 
 
 def losses(
@@ -139,8 +138,3 @@ def _divide(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """So many micro-batches."""
     tensors = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: chunks[number] for name, chunks in tensors.items()} for number in range(count)]
-
-
-def _split(projected: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    first, second = zip(*(level.chunk(2) for level in projected), strict=True)
-    return list(first), list(second)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import isnan, nan
 from statistics import fmean
 from typing import Any
@@ -16,23 +17,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adfeatures.errors import ImageError, InputError
+from adfeatures.errors import ImageError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.images import ImageTransform, build_transform, read_image
+from adfeatures.images import ImageTransform, read_image
 from adfeatures.projector import ResidualProjector
 
 from .. import metrics
 from ..data.images import ImageDataset, loader
 from ..data.items import Item
-from ..data.real_iad import reference_pool
 from ..distributed import gather_objects, rank, world_size
 from ..methods import FeatureNorm, PatchCore
-from ..methods.base import Batch, Extractor, Loader
+from ..methods.base import Batch, Loader
 from ..metrics import CRITERIA, SELECTED_BY
-from .config import PretrainConfig
 from .dataset import MAX_FAILURES
-from .inputs import FrozenBackbone
-from .trials import Trial, held_out_trials, mvtec_trials
+from .frozen_backbone import FrozenBackbone
+from .trials import Trial
 
 IMAGES_AT_ONCE = 16
 # The methods of ``metrics.SELECTED_BY``.
@@ -42,38 +41,12 @@ _SELECTORS: dict[str, type[FeatureNorm] | type[PatchCore]] = {"norm": FeatureNor
 Scores = dict[str, dict[str, float]]
 
 
-def create_validation(
-    config: PretrainConfig, backbone: FrozenBackbone, train: Sequence[Item], held_out: Sequence[Item]
-) -> Validation | None:
-    """The validation that a config asks for, None where it asks for none.
-
-    Raises:
-        InputError: If there is nothing to validate on.
-    """
-    if config.validation == "none":
-        return None
-    presets = {}
-    if config.validation == "mvtec":
-        trials = mvtec_trials(config.validation_root or "")
-        if backbone.entry.img_size == (224, 224):
-            presets = {"preset": "resize256_crop224", "reference_preset": "resize224_crop224"}
-    else:
-        trials = held_out_trials(reference_pool(train), held_out, config.validation_images, config.seed)
-    if not trials:
-        raise InputError(
-            "No product has held-out images of both labels to validate on. Raise --held-out, or say --validation none."
-        )
-    return Validation(backbone, trials, workers=config.workers, **presets)
-
-
 class Validation:
     """Evaluates projectors on trials, one after the other, so that the references of only one product are held at once.
 
     Args:
         backbone: The frozen encoder.
         trials: What to evaluate on; several processes share them.
-        preset: Geometry of the test and training images, see ``adfeatures.create_transform``.
-        reference_preset: Geometry of the references.
         methods: Which of ``metrics.SELECTED_BY``.
         workers: Processes that read images.
     """
@@ -83,17 +56,11 @@ class Validation:
         backbone: FrozenBackbone,
         trials: Sequence[Trial],
         *,
-        preset: str = "squash",
-        reference_preset: str = "squash",
         methods: Sequence[str] = tuple(SELECTED_BY),
         workers: int = 0,
     ) -> None:
         self.backbone, self.methods, self.workers = backbone, methods, workers
         self.trials = list(trials)[rank() :: world_size()]
-        self.transform, self.reference_transform = (
-            build_transform(backbone.entry.img_size, *backbone.entry.normalization, preset=each)
-            for each in (preset, reference_preset)
-        )
 
     def run(self, projector: ResidualProjector | None) -> Scores:
         """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for each method.
@@ -112,11 +79,10 @@ class Validation:
         progress = tqdm(self.trials, desc="validation", unit="product", leave=False, disable=None)
         shares = gather_objects([self._evaluate(extractor, trial) for trial in progress])
         by_product = [scores for share in shares for scores in share]
-        means: Scores = {}
-        for method in self.methods:
-            found = [scores[method] for scores in by_product]
-            means[method] = {criterion.key: _mean(each[criterion.key] for each in found) for criterion in CRITERIA}
-        return means
+        return {
+            method: {criterion.key: _mean(each[method][criterion.key] for each in by_product) for criterion in CRITERIA}
+            for method in self.methods
+        }
 
     def _extractor(self, projector: ResidualProjector | None) -> FeatureExtractor:
         """An extractor of its own for each run: in it the projector is frozen, and training needs the memory back."""
@@ -130,13 +96,17 @@ class Validation:
         )
 
     def _evaluate(self, extractor: FeatureExtractor, trial: Trial) -> Scores:
+        of_images, of_references = (replace(self.backbone.transform, preset=preset) for preset in trial.presets)
         extractor.clear_references()
         for view, items in trial.references.items():
-            references = _references(items, self.reference_transform).to(self.backbone.device)
-            extractor.set_references(references, product=_bank(view))
-        features = self._features(extractor, trial)
+            extractor.set_references(_references(items, of_references).to(self.backbone.device), product=f"view {view}")
+        banks = {item.image: f"view {item.view}" for items in (trial.train, trial.test) for item in items}
+
+        def features(batch: Batch) -> list[Tensor]:
+            return extractor(batch["image"].to(self.backbone.device), [banks[path] for path in batch["path"]])
+
         train, test = (
-            loader(_Readable(items, self.transform), IMAGES_AT_ONCE, workers=self.workers)
+            loader(_Readable(items, of_images), IMAGES_AT_ONCE, workers=self.workers)
             for items in (trial.train, trial.test)
         )
         scores = {}
@@ -148,15 +118,6 @@ class Validation:
             scores[name] = {criterion.key: float(getattr(found, criterion.field)) for criterion in CRITERIA}
         return scores
 
-    def _features(self, extractor: FeatureExtractor, trial: Trial) -> Extractor:
-        views = {item.image: item.view for items in (trial.train, trial.test) for item in items}
-
-        def extract(batch: Batch) -> list[Tensor]:
-            banks = [_bank(views[path]) for path in batch["path"]]
-            return extractor(batch["image"].to(self.backbone.device), banks)
-
-        return extract
-
 
 def _mean(values: Iterable[float]) -> float:
     """Of those that are not NaN: masks and labels decide which, so every validation of a run takes the same ones."""
@@ -164,15 +125,8 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(defined) if defined else nan
 
 
-def _bank(view: str) -> str:
-    return f"view {view}"
-
-
 class _Readable(ImageDataset):
-    """In the place of an image that cannot be read, the next one with its own label and mask.
-
-    A training passes over such images too.
-    """
+    """In the place of an image that cannot be read, the next one with its own label and mask."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for position in range(index, index + MAX_FAILURES):
@@ -190,7 +144,7 @@ class _Readable(ImageDataset):
 def _read(item: Item, transform: ImageTransform) -> Tensor | None:
     """The image as input (3, H, W), or a warning and None where it cannot be read."""
     try:
-        return transform(read_image(item.image))
+        return transform(read_image(item.image, bit_depth=transform.bit_depth))
     except ImageError as error:
         warnings.warn(f"{error} The validation does without it.", stacklevel=2)
         return None

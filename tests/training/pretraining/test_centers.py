@@ -28,7 +28,7 @@ from training.data.items import Item
 from training.pretraining import centers
 from training.pretraining.centers import compute_centers, load_centers
 from training.pretraining.config import CentersConfig
-from training.pretraining.inputs import FrozenBackbone
+from training.pretraining.frozen_backbone import FrozenBackbone
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TRANSFORM = build_transform((28, 42), *STATISTICS)

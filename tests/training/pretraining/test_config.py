@@ -34,7 +34,7 @@ def parse(config: type, arguments: list[str]) -> Any:
 def other_value(field: dataclasses.Field[Any]) -> Any:
     if field.metadata["choices"]:
         return next(choice for choice in field.metadata["choices"] if choice not in (field.default, "mvtec"))
-    return "other.safetensors" if field.name == "output" else VALUES[str(field.type)]
+    return {"output": "other.safetensors", "bit_depth": 12}.get(field.name, VALUES[str(field.type)])
 
 
 @pytest.mark.parametrize("config", [PretrainConfig, CentersConfig])
@@ -72,7 +72,7 @@ def test_the_learning_rate_is_that_of_torch() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=given.lr)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, given.milestones)
     for epoch in range(8):
-        assert given.learning_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        assert given.learning_rates[epoch] == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         scheduler.step()
 
@@ -98,6 +98,7 @@ def test_what_may_differ_on_resumption_are_fields() -> None:
         ({"held_out": 1.0}, r"held_out must lie in \[0, 1\)"),
         ({"shots": ()}, "shots and pool"),
         ({"pool": 0}, "shots and pool"),
+        ({"bit_depth": 8}, "bit_depth must be 9 to 16, got 8"),
         ({"img_size": (1, 2, 3)}, "img_size is one side or height and width"),
         ({"validation": "mvtec"}, "validation_root, the folder of MVTec AD"),
     ],

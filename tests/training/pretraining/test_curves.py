@@ -66,7 +66,8 @@ def test_losses_are_drawn_as_they_are_and_as_a_running_mean(
 ) -> None:
     made = lines(steps, 3)
     skipped = {"kind": "step", "step": steps + 1, "skipped": 1.0}
-    draw_curves(write(tmp_path / "log.jsonl", [*made[:steps], skipped, *made[steps:]]), tmp_path / "curves.png")
+    write(tmp_path / "log.jsonl", [*made[:steps], skipped, *made[steps:]])
+    draw_curves(tmp_path)
     losses, metrics = figures[0].axes
     window = min(steps, SMOOTHING)
     for name, thin, thick in zip(("angle", "norm"), losses.lines[::2], losses.lines[1::2], strict=True):
@@ -88,14 +89,15 @@ def test_losses_are_drawn_as_they_are_and_as_a_running_mean(
 )
 def test_logs_that_have_just_begun(tmp_path: Path, made: list[dict[str, Any]], width: int) -> None:
     """Where nothing has been validated there is no empty panel for it."""
-    draw_curves(write(tmp_path / "log.jsonl", made), tmp_path / "curves.png")
+    write(tmp_path / "log.jsonl", made)
+    draw_curves(tmp_path)
     assert Image.open(tmp_path / "curves.png").size == (width, 480)
 
 
 def test_a_full_disk_keeps_the_last_picture(tmp_path: Path) -> None:
-    log = write(tmp_path / "log.jsonl", lines(5, 1))
+    write(tmp_path / "log.jsonl", lines(5, 1))
     (tmp_path / "curves.png").write_bytes(b"the last one")
     with full_disk(1000), pytest.raises(AdfeaturesError, match="curves.png.*File too large"):
-        draw_curves(log, tmp_path / "curves.png")
+        draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes() == b"the last one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.jsonl"]

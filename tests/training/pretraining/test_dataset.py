@@ -21,28 +21,28 @@ from adfeatures.catalog import BACKBONES
 from adfeatures.errors import ImageError, InputError
 from adfeatures.images import build_transform, read_image
 from training.data import real_iad
-from training.data.items import ANOMALOUS, NORMAL, Item
-from training.data.transforms import MaskTransform, TwoViews
+from training.data.items import NORMAL, Item
+from training.data.transforms import TwoViews
+from training.pretraining import dataset as module
 from training.pretraining.config import PretrainConfig
 from training.pretraining.dataset import (
     MAX_FAILURES,
     Draw,
     PretrainingDataset,
     StepSampler,
-    training_batches,
-    view_statistics,
+    augmentation,
+    choose_pool,
 )
-from training.pretraining.inputs import load_frozen_backbone
 
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
 PRODUCTS = ("bottle_cap", "pcb")
-VIEWS, REFERENCE, MASK = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD), MaskTransform(IMG_SIZE)
+VIEWS, REFERENCE = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD)
 
 
 def make(items: list[Item], pool: list[Item] | None = None, **settings: bool) -> PretrainingDataset:
     """A data set of small images; groups are small on purpose, so that the warning of it is of no interest."""
     return PretrainingDataset(
-        items, real_iad.reference_pool(items) if pool is None else pool, VIEWS, REFERENCE, MASK, shots=[1], **settings
+        items, real_iad.reference_pool(items) if pool is None else pool, VIEWS, REFERENCE, shots=[1], **settings
     )
 
 
@@ -59,8 +59,16 @@ def items(root: Path) -> list[Item]:
 # The sampler
 
 
+def sampler_of(rank: int, world: int, *arguments: Any) -> StepSampler:
+    """The sampler of one of several processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "rank", lambda: rank)
+        patch.setattr(module, "world_size", lambda: world)
+        return StepSampler(*arguments)
+
+
 def all_batches(sampler: StepSampler, epoch: int, step: int = 0) -> list[list[Draw]]:
-    sampler.set_position(epoch, step)
+    sampler.epoch, sampler.step = epoch, step
     return list(sampler)
 
 
@@ -87,7 +95,7 @@ def test_ranks_divide_one_global_batch_from_any_position(
     assert len(set(indices)) == len(indices) and set(indices) <= set(range(count))
     assert all(len({draw.shots for draw in batch}) == 1 for batch in batches)
     step = data.draw(st.integers(0, whole.steps_per_epoch))
-    ranks = [StepSampler(count, batch_size, seed, rank=rank, world=world) for rank in range(world)]
+    ranks = [sampler_of(rank, world, count, batch_size, seed) for rank in range(world)]
     shares = [all_batches(sampler, epoch, step) for sampler in ranks]
     assert [len(sampler) for sampler in ranks] == [len(batches) - step] * world
     for batch, own in zip(batches[step:], zip(*shares, strict=True), strict=True):
@@ -113,27 +121,17 @@ def test_numbers_of_references_are_drawn_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("world", "arguments", "message"),
     [
-        ({"batch_size": 0}, "at least 1"),
-        ({"shots": ()}, "at least 1"),
-        ({"shots": (0, 1)}, "at least 1"),
-        ({"rank": 2, "world": 2}, "one of world"),
-        ({"seed": -1}, "not negative"),
-        ({"batch_size": 4, "world": 3}, "multiple of 3"),
-        ({"count": 3, "batch_size": 4}, "smaller batch"),
+        (3, (10, 4, 0), "Choose a multiple of 3"),
+        (1, (10, 6, 0, (1,), 4), "6 images cannot be divided among 1 processes in 4 equal micro-batches"),
+        (2, (10, 6, 0, (1,), 2), "Choose a multiple of 4"),
+        (1, (3, 4, 0), "smaller batch"),
     ],
 )
-def test_senseless_samplers_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_batches_that_cannot_be_are_refused(world: int, arguments: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        StepSampler(**{"count": 10, "batch_size": 2, "seed": 0, **settings})
-
-
-def test_positions_outside_an_epoch_are_refused() -> None:
-    sampler = StepSampler(10, 3, 0)
-    for epoch, step in ((-1, 0), (0, -1), (0, 4)):
-        with pytest.raises(InputError, match="3 steps"):
-            sampler.set_position(epoch, step)
+        sampler_of(0, world, *arguments)
 
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -152,8 +150,27 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_asked_for(
     backbone: str, original: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]
 ) -> None:
-    assert view_statistics(PretrainConfig().view_statistics, BACKBONES[backbone]) == original
-    assert view_statistics("backbone", BACKBONES[backbone]) == own
+    entry = BACKBONES[backbone]
+    assert augmentation(PretrainConfig().view_statistics, entry) == TwoViews(entry.img_size, *original)
+    assert augmentation("backbone", entry) == TwoViews(entry.img_size, *own)
+
+
+def group(product: str, view: str, count: int) -> list[Item]:
+    return [Item(f"/data/{product}/{view}/{number}.png", NORMAL, product, view=view) for number in range(count)]
+
+
+def test_a_pool_has_so_many_different_images_of_each_product_and_view() -> None:
+    nuts, others = group("nut", "C1", 9), [*group("nut", "C2", 3), *group("bolt", "C1", 9)]
+    pool = choose_pool([*nuts, *others], 4, seed=0)
+    assert [
+        sum((item.product, item.view) == key for item in pool) for key in (("nut", "C1"), ("nut", "C2"), ("bolt", "C1"))
+    ] == [4, 3, 4]
+    assert pool == [item for item in (*nuts, *others) if item in pool]
+    # What is drawn of a group depends on nothing but the seed.
+    alone = choose_pool(nuts, 4, seed=0)
+    assert alone == [item for item in pool if item in nuts]
+    draws = {tuple(item.image for item in choose_pool(nuts, 4, seed)) for seed in range(20)}
+    assert len(draws) > 10 and {image for draw in draws for image in draw} == {item.image for item in nuts}
 
 
 # The data set
@@ -204,7 +221,7 @@ def test_indices_stand_for_the_same_references(items: list[Item]) -> None:
 
 def test_batches_do_not_depend_on_the_number_of_workers(items: list[Item]) -> None:
     sampler = StepSampler(len(items), 4, seed=3)
-    sampler.set_position(1, 2)
+    sampler.epoch, sampler.step = 1, 2
     runs = [list(DataLoader(make(items), batch_sampler=sampler, num_workers=workers)) for workers in (0, 1, 2)]
     assert len(runs[0]) == len(items) // 4 - 2
     for batch, *others in zip(*runs, strict=True):
@@ -225,19 +242,13 @@ def test_a_group_without_references_is_refused(items: list[Item]) -> None:
 def test_few_references_are_warned_of_once(items: list[Item]) -> None:
     pool = real_iad.reference_pool(items)
     with pytest.warns(UserWarning, match="than 8 references") as caught:
-        data = PretrainingDataset(items, pool, VIEWS, REFERENCE, MASK)
+        data = PretrainingDataset(items, pool, VIEWS, REFERENCE)
         assert data[Draw(0, 8, 0)]["references"].shape[0] == 8
     assert len(caught) == 1
     assert all(f"{product} {view} (4)" in str(caught[0].message) for product in PRODUCTS for view in ("C1", "C2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PretrainingDataset(items, pool, VIEWS, REFERENCE, MASK, shots=(1, 4))
-
-
-def test_an_anomalous_image_without_a_mask_is_refused(items: list[Item]) -> None:
-    bare = Item("somewhere.png", ANOMALOUS, items[0].product, view=items[0].view)
-    with pytest.raises(InputError, match="somewhere.png is anomalous without a mask"):
-        make([*items, bare])
+        PretrainingDataset(items, pool, VIEWS, REFERENCE, shots=(1, 4))
 
 
 @pytest.fixture
@@ -309,37 +320,3 @@ def test_masks_that_do_not_fit_are_errors(tmp_path: Path, fault: str) -> None:
         mask.unlink()
     with pytest.raises(ImageError, match=mask.name):
         make(items)[Draw(index, 1, 0)]
-
-
-# Both together
-
-
-@pytest.mark.filterwarnings("ignore:Fewer normal images")
-@pytest.mark.parametrize("pool", [None, 3])
-def test_the_batches_of_a_config(items: list[Item], pool: int | None) -> None:
-    config = PretrainConfig(
-        backbone="efficientnet_lite", img_size=(32, 48), batch_size=6, shots=(2,), seed=5, workers=0, pool=pool
-    )
-    backbone = load_frozen_backbone(config, torch.device("cpu"))
-    sampler, loader = training_batches(config, backbone, items, real_iad.reference_pool(items))
-    assert list(sampler) == list(StepSampler(len(items), 6, 5, shots=(2,)))
-    statistics = backbone.entry.normalization
-    plain, views = build_transform((32, 48), *statistics), TwoViews((32, 48), *statistics)
-    draws = next(iter(sampler))
-    batch = next(iter(loader))
-    assert batch["path"] == [items[draw.index].image for draw in draws]
-    # Of another backbone than DINOv2 the augmented views have its own statistics.
-    for view, draw in zip(batch["views"], draws, strict=True):
-        assert torch.equal(view, views(read_image(items[draw.index].image), draw.seed))
-    if pool is None:
-        files = {tuple(plain(read_image(item.image)).flatten()[:50].tolist()) for item in items}
-        assert all(tuple(reference.flatten()[:50].tolist()) in files for reference in batch["references"].flatten(0, 1))
-    else:
-        assert batch["reference_indices"].shape == (6, 2)
-
-
-def test_micro_batches_are_equal(items: list[Item]) -> None:
-    config = PretrainConfig(backbone="efficientnet_lite", batch_size=6, accumulate=4)
-    backbone = load_frozen_backbone(config, torch.device("cpu"))
-    with pytest.raises(InputError, match="6 images a device cannot be divided into 4 equal micro-batches"):
-        training_batches(config, backbone, items, real_iad.reference_pool(items))

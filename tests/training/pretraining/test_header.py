@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from adfeatures.backbones import create_backbone
+from adfeatures.catalog import BACKBONES
 from adfeatures.factory import load_backbone
-from training.data.items import NORMAL, Item
+from adfeatures.projector import ResidualProjector
 from training.pretraining.config import PretrainConfig
+from training.pretraining.frozen_backbone import FrozenBackbone, load_frozen_backbone
 from training.pretraining.header import checkpoint_header
-from training.pretraining.inputs import FrozenBackbone, load_frozen_backbone
-
-REAL_IAD = [Item("a.jpg", NORMAL, "pcb"), Item("b.jpg", NORMAL, "usb")]
 
 
-def header(train: list[Item] = REAL_IAD, **settings: Any) -> tuple[dict[str, str], FrozenBackbone]:
-    config = PretrainConfig(num_heads=4, **settings)
-    backbone = load_frozen_backbone(config, torch.device("cpu"))
-    return checkpoint_header(config, backbone, train), backbone
+def header(title: str | None = None, num_heads: int = 4, **settings: Any) -> tuple[dict[str, str], FrozenBackbone]:
+    backbone = load_frozen_backbone(PretrainConfig(**settings), torch.device("cpu"))
+    projector = ResidualProjector(backbone.entry.channels, num_heads, num_keys=2)
+    return checkpoint_header(backbone, projector, title), backbone
 
 
 def test_a_model_of_the_catalog_is_named() -> None:
@@ -29,8 +29,20 @@ def test_a_model_of_the_catalog_is_named() -> None:
     assert (found["format"], found["model"]) == ("adfeatures", "adpretrain_efficientnet_lite")
     assert json.loads(found["img_size"]) == [64, 32] and found["num_heads"] == "4"
     assert "backbone" not in found
-    config = PretrainConfig(num_heads=4, backbone="efficientnet_lite", img_size=(64, 32))
-    assert json.loads(found["training"]) == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def test_other_levels_than_the_usual_ones_are_described() -> None:
+    entry = dataclasses.replace(BACKBONES["dinov2_base"], blocks=(2, 4), channels=(8, 8))
+    backbone = FrozenBackbone("dinov2_base", create_backbone("dinov2_base", embed_dim=8, depth=4, num_heads=2), entry)
+    found = checkpoint_header(backbone, ResidualProjector((8, 8), 2, 2), None)
+    assert found["model"] == "adpretrain_dinov2_base" and json.loads(found["backbone"])["blocks"] == [2, 4]
+
+
+@pytest.mark.parametrize("num_heads", [3, 4, 6, 16])
+def test_the_number_of_heads_makes_the_same_projector(num_heads: int) -> None:
+    found, backbone = header(num_heads=num_heads, backbone="efficientnet_lite", img_size=(32,))
+    one, other = (ResidualProjector(backbone.entry.channels, n, 2) for n in (num_heads, int(found["num_heads"])))
+    assert one.num_heads == other.num_heads
 
 
 def test_a_backbone_of_timm_is_described() -> None:
@@ -47,14 +59,7 @@ def test_a_backbone_of_timm_is_described() -> None:
     assert [list(values) for values in entry.normalization] == [facts["mean"], facts["std"]]
 
 
-@pytest.mark.parametrize(
-    ("data", "train", "known"),
-    [
-        ("real_iad", REAL_IAD, True),
-        ("real_iad", [*REAL_IAD, Item("c.jpg", NORMAL, "my_own")], False),
-        ("folder", REAL_IAD, False),
-    ],
-)
-def test_the_training_data_are_named_where_they_are_known(data: str, train: list[Item], known: bool) -> None:
-    found, _ = header(train, backbone="efficientnet_lite", data=data)
-    assert found.get("training_data") == ("Real-IAD" if known else None)
+@pytest.mark.parametrize("title", ["Real-IAD", None])
+def test_the_training_data_are_named_where_they_are_known(title: str | None) -> None:
+    found, _ = header(title, backbone="efficientnet_lite", img_size=(32,))
+    assert found.get("training_data") == title

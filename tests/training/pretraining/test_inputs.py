@@ -7,21 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers.models import photo, write_photos
+from helpers.models import write_photos
 from helpers.real_iad_tree import write_real_iad
 from helpers.trees import write_mvtec
 from PIL import Image
 
-from adfeatures.catalog import BACKBONES
 from adfeatures.errors import InputError, UnknownNameError
-from adfeatures.factory import load_backbone
 from training.data import real_iad
 from training.data.items import ANOMALOUS, Item
 from training.pretraining.config import CentersConfig, PretrainConfig
-from training.pretraining.inputs import load_frozen_backbone, read_split
+from training.pretraining.inputs import Inputs, read_split
 
 CPU = torch.device("cpu")
 PRODUCTS = ("bottle_cap", "pcb")
@@ -96,23 +93,22 @@ def test_pretraining_and_centers_hold_out_the_same_samples(root: Path) -> None:
     assert read_split(PretrainConfig(**given, seed=1))[1] != held_out
 
 
-def test_a_backbone_with_what_is_known_of_it() -> None:
-    given = CentersConfig(backbone="efficientnet_lite", img_size=(32, 64))
-    backbone = load_frozen_backbone(given, CPU)
-    assert backbone.name == "efficientnet_lite" and backbone.entry.img_size == (32, 64)
-    assert backbone.entry.channels == BACKBONES["efficientnet_lite"].channels and backbone.device == CPU
-    image = backbone.transform(photo(0))
-    mean, std = (torch.tensor(values)[:, None, None] for values in backbone.entry.normalization)
-    pixels = torch.from_numpy(np.array(photo(0).resize((64, 32), Image.Resampling.BICUBIC)))
-    torch.testing.assert_close(image * std + mean, pixels.permute(2, 0, 1) / 255, atol=1e-6, rtol=1e-6)
-    expected, _ = load_backbone("efficientnet_lite", img_size=(32, 64))
-    for found, level in zip(backbone.module(image[None]), expected(image[None]), strict=True):
-        assert torch.equal(found, level)
-
-
-def test_random_backbones_are_those_of_the_seed() -> None:
-    given: dict[str, Any] = {"backbone": "resnet10t", "backbone_weights": "random", "img_size": (64,)}
-    one, same = (load_frozen_backbone(make(**given), CPU) for make in (PretrainConfig, CentersConfig))
-    other = load_frozen_backbone(PretrainConfig(**given, seed=1), CPU)
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert not any(parameter.requires_grad for parameter in one.module.parameters())
+@pytest.mark.parametrize(
+    ("products", "data", "title"),
+    [(PRODUCTS, "real_iad", "Real-IAD"), (("gasket", "pcb"), "real_iad", None), (PRODUCTS, "folder", None)],
+)
+def test_data_in_the_layout_of_real_iad_need_not_be_it(
+    tmp_path: Path, products: tuple[str, ...], data: str, title: str | None
+) -> None:
+    if data == "folder":
+        root = write_mvtec(tmp_path, products, good=3, test_good=2, bad=2, size=(16, 16))
+    else:
+        root = write_real_iad(tmp_path, products, ok=2, ng=2, views=2)
+    config = CentersConfig(
+        data=data, root=str(root), products=products, backbone="efficientnet_lite", img_size=(32,), bit_depth=12
+    )
+    inputs = Inputs(config, CPU)
+    assert inputs.title == title
+    assert (inputs.train, inputs.held_out) == read_split(config)
+    assert inputs.normal == real_iad.reference_pool(inputs.train)
+    assert inputs.backbone.entry.img_size == (32, 32) and inputs.backbone.transform.bit_depth == 12

@@ -14,13 +14,9 @@ from torch import Tensor
 from adfeatures.errors import AdfeaturesError, ImageError
 from training.data.items import NORMAL, Item
 from training.pretraining import reference_store as module
-from training.pretraining.reference_store import ReferenceStore, choose_pool
+from training.pretraining.reference_store import ReferenceStore
 
 ITEMS = [Item(f"/data/{number}.png", NORMAL, "nut", view="C1") for number in range(7)]
-
-
-def group(product: str, view: str, count: int) -> list[Item]:
-    return [Item(f"/data/{product}/{view}/{number}.png", NORMAL, product, view=view) for number in range(count)]
 
 
 def read(path: str) -> Tensor:
@@ -49,20 +45,6 @@ def encoded(folder: Path, items: list[Item] = ITEMS, identity: str = "one") -> t
 
     store.encode(read_and_note, maps)
     return store, files
-
-
-def test_a_pool_has_so_many_different_images_of_each_product_and_view() -> None:
-    nuts, others = group("nut", "C1", 9), [*group("nut", "C2", 3), *group("bolt", "C1", 9)]
-    pool = choose_pool([*nuts, *others], 4, seed=0)
-    assert [
-        sum((item.product, item.view) == key for item in pool) for key in (("nut", "C1"), ("nut", "C2"), ("bolt", "C1"))
-    ] == [4, 3, 4]
-    assert pool == [item for item in (*nuts, *others) if item in pool]
-    # What is drawn of a group depends on nothing but the seed.
-    alone = choose_pool(nuts, 4, seed=0)
-    assert alone == [item for item in pool if item in nuts]
-    draws = {tuple(item.image for item in choose_pool(nuts, 4, seed)) for seed in range(20)}
-    assert len(draws) > 10 and {image for draw in draws for image in draw} == {item.image for item in nuts}
 
 
 def test_it_holds_the_maps_in_half_precision(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def run(path, accumulate):
     # Of the four images only the last one, on the last rank, is anomalous.
     batch["label"], batch["mask"] = torch.tensor([0, 0, 0, 1]), torch.zeros(4, 1, 48, 48, dtype=torch.uint8)
     batch["mask"][3, :, 10:40, 10:40] = 1
-    share = StepSampler(4, 4, 0, rank=rank(), world=world_size()).share
+    share = StepSampler(4, 4, 0).share
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
     values = train_step(
         model,

@@ -74,7 +74,10 @@ def test_a_view_without_references_is_left_out() -> None:
     (trial,) = held_out_trials(train, held_out, 10, 0)
     assert {item.view for item in trial.test} == set(trial.references) == {"C1"}
     assert trial.train == train  # the only normal image has to serve twice
-    assert held_out_trials(train, [item for item in held_out if item.view == "C2"], 10, 0) == []
+    with pytest.raises(InputError, match="No product has held-out images of both labels"):
+        held_out_trials(train, [item for item in held_out if item.view == "C2"], 10, 0)
+    with pytest.raises(InputError, match="No product has held-out images of both labels"):
+        held_out_trials(train, [item for item in held_out if item.label == NORMAL], 10, 0)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mvtec_is_evaluated_against_its_first_images(mvtec_root: Path) -> None:
-    trials = mvtec_trials(str(mvtec_root))
+    trials = mvtec_trials(str(mvtec_root), (56, 56))
     assert tuple(trial.product for trial in trials) == mvtec.PRODUCTS
     for trial in trials:
         names = [str(Path(item.image).relative_to(mvtec_root)) for item in trial.references[""]]
@@ -107,4 +110,9 @@ def test_products_of_mvtec_that_are_missing_are_named_at_once(mvtec_root: Path, 
     for product in ("cable", "zipper"):
         shutil.rmtree(tmp_path / "mvtec" / product)
     with pytest.raises(InputError, match="holds no cable, zipper. Extract the rest of MVTec AD"):
-        mvtec_trials(str(tmp_path / "mvtec"))
+        mvtec_trials(str(tmp_path / "mvtec"), (224, 224))
+
+
+def test_at_the_size_of_the_original_the_geometry_is_the_originals(mvtec_root: Path) -> None:
+    for side, presets in ((224, ("resize256_crop224", "resize224_crop224")), (56, ("squash", "squash"))):
+        assert {trial.presets for trial in mvtec_trials(str(mvtec_root), (side, side))} == {presets}

@@ -14,26 +14,24 @@ import pytest
 import torch
 from helpers.models import tiny_extractor
 from helpers.real_iad_tree import write_real_iad
-from helpers.trees import write_mvtec
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import roc_auc_score
 
 from adfeatures.catalog import BACKBONES
-from adfeatures.errors import ImageError, InputError
+from adfeatures.errors import ImageError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.images import build_transform, read_image
+from adfeatures.images import ImageTransform, build_transform, read_image
 from adfeatures.projector import ResidualProjector
 from adfeatures.scoring import feature_norm_map
-from training.data import mvtec, real_iad
+from training.data import real_iad
 from training.data.images import ImageDataset
-from training.data.items import ANOMALOUS, NORMAL, Item
+from training.data.items import Item
 from training.data.transforms import MaskTransform
 from training.metrics import SELECTED_BY
 from training.pretraining import validation as module
-from training.pretraining.config import PretrainConfig
-from training.pretraining.inputs import FrozenBackbone
+from training.pretraining.frozen_backbone import FrozenBackbone
 from training.pretraining.trials import Trial, held_out_trials
-from training.pretraining.validation import Validation, create_validation
+from training.pretraining.validation import Validation
 
 SIZE = (56, 56)
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -213,25 +211,23 @@ def test_the_methods_are_those_that_select_checkpoints() -> None:
     assert {name: method.__name__ for name, method in module._SELECTORS.items()} == SELECTED_BY
 
 
-def test_the_validation_of_a_config(tmp_path: Path) -> None:
-    root = write_mvtec(tmp_path, mvtec.PRODUCTS, good=2, test_good=1, bad=1, size=(16, 16))
-    backbone, _ = tiny_model()
-    train, normal, bad = (
-        [Item(f"/data/{n}_{label}.jpg", label, "nut", view="C1", sample=f"nut/S{n}") for n in samples]
-        for label, samples in ((NORMAL, range(20)), (NORMAL, range(30, 36)), (ANOMALOUS, range(30, 36)))
-    )
+def test_images_and_references_have_the_geometry_of_the_trial(
+    trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presets, found = ("resize256_crop224", "resize224_crop224"), []
+    for name in ("_Readable", "_references"):
+        original = getattr(module, name)
 
-    def create(side: int = 56, held_out: Sequence[Item] = (*normal, *bad), **settings: Any) -> Validation | None:
-        sized = replace(backbone, entry=replace(backbone.entry, img_size=(side, side)))
-        return create_validation(PretrainConfig(**settings), sized, train, held_out)
+        def noting(items: Sequence[Item], transform: ImageTransform, original: Any = original) -> Any:
+            found.append((original.__name__, transform))
+            return original(items, transform)
 
-    assert create(validation="none") is None
-    of_held_out = create(validation_images=4, seed=3)
-    assert of_held_out is not None and of_held_out.trials == held_out_trials(train, [*normal, *bad], 4, 3)
-    with pytest.raises(InputError, match="No product has held-out images of both labels"):
-        create(held_out=normal)
-    # At the original's size, with the original's two geometries.
-    for side, presets in ((224, ["resize256_crop224", "resize224_crop224"]), (56, ["squash", "squash"])):
-        of_mvtec = create(side, validation="mvtec", validation_root=str(root))
-        assert of_mvtec is not None and len(of_mvtec.trials) == len(mvtec.PRODUCTS)
-        assert [of_mvtec.transform.preset, of_mvtec.reference_transform.preset] == presets
+        monkeypatch.setattr(module, name, noting)
+    validation, projector = make([replace(trials[0], presets=presets)], methods=("norm",))
+    validation.backbone = replace(validation.backbone, bit_depth=12)
+    validation.run(projector)
+    expected = {
+        name: build_transform(SIZE, *STATISTICS, preset=preset, bit_depth=12)
+        for name, preset in zip(("_Readable", "_references"), presets, strict=True)
+    }
+    assert dict(found) == expected

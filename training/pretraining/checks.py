@@ -1,0 +1,50 @@
+"""What would spoil a training without an error, looked for before it begins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from adfeatures.errors import InputError
+
+from ..data.images import ODD_MASKS, read_mask, shared_masks, some, summarize
+from ..data.items import ANOMALOUS, Item
+
+
+def check_labels(items: Sequence[Item]) -> None:
+    """Raise InputError where the losses lack what they contrast: anomalous images, each with a mask."""
+    anomalous = [item for item in items if item.label == ANOMALOUS]
+    if not anomalous:
+        raise InputError(
+            f"None of the {len(items)} training images, such as {items[0].image}, is anomalous, "
+            "so there is nothing to contrast."
+        )
+    if bare := [item.image for item in anomalous if item.mask is None]:
+        raise InputError(
+            f"Anomalous images need a mask, which these lack: {some(bare)}. Add the masks, or leave the images out."
+        )
+
+
+def check_masks(items: Sequence[Item]) -> None:
+    """Read all masks, and warn of odd ones: black, inverted, gray as of JPEG, or of several images.
+
+    Raises:
+        InputError: If all are black, so that there is nothing to contrast.
+        ImageError: For a mask that cannot be read.
+    """
+    masks = {item: item.mask for item in items if item.mask is not None}
+    noticed, drawn = [], False
+    for path in tqdm(masks.values(), desc="masks", leave=False, disable=None):
+        pixels = np.asarray(read_mask(path))
+        drawn = drawn or bool(pixels.any())
+        noticed.append([kind for kind, is_odd in ODD_MASKS.items() if is_odd(pixels)])
+    if not drawn:
+        raise InputError(
+            f"All masks are black everywhere, so there is nothing to contrast: {some(list(masks.values()))}. "
+            "Draw the defects in white."
+        )
+    for text in (*summarize(masks, noticed), *shared_masks(masks)):
+        warnings.warn(f"In the training data: {text}", stacklevel=2)

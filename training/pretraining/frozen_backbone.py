@@ -1,0 +1,71 @@
+"""The backbone, which is not trained, with what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adfeatures import catalog
+from adfeatures.backbones import Encoder
+from adfeatures.checkpoints import weights_fingerprint
+from adfeatures.factory import load_backbone
+from adfeatures.images import ImageTransform, build_transform, read_image
+
+from .config import InputsConfig
+
+
+@dataclass(frozen=True)
+class FrozenBackbone:
+    """A backbone with what is known of it.
+
+    Attributes:
+        name: The name that it was asked for by.
+        module: Maps images (B, 3, H, W) to one map (B, C_l, h_l, w_l) per level.
+        entry: Its description, with the levels and the input size in use.
+        bit_depth: Bits in use, 9 to 16, of the 16-bit images that it is shown.
+    """
+
+    name: str
+    module: Encoder
+    entry: catalog.Backbone
+    bit_depth: int = 16
+
+    @cached_property
+    def fingerprint(self) -> list[str]:
+        """Hashes of its weights; see ``weights_fingerprint``."""
+        return weights_fingerprint(self.module.state_dict())
+
+    @property
+    def identity(self) -> list[Any]:
+        """What features depend on besides the images."""
+        facts = [self.name, self.fingerprint, self.entry.blocks, self.entry.img_size]
+        # Earlier versions knew no other bit depth.
+        return facts if self.bit_depth == 16 else [*facts, self.bit_depth]
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The way from an image to its input, without augmentation."""
+        return build_transform(self.entry.img_size, *self.entry.normalization, bit_depth=self.bit_depth)
+
+    def read(self, path: str) -> Tensor:
+        """An image file as input (3, H, W)."""
+        return self.transform(read_image(path, bit_depth=self.bit_depth))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
+
+
+def load_frozen_backbone(config: InputsConfig, device: torch.device) -> FrozenBackbone:
+    """The backbone of a config, on a device; errors as of ``load_backbone``."""
+    # Random weights, where they are asked for, are the same in whatever resumes or precedes the pretraining.
+    torch.manual_seed(config.seed)
+    module, entry = load_backbone(
+        config.backbone, weights=config.backbone_weights, img_size=config.size, levels=config.levels or None
+    )
+    return FrozenBackbone(config.backbone, module.to(device), entry, config.bit_depth)
