@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -956,6 +957,18 @@ class TestOddFiles:
         before = numbers(tmp_path / "run")
         assert run_as_it_is(dataset="folder", method=["feature_norm", "uniad"], epochs=1, products=product) == 0
         assert numbers(tmp_path / "run") == before
+
+    def test_a_console_that_cannot_print_a_path(
+        self, run: Evaluate, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        moved = root.rename(tmp_path / "\u5199\u771f")
+        corrupt_image(moved)
+        out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run(root=moved) == 1
+        out.flush()
+        printed = out.buffer.getvalue().decode("cp1252")
+        assert "mean of 1" in printed and r"\u5199\u771f" in printed and "Tables and pictures" in printed
 
     def test_folders_that_are_no_products(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
         for name in ("@eaDir", "notes", "bottle/test/@eaDir"):

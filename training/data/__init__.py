@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from adfeatures.catalog import unknown
 from adfeatures.errors import UnknownNameError
 
 from . import btad, folder, mpdd, mvtec, mvtec3d, real_iad, visa
 from .tree import Tree
 
-DATASETS: Mapping[str, Tree] = MappingProxyType(
-    {
-        "mvtec": mvtec.TREE,
-        "visa": visa.TREE,
-        "btad": btad.TREE,
-        "mvtec3d": mvtec3d.TREE,
-        "mpdd": mpdd.TREE,
-        "real_iad": real_iad.TREE,
-        "folder": folder.TREE,
-    }
-)
+DATASETS: dict[str, Tree] = {
+    "mvtec": mvtec.TREE,
+    "visa": visa.TREE,
+    "btad": btad.TREE,
+    "mvtec3d": mvtec3d.TREE,
+    "mpdd": mpdd.TREE,
+    "real_iad": real_iad.TREE,
+    "folder": folder.TREE,
+}
 
 
 def dataset(name: str) -> Tree:

@@ -16,7 +16,7 @@ from training.console import DONE, SOME_FAILED
 
 from . import DATASETS, dataset
 from .images import ODD_MASKS as ODD_MASKS
-from .images import read_item, shared_masks, some, summarize
+from .images import noticing, read_item, shared_masks, some, summarize
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import StrPath, Tree, nearby, subfolders
 
@@ -42,12 +42,11 @@ def report(root: StrPath, name: str | None = None) -> tuple[str, int]:
 
     Arguments and errors are those of ``check``.
     """
-    told = name is None
-    name = name or recognize(root)
-    tree, problems = dataset(name), check(root, name)
+    named = name or recognize(root)
+    problems = check(root, named)
     serious = sum(problem.serious for problem in problems)
-    lines = [f"{root} holds {tree.title}; products: {len(tree.find_products(root))}."]
-    if told:
+    lines = [f"{root} holds {dataset(named).title}; products: {len(dataset(named).find_products(root))}."]
+    if name is None:
         lines += [f"This was told by its folders. If it is wrong, name it with --dataset: {', '.join(DATASETS)}."]
     found = f"errors: {serious}, warnings: {len(problems) - serious}" if problems else "Nothing is missing or misnamed."
     return "\n".join([*lines, *map(str, problems), found]), SOME_FAILED if serious else DONE
@@ -140,11 +139,13 @@ def _check_product(tree: Tree, root: StrPath, product: str, folder: Path) -> Ite
     complete = True
     for split in tree.splits:
         try:
-            walked = dict(tree.walk(root, product, split))
+            with noticing() as texts:
+                walked = dict(tree.walk(root, product, split))
         except InputError as error:
             yield Problem(str(error))
             complete = False
             continue
+        yield from (Problem(text, serious=False) for text in texts)
         for place, found in walked.items():
             if not found:
                 yield Problem(f"{place} holds no images. Extract it again, or remove it.")

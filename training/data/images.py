@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         picture, drawn, noticed = read_item(item, self.transform.bit_depth)
-        image = self.transform(picture)
+        image = self.transform.of_rgb(picture)
         blank = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
         return {
             "image": image,
@@ -72,20 +73,27 @@ def read_item(item: Item, bit_depth: int = 16) -> tuple[Image.Image, Image.Image
     Raises:
         ImageError: For an image or mask that cannot be read, or a mask of another size (both upright) than its image.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with noticing() as texts:
         image = read_image(item.image, bit_depth=bit_depth)
-    texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     noticed = [f"images with a warning ({text.replace(item.image, 'an image')})" for text in texts]
     if item.mask is None:
         return image, None, noticed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with noticing():
         mask = read_mask(item.mask)
     if mask.size != image.size:
         raise ImageError(different_sizes(item, image.size, mask.size))
     pixels = np.asarray(mask)
     return image, mask, noticed + [kind for kind, is_odd in ODD_MASKS.items() if is_odd(pixels)]
+
+
+@contextmanager
+def noticing() -> Iterator[list[str]]:
+    """The texts of what a block of code warns of, instead of the warnings; they are there after it."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield texts
+    texts += dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
 
 
 def summarize(items: Iterable[Item], noticed: Iterable[Iterable[str]]) -> list[str]:

@@ -32,10 +32,7 @@ class Layout(Tree):
     masks_optional: bool = False
 
     def find_products(self, root: StrPath) -> dict[str, Path]:
-        """The products that are there, each with its folder.
-
-        Where any folder may hold one, the root itself may be the only one.
-        """
+        """The products that are there, each with its folder. Where any folder may be one, so may the root itself."""
         if self.products:
             return super().find_products(root)
         if _has_split(Path(root)):

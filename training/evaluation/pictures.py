@@ -19,6 +19,7 @@ from adfeatures.images import ImageTransform, read_image
 from adfeatures.overlays import contact_sheet, overlay
 
 from .. import metrics
+from ..data.images import noticing
 from ..data.items import ANOMALOUS, NORMAL, Item
 from ..methods.base import Predictions
 
@@ -68,8 +69,7 @@ def extremes(items: Sequence[Item], scores: Tensor) -> dict[str, list[int]]:
 def _tile(
     heading: str, item: Item, anomaly_map: Tensor, score: float, transform: ImageTransform, scale: tuple[float, float]
 ) -> Image.Image:
-    with warnings.catch_warnings():  # The evaluation has noticed before what is odd about the image.
-        warnings.simplefilter("ignore", UserWarning)
+    with noticing():  # What is odd about the image is known by now.
         picture = seen(read_image(item.image, bit_depth=transform.bit_depth), transform)
     size = (picture.height, picture.width)
     resized = F.interpolate(anomaly_map[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]

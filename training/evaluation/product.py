@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 
-from ..data.images import shared_masks
+from ..data.images import noticing, shared_masks
 from ..data.items import ANOMALOUS, NORMAL, Item, items_digest
 from ..data.tree import Tree
 from .raw_features import RawFeatures
@@ -32,7 +32,7 @@ class Product:
     """The images of one product in the folder of a data set. Nothing is read before it is asked for.
 
     Attributes:
-        noticed: What is odd about training images that were encoded.
+        noticed: What is odd about its folders, and about training images that were encoded.
 
     Raises:
         InputError: If the data set is not complete, or has no normal training images.
@@ -40,9 +40,9 @@ class Product:
 
     def __init__(self, name: str, source: Tree, root: str | os.PathLike[str], raw: RawFeatures) -> None:
         self.name, self.raw = name, raw
-        self.train = [item for item in source.find_items(root, "train", [name]) if item.label == NORMAL]
-        self.test: list[Item] = source.find_items(root, "test", [name])
-        self.noticed: list[str] = []
+        with noticing() as self.noticed:
+            self.train = [item for item in source.find_items(root, "train", [name]) if item.label == NORMAL]
+            self.test: list[Item] = source.find_items(root, "test", [name])
         self._truths: dict[str, Truth] = {}
         if not self.train:
             raise InputError(f"{name} has no normal training images in {root}.")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.models import photo
 from helpers.real_iad_tree import write_real_iad
@@ -192,6 +196,12 @@ FAULTS = {
         ["fryum/Data/Images/Normal has 1 files that belong to no image: 77.JPG"],
         [],
     ),
+    "photos of a phone": (
+        "folder",
+        lambda r: (r / "gear/train/good/photo.heic").write_bytes(b"photo"),
+        [],
+        ["1 files of .*gear/train/good are left out. photo.heic cannot be read"],
+    ),
     "foreign folder": (
         "folder",
         lambda r: (r / "notes").mkdir(),
@@ -273,3 +283,45 @@ def test_what_reading_warns_of_is_told_by_file(whole: Path, tmp_path: Path, monk
     found = [problem.text for problem in checks.check(root) if "tubes" in problem.text]
     (text,) = found
     assert re.fullmatch(r"tubes has 2 images with a warning \(an image has two pages\.\): .*000.png, .*001.png\.", text)
+
+
+def test_images_that_use_fewer_bits_are_named_with_the_option(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path, ("shaft",), size=(12, 12))
+    for path in (root / "shaft/train/good").iterdir():
+        samples = np.asarray(Image.open(path).convert("L"), dtype=np.uint16) * 16
+        samples[0, 0] = 4095
+        Image.fromarray(samples).save(path)
+    (problem,) = checks.check(root, "folder")
+    assert not problem.serious and "use 12 of their bits" in problem.text and "--bit-depth 12" in problem.text
+    assert "shaft has 4 images" in problem.text and "train/good/000.png" in problem.text
+
+
+def run_check(root: Path, encoding: str, *, head: bool = False) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "training.evaluate", "--check", str(root), "--dataset", "folder"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    if head:
+        process.stdout.close()
+        out = b""
+    else:
+        out = process.stdout.read()
+    err = process.stderr.read()
+    return subprocess.CompletedProcess(command, process.wait(), out, err)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode")
+def test_names_that_no_console_can_show(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path / "\u5199\u771f", ("shaft",), size=(12, 12))
+    odd = os.fsdecode(b"br\xfcche.png")
+    shutil.copy(root / "shaft/test/broken/000.png", root / "shaft/test/broken" / odd)
+    for encoding, shown in (("cp1252", rb"\u5199\u771f"), ("utf-8", "\u5199\u771f".encode())):
+        done = run_check(root, encoding)
+        assert done.returncode == 1 and b"Traceback" not in done.stderr
+        assert shown in done.stdout and rb"br\udcfcche.png" in done.stdout
+        assert done.stdout.strip().endswith(b"errors: 1, warnings: 0")
+
+
+def test_a_reader_that_has_left(tmp_path: Path) -> None:
+    done = run_check(write_mvtec(tmp_path, ("shaft",), size=(12, 12)), "utf-8", head=True)
+    assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +78,11 @@ def test_nothing_to_learn_from_or_to_judge(root: Path, raw: RawFeatures) -> None
         path.unlink()
     with pytest.raises(InputError, match="bottle"):
         product(root, raw)
+
+
+def test_files_that_are_left_out_are_noticed(root: Path, raw: RawFeatures) -> None:
+    (root / "bottle/test/broken/photo.heic").write_bytes(b"photo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (text,) = product(root, raw).noticed
+    assert "photo.heic cannot be read" in text and "test/broken" in text
