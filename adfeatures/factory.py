@@ -130,9 +130,9 @@ def load_backbone(
 
 def build_backbone(spec: BackboneSpec) -> Encoder:
     """The frozen encoder that a description is of. Its own module, of timm, is used up by that."""
-    weights, source = spec.weights, None
+    source, weights = None, spec.weights
     if isinstance(weights, TrainedWeights):
-        weights, source = weights.backbone, weights.source
+        source, weights = weights.source, weights.backbone
     if weights is not None and "NC" in spec.entry.license.upper():
         _logger.warning("The weights of %s are licensed %s: not for commercial use.", spec.name, spec.entry.license)
     if spec.encoder is None:

@@ -82,7 +82,8 @@ def normal_photos(
     """
     if isinstance(images, Tensor):
         _check_transformed(model, images)
-        return ([Photo(None, "", "", x, (x.shape[1], x.shape[2])) for x in batch] for batch in images.split(BATCH_SIZE))
+        photos = [Photo(None, "", "", x, (x.shape[1], x.shape[2])) for x in images]
+        return (photos[start : start + BATCH_SIZE] for start in range(0, len(photos), BATCH_SIZE))
     sources = image_sources(images)
     return read_distinct(sources, transform_for(model, bit_depth), known, BATCH_SIZE)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 from adfeatures.catalog import unknown
 from adfeatures.cli import DONE, INTERRUPTED, NOTHING_DONE
 from adfeatures.cli import SOME_FAILED as SOME_FAILED
+from adfeatures.console import console
 from adfeatures.errors import AdfeaturesError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def run(entry: str, function: Callable[[], int | None]) -> int:
         function: What to run. It returns an exit code, or None for DONE.
     """
     try:
-        return function() or DONE
+        with console():
+            return function() or DONE
     except AdfeaturesError as error:
         message, code = f"error: {error}", NOTHING_DONE
     except KeyboardInterrupt:
