@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -140,25 +140,27 @@ def _from_file(path: str | os.PathLike[str], bit_depth: int) -> Image.Image:
     with open(path, "rb") as stream:
         if not stream.read(1):
             raise ImageError("the file is empty.")
+        sizes = _page_sizes(stream)
+        page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
+        if len(sizes) > 1:
+            warnings.warn(
+                f"{path} has several pages; page {page + 1}, {sizes[page][0]} x {sizes[page][1]} pixels, is read.",
+                stacklevel=2,
+            )
         with Image.open(stream, formats=FORMATS) as image, _whole_files_only():
-            if image.format == "TIFF":
-                _seek_largest_page(image, os.fspath(path))
+            image.seek(page)
             return _from_pillow(image, bit_depth, os.fspath(path))
 
 
-def _seek_largest_page(image: Image.Image, name: str) -> None:
-    """Pass over thumbnails that come first."""
-    sizes = [image.size]
-    with contextlib.suppress(EOFError):
-        while len(sizes) < _MAX_PAGES:
-            image.seek(len(sizes))
-            sizes.append(image.size)
-    areas = [width * height for width, height in sizes]
-    page = areas.index(max(areas))
-    image.seek(page)
-    if len(sizes) > 1:
-        width, height = sizes[page]
-        warnings.warn(f"{name} has several pages; page {page + 1}, {width} x {height} pixels, is read.", stacklevel=2)
+def _page_sizes(stream: BinaryIO) -> list[tuple[int, int]]:
+    """Width and height of each page of a TIFF; of other files those of the first frame."""
+    with Image.open(stream, formats=FORMATS) as image:
+        sizes = [image.size]
+        with contextlib.suppress(EOFError):
+            while image.format == "TIFF" and len(sizes) < _MAX_PAGES:
+                image.seek(len(sizes))
+                sizes.append(image.size)
+    return sizes
 
 
 @contextlib.contextmanager

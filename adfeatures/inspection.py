@@ -6,6 +6,7 @@ import contextlib
 import csv
 import heapq
 import json
+import math
 import os
 import shutil
 import time
@@ -132,6 +133,8 @@ def inspect(
         AdfeaturesError: If the output cannot be written.
     """
     started = time.perf_counter()
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise InputError(f"The threshold is {threshold}; it must be a score, 0 or more.")
     if threshold is None:
         ensure_threshold(model, product)
     limit = model.threshold(product) if threshold is None else threshold
@@ -272,7 +275,7 @@ def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) ->
         InputError: If an image lies where the results go, or a file there is none of a former result.
         AdfeaturesError: If it cannot be written.
     """
-    new = output / ".new"
+    new = output / ".adfeatures-new"
     try:
         former = _former_result(output)
         _refuse_conflicts(output, files, pictures, former)

@@ -150,7 +150,8 @@ def score_photos(
     for name in dict.fromkeys(products):
         ensure_threshold(model, name)
     for start in range(0, len(sources), batch_size):
-        batch = list(zip(sources, products, strict=True))[start : start + batch_size]
+        chunk = slice(start, start + batch_size)
+        batch = list(zip(sources[chunk], products[chunk], strict=True))
         results: list[Photo | ImageError] = [_read_or_refuse(model, *wanted, side) for wanted in batch]
         photos = [photo for photo in results if isinstance(photo, Photo)]
         names = [name for (_, name), photo in zip(batch, results, strict=True) if isinstance(photo, Photo)]

@@ -662,6 +662,10 @@ def test_the_largest_page_of_a_tiff_is_the_photo(write: Write) -> None:
     path = write(data, "pages.tif")
     with pytest.warns(UserWarning, match=r"pages\.tif has several pages; page 2, 13 x 9 pixels, is read"):
         assert (pixels(read_image(path)) == NOISE).all()
+    for end in range(8, len(data) - 100, 7):
+        # Never the thumbnail of a file whose photo is cut off.
+        with pytest.raises(ImageError, match="truncated|no longer"):
+            read_image(write(data[:end], "cut.tif"))
     same = encoded(PICTURE, "TIFF", save_all=True, append_images=[PICTURE.rotate(180)])
     with pytest.warns(UserWarning, match="page 1"):
         assert (pixels(read_image(write(same))) == NOISE).all()

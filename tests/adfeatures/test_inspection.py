@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def test_a_threshold_decides_in_place_of_the_bank_s(model: FeatureExtractor, tmp
         found = inspect(model, files, tmp_path / "out", threshold=threshold)
         assert {row.decision for row in found.rows} == {decision}
         assert found.summary["threshold"] == threshold
+
+
+@pytest.mark.parametrize("threshold", [-1.0, math.inf, math.nan])
+def test_other_thresholds_are_refused(model: FeatureExtractor, tmp_path: Path, threshold: float) -> None:
+    with pytest.raises(InputError, match="must be a score"):
+        inspect(model, [str(tmp_path / "good" / "000.png")], tmp_path / "out", threshold=threshold)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unreadable_files_have_a_row_with_the_reason(model: FeatureExtractor, tmp_path: Path) -> None:

@@ -181,6 +181,18 @@ class TestCopies:
             warnings.filterwarnings("error", message=".*almost copies")
             assert lite.fit_threshold(normals=normals + torch.randn_like(normals)) > 0
 
+    def test_the_default_precision_of_torch_may_be_double(self) -> None:
+        expected = adfeatures.create_model(img_size=96)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = adfeatures.create_model(img_size=96)
+            for model in (expected, found):
+                model.set_references([photo(seed) for seed in range(3)])
+            scores = [[p.score for p in model.score([photo(8), photo(9)])] for model in (expected, found)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
     def test_numbers_of_numpy_are_saved(self, lite: FeatureExtractor, tmp_path: Path) -> None:
         lite.set_references([photo(seed) for seed in range(3)])
         threshold = lite.fit_threshold(np.float32(0.5))
