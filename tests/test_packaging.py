@@ -59,6 +59,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert wheel.stat().st_size < 4_000_000
 
 
+@pytest.mark.slow
 def test_wheel_works_on_its_own(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

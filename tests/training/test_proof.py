@@ -72,7 +72,7 @@ def data(root: Path) -> tuple[RawFeatures, Product, Product, ProductFeatures]:
 @pytest.mark.filterwarnings("ignore:GLASS made its textures")
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(method, marks=[pytest.mark.release] if method in EPOCHS else []) for method in METHODS],
+    [pytest.param(method, marks=[pytest.mark.release if method in EPOCHS else pytest.mark.slow]) for method in METHODS],
 )
 def test_method_finds_defects_and_nothing_else(
     method: str, data: tuple[RawFeatures, Product, Product, ProductFeatures]

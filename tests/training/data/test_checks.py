@@ -315,13 +315,13 @@ def test_names_that_no_console_can_show(tmp_path: Path) -> None:
     root = write_mvtec(tmp_path / "\u5199\u771f", ("shaft",), size=(12, 12))
     odd = os.fsdecode(b"br\xfcche.png")
     shutil.copy(root / "shaft/test/broken/000.png", root / "shaft/test/broken" / odd)
-    for encoding, shown in (("cp1252", rb"\u5199\u771f"), ("utf-8", "\u5199\u771f".encode())):
-        done = run_check(root, encoding)
-        assert done.returncode == 1 and b"Traceback" not in done.stderr
-        assert shown in done.stdout and rb"br\udcfcche.png" in done.stdout
-        assert done.stdout.strip().endswith(b"errors: 1, warnings: 0")
+    done = run_check(root, "cp1252")
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert rb"\u5199\u771f" in done.stdout and rb"br\udcfcche.png" in done.stdout
+    assert done.stdout.strip().endswith(b"errors: 1, warnings: 0")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_left(tmp_path: Path) -> None:
     done = run_check(write_mvtec(tmp_path, ("shaft",), size=(12, 12)), "utf-8", head=True)
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr

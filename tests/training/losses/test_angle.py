@@ -144,6 +144,7 @@ def test_large_features_give_what_float64_gives(norm: float, dtype: torch.dtype)
         assert ((gradient(one).double() - gradient(other)).abs() <= bound).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 def test_memory_is_bounded_for_tens_of_thousands_of_patches() -> None:
     code = """

@@ -140,6 +140,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 @pytest.mark.parametrize(
     ("count", "channels", "bound"),

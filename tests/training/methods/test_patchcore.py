@@ -142,6 +142,7 @@ def test_fewer_rows_than_neighbors() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 def test_memory_of_the_search_is_bounded() -> None:
     code = """
