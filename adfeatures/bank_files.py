@@ -97,7 +97,7 @@ def _bank(facts: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> 
     _check_record(record, count)
     rows = [tensors[f"{prefix}rows.{level}"] for level in range(len(grids))]
     owners = [tensors[f"{prefix}images.{level}"] for level in range(len(grids))]
-    for level, own, images in zip(range(len(grids)), rows, owners, strict=True):
+    for level, (own, images) in enumerate(zip(rows, owners, strict=True)):
         _expect(own.ndim == 2 and own.is_floating_point() and len(own) > 0, f"rows.{level}")
         _expect(images.dtype == torch.int32 and images.shape == own.shape[:1], f"images.{level}")
         _expect(int(images.min()) >= 0 and int(images.max()) < count, f"images.{level}")

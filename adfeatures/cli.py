@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--pretrained", action="store_true", help="list every set of weights, as name.tag")
 
     info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model; or versions")
-    info.add_argument("model", nargs="?", help="without it: the versions that are installed, for reports of errors")
+    info.add_argument("model", nargs="?", help="without it: the versions that are installed, for bug reports")
 
     download = _command(
         commands, "download", _download, "fetch and verify the weights of a model, for use without a network"
@@ -110,7 +110,7 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
     command.add_argument(
-        "--quantile", type=float, help="fraction of normal images that shall stay below the threshold (0.99)"
+        "--quantile", type=float, help="fraction of normal images that should stay below the threshold (0.99)"
     )
     command.add_argument(
         "--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)"

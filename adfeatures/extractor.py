@@ -302,7 +302,8 @@ class FeatureExtractor(nn.Module):
             record.sha256s += [photo.sha256 for photo in batch]
             record.pixels += [photo.pixels for photo in batch]
         if not maps:
-            raise InputError("No reference images were given. Give at least one normal image, better eight.")
+            which = "are left that are not references already" if known else "were given"
+            raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
         bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*maps, strict=True)])
         bank.record = record
         return bank
@@ -359,7 +360,7 @@ class FeatureExtractor(nn.Module):
         """Set the threshold of a product to a quantile of the scores of normal images.
 
         Args:
-            quantile: Fraction of normal images that shall stay below, in (0, 1].
+            quantile: Fraction of normal images that should stay below, in (0, 1].
             normals: Normal images that are not references. The default scores every reference against the others.
             product: Whose threshold, where several products are held.
 

@@ -151,7 +151,7 @@ def _from_hub(spec: str, names: tuple[str, ...], cache_dir: AnyPath | None) -> P
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One file of the Hub, and the settings of the moment it was asked for."""
+    """One file of the Hub, with the cache and the endpoint of the moment it was asked for."""
 
     repo: str
     filename: str

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -38,12 +38,13 @@ Image.init()
 # Pillow's names of what is decoded. A closed list, because some other formats of Pillow start external programs.
 _TRUSTED = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "HEIF", "AVIF", "WEBP")
 FORMATS = tuple(name for name in _TRUSTED if name in Image.OPEN)
+_FORMAT_OF = {**Image.EXTENSION, ".mpo": "JPEG"}
 # A .pfm holds floating-point numbers: a depth map or an anomaly map, not a photo.
 IMAGE_SUFFIXES = tuple(
-    suffix
-    for name in FORMATS
-    for suffix in sorted(key for key, value in {**Image.EXTENSION, ".mpo": "JPEG"}.items() if value == name)
-    if suffix != ".pfm"
+    sorted(
+        (suffix for suffix, name in _FORMAT_OF.items() if name in FORMATS and suffix != ".pfm"),
+        key=lambda suffix: (FORMATS.index(_FORMAT_OF[suffix]), suffix),
+    )
 )
 # Just below where Pillow begins to warn of decompression bombs, so that one rule holds and its settings stay untouched.
 MAX_PIXELS = 89_000_000
@@ -140,33 +141,32 @@ def _from_file(path: str | os.PathLike[str], bit_depth: int) -> Image.Image:
     with open(path, "rb") as stream:
         if not stream.read(1):
             raise ImageError("the file is empty.")
-        sizes = _page_sizes(stream)
-        page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
-        if len(sizes) > 1:
-            warnings.warn(
-                f"{path} has several pages; page {page + 1}, {sizes[page][0]} x {sizes[page][1]} pixels, is read.",
-                stacklevel=2,
-            )
-        with Image.open(stream, formats=FORMATS) as image, _whole_files_only():
-            image.seek(page)
+        with Image.open(stream, formats=FORMATS) as image:
+            if image.format == "TIFF":
+                _seek_largest_page(image, os.fspath(path))
             return _from_pillow(image, bit_depth, os.fspath(path))
 
 
-def _page_sizes(stream: BinaryIO) -> list[tuple[int, int]]:
-    """Width and height of each page of a TIFF; of other files those of the first frame."""
-    with Image.open(stream, formats=FORMATS) as image:
-        sizes = [image.size]
-        with contextlib.suppress(EOFError):
-            while image.format == "TIFF" and len(sizes) < _MAX_PAGES:
-                image.seek(len(sizes))
-                sizes.append(image.size)
-    return sizes
+def _seek_largest_page(image: Image.Image, name: str) -> None:
+    """Pass over thumbnails that come first."""
+    sizes = [image.size]
+    with contextlib.suppress(EOFError):
+        while len(sizes) < _MAX_PAGES:
+            image.seek(len(sizes))
+            sizes.append(image.size)
+    page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
+    image.seek(page)
+    if len(sizes) > 1:
+        width, height = sizes[page]
+        warnings.warn(f"{name} has several pages; page {page + 1}, {width} x {height} pixels, is read.", stacklevel=2)
 
 
 @contextlib.contextmanager
 def _whole_files_only() -> Iterator[None]:
     """Have truncated files refused, also where another package has told Pillow to fill them up with gray."""
-    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+    with _strictly:  # Else the setting of another thread here would be taken for that of the other package.
+        lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    if not lenient:
         yield
         return
     with _strictly:
@@ -196,8 +196,9 @@ def _from_pillow(image: Image.Image, bit_depth: int, name: str) -> Image.Image:
     if image.mode == "F":
         raise ImageError(f"floating-point pixels have no fixed scale. {_ACCEPTED}")
     (white, stated), undeclared = _white(image, bit_depth), _has_undeclared_channel(image)
-    image.load()
-    if bit_depth == 16 and not stated:
+    with _whole_files_only():
+        image.load()
+    if bit_depth == 16 and not stated and not _is_inverted(image):
         _warn_of_few_bits(_highest(image))
     if image.mode.startswith("I"):
         rgb = _from_gray16(image, white)
@@ -265,12 +266,16 @@ def _white(image: Image.Image, bit_depth: int) -> tuple[int, bool]:
 
 def _from_gray16(image: Image.Image, white: int) -> Image.Image:
     samples = np.asarray(image)
-    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+    if _is_inverted(image):
         samples = white - samples.astype(np.int32)  # Pillow inverts 8 bits only.
     rgb = Image.fromarray(_to_8_bits(samples, white)).convert("RGB")
     if "transparency" in image.info:
         rgb.paste(BACKGROUND, mask=Image.fromarray(samples == image.info["transparency"]))
     return rgb
+
+
+def _is_inverted(image: Image.Image) -> bool:
+    return getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
 
 
 def _to_8_bits(samples: np.ndarray, white: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from .checkpoints import atomic_path
@@ -28,7 +29,9 @@ from .overlays import contact_sheet, overlay, tile
 from .predictor import BATCH_SIZE, Prediction, ensure_threshold, score_photos
 from .sources import RESULTS_MARKS, list_images
 
-FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png")
+FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png", "demo.png")
+# By this mark an overlay is known to be one.
+SOFTWARE = "adfeatures score"
 WORST, TILE_WIDTH = 12, 480
 # Longest side of an overlay in pixels: large photos are drawn smaller.
 OVERLAY_SIDE = 2048
@@ -154,7 +157,7 @@ def inspect(
                 if isinstance(result, Prediction) and picture is not None:
                     drawn = _overlay(row, picture, result.map, scale)
                     (folder / pictures[file]).parent.mkdir(parents=True, exist_ok=True)
-                    drawn.save(folder / pictures[file])
+                    drawn.save(folder / pictures[file], pnginfo=_mark())
                     worst.add(result.score, drawn)
                     references += [file] if result.is_reference else []
                     found.maps += [result.map] if keep_maps else []
@@ -289,7 +292,7 @@ def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) ->
         if isinstance(error, AdfeaturesError):
             raise
         raise AdfeaturesError(
-            f"Cannot write the results to {output}: {error}. What was there before is kept."
+            f"Cannot write the results to {output}: {error}. Free it, or close what uses it, and run again."
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -299,13 +302,22 @@ def _former_result(output: Path) -> list[Path]:
     """The files of a former run, relative to the output folder."""
     if not RESULTS_MARKS.issubset(path.name for path in output.glob("*")):
         return []
-    names = []
-    with open(output / "scores.jsonl", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                names.append(os.fspath(json.loads(line)["file"]))
-    drawn = [path for path in _picture_names(names).values() if (output / path).is_file()]
+    drawn = [path.relative_to(output) for path in (output / "overlays").rglob("*.png") if _is_marked(path)]
     return [*(Path(name) for name in FILES if (output / name).is_file()), *drawn]
+
+
+def _mark() -> PngInfo:
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    return mark
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _refuse_conflicts(output: Path, files: Sequence[str], pictures: Iterable[Path], former: Sequence[Path]) -> None:
@@ -321,13 +333,14 @@ def _refuse_conflicts(output: Path, files: Sequence[str], pictures: Iterable[Pat
 
 def _replace(former: Sequence[Path], new: Path, output: Path) -> None:
     """Put the new result in the place of the former one. The summary goes first and comes last: it tells of all."""
-    for name in former:
-        (output / name).unlink(missing_ok=True)
-    fresh = sorted((path for path in new.rglob("*") if path.is_file()), key=lambda path: path.name == "summary.json")
+    (output / "summary.json").unlink(missing_ok=True)
+    fresh = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    fresh.sort(key=lambda path: path.name == "summary.json")
     for path in fresh:
-        target = output / path.relative_to(new)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / path, output / path)
+    for path in set(former) - set(fresh):
+        (output / path).unlink(missing_ok=True)
     for folder, _, _ in os.walk(output / "overlays", topdown=False):
         with contextlib.suppress(OSError):  # It is not empty.
             os.rmdir(folder)

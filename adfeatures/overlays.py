@@ -158,8 +158,8 @@ def _picture_of(letter: str, font: Any) -> tuple[tuple[int, int], bytes]:
 def _wrap(text: str, font: Any, width: int) -> list[str]:
     columns = max(1, len(text))
     rows = textwrap.wrap(text, columns)
-    while columns > 1 and any(font.getlength(row) > width for row in rows):
-        columns -= 1
+    while columns > 1 and (longest := max(map(font.getlength, rows), default=0)) > width:
+        columns = max(1, min(columns - 1, int(columns * width / longest)))
         rows = textwrap.wrap(text, columns)
     return rows
 

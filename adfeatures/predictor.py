@@ -193,14 +193,15 @@ def ensure_threshold(model: FeatureExtractor, product: str | None) -> None:
 
 def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | None, product: str | None) -> float:
     """See ``FeatureExtractor.fit_threshold``."""
-    record = model.bank(product).record
-    quantile = float(quantile)
+    bank, quantile = model.bank(product), float(quantile)
+    record = bank.record
     if normals is not None:
         scores = _scores_of(model, normals, product)
     else:
         scores = record.normal_scores or model.leave_one_out_scores(product)
         for index in outliers(scores) if not record.normal_scores else ():
-            name = record.files[index] or index
+            number = bank.left_out[index]
+            name = (record.files[number] if record.files else "") or number
             warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
     threshold = normal_quantile(scores, quantile)
     record.threshold, record.quantile, record.normal_scores = threshold, quantile, scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,13 +141,21 @@ class ReferenceBank:
 
     @threshold.setter
     def threshold(self, value: float | None) -> None:
-        self.record.threshold = value
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"The threshold is {value}; it must be a score, 0 or more.")
+        self.record.threshold = None if value is None else float(value)
 
     @property
     def complete(self) -> bool:
         """Whether every patch of every image is still there, as after ``coreset`` it is not."""
         sizes = [self.num_images * height * width for height, width in self.grids]
         return [len(rows) for rows in self.rows] == sizes
+
+    @property
+    def left_out(self) -> list[int]:
+        """The images that are left out in turn: all, or LEAVE_ONE_OUT_IMAGES evenly spaced ones of more."""
+        count = min(self.num_images, LEAVE_ONE_OUT_IMAGES)
+        return torch.linspace(0, self.num_images - 1, count).round().int().tolist()
 
     def match(self, features: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
         """Find for every patch the bank row of highest cosine similarity, in bounded memory.
@@ -200,9 +209,9 @@ class ReferenceBank:
             images: Which references. The default is all, or LEAVE_ONE_OUT_IMAGES evenly spaced ones of more.
             full: Where the features of the references are; the default is this bank, which must be complete then.
         """
-        features, count = (full or self).features(), self.num_images
+        features = (full or self).features()
         if images is None:
-            images = torch.linspace(0, count - 1, min(count, LEAVE_ONE_OUT_IMAGES)).round().int().tolist()
+            images = self.left_out
         for start in range(0, len(images), 8):
             batch = list(images[start : start + 8])
             yield self.residuals([level[batch] for level in features], exclude=batch)

@@ -126,11 +126,10 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
         raise ImageError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder of images.")
     found = _walk(root)
     own = found if recursive else [path for path in found if path.parent == root]
-    images = [path for path in own if path.name.lower().endswith(IMAGE_SUFFIXES)]
-    left_out = [path for path in own if not path.name.lower().endswith(IMAGE_SUFFIXES)]
+    images, left_out = list(filter(_is_readable, own)), [path for path in own if not _is_readable(path)]
     hint = _advice(left_out) if left_out else ""
     if not images:
-        deeper = [path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES)]
+        deeper = list(filter(_is_readable, found))
         if deeper:
             hint += (
                 f" Its sub-folders hold {len(deeper)}: take them with recursive=True of list_images, or --recursive."
@@ -141,9 +140,13 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
     return images
 
 
+def _is_readable(path: Path) -> bool:
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def _advice(unread: Sequence[Path]) -> str:
     suffixes = sorted({path.suffix.lower() for path in unread})
-    install = ' For HEIC: pip install "adfeatures[heic]".' if set(suffixes) & set(_PHONE_SUFFIXES) else ""
+    install = " For HEIC: pip install pillow-heif." if set(suffixes) & set(_PHONE_SUFFIXES) else ""
     return f" {unread[0].name} cannot be read: convert {' '.join(suffixes)} to PNG.{install}"
 
 

@@ -122,8 +122,8 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 run.save()
         if left > 0 and not contrasted and rank() == 0:
             warnings.warn(
-                f"The angle loss was 0 in every step of epoch {run.epoch + 1}: no patch was anomalous. Are the masks "
-                "black, or the defects too small for this --img-size?",
+                f"The angle loss was 0 in all {left} steps up to step {run.step}: no patch was anomalous. Are the "
+                "masks black, or the defects too small for this --img-size?",
                 stacklevel=2,
             )
         if validation is not None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
+from adfeatures import inspection
 from adfeatures.errors import AdfeaturesError, ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.inspection import Worst, find_images, inspect, set_references
@@ -171,6 +173,22 @@ class TestOutput:
         with pytest.raises(KeyboardInterrupt):
             inspect(model, files, tmp_path / "fresh", batch_size=1)
         assert len((tmp_path / "fresh" / "scores.jsonl").read_text().splitlines()) == after
+
+    def test_a_run_follows_one_that_was_interrupted(
+        self, model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The rows of the first tell but one of two folders."""
+        for folder in ("a", "b"):
+            write_photos(tmp_path / "new" / folder, range(20, 22))
+        files = find_images([str(tmp_path / "new")], recursive=True)
+        original = inspection.score_photos
+        monkeypatch.setattr(inspection, "score_photos", lambda *arguments: islice(original(*arguments), 2))
+        with pytest.raises(ValueError, match="shorter"):
+            inspect(model, files, tmp_path / "out")
+        assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) == 2
+        monkeypatch.undo()
+        assert inspect(model, files, tmp_path / "out").summary["scored"] == 4
+        assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) == 4
 
     def test_the_folder_may_be_that_of_the_images(self, model: FeatureExtractor, tmp_path: Path) -> None:
         write_photos(tmp_path / "new", range(20, 22))

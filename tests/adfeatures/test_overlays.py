@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import pixels
-from PIL import Image
+from PIL import Image, ImageFont
 
 from adfeatures.errors import ImageError, InputError
-from adfeatures.overlays import colorize, contact_sheet, overlay
+from adfeatures.overlays import _wrap, colorize, contact_sheet, overlay
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (9, 13, 3), dtype=np.uint8))
@@ -184,6 +184,19 @@ def test_contact_sheet_of_unlike_tiles() -> None:
 def test_bad_contact_sheets(count: int, columns: int, width: int) -> None:
     with pytest.raises(InputError, match="contact sheet"):
         contact_sheet([PICTURE] * count, columns=columns, tile_width=width)
+
+
+def test_long_captions_fill_the_width_after_a_few_tries() -> None:
+    font, text, measured = ImageFont.load_default(12), "\\udce9" * 250, []
+
+    class Counting:
+        def getlength(self, row: str) -> float:
+            measured.append(row)
+            return font.getlength(row)
+
+    rows = _wrap(text, Counting(), 300)
+    assert "".join(rows) == text and max(map(font.getlength, rows)) <= 300
+    assert font.getlength(rows[0]) > 270 and len(measured) < 10 * len(rows)
 
 
 def test_captions_hold_no_boxes() -> None:

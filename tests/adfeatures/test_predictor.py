@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from pathlib import Path
@@ -130,6 +131,35 @@ def test_a_bank_of_before_gives_the_scores_of_before() -> None:
     assert [bank.threshold for bank in model.references.values()] == [1.1144108533859254, 1.1418405485153198]
     assert [bank.record.bit_depth for bank in model.references.values()] == [16, 12]
     assert [bank.complete for bank in model.references.values()] == [True, False]
+
+
+def test_the_reference_that_looks_anomalous_is_named_among_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many references only some are left out in turn."""
+    monkeypatch.setattr("adfeatures.references.LEAVE_ONE_OUT_IMAGES", 4)
+    paths = []
+    for number in range(10):
+        base = np.asarray(photo(0), dtype=np.int64) + np.random.default_rng(number).integers(-3, 4, (60, 80, 3))
+        picture = photo(77) if number == 6 else Image.fromarray(base.clip(0, 255).astype(np.uint8))
+        picture.save(tmp_path / f"{number}.png")
+        paths.append(tmp_path / f"{number}.png")
+    model = tiny_extractor()
+    model.set_references(paths)
+    assert model.bank().left_out == [0, 3, 6, 9]
+    with pytest.warns(UserWarning, match=r"6\.png looks anomalous"):
+        model.fit_threshold()
+    assert len(model.bank().record.normal_scores) == 4
+
+
+def test_thresholds_are_scores() -> None:
+    model = tiny_extractor()
+    model.set_references([photo(0), photo(1)])
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="must be a score"):
+            model.bank().threshold = wrong
+    model.bank().threshold = np.float32(0.5)  # type: ignore[assignment]
+    assert type(model.threshold()) is float
 
 
 class TestCopies:

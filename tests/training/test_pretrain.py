@@ -497,7 +497,7 @@ def test_masks_that_show_no_defect_are_not_trained_on_in_silence(
     for path in masks:
         Image.fromarray(dot).save(path)
     # One pixel makes no patch anomalous.
-    with pytest.warns(UserWarning, match="The angle loss was 0 in every step of epoch 1: no patch was anomalous"):
+    with pytest.warns(UserWarning, match="angle loss was 0 in all [0-9]+ steps up to step [0-9]+: no patch"):
         pretrain(of_folder(parts, tmp_path / "dots"), CPU)
     for path in masks:
         Image.new("L", (40, 40)).save(path)

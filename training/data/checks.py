@@ -15,7 +15,6 @@ from adfeatures.images import IMAGE_SUFFIXES
 from training.console import DONE, SOME_FAILED
 
 from . import DATASETS, dataset
-from .images import ODD_MASKS as ODD_MASKS
 from .images import noticing, read_item, shared_masks, some, summarize
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import StrPath, Tree, nearby, subfolders

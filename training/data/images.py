@@ -78,8 +78,7 @@ def read_item(item: Item, bit_depth: int = 16) -> tuple[Image.Image, Image.Image
     noticed = [f"images with a warning ({text.replace(item.image, 'an image')})" for text in texts]
     if item.mask is None:
         return image, None, noticed
-    with noticing():
-        mask = read_mask(item.mask)
+    mask = read_mask(item.mask)
     if mask.size != image.size:
         raise ImageError(different_sizes(item, image.size, mask.size))
     pixels = np.asarray(mask)
@@ -161,8 +160,11 @@ def read_mask(path: str) -> Image.Image:
     Raises:
         ImageError: As `read_image`.
     """
-    mask = read_image(path)
+    with noticing():  # What it says of photos is not about masks.
+        mask = read_image(path)
     with Image.open(path, formats=FORMATS) as file:  # It is sound, since it has been read.
+        if set(file.size) != set(mask.size):
+            raise ImageError(f"The mask {path} has several pages, the largest not first: save that one alone.")
         if file.mode.startswith("I"):
             defect = np.asarray(ImageOps.exif_transpose(file)) > 0
         elif "A" in file.getbands() or "transparency" in file.info:

@@ -83,7 +83,7 @@ def seen(image: Image.Image, transform: ImageTransform) -> Image.Image:
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         return image
     channels = [torch.tensor(values)[:, None, None] for values in (transform.std, transform.mean)]
-    return TF.to_pil_image((transform(image) * channels[0] + channels[1]).clamp(0, 1))
+    return TF.to_pil_image((transform.of_rgb(image) * channels[0] + channels[1]).clamp(0, 1))
 
 
 def curves(predictions: Predictions, masks: Tensor, labels: Tensor) -> dict[str, list[float]]:

@@ -53,9 +53,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 def find_method(name: str) -> Method:
     """The method of a name in `METHODS`, or a class from outside as ``module:Class``.
 
-    The module is imported. The class is called with an extractor alone; ``fit(loader)`` and ``predict(loader)``, which
-    returns maps and scores, are as in this package. The images of its batches are blank: features are what the
-    extractor gives of a batch.
+    The module is imported. The class is called with an extractor and its own defaults; ``fit(loader)`` and
+    ``predict(loader)``, which returns maps and scores, are as in this package. The images of its batches are blank:
+    features are what the extractor gives of a batch.
 
     Raises:
         UnknownNameError: For another name.

@@ -178,7 +178,7 @@ def _origin(backbone: FrozenBackbone) -> dict[str, str]:
 
 def _plain(transform: ImageTransform, image: Image.Image, seed: int) -> Tensor:
     """In the place of two augmented views: the image as it is, (3, H, W)."""
-    return transform(image)
+    return transform.of_rgb(image)
 
 
 def _draws(count: int, config: CentersConfig) -> list[Draw]:

@@ -195,7 +195,7 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         if not self.load_references:
             return {**sample, "reference_indices": torch.from_numpy(indices)}
         images = [self._read(self.pool, index, partial(random.choice, group))[1] for index in indices]
-        return {**sample, "references": torch.stack([self.transform(image) for image in images])}
+        return {**sample, "references": torch.stack([self.transform.of_rgb(image) for image in images])}
 
     def _mask(self, item: Item, image: Image.Image) -> Tensor:
         if item.mask is None:
