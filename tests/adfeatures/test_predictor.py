@@ -158,7 +158,7 @@ def test_thresholds_are_scores() -> None:
     for wrong in (-1.0, math.inf, math.nan):
         with pytest.raises(InputError, match="must be a score"):
             model.bank().threshold = wrong
-    model.bank().threshold = np.float32(0.5)  # type: ignore[assignment]
+    model.bank().threshold = np.float32(0.5)
     assert type(model.threshold()) is float
 
 
