@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints import atomic_path
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 from .references import BankRecord, ReferenceBank
 
 FORMAT, VERSION = "adfeatures-references", "1"
@@ -27,7 +27,9 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
 
     Raises:
         AdfeaturesError: If the file cannot be written.
+        InputError: As ``check_destination``.
     """
+    check_destination(path)
     tensors: dict[str, Tensor] = {}
     facts = []
     for number, (product, bank) in enumerate(banks.items()):
@@ -40,6 +42,23 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
     metadata = {"format": FORMAT, "version": VERSION, "banks": json.dumps(facts, allow_nan=False)}
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def check_destination(path: str | os.PathLike[str]) -> None:
+    """Make sure that a bank written there replaces nothing but a bank.
+
+    Raises:
+        InputError: Otherwise.
+    """
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT:
+                return
+    except (SafetensorError, OSError, ValueError):
+        pass
+    raise InputError(f"{path} exists and is no reference bank, so it is not replaced. Choose another name.")
 
 
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:

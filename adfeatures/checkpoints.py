@@ -364,4 +364,4 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace").ljust(length))

@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, catalog
@@ -113,15 +114,19 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         "--quantile", type=float, help="fraction of normal images that should stay below the threshold (0.99)"
     )
     command.add_argument(
-        "--bit-depth", type=int, help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)"
+        "--bit-depth",
+        type=int,
+        choices=range(9, 17),
+        metavar="BITS",
+        help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)",
     )
 
 
 def _threshold(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a score: give a number from 0")
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a score: give a number from 0")
 
 
 def _positive(text: str) -> int:
@@ -184,9 +189,11 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from .bank_files import check_destination
     from .inspection import set_references
     from .sources import list_images
 
+    check_destination(options.bank)
     model = _create_model(options, options.model)
     set_references(
         model,
@@ -226,6 +233,11 @@ def _score(options: argparse.Namespace) -> int:
         if options.model not in (None, bank.model, str(bank.model).partition(".")[0]):
             # Before anything is fetched for nothing.
             raise ReferencesError(f"{options.bank} was made with {bank.model}. Leave out --model {options.model}.")
+        if options.bit_depth not in (None, bank.record.bit_depth):
+            raise InputError(
+                f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
+                f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
+            )
         model = _create_model(options, options.model or bank.model, bank.record.img_size)
         model.hold_references(banks, options.bank)
     else:

@@ -24,7 +24,8 @@ def console() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # As it is where a program has no console at all.
+            sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes once more when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -103,7 +103,7 @@ class FeatureExtractor(nn.Module):
             )
         if not torch.isfinite(x).all():
             raise InputError("The images hold NaN or infinite values.")
-        return self.scorer.features(self.backbone(x))
+        return self.scorer.features(self.backbone(x.to(self._dtype)))
 
     @torch.no_grad()
     def residuals(self, x: Tensor, product: Products = None) -> list[Tensor]:

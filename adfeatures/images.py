@@ -72,11 +72,13 @@ _DAMAGED = (
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES = 258, 262, 338
 _TIFF_WHITE_IS_ZERO, _TIFF_ALPHAS = 0, {1, 2, 999}
 # A TIFF of more pages than these is no photo with a thumbnail.
-_MAX_PAGES = 64
+_MAX_PAGES = 1000
 # So many rows of an image are copied at once: a large one must not be as a whole.
 _ROWS = 256
 # Cameras put so few bits into 16 that an image looks black when they are not told.
 _FEW_BITS = 14
+# Less of a photo that is seen through its alpha channel is no part.
+_MOSTLY = 0.01
 _strictly = threading.Lock()
 
 
@@ -154,6 +156,8 @@ def _seek_largest_page(image: Image.Image, name: str) -> None:
         while len(sizes) < _MAX_PAGES:
             image.seek(len(sizes))
             sizes.append(image.size)
+    if len(sizes) == _MAX_PAGES:
+        raise ImageError(f"it has {_MAX_PAGES} pages or more; save the one that is meant.")
     page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
     image.seek(page)
     if len(sizes) > 1:
@@ -216,7 +220,11 @@ def _from_pillow(image: Image.Image, bit_depth: int, name: str) -> Image.Image:
 def _over_background(image: Image.Image, name: str) -> Image.Image:
     # Pillow has no direct way from premultiplied gray to RGBA.
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    if not rgba.getchannel("A").getbbox():
+    alpha = rgba.getchannel("A")
+    visible = sum(alpha.histogram()[128:]) / (image.width * image.height)
+    if 0 < visible < _MOSTLY or (not visible and alpha.getbbox()):
+        warnings.warn(f"The alpha channel of {name} hides nearly every pixel, which are read as white.", stacklevel=2)
+    if not alpha.getbbox():
         warnings.warn(f"The alpha channel of {name} hides every pixel and is ignored.", stacklevel=2)
         return rgba.convert("RGB")
     rgb = Image.new("RGB", image.size, BACKGROUND)
@@ -299,7 +307,9 @@ def _highest(image: Image.Image) -> int:
 
 def _warn_of_few_bits(highest: int) -> None:
     bits = max(9, highest.bit_length())
-    if highest > 0 and bits <= _FEW_BITS:
+    if 0 < highest < 256:
+        warnings.warn("16-bit images hold values of 8 bits and are read as black. Save them with 8 bits.", stacklevel=2)
+    elif highest > 0 and bits <= _FEW_BITS:
         warnings.warn(
             f"16-bit images use {bits} of their bits and are read as almost black. If the camera gives {bits} bits, "
             f"say so: bit_depth={bits}, or --bit-depth {bits}. (Color images of 16 bits must be saved with 8 then.)",

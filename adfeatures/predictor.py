@@ -145,8 +145,8 @@ def score_photos(
         InputError: For a batch size below 1, or a score that is not finite.
         ReferencesError: If no references are set.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be 1 or more.")
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
     for name in dict.fromkeys(products):
         ensure_threshold(model, name)
     for start in range(0, len(sources), batch_size):
@@ -211,13 +211,19 @@ def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | No
             f"expect about one false alarm in {len(scores) + 1} good images.",
             stacklevel=3,
         )
-    if threshold < _NEAR_ZERO * model.scorer.top:
+    if threshold < _NEAR_ZERO * model.scorer.top or (normals is not None and _far_below(model, threshold, product)):
         warnings.warn(
             f"The threshold is {threshold:.3g}: the normal images are almost copies of each other or of references, "
             "so nearly every other image will count as anomalous. Give photos of different good parts.",
             stacklevel=3,
         )
     return threshold
+
+
+def _far_below(model: FeatureExtractor, threshold: float, product: str | None) -> bool:
+    """Whether a threshold is far below what references score against each other, so that its images are copies."""
+    bank = model.bank(product)
+    return bank.complete and bank.num_images > 1 and threshold < 0.25 * min(model.leave_one_out_scores(product))
 
 
 def _scores_of(model: FeatureExtractor, normals: Images, product: str | None) -> list[float]:

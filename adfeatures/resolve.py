@@ -140,7 +140,8 @@ def describe_backbone(
     name = catalog.MODELS[arch].backbone
     facts: Any = trained.fact("backbone") if trained else None
     if trained is None or (name and facts is None):
-        return _sized(_find_backbone(name, None), img_size or (trained.img_size if trained else None))
+        own = trained.img_size if trained else None
+        return _sized(_find_backbone(name, None), own if img_size is None else img_size)
     try:
         name, blocks = name or facts["timm_name"], tuple(facts["blocks"])
         claimed = (tuple(facts["channels"]), tuple(facts["reductions"]))
@@ -158,7 +159,7 @@ def describe_backbone(
         advice = "Was it made with another version of timm?"
         raise trained.header_error(f"its header describes {name} as {facts!r}, but it {problem}. {advice}")
     backbone = replace(backbone, entry=replace(entry, normalization=(mean, std)))
-    return _sized(backbone, img_size or trained.img_size)
+    return _sized(backbone, trained.img_size if img_size is None else img_size)
 
 
 def published_files(name: str, cache_dir: AnyPath | None = None) -> tuple[list[Path], str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +24,13 @@ _OTHER_SUFFIXES = (
     *(".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga"),
 )
 # A folder with these files was written by ``adfeatures score``, and what it has drawn there are no photos.
+# Pictures are the same where no field of them differs by so many gray levels: saving as JPEG changes less.
+_ALIKE = 2.0
 RESULTS_MARKS = frozenset({"scores.csv", "scores.jsonl"})
+# Folders that storage and archives add, with thumbnails or what was thrown away.
+OF_FILE_SYSTEMS = frozenset(
+    {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
 RESULTS = frozenset({"overlays", "worst.png", "demo.png"})
 
 
@@ -91,6 +99,7 @@ def read_distinct(
         ImageError: As ``read_image``.
     """
     seen, batch = set(known), []
+    small: list[Tensor] = []
     for source in sources:
         photo = read_photo(source, transform)
         if seen & {photo.pixels, photo.sha256}:
@@ -99,12 +108,25 @@ def read_distinct(
             warnings.warn(f"{name} is a copy of another normal image and is left out.", stacklevel=2)
             continue
         seen.add(photo.pixels)
+        small.append(_small(photo.x, transform))
+        if len(small) > 1 and float((torch.stack(small[:-1]) - small[-1]).abs().amax(dim=(1, 2, 3)).min()) < _ALIKE:
+            name = name_of(source) or "An image given in memory"
+            warnings.warn(
+                f"{name} is almost the same picture as another normal image, perhaps saved anew: that makes the "
+                "threshold too low. Give photos of different parts.",
+                stacklevel=2,
+            )
         batch.append(photo)
         if len(batch) == batch_size:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def _small(x: Tensor, transform: ImageTransform) -> Tensor:
+    """A transformed image as means of 16 x 16 fields, in gray levels of 0 to 255."""
+    return F.adaptive_avg_pool2d(x, 16) * torch.tensor(transform.std)[:, None, None] * 255
 
 
 def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
@@ -160,7 +182,8 @@ def _walk(root: Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, names in os.walk(root, onerror=refuse):
         results = RESULTS if RESULTS_MARKS.issubset(names) else frozenset()
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in results]
+        passed = results | OF_FILE_SYSTEMS
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in passed]
         found += [
             Path(parent, name)
             for name in names

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adfeatures.bank_files import load_banks, save_banks
-from adfeatures.errors import CheckpointError
+from adfeatures.errors import CheckpointError, InputError
 from adfeatures.references import BankRecord, ReferenceBank
 
 
@@ -190,6 +190,22 @@ def test_files_with_broken_facts(banks: str, saved: Path) -> None:
     save_file(tensors, saved, {**metadata, "banks": banks})
     with pytest.raises(CheckpointError, match="damaged"):
         load_banks(saved)
+
+
+def test_a_bank_replaces_nothing_but_a_bank(saved: Path, tmp_path: Path) -> None:
+    full_bank(threshold=0.25).save(saved)
+    assert load_banks(saved)["default"].threshold == 0.25
+    for name, content in (("photo.jpg", b"\xff\xd8photo"), ("weights.safetensors", b""), ("notes", b"x" * 100)):
+        path = tmp_path / name
+        path.write_bytes(content)
+        if name.startswith("weights"):
+            save_file({"x": torch.ones(1)}, path)
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=f"{name} exists and is no reference bank"):
+            full_bank().save(path)
+        assert path.read_bytes() == before
+    (tmp_path / "empty").touch()
+    full_bank().save(tmp_path / "empty")
 
 
 def test_files_that_are_no_banks(saved: Path) -> None:

@@ -340,6 +340,17 @@ def test_a_bank_of_another_model_is_refused_before_anything_is_fetched(
     assert adfeatures.create_model(references=str(bank)).threshold() is not None
 
 
+def test_the_bit_depth_is_that_of_the_bank(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = photos / "part.safetensors"
+    assert run("fit", "--references", photos / "good", "--bank", bank) == 0
+    assert run("score", "--bank", bank, "--bit-depth", 12, "--output", photos / "out", photos / "new") == 2
+    assert "adfeatures fit --bit-depth 12" in capsys.readouterr().err
+    assert run("fit", "--references", photos / "good", "--bank", photos / "good" / "000.png") == 2
+    assert "000.png exists and is no reference bank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("fit", "--references", photos / "good", "--bank", bank, "--bit-depth", 99)
+
+
 @pytest.mark.parametrize("threshold", ["nan", "inf", "-1", "-inf", "high"])
 def test_thresholds_are_scores(photos: Path, threshold: str) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -53,6 +53,12 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     assert process.stderr.read() == b"" and process.wait() == PIPE_CLOSED
 
 
+def test_a_program_without_a_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with console():
+        print("nobody reads this")
+
+
 def test_streams_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)

@@ -643,6 +643,19 @@ def test_alpha_that_hides_every_pixel_is_no_alpha(write: Write, kind: str) -> No
         assert (pixels(read_image(np.asarray(hidden))) == NOISE).all()
 
 
+@pytest.mark.parametrize("alpha", [1, 100, "one pixel"])
+def test_alpha_that_hides_nearly_every_pixel_is_told(alpha: int | str) -> None:
+    channel = np.zeros((20, 30), np.uint8) if isinstance(alpha, str) else np.full((20, 30), alpha, np.uint8)
+    channel[0, 0] = 255 if isinstance(alpha, str) else alpha
+    rgb = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    with pytest.warns(UserWarning, match="hides nearly every pixel"):
+        read_image(np.dstack([rgb, channel]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        channel[:1] = 255
+        read_image(np.dstack([rgb, channel]))
+
+
 @pytest.mark.parametrize("fill", [0, 7, 255])
 @pytest.mark.parametrize("extra", [[], [0]])
 def test_a_fourth_channel_that_is_not_declared_is_not_alpha(write: Write, fill: int, extra: list[int]) -> None:

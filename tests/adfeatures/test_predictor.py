@@ -202,6 +202,18 @@ class TestCopies:
         lite.add_references(paths[2:])
         assert [prediction.is_reference for prediction in lite.score(paths)] == [True] * 3
 
+    def test_a_threshold_of_copies_saved_anew_is_never_silent(self, lite: FeatureExtractor, tmp_path: Path) -> None:
+        lite.set_references(write_photos(tmp_path / "good", range(4)))
+        (tmp_path / "again").mkdir()
+        for seed in range(4):
+            photo(seed).save(tmp_path / "again" / f"{seed}.jpg", quality=97)
+        with pytest.warns(UserWarning, match="almost copies of each other or of references"):
+            threshold = lite.fit_threshold(normals=tmp_path / "again")
+        assert 0 < threshold < 0.25 * min(lite.leave_one_out_scores())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*almost copies")
+            lite.fit_threshold(normals=[photo(seed) for seed in range(10, 14)])
+
     def test_a_threshold_near_zero_is_never_silent(self, lite: FeatureExtractor) -> None:
         normals = torch.stack([adfeatures.create_transform(lite)(photo(seed)) for seed in range(3)])
         lite.set_references(normals)

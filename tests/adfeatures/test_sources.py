@@ -56,6 +56,15 @@ def test_copies_are_left_out_with_a_warning_that_names_them(tmp_path: Path) -> N
         assert len(kept([photo(5), photo(6)])) == 2
 
 
+def test_pictures_that_were_saved_anew_are_named(tmp_path: Path) -> None:
+    paths = write_photos(tmp_path, range(3))
+    photo(1).save(tmp_path / "again.jpg", quality=95, subsampling=0)
+    sources = [*paths, tmp_path / "again.jpg"]
+    with pytest.warns(UserWarning, match=r"again\.jpg is almost the same picture") as warned:
+        (found,) = read_distinct(sources, TRANSFORM, (), 8)
+    assert len(found) == 4 and len(warned) == 1
+
+
 def test_photos_hold_what_a_model_needs(tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     photo(3).resize((300, 60)).save(path)
@@ -177,6 +186,13 @@ def test_drawings_of_a_former_run_are_no_photos(tmp_path: Path) -> None:
     assert [path.name for path in list_images(tmp_path, recursive=True)] == ["a.png", "a.png", "worst.png"]
     with pytest.raises(ImageError, match="No images"):
         list_images(tmp_path / "old", recursive=True)
+
+
+def test_thumbnails_of_a_storage_are_no_photos(tmp_path: Path) -> None:
+    for name in ("a.png", "@eaDir/a.png", "sub/__MACOSX/b.png", "sub/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(0).save(tmp_path / name)
+    assert list_images(tmp_path, recursive=True) == [tmp_path / "a.png", tmp_path / "sub/b.png"]
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

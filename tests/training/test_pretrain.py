@@ -106,6 +106,7 @@ def test_the_checkpoint_is_a_model(tree: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_whatever_the_workers(tree: Path, tmp_path: Path) -> None:
     one, two, other = (
         pretrain(config(tree, tmp_path / name, max_steps=3, workers=workers, seed=seed), CPU)
@@ -291,6 +292,7 @@ def test_one_normal_image_of_each_view_is_enough(tmp_path: Path) -> None:
     assert all(np.isfinite(line["loss"]) for line in steps(folder))
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read_are_passed_over(tree: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(tree, tmp_path / "tree"))
     centers = str(pretrain(config(tree, tmp_path / "whole", max_steps=1), CPU) / "centers.safetensors")
@@ -306,6 +308,7 @@ def test_files_that_cannot_be_read_are_passed_over(tree: Path, tmp_path: Path) -
         pretrain(config(damaged, tmp_path / "pool", centers=centers, pool=50), CPU)
 
 
+@pytest.mark.slow
 def test_a_mask_of_another_size_stops_the_run_and_keeps_it(tree: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(tree, tmp_path / "tree"))
     folder = pretrain(config(damaged, tmp_path / "run", max_steps=1), CPU)
@@ -337,6 +340,7 @@ def test_references_of_a_pool_are_those_encoded_in_half_precision(tree: Path, tm
     assert sizes[0] > sizes[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
 def test_precision(tree: Path, tmp_path: Path, precision: str) -> None:
     folder = pretrain(config(tree, tmp_path / "run", max_steps=2, precision=precision), CPU)
@@ -355,6 +359,7 @@ def test_accumulation_trains_on_micro_batches(tree: Path, tmp_path: Path) -> Non
         pretrain(config(tree, tmp_path / "odd", accumulate=3), CPU)
 
 
+@pytest.mark.slow
 def test_a_timm_backbone(tree: Path, tmp_path: Path) -> None:
     for number, (name, size) in enumerate({"resnet10t": 64, "vit_tiny_patch16_224": 32}.items()):
         given = config(
@@ -394,6 +399,7 @@ def test_other_inputs_are_refused(tree: Path, tmp_path: Path) -> None:
         pretrain(config(moved, folder, max_steps=3), CPU)
 
 
+@pytest.mark.slow
 def test_random_backbones_are_the_same_again(tree: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"backbone": "resnet10t", "backbone_weights": "random", "img_size": (64,)}
     for stop in (1, 2):
@@ -465,6 +471,7 @@ def of_folder(root: Path, output: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig(**given)
 
 
+@pytest.mark.slow
 def test_images_of_twelve_bits_are_read_as_they_are_meant(parts: Path, tmp_path: Path) -> None:
     expected = steps(pretrain(of_folder(parts, tmp_path / "eight"), CPU))
     for path in parts.glob("nut/t*/*/*.png"):

@@ -98,7 +98,7 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
         strata[item.product, _is_ok(item)].add(_sample(item))
     held_out: set[tuple[str, bool, str]] = set()
     for stratum, samples in strata.items():
-        ranked = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}:{sample}".encode()).digest())
+        ranked = sorted(samples, key=lambda sample: hashlib.sha256(os.fsencode(f"{seed}:{sample}")).digest())
         count = min(max(1, math.floor(fraction * len(ranked) + 0.5)), len(ranked) - 1)
         held_out.update((*stratum, sample) for sample in ranked[:count])
     parts: tuple[list[Item], list[Item]] = ([], [])

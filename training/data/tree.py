@@ -13,12 +13,12 @@ from typing import TypeAlias
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
+from adfeatures.sources import OF_FILE_SYSTEMS
 
 from .items import Item
 
 SPLITS = ("train", "test")
 # What network storage, archives and operating systems leave in any folder.
-_OF_FILE_SYSTEMS = ("@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -158,7 +158,7 @@ def subfolders(folder: Path) -> list[str]:
         names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError:
         return []
-    return sorted(name for name in names if not name.startswith(".") and name not in _OF_FILE_SYSTEMS)
+    return sorted(name for name in names if not name.startswith(".") and name not in OF_FILE_SYSTEMS)
 
 
 def find_file(folder: Path, name: str) -> Path:

@@ -33,7 +33,7 @@ from .results import FOLDER, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record,
 from .tables import ORIGINAL_AUPRO, title
 
 # What makes a product or a method fail and not the evaluation. A full disk ends it.
-FAILURES = (ValueError, RuntimeError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
+FAILURES = (ValueError, RuntimeError, MemoryError)
 FIGURES, CACHE = "figures", "cache"
 # Warnings from elsewhere are about the code of libraries, not about the data; and a virtual environment may lie in the
 # checkout.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,5 +85,5 @@ def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
     """In an order of the seed and of names within the data set, wherever it lies and however it is sorted."""
     return sorted(
         items,
-        key=lambda item: hashlib.sha256(f"{seed}:{item.sample}:{item.image.rpartition('/')[2]}".encode()).digest(),
+        key=lambda item: hashlib.sha256(os.fsencode(f"{seed}:{item.sample}:{item.image.rpartition('/')[2]}")).digest(),
     )

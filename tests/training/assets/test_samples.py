@@ -13,6 +13,7 @@ from training.assets import samples
 STORED = Path(samples.__file__).parents[2] / "adfeatures" / "assets" / "samples"
 
 
+@pytest.mark.slow
 def test_stored_images_are_the_rendered_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of each kind, to a gray level or two, since JPEG codecs differ."""
     monkeypatch.setattr(samples, "PARTS", {folder: numbers[:1] for folder, numbers in samples.PARTS.items()})

@@ -19,6 +19,7 @@ def test_naive_form_is_the_original() -> None:
     )
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.sampled_from([np.float32, np.float64]), st.integers(1, 3), st.booleans())
 @settings(max_examples=20)
 def test_aupro_original_is_the_naive_form(seed: int, dtype: type, count: int, tied: bool) -> None:

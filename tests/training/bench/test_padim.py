@@ -26,6 +26,7 @@ def test_padim_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(score.note.split()[-1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_row_of_a_large_fit_says_whether_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     features = bench.features
     monkeypatch.setattr(bench, "features", lambda count, channels, side: features(count, 4, 1))

@@ -310,6 +310,7 @@ def run_check(root: Path, encoding: str, *, head: bool = False) -> subprocess.Co
     return subprocess.CompletedProcess(command, process.wait(), out, err)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode")
 def test_names_that_no_console_can_show(tmp_path: Path) -> None:
     root = write_mvtec(tmp_path / "\u5199\u771f", ("shaft",), size=(12, 12))

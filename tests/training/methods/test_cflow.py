@@ -253,6 +253,7 @@ def test_the_callback_sees_every_meta_epoch_and_changes_nothing() -> None:
     assert torch.equal(seen[2][1], quick().fit(train).predict(test).maps)
 
 
+@pytest.mark.slow
 def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     cflow = CFLOW(EXTRACT, blocks=4, chunk=256, meta_epochs=4, sub_epochs=2, learning_rate=2e-3).fit(
         batches(40, seed=1)

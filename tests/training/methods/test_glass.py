@@ -247,6 +247,7 @@ def test_the_callback_sees_every_epoch_and_changes_nothing() -> None:
     assert torch.equal(seen[2][1], quick(epochs=3).fit(train).predict(test).maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 def test_finds_planted_outliers_and_nothing_where_nothing_is(adapter: bool) -> None:
     # The reduced epochs need a higher learning rate: at the paper's, 60 steps hardly leave the initial weights.

@@ -267,6 +267,7 @@ def test_the_callback_sees_every_tenth_epoch_and_the_last_and_changes_nothing() 
     assert torch.equal(seen[2][1], quick(epochs=23).fit(train).predict(test).maps)
 
 
+@pytest.mark.slow
 def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     # The reduced epochs go with a higher learning rate.
     train = [
@@ -276,6 +277,7 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     check_finds_what_is_planted(method)
 
 
+@pytest.mark.slow
 def test_learns_what_can_be_reconstructed() -> None:
     """Features that follow from those of other positions are reconstructed ever better."""
 

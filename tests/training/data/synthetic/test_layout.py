@@ -138,6 +138,7 @@ def test_nothing_else_is_written(dataset: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_same_bytes_with_more_workers(dataset: Path, tmp_path: Path) -> None:
     synthesize(tmp_path / "set", **SMALL, workers=2)
     assert contents(tmp_path / "set") == contents(dataset)
@@ -166,6 +167,7 @@ def test_what_is_missing_is_made_again_and_the_rest_kept(dataset: Path, tmp_path
     assert synthesize(tmp_path, **SMALL) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
     arguments = (

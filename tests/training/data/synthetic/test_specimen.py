@@ -12,6 +12,7 @@ from training.data.synthetic import DEFECTS, PRODUCTS, VIEWS, render
 from training.data.synthetic.specimen import BUILDERS, Specimen, build, changed, stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_defect_is_seen_from_above_and_the_mask_is_exact(product: str) -> None:
     sound, nothing = render(product, 4, size=48)
