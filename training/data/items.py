@@ -34,6 +34,11 @@ class Item:
     sample: str = ""
 
 
+def rank(seed: int, name: str) -> bytes:
+    """The place of a name, of any bytes, in an order drawn from a seed, whatever other names there are."""
+    return hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest()
+
+
 def items_digest(items: Sequence[Item]) -> str:
     """SHA-256 of what the items are, wherever the data set lies."""
     names = [[item.product, item.view, item.sample, item.label, os.path.basename(item.image)] for item in items]

@@ -9,7 +9,6 @@ have a double underscore before the number.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,13 +16,14 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError
 
-from .items import ANOMALOUS, NORMAL, Item
+from .items import ANOMALOUS, NORMAL, Item, rank
 from .tree import SPLITS, StrPath, Tree, check_split, subfolders
 
 PRODUCTS = (
@@ -98,7 +98,7 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
         strata[item.product, _is_ok(item)].add(_sample(item))
     held_out: set[tuple[str, bool, str]] = set()
     for stratum, samples in strata.items():
-        ranked = sorted(samples, key=lambda sample: hashlib.sha256(os.fsencode(f"{seed}:{sample}")).digest())
+        ranked = sorted(samples, key=partial(rank, seed))
         count = min(max(1, math.floor(fraction * len(ranked) + 0.5)), len(ranked) - 1)
         held_out.update((*stratum, sample) for sample in ranked[:count])
     parts: tuple[list[Item], list[Item]] = ([], [])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adfeatures.errors import InputError
 
 from ..data import dataset, mvtec
-from ..data.items import ANOMALOUS, NORMAL, Item
+from ..data.items import ANOMALOUS, NORMAL, Item, rank
 
 REFERENCES_PER_VIEW = 8
 
@@ -83,7 +81,4 @@ def mvtec_trials(root: str, img_size: tuple[int, int]) -> list[Trial]:
 
 def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
     """In an order of the seed and of names within the data set, wherever it lies and however it is sorted."""
-    return sorted(
-        items,
-        key=lambda item: hashlib.sha256(os.fsencode(f"{seed}:{item.sample}:{item.image.rpartition('/')[2]}")).digest(),
-    )
+    return sorted(items, key=lambda item: rank(seed, f"{item.sample}:{item.image.rpartition('/')[2]}"))

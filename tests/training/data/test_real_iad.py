@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -313,3 +315,12 @@ def test_masks_whose_accents_are_written_in_another_way(tmp_path: Path) -> None:
         form: Literal["NFC", "NFD"] = "NFC" if path.suffix == ".jpg" else "NFD"
         path.rename(path.with_name(normalize(form, path.name.replace("bottle", "é"))))
     assert [item.label for item in real_iad.read(root, ["bottle_cap"])] == before and ANOMALOUS in before
+
+
+def test_names_that_are_not_utf8_are_split_too() -> None:
+    """And others are where they were: the order is that of hashes of their bytes."""
+    names = [f"part{number}" for number in range(9)] + [os.fsdecode(b"caf\xe9"), "\u5199\u771f"]
+    items = [Item(f"{name}.png", NORMAL, "product", sample=name) for name in names]
+    _, held_out = real_iad.split_by_sample(items, 0.3, 7)
+    ranked = sorted(names, key=lambda name: hashlib.sha256(b"7:" + name.encode(errors="surrogateescape")).digest())
+    assert {item.sample for item in held_out} == set(ranked[:3])
