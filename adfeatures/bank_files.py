@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints import atomic_path
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, ReferencesError
 from .references import BankRecord, ReferenceBank
 
 FORMAT, VERSION = "adfeatures-references", "1"
@@ -59,6 +59,16 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     except (SafetensorError, OSError, ValueError):
         pass
     raise InputError(f"{path} exists and is no reference bank, so it is not replaced. Choose another name.")
+
+
+def check_maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str]) -> None:
+    """Make sure that a bank may be of a model that was named, with or without tag, before anything is fetched for it.
+
+    Raises:
+        ReferencesError: Otherwise.
+    """
+    if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
+        raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
 
 
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, catalog
 from .console import console
-from .errors import AdfeaturesError, InputError, ReferencesError
+from .errors import AdfeaturesError, InputError
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
@@ -223,16 +223,14 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from .bank_files import load_banks
+    from .bank_files import check_maker, load_banks
     from .inspection import find_images, inspect, set_references
 
     files = find_images(options.images, options.recursive)
     if options.bank:
         banks = load_banks(options.bank)
         bank = next(iter(banks.values()))
-        if options.model not in (None, bank.model, str(bank.model).partition(".")[0]):
-            # Before anything is fetched for nothing.
-            raise ReferencesError(f"{options.bank} was made with {bank.model}. Leave out --model {options.model}.")
+        check_maker(bank, options.model, options.bank)
         if options.bit_depth not in (None, bank.record.bit_depth):
             raise InputError(
                 f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import catalog, predictor
 from .backbones import Encoder, StateDict, create_backbone
-from .bank_files import load_banks
+from .bank_files import check_maker, load_banks
 from .catalog import find_model
 from .checkpoints import AnyPath
-from .errors import InputError, ReferencesError
+from .errors import InputError
 from .extractor import FeatureExtractor
 from .images import IMAGE_SUFFIXES, build_transform
 from .predictor import Images
@@ -67,9 +67,7 @@ def create_model(
     register_with_timm()
     banks = _banks(references)
     for bank in banks.values():
-        # Before anything is fetched for nothing.
-        if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
-            raise ReferencesError(f"{references} was made with {bank.model}, not with {name}. Name that model.")
+        check_maker(bank, name, str(references))
     spec = resolve_model(
         name,
         weights=weights,

@@ -27,13 +27,13 @@ from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
 from .overlays import contact_sheet, overlay, tile
 from .predictor import BATCH_SIZE, Prediction, ensure_threshold, score_photos
-from .sources import RESULTS_MARKS, list_images
+from .sources import OF_FILE_SYSTEMS, RESULTS_MARKS, list_images
 
 FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png", "demo.png")
 # By this mark an overlay is known to be one.
 SOFTWARE = "adfeatures score"
 WORST, TILE_WIDTH = 12, 480
-# Longest side of an overlay in pixels: large photos are drawn smaller.
+# Longest side in pixels of a photo in its overlay, beside which the legend stands: large ones are drawn smaller.
 OVERLAY_SIDE = 2048
 # As many reasons of failures as the summary tells.
 MOST_ERRORS = 20
@@ -84,13 +84,14 @@ def set_references(
 ) -> None:
     """Set the references of one product, or with ``product_folders`` of one product for each sub-folder.
 
-    Sub-folders without images are passed over with a warning, those that begin with a dot or an @ (of a network
-    storage) without one.
+    Sub-folders without images are passed over with a warning, hidden ones and those of file systems without one.
     """
     if not product_folders:
         model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
         return
-    folders = sorted(path for path in Path(folder).glob("*/") if not path.name.startswith((".", "@")))
+    folders = sorted(
+        path for path in Path(folder).glob("*/") if not path.name.startswith(".") and path.name not in OF_FILE_SYSTEMS
+    )
     if not folders:
         raise InputError(
             f"{folder} has no sub-folders to take as products. Leave out --product-folders if its images are all of "
@@ -132,7 +133,8 @@ def inspect(
 
     Raises:
         ReferencesError: If no references are set.
-        InputError: If an image lies where the results go, or a file there is none of a former result.
+        InputError: If an image lies where the results go, a file there is none of a former result, or the threshold is
+            no score.
         AdfeaturesError: If the output cannot be written.
     """
     started = time.perf_counter()
@@ -300,7 +302,7 @@ def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) ->
 
 def _former_result(output: Path) -> list[Path]:
     """The files of a former run, relative to the output folder."""
-    if not RESULTS_MARKS.issubset(path.name for path in output.glob("*")):
+    if not all((output / name).is_file() for name in RESULTS_MARKS):
         return []
     drawn = [path.relative_to(output) for path in (output / "overlays").rglob("*.png") if _is_marked(path)]
     return [*(Path(name) for name in FILES if (output / name).is_file()), *drawn]

@@ -23,15 +23,15 @@ _OTHER_SUFFIXES = (
     *(".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".ico", ".jxl", ".jxr", ".nef", ".orf", ".pcx", ".psd"),
     *(".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga"),
 )
+# Pictures are the same where none of their fields differs by so many gray levels: saving as JPEG changes less.
+_FIELDS, _ALIKE = 16, 2.0
 # A folder with these files was written by ``adfeatures score``, and what it has drawn there are no photos.
-# Pictures are the same where no field of them differs by so many gray levels: saving as JPEG changes less.
-_ALIKE = 2.0
 RESULTS_MARKS = frozenset({"scores.csv", "scores.jsonl"})
+RESULTS = frozenset({"overlays", "worst.png", "demo.png"})
 # Folders that storage and archives add, with thumbnails or what was thrown away.
 OF_FILE_SYSTEMS = frozenset(
     {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
-RESULTS = frozenset({"overlays", "worst.png", "demo.png"})
 
 
 def image_sources(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
@@ -99,23 +99,22 @@ def read_distinct(
         ImageError: As ``read_image``.
     """
     seen, batch = set(known), []
-    small: list[Tensor] = []
+    small = torch.empty(0, 3 * _FIELDS**2)
     for source in sources:
-        photo = read_photo(source, transform)
+        photo, name = read_photo(source, transform), name_of(source) or "An image given in memory"
         if seen & {photo.pixels, photo.sha256}:
             # A copy would be found by its twin, and make every threshold too low.
-            name = name_of(source) or "An image given in memory"
             warnings.warn(f"{name} is a copy of another normal image and is left out.", stacklevel=2)
             continue
-        seen.add(photo.pixels)
-        small.append(_small(photo.x, transform))
-        if len(small) > 1 and float((torch.stack(small[:-1]) - small[-1]).abs().amax(dim=(1, 2, 3)).min()) < _ALIKE:
-            name = name_of(source) or "An image given in memory"
+        own = _small(photo.x, transform)
+        if len(small) and torch.cdist(own, small, p=torch.inf).min() < _ALIKE:
             warnings.warn(
                 f"{name} is almost the same picture as another normal image, perhaps saved anew: that makes the "
                 "threshold too low. Give photos of different parts.",
                 stacklevel=2,
             )
+        small = torch.cat([small, own])
+        seen.add(photo.pixels)
         batch.append(photo)
         if len(batch) == batch_size:
             yield batch
@@ -125,8 +124,8 @@ def read_distinct(
 
 
 def _small(x: Tensor, transform: ImageTransform) -> Tensor:
-    """A transformed image as means of 16 x 16 fields, in gray levels of 0 to 255."""
-    return F.adaptive_avg_pool2d(x, 16) * torch.tensor(transform.std)[:, None, None] * 255
+    """A transformed image as means of fields (1, 3 * _FIELDS^2), in gray levels of 0 to 255."""
+    return (F.adaptive_avg_pool2d(x, _FIELDS) * torch.tensor(transform.std)[:, None, None] * 255).view(1, -1)
 
 
 def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:

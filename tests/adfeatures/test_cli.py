@@ -333,7 +333,10 @@ def test_a_bank_of_another_model_is_refused_before_anything_is_fetched(
     monkeypatch.setattr("adfeatures.hub.resolve", lambda *_: pytest.fail("fetched for nothing"))
     wanted = ["--bank", bank, "--output", photos / "out", photos / "new"]
     assert run("score", *wanted, "--model", "adpretrain_dinov2_base") == 2
-    assert "was made with residual_lite.in1k_v1. Leave out --model" in capsys.readouterr().err
+    assert (
+        "was made with residual_lite.in1k_v1, not with adpretrain_dinov2_base. Name that model"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ReferencesError, match=r"part\.bank was made with residual_lite\.in1k_v1, not with adpretrain"):
         adfeatures.create_model("adpretrain_dinov2_base", references=bank)
     assert adfeatures.create_model(references=bank).bank().num_images == 4

@@ -196,11 +196,11 @@ FAULTS = {
         ["fryum/Data/Images/Normal has 1 files that belong to no image: 77.JPG"],
         [],
     ),
-    "photos of a phone": (
+    "photos of a camera": (
         "folder",
-        lambda r: (r / "gear/train/good/photo.heic").write_bytes(b"photo"),
+        lambda r: (r / "gear/train/good/photo.cr2").write_bytes(b"photo"),
         [],
-        ["1 files of .*gear/train/good are left out. photo.heic cannot be read"],
+        ["1 files of .*gear/train/good are left out. photo.cr2 cannot be read"],
     ),
     "foreign folder": (
         "folder",

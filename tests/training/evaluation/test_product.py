@@ -81,8 +81,8 @@ def test_nothing_to_learn_from_or_to_judge(root: Path, raw: RawFeatures) -> None
 
 
 def test_files_that_are_left_out_are_noticed(root: Path, raw: RawFeatures) -> None:
-    (root / "bottle/test/broken/photo.heic").write_bytes(b"photo")
+    (root / "bottle/test/broken/photo.cr2").write_bytes(b"photo")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (text,) = product(root, raw).noticed
-    assert "photo.heic cannot be read" in text and "test/broken" in text
+    assert "photo.cr2 cannot be read" in text and "test/broken" in text
