@@ -27,7 +27,7 @@ from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
 from .overlays import contact_sheet, overlay, tile
 from .predictor import BATCH_SIZE, Prediction, ensure_threshold, score_photos
-from .sources import OF_FILE_SYSTEMS, RESULTS_MARKS, list_images
+from .sources import OF_FILE_SYSTEMS, holds_results, is_drawn, list_images
 
 FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png", "demo.png")
 # By this mark an overlay is known to be one.
@@ -65,7 +65,10 @@ class Inspection:
 def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
     """Expand folders among the arguments to the image files in them; files stay as given, whether they exist or not.
 
-    A file that is named twice counts once.
+    A file that is named twice counts once, and what a former run has drawn is left out with a warning.
+
+    Raises:
+        ImageError: For a folder without images, or where nothing is left.
     """
     files: list[str] = []
     for argument in arguments:
@@ -76,7 +79,13 @@ def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
     once: dict[str, str] = {}
     for file in files:
         once.setdefault(os.path.abspath(file), file)
-    return list(once.values())
+    kept = [file for path, file in once.items() if not is_drawn(Path(path))]
+    if len(kept) < len(once):
+        text = f"{len(once) - len(kept)} pictures were drawn by a former run and are left out."
+        if not kept:
+            raise ImageError(text)
+        warnings.warn(text, stacklevel=2)
+    return kept
 
 
 def set_references(
@@ -302,7 +311,7 @@ def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) ->
 
 def _former_result(output: Path) -> list[Path]:
     """The files of a former run, relative to the output folder."""
-    if not all((output / name).is_file() for name in RESULTS_MARKS):
+    if not holds_results(output):
         return []
     drawn = [path.relative_to(output) for path in (output / "overlays").rglob("*.png") if _is_marked(path)]
     return [*(Path(name) for name in FILES if (output / name).is_file()), *drawn]

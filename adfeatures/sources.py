@@ -161,6 +161,16 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
     return images
 
 
+def holds_results(folder: Path) -> bool:
+    """Whether ``adfeatures score`` has written to a folder."""
+    return all((folder / name).is_file() for name in RESULTS_MARKS)
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a picture is, or lies among, what ``adfeatures score`` has drawn."""
+    return any(part.name in RESULTS and holds_results(part.parent) for part in (path, *path.parents))
+
+
 def _is_readable(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES)
 

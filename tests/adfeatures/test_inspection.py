@@ -174,6 +174,16 @@ class TestOutput:
             inspect(model, files, tmp_path / "fresh", batch_size=1)
         assert len((tmp_path / "fresh" / "scores.jsonl").read_text().splitlines()) == after
 
+    def test_a_glob_does_not_take_drawings_for_photos(self, model: FeatureExtractor, tmp_path: Path) -> None:
+        photos = [str(path) for path in write_photos(tmp_path / "new", range(20, 22))]
+        inspect(model, photos, tmp_path / "new")
+        everything = sorted(str(path) for path in (tmp_path / "new").iterdir() if path.suffix in ("", ".png"))
+        assert len(everything) == 4
+        with pytest.warns(UserWarning, match="3 pictures were drawn by a former run"):
+            assert find_images(everything, recursive=False) == photos
+        with pytest.raises(ImageError, match="drawn by a former run"):
+            find_images([str(tmp_path / "new" / "overlays")], recursive=False)
+
     def test_a_run_follows_one_that_was_interrupted(
         self, model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
