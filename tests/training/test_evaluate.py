@@ -935,6 +935,7 @@ class TestOddFiles:
                 "5 images with a warning (an image has two pages.)",
             ]
 
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode")
     def test_names_that_are_not_utf8(self, run_as_it_is: Evaluate, root: Path, tmp_path: Path) -> None:
         product = os.fsdecode(b"bottle \xfc")

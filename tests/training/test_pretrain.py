@@ -274,6 +274,7 @@ def test_own_data(tmp_path: Path, data: str) -> None:
     assert 0 < validation["norm"]["pix"] < 1
 
 
+@pytest.mark.slow
 def test_validation_on_mvtec(tree: Path, tmp_path: Path) -> None:
     root = write_mvtec(tmp_path / "mvtec", mvtec.PRODUCTS, good=2, test_good=1, bad=1, size=(32, 32))
     changes = {"held_out": 0.0, "validation": "mvtec", "max_steps": 1}
@@ -325,6 +326,7 @@ def test_a_mask_of_another_size_stops_the_run_and_keeps_it(tree: Path, tmp_path:
     assert steps(pretrain(config(damaged, tmp_path / "run"), CPU)) == steps(whole)
 
 
+@pytest.mark.slow
 def test_references_of_a_pool_are_those_encoded_in_half_precision(tree: Path, tmp_path: Path) -> None:
     # With a pool that holds all images, the draws are those of references read from disk.
     changes = {"max_steps": 2, "held_out": 0.3}

@@ -109,6 +109,7 @@ def test_rotations_are_uniform() -> None:
             assert stats.kstest(rotations[:, row, column].numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "size"), [(1, 1, 128), (3, 5, 128), (16, 16, 128), (3, 2, 6)])
 def test_position_code_is_the_stated_formula(height: int, width: int, size: int) -> None:
     code = position_code(height, width, size)
