@@ -6,7 +6,7 @@ import io
 import json
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -220,13 +220,20 @@ def _mapper(workers: int) -> Iterator:
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         try:
-            yield partial(pool.map, chunksize=2)
+            yield partial(_in_order, pool)
         except BrokenProcessPool as error:
             raise AdfeaturesError(
                 "A worker was killed, perhaps for lack of memory. Fewer workers resume from what is there."
             ) from error
-        finally:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _in_order(pool: ProcessPoolExecutor, write: Callable[[Sample], int], samples: Iterable[Sample]) -> Iterator[int]:
+    # Not pool.map, which cancels what a broken pool is about to end: in Python 3.11 its thread dies of that.
+    futures = [pool.submit(write, sample) for sample in samples]
+    return (future.result() for future in futures)
 
 
 def _start_worker() -> None:
