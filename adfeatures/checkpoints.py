@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 import threading
 import uuid
@@ -55,9 +56,7 @@ def load_checkpoint(path: AnyPath) -> Checkpoint:
             other than tensors, float scalars and the modules of TorchScript; or that holds anything but finite tensors
             and numbers.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not an existing file.")
+    path = regular_file(path)
     if not path.stat().st_size:
         raise CheckpointError(f"{path} is empty. Fetch it again.")
     suffix = path.suffix.lower()
@@ -71,6 +70,24 @@ def load_checkpoint(path: AnyPath) -> Checkpoint:
         known = ", ".join((".safetensors", *_PICKLES))
         raise CheckpointError(f"{path}: unknown format {suffix!r}. Weights are read from {known}.")
     return Checkpoint(_checked(path, state_dict), metrics, metadata)
+
+
+def regular_file(path: AnyPath, error: type[AdfeaturesError] = CheckpointError) -> Path:
+    """The path of a file that can be read, possibly through links. Folders, pipes and devices could be read for ever.
+
+    Raises:
+        AdfeaturesError: Of the type ``error``, for anything else.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as problem:  # ValueError: a name with a null character
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{path} is not an existing file ({reason}).") from None
+    if not stat.S_ISREG(mode):
+        raise error(f"{path} is not an existing file but a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}.")
+    if not os.access(path, os.R_OK):
+        raise error(f"{path} cannot be read: permission denied. Make it readable: chmod u+r.")
+    return Path(path)
 
 
 def save_checkpoint(

@@ -28,6 +28,7 @@ from adfeatures.checkpoints import (
     convert,
     git_blob_id,
     load_checkpoint,
+    regular_file,
     save_checkpoint,
     sha256,
 )
@@ -290,6 +291,37 @@ class TestDamagedFiles:
         save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"metrics": metrics})
         with pytest.raises(CheckpointError, match="metrics"):
             load_checkpoint(tmp_path / "a.safetensors")
+
+
+class TestRegularFile:
+    def test_file_and_link(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "link").symlink_to("file")
+        assert regular_file(tmp_path / "file") == tmp_path / "file"
+        assert regular_file(str(tmp_path / "link")) == tmp_path / "link"
+
+    def test_what_is_none(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("pipe")
+        (tmp_path / "loop").symlink_to("loop")
+        paths = [tmp_path, tmp_path / "missing", tmp_path / "pipe", tmp_path / "link", tmp_path / "loop"]
+        for path in (*map(str, paths), "/dev/zero", "x" * 300, "a\0b"):
+            with pytest.raises(CheckpointError, match="is not an existing file"):
+                regular_file(path)
+            with pytest.raises(DownloadError, match="is not an existing file"):
+                regular_file(path, DownloadError)
+
+    def test_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "secret.pth").touch()
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+        with pytest.raises(CheckpointError, match=r"secret\.pth cannot be read: permission denied"):
+            load_checkpoint(tmp_path / "secret.pth")
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_weights_that_are_a_pipe(self, tmp_path: Path, suffix: str) -> None:
+        os.mkfifo(tmp_path / f"weights{suffix}")
+        with pytest.raises(CheckpointError, match="pipe or device"):
+            load_checkpoint(tmp_path / f"weights{suffix}")
 
 
 class TestSaving:
