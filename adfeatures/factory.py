@@ -20,7 +20,8 @@ from .catalog import find_model
 from .checkpoints import AnyPath
 from .errors import InputError
 from .extractor import FeatureExtractor
-from .images import IMAGE_SUFFIXES, build_transform
+from .image_files import IMAGE_SUFFIXES
+from .images import build_transform
 from .predictor import Images
 from .projector import ResidualProjector
 from .references import ReferenceBank

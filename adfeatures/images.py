@@ -10,44 +10,25 @@ import contextlib
 import hashlib
 import os
 import re
-import struct
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .catalog import unknown
+from .checkpoints import regular_file, sha256
 from .errors import ImageError, InputError, UnknownNameError
+from .image_files import MAX_PIXELS, MAX_SIDE, open_image, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
-with contextlib.suppress(ImportError):  # An extra: phones write HEIC, which Pillow alone cannot read.
-    import pillow_heif
-
-    pillow_heif.register_heif_opener(thumbnails=False)
-
-Image.init()
-# Pillow's names of what is decoded. A closed list, because some other formats of Pillow start external programs.
-_TRUSTED = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "HEIF", "AVIF", "WEBP")
-FORMATS = tuple(name for name in _TRUSTED if name in Image.OPEN)
-_FORMAT_OF = {**Image.EXTENSION, ".mpo": "JPEG"}
-# A .pfm holds floating-point numbers: a depth map or an anomaly map, not a photo.
-IMAGE_SUFFIXES = tuple(
-    sorted(
-        (suffix for suffix, name in _FORMAT_OF.items() if name in FORMATS and suffix != ".pfm"),
-        key=lambda suffix: (FORMATS.index(_FORMAT_OF[suffix]), suffix),
-    )
-)
-# Just below where Pillow begins to warn of decompression bombs, so that one rule holds and its settings stay untouched.
-MAX_PIXELS = 89_000_000
 # Laid behind transparent pixels.
 BACKGROUND = (255, 255, 255)
 
@@ -55,24 +36,8 @@ _SHORTER_SIDE = {"resize224_crop224": 224, "resize256_crop224": 256}
 PRESETS = ("squash", *_SHORTER_SIDE)
 
 _ACCEPTED = "Accepted are images of 8 bits in any color mode or of 16 bits, and arrays of uint8 or uint16."
-# Pillow documents the first two; the rest is what its decoders raise on damaged files, or on any warning under -W
-# error.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    EOFError,
-    struct.error,
-    Warning,
-)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES = 258, 262, 338
 _TIFF_WHITE_IS_ZERO, _TIFF_ALPHAS = 0, {1, 2, 999}
-# A TIFF of more pages than these is no photo with a thumbnail.
-_MAX_PAGES = 1000
 # So many rows of an image are copied at once: a large one must not be as a whole.
 _ROWS = 256
 # Cameras put so few bits into 16 that an image looks black when they are not told.
@@ -82,7 +47,9 @@ _MOSTLY = 0.01
 _strictly = threading.Lock()
 
 
-def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit_depth: int = 16) -> Image.Image:
+def read_image(
+    source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit_depth: int = 16, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read an image, upright and in RGB.
 
     The EXIF orientation is applied, and transparent pixels are laid over `BACKGROUND`; alpha that hides every pixel is
@@ -95,74 +62,33 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit
             RGBA).
         bit_depth: Bits in use, 9 to 16, of samples stored in 16: 12 for a camera that gives 0 to 4095. Files of 8 bits,
             and files that state their own maximum, are not concerned.
+        max_pixels: Pixels that may be decoded, at most `MAX_PIXELS`. Decoding takes up to 20 bytes for each, above what
+            the file takes.
 
     Returns:
         A new image of mode RGB that keeps no file open and carries no metadata.
 
     Raises:
-        ImageError: If the source is missing, empty, truncated, no image, of an unsupported kind, or above `MAX_PIXELS`.
-        InputError: If bit_depth is not 9 to 16.
+        ImageError: If the source is missing, empty, truncated, no image, of an unsupported kind, has more
+            than max_pixels, or a side above `MAX_SIDE`; or if the file costs more time or memory than any photo.
+        InputError: If bit_depth is not 9 to 16, or max_pixels is out of range.
     """
     if bit_depth not in range(9, 17):
         raise InputError(f"bit_depth is {bit_depth!r}; it must be a whole number from 9 to 16.")
+    if max_pixels not in range(1, MAX_PIXELS + 1):
+        raise InputError(f"max_pixels is {max_pixels!r}; it must be a whole number from 1 to {MAX_PIXELS:,}.")
     if isinstance(source, np.ndarray):
         name = f"array of shape {source.shape} and type {source.dtype}"
-        with _refusing(name):
-            return _from_array(source, bit_depth, name)
+        with refusing(name):
+            return _from_array(source, bit_depth, max_pixels, name)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"PIL image of mode {source.mode}"
-        with _refusing(name):
-            return _from_pillow(source, bit_depth, name)
+        with refusing(name):
+            return _from_pillow(source, bit_depth, max_pixels, name)
     if isinstance(source, (str, os.PathLike)):
-        with _refusing(os.fspath(source)):
-            return _from_file(source, bit_depth)
+        with open_image(source) as image:
+            return _from_pillow(image, bit_depth, max_pixels, os.fspath(source))
     raise ImageError(f"Cannot read an image from {type(source).__name__}; give a path, a PIL image or a numpy array.")
-
-
-@contextlib.contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Turn whatever decoding raises into an ImageError that names the source."""
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(f"Cannot read {name}: {error}") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"Cannot read {name}: it is not, or no longer, one of {', '.join(FORMATS)}.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"Cannot read {name}: more than {MAX_PIXELS:,} pixels (or Pillow's own limit). {error}"
-        ) from None
-    except _DAMAGED as error:
-        raise ImageError(f"Cannot read {name}: truncated or damaged ({error}).") from error
-
-
-def _from_file(path: str | os.PathLike[str], bit_depth: int) -> Image.Image:
-    if not os.path.isfile(path):
-        raise ImageError("it is a folder; give image files." if os.path.isdir(path) else "there is no such file.")
-    # Given a path, Pillow may map the file into memory, which would keep it locked on Windows.
-    with open(path, "rb") as stream:
-        if not stream.read(1):
-            raise ImageError("the file is empty.")
-        with Image.open(stream, formats=FORMATS) as image:
-            if image.format == "TIFF":
-                _seek_largest_page(image, os.fspath(path))
-            return _from_pillow(image, bit_depth, os.fspath(path))
-
-
-def _seek_largest_page(image: Image.Image, name: str) -> None:
-    """Pass over thumbnails that come first."""
-    sizes = [image.size]
-    with contextlib.suppress(EOFError):
-        while len(sizes) < _MAX_PAGES:
-            image.seek(len(sizes))
-            sizes.append(image.size)
-    if len(sizes) == _MAX_PAGES:
-        raise ImageError(f"it has {_MAX_PAGES} pages or more; save the one that is meant.")
-    page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
-    image.seek(page)
-    if len(sizes) > 1:
-        width, height = sizes[page]
-        warnings.warn(f"{name} has several pages; page {page + 1}, {width} x {height} pixels, is read.", stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -181,22 +107,23 @@ def _whole_files_only() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
-def _from_array(array: np.ndarray, bit_depth: int, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, bit_depth: int, max_pixels: int, name: str) -> Image.Image:
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
         raise ImageError(_ACCEPTED)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ImageError("the shape must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
-    _check_size(array.shape[1], array.shape[0])
+    _check_size(array.shape[1], array.shape[0], max_pixels)
     samples = array
     if array.dtype.itemsize == 2:
         samples = _to_8_bits(array, 2**bit_depth - 1)
         if bit_depth == 16:
             _warn_of_few_bits(int(array.max()))
-    return _from_pillow(Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples), bit_depth, name)
+    image = Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples)
+    return _from_pillow(image, bit_depth, max_pixels, name)
 
 
-def _from_pillow(image: Image.Image, bit_depth: int, name: str) -> Image.Image:
-    _check_size(*image.size)
+def _from_pillow(image: Image.Image, bit_depth: int, max_pixels: int, name: str) -> Image.Image:
+    _check_size(*image.size, max_pixels)
     if image.mode == "F":
         raise ImageError(f"floating-point pixels have no fixed scale. {_ACCEPTED}")
     (white, stated), undeclared = _white(image, bit_depth), _has_undeclared_channel(image)
@@ -238,12 +165,13 @@ def _has_undeclared_channel(image: Image.Image) -> bool:
     return bool(tags) and _TIFF_ALPHAS.isdisjoint(tags.get(_TIFF_EXTRA_SAMPLES, ()))
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels are no image.")
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{width} x {height} pixels are more than {MAX_PIXELS:,}; make it smaller or cut it into parts."
+            f"{width} x {height} pixels are more than {max_pixels:,}, or {MAX_SIDE:,} on a side; make it smaller or "
+            "cut it into parts."
         )
 
 
@@ -291,18 +219,18 @@ def _to_8_bits(samples: np.ndarray, white: int) -> np.ndarray:
     if low < 0 or high > white:
         hint = "raise bit_depth" if low >= 0 and high <= 65535 else "save it with 8 or 16 bits"
         raise ImageError(f"it holds values from {low} to {high}, outside 0 to {white}; {hint}.")
-    scaled = samples.astype(np.uint32)
-    scaled *= 255
-    scaled += white // 2
-    scaled //= white
-    return scaled.astype(np.uint8)
+    scaled = np.empty(samples.shape, dtype=np.uint8)
+    for top in range(0, len(samples), _ROWS):
+        rows = samples[top : top + _ROWS].astype(np.uint32)
+        scaled[top : top + _ROWS] = (rows * 255 + white // 2) // white
+    return scaled
 
 
 def _highest(image: Image.Image) -> int:
     """The highest sample, on the scale of 16 bits, of which Pillow has kept 8 in color."""
     if image.mode.startswith("I"):
         return int(np.asarray(image).max())
-    return int((np.asarray(image.convert("RGB")).max() - 0.5) * 257)
+    return int((max(high for _, high in image.convert("RGB").getextrema()) - 0.5) * 257)
 
 
 def _warn_of_few_bits(highest: int) -> None:
@@ -320,7 +248,7 @@ def _warn_of_few_bits(highest: int) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DAMAGED:
+    except Exception:
         return 1  # Damaged metadata around sound pixels: upright, as viewers take it.
 
 
@@ -342,24 +270,29 @@ class ImageTransform:
     std: tuple[float, ...]
     preset: str = "squash"
     bit_depth: int = 16
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an image of any mode into a float32 tensor (3, H, W).
 
         Raises:
-            ImageError: As `read_image`, and if the image is too long and narrow to be resized within `MAX_PIXELS`.
+            ImageError: As `read_image`, and if the image is too long and narrow to be resized within max_pixels.
         """
-        return self.of_rgb(read_image(image, bit_depth=self.bit_depth))
+        return self.of_rgb(self.read(image))
+
+    def read(self, image: ImageSource) -> Image.Image:
+        """Read an image as it is to be transformed. Result and errors as of `read_image`."""
+        return read_image(image, bit_depth=self.bit_depth, max_pixels=self.max_pixels)
 
     def of_rgb(self, rgb: Image.Image) -> Tensor:
-        """Transform what `read_image` gave. Result and errors as in a call."""
+        """Transform what ``read`` gave. Result and errors as in a call."""
         import torch
         from torchvision.transforms import functional as F
 
         side = _SHORTER_SIDE.get(self.preset)
         if side is None:
             rgb = F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
-        elif side**2 * max(rgb.size) > MAX_PIXELS * min(rgb.size):
+        elif side**2 * max(rgb.size) > self.max_pixels * min(rgb.size):
             raise ImageError(
                 f"{rgb.width} x {rgb.height} pixels are too long and narrow for {self.preset}; take the preset squash."
             )
@@ -377,9 +310,7 @@ def digest(source: ImageSource) -> str:
         ImageError: If there is no such file.
     """
     if isinstance(source, (str, os.PathLike)):
-        if not Path(source).is_file():
-            raise ImageError(f"There is no image file {source}.")
-        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        return sha256(regular_file(source, ImageError))
     if isinstance(source, Image.Image):
         bands = len(source.getbands())
         shape: tuple[int, ...] = (source.height, source.width, bands) if bands > 1 else (source.height, source.width)
@@ -400,6 +331,7 @@ def build_transform(
     *,
     preset: str = "squash",
     bit_depth: int = 16,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageTransform:
     """Build the way from a PIL image to a model's input.
 
@@ -413,6 +345,7 @@ def build_transform(
         std: Of each channel, for values in [0, 1].
         preset: One of `PRESETS`.
         bit_depth: Bits in use of 16-bit images, see `read_image`.
+        max_pixels: Pixels that may be decoded, see `read_image`.
 
     Raises:
         UnknownNameError: For an unknown preset.
@@ -423,4 +356,4 @@ def build_transform(
     if len(img_size) != 2 or min(img_size) < 1:
         raise InputError(f"img_size is {img_size!r}; it must be a height and a width in pixels.")
     size = (int(img_size[0]), int(img_size[1]))
-    return ImageTransform(size, tuple(map(float, mean)), tuple(map(float, std)), preset, bit_depth)
+    return ImageTransform(size, tuple(map(float, mean)), tuple(map(float, std)), preset, bit_depth, max_pixels)

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ImageError
-from .images import IMAGE_SUFFIXES, ImageSource, ImageTransform, digest, read_image, shrunk
+from .image_files import IMAGE_SUFFIXES
+from .images import ImageSource, ImageTransform, digest, shrunk
 
 # What looks like a photo but is none of the formats, and what to do about it.
 _PHONE_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
@@ -81,9 +82,9 @@ def read_photo(source: ImageSource, transform: ImageTransform, side: int | None 
         side: Longest side in pixels of picture and map. The default is no picture, and a map of the image's own size.
 
     Raises:
-        ImageError: As ``read_image``.
+        ImageError: As `read_image`.
     """
-    image = read_image(source, bit_depth=transform.bit_depth)
+    image = transform.read(source)
     x, pixels = transform.of_rgb(image), digest(image)
     picture = None if side is None else shrunk(image, side)
     width, height = (picture or image).size
@@ -96,7 +97,7 @@ def read_distinct(
     """Read images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
 
     Raises:
-        ImageError: As ``read_image``.
+        ImageError: As `read_image`.
     """
     seen, batch = set(known), []
     small = torch.empty(0, 3 * _FIELDS**2)

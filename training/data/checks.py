@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import IMAGE_SUFFIXES
+from adfeatures.image_files import IMAGE_SUFFIXES
 from training.console import DONE, SOME_FAILED
 
 from . import DATASETS, dataset

@@ -1,0 +1,163 @@
+"""Image files: which of them are opened, and what one may cost.
+
+Pillow bounds the pixels that a header promises. The bounds here are on the way to them: what is read, in how many
+pieces, and how often a format may go over its pixels. All of them count; none depends on the speed of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+
+from PIL import Image, UnidentifiedImageError
+
+from .checkpoints import AnyPath, regular_file
+from .errors import ImageError
+
+with contextlib.suppress(ImportError):  # An extra: phones write HEIC, which Pillow alone cannot read.
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False)
+
+Image.init()
+# Pillow's names of what is decoded. A closed list, because some other formats of Pillow start external programs.
+_TRUSTED = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "HEIF", "AVIF", "WEBP")
+FORMATS = tuple(name for name in _TRUSTED if name in Image.OPEN)
+_FORMAT_OF = {**Image.EXTENSION, ".mpo": "JPEG"}
+# A .pfm holds floating-point numbers: a depth map or an anomaly map, not a photo.
+IMAGE_SUFFIXES = tuple(
+    sorted(
+        (suffix for suffix, name in _FORMAT_OF.items() if name in FORMATS and suffix != ".pfm"),
+        key=lambda suffix: (FORMATS.index(_FORMAT_OF[suffix]), suffix),
+    )
+)
+# Just below where Pillow begins to warn of decompression bombs, so that one rule holds and its settings stay untouched.
+MAX_PIXELS = 89_000_000
+# Each row costs memory of its own, and so does each pixel of the longer side when an image is resized.
+MAX_SIDE = 1_000_000
+# Uncompressed RGBA of 16 bits takes as much.
+_MAX_BYTES = 8 * MAX_PIXELS
+# Pieces and bytes that are read to know what an image is, and pieces of its pixels: a hostile file is all small pieces.
+_HEADER_READS, _HEADER_BYTES, _READS = 100_000, 16 << 20, 1_000_000
+# A TIFF of more pages than these is no photo with a thumbnail.
+_MAX_PAGES = 1000
+# A progressive JPEG is decoded again for each scan, of which encoders write about ten. Small images may have more.
+_MAX_SCANNED, _SMALL = 32 * MAX_PIXELS, 1 << 20
+# Pillow reads the numbers of plain PNM files one by one, and copies what is left for each comment.
+_MAX_PLAIN, _MAX_COMMENTS = 1 << 22, 1000
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn whatever decoding raises into an ImageError that names the source."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"Cannot read {name}: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"Cannot read {name}: it is not, or no longer, one of {', '.join(FORMATS)}.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"Cannot read {name}: more than {MAX_PIXELS:,} pixels (or Pillow's own limit). {error}"
+        ) from None
+    except MemoryError as error:
+        raise ImageError(f"Cannot read {name}: there is too little memory for it. Make it smaller.") from error
+    except Exception as error:  # Decoders raise nearly every kind, and a warning is an error under -W error.
+        raise ImageError(f"Cannot read {name}: truncated or damaged ({error}).") from error
+
+
+@contextlib.contextmanager
+def open_image(path: AnyPath) -> Iterator[Image.Image]:
+    """Open an image file for a block of code, at its largest page. Pixels are decoded when they are asked for.
+
+    Raises:
+        ImageError: From here or the block, where the file is missing, no regular file, empty, none of `FORMATS`,
+            damaged, or costs more time or memory than any photo.
+    """
+    regular_file(path, ImageError)
+    with refusing(os.fspath(path)), _BoundedFile(path) as stream, Image.open(stream, formats=FORMATS) as image:
+        if image.format == "TIFF":
+            _seek_largest_page(image, os.fspath(path))
+        _check_codec(image, stream)
+        stream.allow(_READS, 2 * _MAX_BYTES)
+        yield image
+
+
+class _BoundedFile(io.BufferedReader):
+    """A regular file that can be read in so many pieces and bytes only; at first in those of a header."""
+
+    def __init__(self, path: AnyPath) -> None:
+        # Given a path, Pillow may map the file into memory, which would keep it locked on Windows.
+        super().__init__(io.FileIO(os.fspath(path), opener=_open_regular))
+        self.allow(_HEADER_READS, _HEADER_BYTES)
+
+    def allow(self, reads: int, size: int) -> None:
+        """Bound what is read from now on."""
+        self._reads, self._size = reads, size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file. All of it may be read at once, since its length is bounded."""
+        piece = super().read(size if size is None else min(size, _MAX_BYTES))
+        self._reads -= 1
+        self._size -= 0 if size is None or size < 0 else len(piece)
+        if min(self._reads, self._size) < 0:
+            raise ImageError("it is made of more pieces, or has more around its pixels, than any photo. Save it anew.")
+        return piece
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file that may have become a pipe since it was looked at, for which nothing waits here."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and 0 < facts.st_size <= _MAX_BYTES:
+        return descriptor
+    os.close(descriptor)
+    raise ImageError(
+        "it is no regular file."
+        if not stat.S_ISREG(facts.st_mode)
+        else f"the file has {facts.st_size:,} bytes, more than {_MAX_BYTES:,}. Save it anew, compressed."
+        if facts.st_size
+        else "the file is empty."
+    )
+
+
+def _seek_largest_page(image: Image.Image, name: str) -> None:
+    """Pass over thumbnails that come first."""
+    sizes = [image.size]
+    with contextlib.suppress(EOFError):
+        while len(sizes) < _MAX_PAGES:
+            image.seek(len(sizes))
+            sizes.append(image.size)
+    if len(sizes) == _MAX_PAGES:
+        raise ImageError(f"it has {_MAX_PAGES} pages or more; save the one that is meant.")
+    page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
+    image.seek(page)
+    if len(sizes) > 1:
+        width, height = sizes[page]
+        warnings.warn(f"{name} has several pages; page {page + 1}, {width} x {height} pixels, is read.", stacklevel=2)
+
+
+def _check_codec(image: Image.Image, stream: io.BufferedReader) -> None:
+    """Refuse what takes long although it has few pixels, where the format is known to allow that."""
+    codec = getattr(image, "tile", None) and image.tile[0][0]  # type: ignore[attr-defined]
+    pixels = image.width * image.height
+    if codec == "jpeg":
+        scans = _count(b"\xff\xda", stream)
+        if scans * max(pixels, _SMALL) > _MAX_SCANNED:
+            raise ImageError(f"its {pixels:,} pixels are stored in {scans:,} scans. Save it anew, not progressive.")
+    elif codec == "ppm_plain" and (pixels * len(image.getbands()) > _MAX_PLAIN or _count(b"#", stream) > _MAX_COMMENTS):
+        raise ImageError(f"it has more than {_MAX_PLAIN:,} numbers in plain text, or many comments. Save it as PNG.")
+
+
+def _count(pattern: bytes, stream: io.BufferedReader) -> int:
+    """How often two bytes follow each other in a file."""
+    stream.seek(0)
+    found, last = 0, b""
+    while piece := io.BufferedReader.read(stream, 1 << 20):
+        found += (last + piece).count(pattern)
+        last = piece[-len(pattern) + 1 :] if len(pattern) > 1 else b""
+    return found
