@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console(), warnings.catch_warnings():
         options = _parser().parse_args(arguments)
         warnings.simplefilter("default", UserWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # Of metadata, without a file's name.
         warnings.showwarning = lambda message, *_: print(f"adfeatures: warning: {message}", file=sys.stderr)
         try:
             return options.run(options)
@@ -119,6 +120,11 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         choices=range(9, 17),
         metavar="BITS",
         help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)",
+    )
+    command.add_argument(
+        "--max-pixels",
+        type=_positive,
+        help="pixels that images may hold in memory at a time, about 20 bytes each; larger ones are refused (89000000)",
     )
 
 
@@ -294,6 +300,8 @@ def _create_model(
     model = create_model(name, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size)
     if options.bit_depth is not None:
         model.bit_depth = options.bit_depth
+    if options.max_pixels is not None:
+        model.max_pixels = options.max_pixels
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device)

@@ -16,6 +16,7 @@ from .bank_files import load_banks, save_banks
 from .catalog import unknown
 from .checkpoints import weights_fingerprint
 from .errors import InputError, ReferencesError, UnknownNameError
+from .image_files import MAX_PIXELS
 from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
 from .references import BankRecord, ReferenceBank, residuals_of_images
@@ -42,6 +43,8 @@ class FeatureExtractor(nn.Module):
     Attributes:
         levels: Blocks or stages of the backbone that the levels are, counted from 1.
         bit_depth: Bits in use, 9 to 16, of 16-bit photos that become references from now on. Each bank keeps its own.
+        max_pixels: Pixels of photos in memory at a time, 1 to 89 million: photos are decoded one by one and made smaller
+            at once, whatever the size of a batch. A photo of more is refused.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class FeatureExtractor(nn.Module):
         self.pretrained_cfg = self.default_cfg = dict(pretrained_cfg)
         self.levels, self.patch_size = backbone.levels, backbone.patch_size
         self.num_features = backbone.channels[-1]
-        self.bit_depth = 16
+        self.bit_depth, self.max_pixels = 16, MAX_PIXELS
         self._banks: dict[str, ReferenceBank] = {}
         self._indices = self._take(out_indices)
         described = [
@@ -347,6 +350,9 @@ class FeatureExtractor(nn.Module):
             images: Paths, PIL images or uint8 arrays, or a folder.
             product: Whose references to use: one name, or one for each image.
             batch_size: Images per forward pass.
+
+        Returns:
+            The predictions, whose maps take four bytes for each pixel of the images: give large ones a few at a time.
 
         Raises:
             ImageError: For an image that cannot be read.

@@ -188,7 +188,7 @@ def _banks(references: Images | None) -> dict[str, ReferenceBank]:
         return {}
     path = Path(references)
     suffix = path.suffix.lower()
-    is_bank = suffix == ".safetensors" or (path.is_file() and suffix not in IMAGE_SUFFIXES)
+    is_bank = suffix == ".safetensors" or (os.path.isfile(path) and suffix not in IMAGE_SUFFIXES)
     return load_banks(path) if is_bank else {}
 
 

@@ -42,9 +42,9 @@ MAX_SIDE = 1_000_000
 # Uncompressed RGBA of 16 bits takes as much.
 _MAX_BYTES = 8 * MAX_PIXELS
 # Pieces and bytes that are read to know what an image is, and pieces of its pixels: a hostile file is all small pieces.
-_HEADER_READS, _HEADER_BYTES, _READS = 100_000, 16 << 20, 1_000_000
-# A TIFF of more pages than these is no photo with a thumbnail.
-_MAX_PAGES = 1000
+_HEADER_READS, _HEADER_BYTES, _READS = 100_000, 8 << 20, 1_000_000
+# A TIFF of more pages than these is no photo with a thumbnail; the smallest tiles of 16 x 16 pixels are not as many.
+_MAX_PAGES, _MAX_TILES = 1000, 400_000
 # A progressive JPEG is decoded again for each scan, of which encoders write about ten. Small images may have more.
 _MAX_SCANNED, _SMALL = 32 * MAX_PIXELS, 1 << 20
 # Pillow reads the numbers of plain PNM files one by one, and copies what is left for each comment.
@@ -143,8 +143,10 @@ def _seek_largest_page(image: Image.Image, name: str) -> None:
 
 def _check_codec(image: Image.Image, stream: io.BufferedReader) -> None:
     """Refuse what takes long although it has few pixels, where the format is known to allow that."""
-    codec = getattr(image, "tile", None) and image.tile[0][0]  # type: ignore[attr-defined]
-    pixels = image.width * image.height
+    tiles = getattr(image, "tile", None) or [("",)]
+    codec, pixels = tiles[0][0], image.width * image.height
+    if len(tiles) > _MAX_TILES:
+        raise ImageError(f"its {pixels:,} pixels are stored in {len(tiles):,} tiles or strips. Save it anew.")
     if codec == "jpeg":
         scans = _count(b"\xff\xda", stream)
         if scans * max(pixels, _SMALL) > _MAX_SCANNED:

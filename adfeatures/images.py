@@ -230,7 +230,7 @@ def _highest(image: Image.Image) -> int:
     """The highest sample, on the scale of 16 bits, of which Pillow has kept 8 in color."""
     if image.mode.startswith("I"):
         return int(np.asarray(image).max())
-    return int((max(high for _, high in image.convert("RGB").getextrema()) - 0.5) * 257)
+    return int((max(high for _, high in image.convert("RGB").getextrema()) - 0.5) * 257)  # type: ignore[misc]
 
 
 def _warn_of_few_bits(highest: int) -> None:

@@ -72,7 +72,7 @@ def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
     """
     files: list[str] = []
     for argument in arguments:
-        if Path(argument).is_dir():
+        if os.path.isdir(argument):
             files += [str(path) for path in list_images(argument, recursive=recursive)]
         else:
             files.append(argument)

@@ -54,7 +54,9 @@ class Prediction(NamedTuple):
 def transform_for(model: FeatureExtractor, bit_depth: int, preset: str = PRESET) -> ImageTransform:
     """The way from a photo to the input of a model."""
     cfg = model.pretrained_cfg
-    return build_transform(model.img_size, cfg["mean"], cfg["std"], preset=preset, bit_depth=bit_depth)
+    return build_transform(
+        model.img_size, cfg["mean"], cfg["std"], preset=preset, bit_depth=bit_depth, max_pixels=model.max_pixels
+    )
 
 
 def bit_depth_of(model: FeatureExtractor, product: str | None) -> int:
@@ -131,11 +133,13 @@ def score_photos(
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
     """Score images as they come, holding no more than one of them at its full size.
 
+    A batch ends early where its pictures have as many pixels as one image may have, ``max_pixels`` of the model.
+
     Args:
         model: Extractor with references.
         sources: The images.
         products: Whose references to use, for each image.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass, at most.
         side: Longest side in pixels of maps and pictures. By default maps have the size of the image.
 
     Yields:
@@ -149,15 +153,31 @@ def score_photos(
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
     for name in dict.fromkeys(products):
         ensure_threshold(model, name)
-    for start in range(0, len(sources), batch_size):
-        chunk = slice(start, start + batch_size)
-        batch = list(zip(sources[chunk], products[chunk], strict=True))
-        results: list[Photo | ImageError] = [_read_or_refuse(model, *wanted, side) for wanted in batch]
+    wanted, start = list(zip(sources, products, strict=True)), 0
+    while start < len(wanted):
+        results = _read_batch(model, wanted[start : start + batch_size], side)
         photos = [photo for photo in results if isinstance(photo, Photo)]
-        names = [name for (_, name), photo in zip(batch, results, strict=True) if isinstance(photo, Photo)]
+        names = [products[start + number] for number, photo in enumerate(results) if isinstance(photo, Photo)]
         predictions = iter(_predict_batch(model, photos, names) if photos else ())
         for result in results:
             yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
+        start += len(results)
+        del results, photos, predictions, result  # Else this batch would be held while the next one is read.
+
+
+def _read_batch(
+    model: FeatureExtractor, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
+) -> list[Photo | ImageError]:
+    """The first images, until their pictures have as many pixels as one image may have."""
+    results: list[Photo | ImageError] = []
+    held = 0
+    for source, product in wanted:
+        results.append(_read_or_refuse(model, source, product, side))
+        picture = results[-1].picture if isinstance(results[-1], Photo) else None
+        held += picture.width * picture.height if picture else 0
+        if held >= model.max_pixels:
+            break
+    return results
 
 
 def _read_or_refuse(

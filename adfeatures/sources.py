@@ -42,7 +42,7 @@ def image_sources(images: ImageSource | Sequence[ImageSource]) -> list[ImageSour
         ImageError: For a folder without images.
     """
     if isinstance(images, (str, os.PathLike)):
-        return list(list_images(images)) if Path(images).is_dir() else [images]
+        return list(list_images(images)) if os.path.isdir(images) else [images]
     if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
         return [images]
     return list(images)
@@ -144,8 +144,8 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
         ImageError: If the folder is missing, no folder, unreadable, or holds no images.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise ImageError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder of images.")
+    if not os.path.isdir(root):
+        raise ImageError(f"{root} is {'a file' if os.path.exists(root) else 'not there'}; give a folder of images.")
     found = _walk(root)
     own = found if recursive else [path for path in found if path.parent == root]
     images, left_out = list(filter(_is_readable, own)), [path for path in own if not _is_readable(path)]
@@ -164,7 +164,7 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
 
 def holds_results(folder: Path) -> bool:
     """Whether ``adfeatures score`` has written to a folder."""
-    return all((folder / name).is_file() for name in RESULTS_MARKS)
+    return all(os.path.isfile(folder / name) for name in RESULTS_MARKS)
 
 
 def is_drawn(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -30,7 +31,8 @@ def run(entry: str, function: Callable[[], int | None]) -> int:
         function: What to run. It returns an exit code, or None for DONE.
     """
     try:
-        with console():
+        with console(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # Of metadata, without a file's name.
             return function() or DONE
     except AdfeaturesError as error:
         message, code = f"error: {error}", NOTHING_DONE

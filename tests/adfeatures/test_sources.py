@@ -17,7 +17,8 @@ from helpers.models import photo, write_photos
 from PIL import Image
 
 from adfeatures.errors import ImageError
-from adfeatures.images import IMAGE_SUFFIXES, ImageSource, build_transform, digest, read_image
+from adfeatures.image_files import IMAGE_SUFFIXES
+from adfeatures.images import ImageSource, build_transform, digest, read_image
 from adfeatures.sources import Photo, image_sources, list_images, name_of, read_distinct, read_photo
 
 TRANSFORM = build_transform((28, 28), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

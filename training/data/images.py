@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from adfeatures.errors import ImageError
-from adfeatures.images import FORMATS, ImageTransform, read_image
+from adfeatures.image_files import open_image
+from adfeatures.images import ImageTransform, read_image
 
 from .items import Item
 from .transforms import MaskTransform
@@ -162,9 +163,7 @@ def read_mask(path: str) -> Image.Image:
     """
     with noticing():  # What it says of photos is not about masks.
         mask = read_image(path)
-    with Image.open(path, formats=FORMATS) as file:  # It is sound, since it has been read.
-        if set(file.size) != set(mask.size):
-            raise ImageError(f"The mask {path} has several pages, the largest not first: save that one alone.")
+    with noticing(), open_image(path) as file:
         if file.mode.startswith("I"):
             defect = np.asarray(ImageOps.exif_transpose(file)) > 0
         elif "A" in file.getbands() or "transparency" in file.info:

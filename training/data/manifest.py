@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from adfeatures.checkpoints import regular_file
 from adfeatures.errors import InputError
 
 from .items import ANOMALOUS, NORMAL, Item
@@ -30,7 +31,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Item]:
     """
     path = Path(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(regular_file(path, InputError), encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, skipinitialspace=True)
             header = table.fieldnames or ()
             rows = [(table.line_num, row) for row in table]

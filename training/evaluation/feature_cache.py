@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adfeatures.checkpoints import atomic_path, sha256
+from adfeatures.checkpoints import atomic_path, regular_file, sha256
 from adfeatures.errors import ImageError
 
 from ..methods.base import Batch, Extractor
@@ -37,10 +37,7 @@ def content_key(path: str) -> str:
     Raises:
         ImageError: If there is no such file.
     """
-    try:
-        facts = os.stat(path)
-    except OSError as error:
-        raise ImageError(f"There is no image file {path}.") from error
+    facts = regular_file(path, ImageError).stat()
     return _content_key(path, facts.st_size, facts.st_mtime_ns)
 
 

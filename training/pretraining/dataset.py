@@ -194,7 +194,7 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         indices = random.choice(group, draw.shots)
         if not self.load_references:
             return {**sample, "reference_indices": torch.from_numpy(indices)}
-        images = [self._read(self.pool, index, partial(random.choice, group))[1] for index in indices]
+        images = (self._read(self.pool, index, partial(random.choice, group))[1] for index in indices)
         return {**sample, "references": torch.stack([self.transform.of_rgb(image) for image in images])}
 
     def _mask(self, item: Item, image: Image.Image) -> Tensor:

@@ -13,7 +13,7 @@ from adfeatures import catalog
 from adfeatures.backbones import Encoder
 from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.factory import load_backbone
-from adfeatures.images import ImageTransform, build_transform, read_image
+from adfeatures.images import ImageTransform, build_transform
 
 from .config import InputsConfig
 
@@ -53,7 +53,8 @@ class FrozenBackbone:
 
     def read(self, path: str) -> Tensor:
         """An image file as input (3, H, W)."""
-        return self.transform(read_image(path, bit_depth=self.bit_depth))
+        transform = self.transform
+        return transform.of_rgb(transform.read(path))
 
     @property
     def device(self) -> torch.device:

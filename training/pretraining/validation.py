@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from adfeatures.errors import ImageError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.images import ImageTransform, read_image
+from adfeatures.images import ImageTransform
 from adfeatures.projector import ResidualProjector
 
 from .. import metrics
@@ -144,7 +144,7 @@ class _Readable(ImageDataset):
 def _read(item: Item, transform: ImageTransform) -> Tensor | None:
     """The image as input (3, H, W), or a warning and None where it cannot be read."""
     try:
-        return transform(read_image(item.image, bit_depth=transform.bit_depth))
+        return transform.of_rgb(transform.read(item.image))
     except ImageError as error:
         warnings.warn(f"{error} The validation does without it.", stacklevel=2)
         return None
