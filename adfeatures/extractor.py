@@ -43,7 +43,7 @@ class FeatureExtractor(nn.Module):
     Attributes:
         levels: Blocks or stages of the backbone that the levels are, counted from 1.
         bit_depth: Bits in use, 9 to 16, of 16-bit photos that become references from now on. Each bank keeps its own.
-        max_pixels: Pixels of photos in memory at a time, 1 to 89 million: photos are decoded one by one and made smaller
+        max_pixels: Pixels of photos in memory at a time, 1 to 89 million: they are decoded one by one and made smaller
             at once, whatever the size of a batch. A photo of more is refused.
     """
 

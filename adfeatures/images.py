@@ -75,7 +75,7 @@ def read_image(
     """
     if bit_depth not in range(9, 17):
         raise InputError(f"bit_depth is {bit_depth!r}; it must be a whole number from 9 to 16.")
-    if max_pixels not in range(1, MAX_PIXELS + 1):
+    if not isinstance(max_pixels, (int, np.integer)) or not 1 <= max_pixels <= MAX_PIXELS:
         raise InputError(f"max_pixels is {max_pixels!r}; it must be a whole number from 1 to {MAX_PIXELS:,}.")
     if isinstance(source, np.ndarray):
         name = f"array of shape {source.shape} and type {source.dtype}"

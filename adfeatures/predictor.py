@@ -133,13 +133,11 @@ def score_photos(
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
     """Score images as they come, holding no more than one of them at its full size.
 
-    A batch ends early where its pictures have as many pixels as one image may have, ``max_pixels`` of the model.
-
     Args:
         model: Extractor with references.
         sources: The images.
         products: Whose references to use, for each image.
-        batch_size: Images per forward pass, at most.
+        batch_size: Images per forward pass.
         side: Longest side in pixels of maps and pictures. By default maps have the size of the image.
 
     Yields:
@@ -153,31 +151,20 @@ def score_photos(
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
     for name in dict.fromkeys(products):
         ensure_threshold(model, name)
-    wanted, start = list(zip(sources, products, strict=True)), 0
-    while start < len(wanted):
-        results = _read_batch(model, wanted[start : start + batch_size], side)
-        photos = [photo for photo in results if isinstance(photo, Photo)]
-        names = [products[start + number] for number, photo in enumerate(results) if isinstance(photo, Photo)]
-        predictions = iter(_predict_batch(model, photos, names) if photos else ())
-        for result in results:
-            yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
-        start += len(results)
-        del results, photos, predictions, result  # Else this batch would be held while the next one is read.
+    wanted = list(zip(sources, products, strict=True))
+    for start in range(0, len(wanted), batch_size):
+        yield from _score_batch(model, wanted[start : start + batch_size], side)
 
 
-def _read_batch(
+def _score_batch(
     model: FeatureExtractor, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
-) -> list[Photo | ImageError]:
-    """The first images, until their pictures have as many pixels as one image may have."""
-    results: list[Photo | ImageError] = []
-    held = 0
-    for source, product in wanted:
-        results.append(_read_or_refuse(model, source, product, side))
-        picture = results[-1].picture if isinstance(results[-1], Photo) else None
-        held += picture.width * picture.height if picture else 0
-        if held >= model.max_pixels:
-            break
-    return results
+) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
+    results = [_read_or_refuse(model, source, product, side) for source, product in wanted]
+    photos = [photo for photo in results if isinstance(photo, Photo)]
+    names = [name for (_, name), photo in zip(wanted, results, strict=True) if isinstance(photo, Photo)]
+    predictions = iter(_predict_batch(model, photos, names) if photos else ())
+    for result in results:
+        yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
 
 
 def _read_or_refuse(

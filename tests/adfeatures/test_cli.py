@@ -24,9 +24,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import adfeatures
-from adfeatures import catalog, inspection
+from adfeatures import catalog, cli, inspection
 from adfeatures.cli import main
 from adfeatures.errors import ReferencesError
+from adfeatures.images import read_image
 from adfeatures.projector import ResidualProjector
 
 REPOSITORY = Path(__file__).parents[2]
@@ -138,6 +139,29 @@ def test_bad_images_get_a_row_and_the_rest_go_on(photos: Path) -> None:
     for name in ("010.png", "011.png", "012.png"):
         assert table[name]["score"] and not table[name]["error"]
     assert json.loads((photos / "out" / "summary.json").read_text())["failed"] == 4
+
+
+def test_what_pillow_says_of_metadata_is_not_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(0).save(tmp_path / "photo.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0")
+    with pytest.warns(UserWarning, match="EXIF"):
+        read_image(tmp_path / "photo.jpg")
+
+    def read(_: object) -> int:
+        assert read_image(tmp_path / "photo.jpg").size == photo(0).size
+        read_image(np.full((4, 4), 100, np.uint16))
+        return 0
+
+    monkeypatch.setattr(cli, "_list", read)
+    assert run("list") == 0
+    assert "EXIF" not in (printed := capsys.readouterr().err) and "hold values of 8 bits" in printed
+
+
+def test_images_above_the_limit_get_a_row(photos: Path) -> None:
+    photo(13, (90, 60)).save(photos / "new" / "large.png")
+    assert score(photos, "--max-pixels", 80 * 60, photos / "new") == 1
+    assert [row["error"].endswith("cut it into parts.") for row in rows(photos)] == [False] * 3 + [True]
 
 
 def test_exit_code_2_where_nothing_could_be_done(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

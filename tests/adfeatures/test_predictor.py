@@ -15,8 +15,9 @@ from helpers.models import CFG, photo, tiny_extractor, write_photos
 from PIL import Image
 
 import adfeatures
-from adfeatures.errors import InputError, UnknownNameError
+from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
+from adfeatures.images import ImageSource
 from adfeatures.predictor import Prediction, score_photos
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
@@ -290,7 +291,7 @@ class TestWrongImages:
         alive: list[weakref.ref[Image.Image]] = []
         most = 0
 
-        def read(source: object, *, bit_depth: int) -> Image.Image:
+        def read(_: object, source: object) -> Image.Image:
             nonlocal most
             image = Image.new("RGB", (3000, 2000), (9, 9, int(str(source))))
             most = max(most, sum(ref() is not None for ref in alive))
@@ -299,10 +300,39 @@ class TestWrongImages:
 
         model = tiny_extractor()
         model.set_references([photo(0), photo(1)])
-        monkeypatch.setattr("adfeatures.sources.read_image", read)
+        monkeypatch.setattr("adfeatures.images.ImageTransform.read", read)
         monkeypatch.setattr("adfeatures.sources.digest", lambda source: "")
         results = list(score_photos(model, [str(n) for n in range(6)], [None] * 6, 6, side=100))
         for prediction, picture in results:
             assert isinstance(prediction, Prediction) and prediction.map.shape == (67, 100)
             assert picture is not None and picture.size == (100, 67)
         assert len(alive) == 6 and most <= 1
+
+    def test_the_pictures_of_a_batch_are_gone_before_the_next_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[weakref.ref[Image.Image]] = []
+        alive: list[int] = []
+
+        def read(_: object, source: ImageSource) -> Image.Image:
+            alive.append(sum(ref() is not None for ref in given))
+            return photo(len(alive))
+
+        model = tiny_extractor()
+        model.set_references([photo(0), photo(1)])
+        monkeypatch.setattr("adfeatures.images.ImageTransform.read", read)
+        for _, picture in score_photos(model, [photo(seed) for seed in range(6)], [None] * 6, 3, side=40):
+            assert picture is not None
+            given.append(weakref.ref(picture))
+            del picture
+        assert alive == [0] * 6
+
+    def test_the_limit_of_a_model_holds_for_all_that_it_reads(self) -> None:
+        model = tiny_extractor()
+        model.set_references([photo(0), photo(1)])
+        model.max_pixels = 80 * 60 - 1
+        transform = adfeatures.create_transform(model)
+        calls = (model.score, model.set_references, lambda image: model.fit_threshold(normals=image), transform)
+        for call in calls:
+            with pytest.raises(ImageError, match="80 x 60 pixels are more than 4,799"):
+                call(photo(2))
+        model.max_pixels += 1
+        assert model.score(photo(2))[0].score == model.score(photo(2))[0].score > 0

@@ -20,7 +20,7 @@ from scipy import ndimage
 from adfeatures.errors import ImageError
 from adfeatures.images import build_transform
 from training.data import mvtec
-from training.data.images import ImageDataset, loader, shared_masks, summarize
+from training.data.images import ImageDataset, loader, read_mask, shared_masks, summarize
 from training.data.items import ANOMALOUS, NORMAL, Item
 
 PLAIN: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -55,6 +55,17 @@ def test_masks_are_binary_after_resizing_whatever_their_values(tmp_path: Path, m
         mask = ImageDataset([item], build_transform((height, width), **PLAIN))[0]["mask"]
         expected = Image.fromarray(defect * 255).resize((width, height), Image.Resampling.NEAREST)
         assert mask.dtype == torch.uint8 and np.array_equal(mask[0], np.asarray(expected) // 255)
+
+
+def test_the_largest_page_of_a_mask_is_the_mask(tmp_path: Path) -> None:
+    defect = np.zeros((40, 60), dtype=np.uint16)
+    defect[8:20, 12:36] = 3
+    thumbnail = Image.fromarray(np.zeros((4, 6), np.uint16))
+    thumbnail.save(tmp_path / "mask.tif", save_all=True, append_images=[Image.fromarray(defect)])
+    assert np.array_equal(np.asarray(read_mask(str(tmp_path / "mask.tif")))[..., 0] > 0, defect > 0)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ImageError, match=r"Cannot read .*broken\.png"):
+        read_mask(str(tmp_path / "broken.png"))
 
 
 def _palette(defect: np.ndarray) -> Image.Image:

@@ -201,7 +201,7 @@ def test_what_nothing_can_stand_in_for_is_an_error(trials: list[Trial], tmp_path
     message = {
         "references": "None of the references .* can be read",
         "test": "10 images in a row",
-        "mask": r"\.gone: there is no such file",
+        "mask": r"\.gone is not an existing file",
     }
     with pytest.raises(ImageError, match=message[what]):
         validation.run(projector)
