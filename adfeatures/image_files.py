@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -47,6 +49,8 @@ _HEADER_READS, _HEADER_BYTES, _READS = 100_000, 8 << 20, 1_000_000
 _MAX_PAGES, _MAX_TILES = 1000, 400_000
 # A progressive JPEG is decoded again for each scan, of which encoders write about ten. Small images may have more.
 _MAX_SCANNED, _SMALL = 32 * MAX_PIXELS, 1 << 20
+# Not zero, which stands for 0xff within pixels, nor a restart of these.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 # Pillow reads the numbers of plain PNM files one by one, and copies what is left for each comment.
 _MAX_PLAIN, _MAX_COMMENTS = 1 << 22, 1000
 
@@ -148,18 +152,28 @@ def _check_codec(image: Image.Image, stream: io.BufferedReader) -> None:
     if len(tiles) > _MAX_TILES:
         raise ImageError(f"its {pixels:,} pixels are stored in {len(tiles):,} tiles or strips. Save it anew.")
     if codec == "jpeg":
-        scans = _count(b"\xff\xda", stream)
+        scans = _count_scans(stream)
         if scans * max(pixels, _SMALL) > _MAX_SCANNED:
             raise ImageError(f"its {pixels:,} pixels are stored in {scans:,} scans. Save it anew, not progressive.")
-    elif codec == "ppm_plain" and (pixels * len(image.getbands()) > _MAX_PLAIN or _count(b"#", stream) > _MAX_COMMENTS):
+    elif codec == "ppm_plain" and (
+        pixels * len(image.getbands()) > _MAX_PLAIN or _count_comments(stream) > _MAX_COMMENTS
+    ):
         raise ImageError(f"it has more than {_MAX_PLAIN:,} numbers in plain text, or many comments. Save it as PNG.")
 
 
-def _count(pattern: bytes, stream: io.BufferedReader) -> int:
-    """How often two bytes follow each other in a file."""
+def _count_scans(stream: io.BufferedReader) -> int:
+    """The scans of a JPEG up to its end, behind which phones put films. Segments beyond a bound count as scans."""
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        scans, at = 0, 2
+        for _ in range(_HEADER_READS):
+            found = _JPEG_MARKER.search(data, at)
+            if found is None or found[1] == b"\xd9":
+                return scans
+            scans += found[1] == b"\xda"
+            at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return _HEADER_READS
+
+
+def _count_comments(stream: io.BufferedReader) -> int:
     stream.seek(0)
-    found, last = 0, b""
-    while piece := io.BufferedReader.read(stream, 1 << 20):
-        found += (last + piece).count(pattern)
-        last = piece[-len(pattern) + 1 :] if len(pattern) > 1 else b""
-    return found
+    return sum(piece.count(b"#") for piece in iter(lambda: io.BufferedReader.read(stream, 1 << 20), b""))

@@ -96,6 +96,10 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "a large plain PBM": (lambda: b"P1 2049 2048\n" + b"1" * 100, "numbers in plain text"),
     "comments of a plain PGM": (lambda: b"P2 2 2 255\n" + b"#\n" * 1001 + b"7 7 7 7", "comments"),
     "scans of a small JPEG": (lambda: scans(64, 3000), "4,096 pixels are stored in 3,0.. scans"),
+    "segments between scans": (
+        lambda: JPEG[:-2] + b"\xff\xfe\0\2" * 100_000 + JPEG[-2:],
+        "100,000 scans",
+    ),
     "scans of a large JPEG": (lambda: scans(2000, 750), "scans"),
     "a column": (lambda: png(1, MAX_SIDE + 1, pixels=b""), f"{MAX_SIDE:,} on a side"),
     "a line": (lambda: png(88_000_000, 1, pixels=b""), f"{MAX_SIDE:,} on a side"),
@@ -158,6 +162,14 @@ def test_what_photos_carry_costs_nothing_of_this(tmp_path: Path, kind: str) -> N
     read = np.asarray(read_image(tmp_path / "photo"))
     with Image.open(tmp_path / "photo") as opened:
         assert np.array_equal(read, np.asarray(opened.convert("RGB")))
+
+
+def test_films_behind_a_photo_hold_no_scans(tmp_path: Path) -> None:
+    picture = photo(1, (1200, 900))
+    for name, options in {"plain.jpg": {}, "progressive.jpg": {"progressive": True}}.items():
+        film = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes() + b"\xff\xda" * 5000
+        (tmp_path / name).write_bytes(encoded("JPEG", picture, **options) + film)
+        assert read_image(tmp_path / name).size == picture.size
 
 
 @contextmanager
