@@ -72,16 +72,21 @@ def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
 def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     """Run everything; the table is returned, and written to ``results.json`` and ``results.md``."""
     recipes = [recipe(output, seed, steps) for seed in seeds]
+    _say(f"Rendering {len(PRODUCTS)} products to {output / 'data'}")
     synthetic.synthesize(output / "data", products=list(PRODUCTS), good=GOOD, bad=BAD, workers=2)
+    _say("Computing the centers of the angle loss")
     _compute_centers(recipes[0])
     backbone = load_frozen_backbone(recipes[0], CPU)
     validation = Validation(backbone, unseen_trials(output / "data"), methods=("norm",))
+    _say(f"Evaluating the residuals themselves on {len(UNSEEN)} unseen products")
     results = {"residual": [validation.run(None)["norm"]], "untrained": [], "trained": []}
     for config in recipes:
+        _say(f"Pretraining with seed {config.seed}, {steps} steps, to {config.output}")
         trained = pretrain(config, CPU) / LAST
         # The projector as it was at the beginning of the run, and at its end.
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, NUM_HEADS, NUM_KEYS)
+        _say(f"Evaluating the projector of seed {config.seed}, untrained and trained")
         results["untrained"].append(validation.run(projector)["norm"])
         state = load_checkpoint(trained).state_dict
         projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in state.items()})
@@ -92,6 +97,7 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         with atomic_path(output / name) as temporary:
             temporary.write_text(text)
     checkpoint = str(Path(recipes[0].output) / LAST)
+    _say(f"Publishing the projector of seed {seeds[0]} to {output / 'published'}")
     terms = PublishConfig(license="mit", data="images of training.synthesize", data_license="MIT")
     write_repository(checkpoint, terms, output / "published")
     return lines
@@ -107,6 +113,11 @@ def _compute_centers(config: PretrainConfig) -> None:
     names = ("root", "products", "held_out", "backbone", "img_size", "workers", "device")
     values = {name: getattr(config, name) for name in names}
     centers_of(CentersConfig(output=str(config.centers), images=500, **values), CPU)
+
+
+def _say(what: str) -> None:
+    # At once, also into a pipe.
+    print(f"{what} ...", flush=True)
 
 
 def _table(results: dict[str, list[dict[str, float]]], steps: int) -> str:

@@ -38,6 +38,12 @@ def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     arguments = ["--output", str(tmp_path), "--seeds", "0", "1", "--steps"]
     assert tutorial.main([*arguments, "2"]) == 0
     printed = capsys.readouterr().out
+    said = [line.split()[0] for line in printed.splitlines() if line.endswith(" ...")]
+    assert said == [
+        *("Rendering", "Computing", "Evaluating"),
+        *["Pretraining", "Evaluating"] * 2,
+        "Publishing",
+    ]
     assert re.fullmatch(r"It took \d+ minutes on \d+ threads\.", printed.splitlines()[-1])
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {name: len(scores) for name, scores in found.items()} == {"residual": 1, "untrained": 2, "trained": 2}

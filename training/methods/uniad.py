@@ -7,6 +7,7 @@ ours for that reason.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -48,7 +49,7 @@ class UniAD:
     # squares would cover it shrinks to the largest that leaves something; a single position attends to itself.
     neighbors: int = 7
     jitter: float = 20  # scale of the noise on the input in training
-    epochs: int = 1000  # the learning rate falls to a tenth after 800 (in the original after 801)
+    epochs: int = 1000  # the learning rate falls to a tenth after 801, as in the original
     learning_rate: float = 1e-4  # of AdamW
     seed: int = 133  # of the initial weights, the jitter and dropout
     network: ReconstructionTransformer | None = field(default=None, init=False)  # after ``fit``
@@ -81,7 +82,10 @@ class UniAD:
                 neighbors=self.neighbors,
             ).to(first.device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, DECAY_EVERY, DECAY)
+        # The original tells its schedule the number of the epoch that has ended, counted from 0.
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda ended: DECAY ** (max(ended - 1, 0) // DECAY_EVERY)
+        )
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in tqdm(range(1, self.epochs + 1), desc="UniAD", leave=False, disable=None):
             network.train()
@@ -152,7 +156,8 @@ def neighbor_mask(grid: Sequence[int], side: int) -> Tensor:
 class ReconstructionTransformer(nn.Module):
     """The network: neighbor-masked encoder, and a decoder whose every layer starts from queries of its own.
 
-    Draws its initial values from torch's global generator, linear layers by Xavier's uniform rule.
+    Draws its initial values from torch's global generator: linear layers each their own by Xavier's uniform rule, all
+    else once for the layers of the encoder and once for those of the decoder, as in the original.
     """
 
     def __init__(
@@ -173,8 +178,8 @@ class ReconstructionTransformer(nn.Module):
         self.rows = nn.Parameter(torch.rand(grid[0], hidden // 2))
         self.columns = nn.Parameter(torch.rand(grid[1], hidden // 2))
         sizes = (hidden, heads, feed_forward, dropout)
-        self.encoder = nn.ModuleList(_EncoderLayer(*sizes) for _ in range(layers))
-        self.decoder = nn.ModuleList(_DecoderLayer(grid.numel(), *sizes) for _ in range(layers))
+        self.encoder = _copies(_EncoderLayer(*sizes), layers)
+        self.decoder = _copies(_DecoderLayer(grid.numel(), *sizes), layers)
         self.norm = nn.LayerNorm(hidden)
         self.output = nn.Linear(hidden, channels)
         self.register_buffer("mask", neighbor_mask(grid, neighbors))
@@ -193,6 +198,10 @@ class ReconstructionTransformer(nn.Module):
         for layer in self.decoder:
             decoded = layer(decoded, tokens, positions, self.mask)
         return self.output(self.norm(decoded)).transpose(1, 2).unflatten(2, self.grid)
+
+
+def _copies(layer: nn.Module, count: int) -> nn.ModuleList:
+    return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
 class _Attention(nn.Module):

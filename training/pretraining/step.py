@@ -43,26 +43,25 @@ def train_step(
     """
     optimizer.zero_grad()
     tensors = on_device(batch, next(model.parameters()).device)
-    micro_batches = [micro for micro in _divide(tensors, config.accumulate) if gather(micro["label"]).any()]
+    if not gather(tensors["label"]).any():
+        return {"skipped": 1.0}
     sums = {"angle": 0.0, "norm": 0.0}
-    for number, micro in enumerate(micro_batches, start=1):
+    for number, micro in enumerate(_divide(tensors, config.accumulate), start=1):
         first, second = view_residuals(micro, encode, store)
-        last = number == len(micro_batches)
+        last = number == config.accumulate
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
                 projected = model([torch.cat(pair) for pair in zip(first, second, strict=True)])
             one, other = zip(*(level.chunk(2) for level in projected), strict=True)
             angle, norm = losses(one, other, micro["mask"], centers, config)
-            ((angle + norm) / len(micro_batches)).backward()
-        sums["angle"] += angle.item() / len(micro_batches)
-        sums["norm"] += norm.item() / len(micro_batches)
+            ((angle + norm) / config.accumulate).backward()
+        sums["angle"] += angle.item() / config.accumulate
+        sums["norm"] += norm.item() / config.accumulate
     if not all(map(math.isfinite, sums.values())):
         raise AdfeaturesError(
             f"The loss is not finite (angle {sums['angle']}, norm {sums['norm']}); what was saved before is kept. "
             "Begin another run with a lower --lr, or with --precision float32 if it is not that already."
         )
-    if not micro_batches:
-        return {"skipped": 1.0}
     optimizer.step()
     return {**sums, "loss": sums["angle"] + sums["norm"]}
 

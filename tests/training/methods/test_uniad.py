@@ -171,6 +171,22 @@ def test_initial_weights_are_uniform_by_xavier() -> None:
         assert 0 <= codes.min().item() < 0.1 and 0.9 < codes.max().item() <= 1
 
 
+def test_layers_start_as_copies_but_for_their_linear_maps() -> None:
+    torch.manual_seed(0)
+    network = ReconstructionTransformer(
+        6, torch.Size((3, 3)), hidden=12, heads=3, layers=3, feed_forward=20, dropout=0.1, neighbors=3
+    )
+    for stack in (network.encoder, network.decoder):
+        first, *others = stack
+        linear = {f"{name}.weight" for name, module in first.named_modules() if isinstance(module, torch.nn.Linear)}
+        copied = {name for name, _ in first.named_parameters()} - linear
+        assert any("in_proj_weight" in name for name in copied) and len(linear) >= 3
+        for other in map(dict, (layer.named_parameters() for layer in others)):
+            for name, parameter in first.named_parameters():
+                assert torch.equal(parameter, other[name]) == (name in copied), name
+                assert parameter.data_ptr() != other[name].data_ptr()
+
+
 def test_predictions_are_the_stated_formula() -> None:
     method = quick().fit(batches(8, seed=0))
     test = batches(5, seed=1, batch_size=3, planted=True)
@@ -230,9 +246,10 @@ def test_optimization_is_the_stated_one(
     steps: list[tuple[float, float, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uniad, "DECAY_EVERY", 3)
-    quick(epochs=7).fit(batches(4, seed=0, batch_size=2))
+    quick(epochs=8).fit(batches(4, seed=0, batch_size=2))
     rates, decays, norms = zip(*steps, strict=True)
-    assert rates == pytest.approx([1e-4] * 6 + [1e-5] * 6 + [1e-6] * 2)
+    # The rate falls one epoch late, as in the original: epochs 0 to 3, 4 to 6, 7.
+    assert rates == pytest.approx([1e-4] * 8 + [1e-5] * 6 + [1e-6] * 2)
     assert set(decays) == {1e-4}
     assert max(norms) == pytest.approx(0.1, rel=1e-3)
 

@@ -106,7 +106,7 @@ def test_processes_give_the_gradients_of_one(tmp_path: Path, count: int, accumul
 
 
 def small_step(
-    labels: list[int], accumulate: int = 1, images: slice = slice(None)
+    labels: list[int], accumulate: int = 1, images: slice = slice(None), called_anomalous: bool = False
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """The values of a step on some of four small images with these labels, and how it changed the projector."""
     torch.manual_seed(0)
@@ -125,6 +125,8 @@ def small_step(
     before = [parameter.clone() for parameter in projector.parameters()]
     config = PretrainConfig(precision="float32", accumulate=accumulate)
     batch = {name: value[images] for name, value in batch.items()}
+    if called_anomalous:
+        batch["label"] = torch.ones_like(batch["label"])
     values = train_step(projector, optimizer, batch, lambda images: [backbone(images)], None, [None], config)
     return values, [after.detach() - old for after, old in zip(projector.parameters(), before, strict=True)]
 
@@ -136,8 +138,9 @@ def test_only_the_indices_of_references_stay_on_the_cpu() -> None:
     assert devices == {"views": "meta", "mask": "meta", "label": "meta", "reference_indices": "cpu"}
 
 
-def test_a_batch_without_anomalous_images_is_skipped() -> None:
-    values, changes = small_step([0, 0, 0, 0])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_without_anomalous_images_is_skipped(accumulate: int) -> None:
+    values, changes = small_step([0, 0, 0, 0], accumulate)
     assert values == {"skipped": 1.0} and not any(change.any() for change in changes)
     values, changes = small_step([0, 0, 0, 1])
     assert any(change.any() for change in changes) and values["loss"] == pytest.approx(values["angle"] + values["norm"])
@@ -153,7 +156,12 @@ def test_accumulation_takes_the_mean_over_the_micro_batches() -> None:
     torch.testing.assert_close(changes, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_without_anomalous_images_do_not_count() -> None:
-    found, expected = small_step([0, 0, 0, 1], accumulate=2), small_step([0, 0, 0, 1], images=slice(2, 4))
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    torch.testing.assert_close(found[1], expected[1])
+def test_micro_batches_without_anomalous_images_count_where_the_batch_has_one() -> None:
+    values, changes = small_step([0, 0, 0, 1], accumulate=2)
+    marked, marked_changes = small_step([0, 0, 0, 1], images=slice(2, 4))
+    # The normal half by itself: its batch would be skipped, so an image is called anomalous whose mask is empty.
+    normal, normal_changes = small_step([0, 0, 0, 1], images=slice(0, 2), called_anomalous=True)
+    assert normal["angle"] == 0 and normal["norm"] > 0
+    assert values == pytest.approx({name: (marked[name] + normal[name]) / 2 for name in values}, rel=1e-5)
+    expected = [(one + other) / 2 for one, other in zip(marked_changes, normal_changes, strict=True)]
+    torch.testing.assert_close(changes, expected, rtol=1e-4, atol=1e-6)
