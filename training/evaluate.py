@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from adfeatures import __version__
 
 from . import console
-from .data import DATASETS, dataset
+from .data import DATASETS
 from .data.checks import report
+from .data.fingerprint import Fingerprint
 from .distributed import barrier, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
-from .evaluation.model import EvaluatedModel, load_model
+from .evaluation.model import EvaluatedModel, ProjectorWeights, load_model
+from .evaluation.overlap import UNKNOWN, find_overlaps
 from .evaluation.report import write_report
 from .evaluation.results import Results
 from .evaluation.runner import Evaluation
@@ -39,10 +41,11 @@ def evaluate_model(config: EvaluationConfig) -> int:
         DONE; SOME_FAILED if a product or a method failed or could not be judged; NOTHING_DONE if nothing came out.
 
     Raises:
-        AdfeaturesError: For an unknown model or product, a root without products, weights that cannot be had, a folder
-            that holds results of other settings or images or cannot be written, a full disk. What was finished is kept.
+        AdfeaturesError: For an unknown model or product, a root without products, weights that cannot be had, or that
+            were trained on test images without ``allow_overlap``; for a folder that holds results of other settings or
+            images or cannot be written, a full disk. What was finished is kept.
     """
-    products = dataset(config.dataset).choose(config.root, config.products)
+    products = config.tree.choose(config.root, config.products)
     with processes(config.device) as device:
         model = load_model(
             config.model,
@@ -53,9 +56,10 @@ def evaluate_model(config: EvaluationConfig) -> int:
             device=device,
             bit_depth=config.bit_depth,
         )
+        overlaps = find_overlaps(config, model, products)
         settings = {**config.settings(), "img_size": model.img_size, "weights": model.fingerprints}
         results = Results(config.output, settings)
-        evaluation = Evaluation(config, model, results)
+        evaluation = Evaluation(config, model, results, overlaps)
         for product in tqdm(products[rank() :: world_size()], desc="products", disable=None):
             evaluation.evaluate_product(product)
         barrier()
@@ -71,20 +75,37 @@ def evaluate_model(config: EvaluationConfig) -> int:
 
 def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[str]) -> dict[str, Any]:
     """What the report says of program, model and data set."""
-    tree = dataset(config.dataset)
+    tree = config.tree
     # A tree of other products in the layout of a known data set lacks none.
     complete = config.products or not set(tree.products) & set(products)
     missing = [] if complete else [product for product in tree.products if product not in products]
     projected = any(weights.projector is not None for weights in model.weights.values())
     left_out = [product for product in config.products if product not in products]
+    unknown = [w.name for w in model.weights.values() if w.projector is not None and w.trained_on is None]
     lacks = {"products not found": missing, "folders left out": left_out}
     return {
         "title": f"{model.name} on {tree.title}",
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(model.device),
         "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
-        "weights": [{"name": w.name, "source": w.source, "stored": w.stored} for w in model.weights.values()],
+        "weights": [_facts(weights, config) for weights in model.weights.values()],
         **{fact: ", ".join(names) for fact, names in lacks.items() if names},
+        **({"overlap with the test images": f"{', '.join(unknown)}: {UNKNOWN}"} if unknown else {}),
+    }
+
+
+def _facts(weights: ProjectorWeights, config: EvaluationConfig) -> dict[str, Any]:
+    """What the report says of weights; metrics in their file only where this data set selected them."""
+    title, by = config.tree.title, weights.selected_by
+    own_split = config.dataset == "real_iad" and config.split is None
+    here = f" on the test set of {title}" in by or (own_split and f" on held-out samples of {title}" in by)
+    seen = weights.trained_on
+    return {
+        "name": weights.name,
+        "source": weights.source,
+        "selected_by": by,
+        "stored": weights.stored if here and config.tree.products else {},
+        "trained_on": f"{len(seen)} images" if isinstance(seen, Fingerprint) else seen,
     }
 
 

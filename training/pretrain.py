@@ -25,11 +25,13 @@ from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.projector import ResidualProjector
 
 from . import console
+from .data import DATASETS
+from .data.fingerprint import Fingerprint
 from .data.images import ImageLoader
 from .data.items import items_digest
 from .distributed import processes, rank, world_size
 from .pretraining.centers import find_centers
-from .pretraining.checks import check_labels, check_masks
+from .pretraining.checks import check_labels, check_masks, check_trials
 from .pretraining.config import PretrainConfig
 from .pretraining.curves import draw_curves
 from .pretraining.dataset import PretrainingDataset, StepSampler, augmentation, choose_pool
@@ -38,7 +40,7 @@ from .pretraining.inputs import Inputs
 from .pretraining.reference_store import ReferenceStore
 from .pretraining.run import TrainingRun
 from .pretraining.step import encode_images, train_step
-from .pretraining.trials import Trial, held_out_trials, mvtec_trials
+from .pretraining.trials import Trial, data_set_trials, held_out_trials
 from .pretraining.validation import Validation
 
 
@@ -77,11 +79,11 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
     pinned = device.type == "cuda"
     loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
-    trials = {
-        "none": partial(list[Trial]),
-        "held_out": partial(held_out_trials, inputs.normal, inputs.held_out, config.validation_images, config.seed),
-        "mvtec": partial(mvtec_trials, str(config.validation_root), backbone.entry.img_size),
-    }[config.validation]()
+    trials = _trials(config, inputs)
+    # Only rank 0 writes checkpoints.
+    trained_on = Fingerprint.of([item.image for item in train] if rank() == 0 else (), config.workers)
+    if run.is_new:
+        check_trials(trials, trained_on)
     validation = Validation(backbone, trials, workers=config.workers) if trials else None
 
     torch.manual_seed(config.seed)
@@ -96,7 +98,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         store.encode(backbone.read, encode)
     digest = weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0]
     run.depend_on("centers", digest)
-    run.resume(projector, optimizer, checkpoint_header(backbone, projector, inputs.title))
+    run.resume(projector, optimizer, checkpoint_header(backbone, projector, inputs.title, trained_on))
 
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
     step = partial(train_step, model, optimizer, encode=encode, store=store, centers=centers, config=config)
@@ -126,12 +128,14 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 "masks black, or the defects too small for this --img-size?",
                 stacklevel=2,
             )
-        if validation is not None:
+        epoch_ends = run.step_of_epoch == sampler.steps_per_epoch
+        due = run.step == total or (epoch_ends and (run.epoch + 1) % config.eval_every == 0)
+        if validation is not None and due:
             # Validating takes long: a run that is interrupted in it resumes from here.
             run.save()
-        if run.step_of_epoch == sampler.steps_per_epoch:
+        if epoch_ends:
             run.epoch, run.step_of_epoch = run.epoch + 1, 0
-        if validation is not None:
+        if validation is not None and due:
             scores = validation.run(projector)
             run.log("validation", scores)
             run.keep_best(scores)
@@ -142,6 +146,18 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     progress.close()
     run.keep_last()
     return run.folder
+
+
+def _trials(config: PretrainConfig, inputs: Inputs) -> list[Trial]:
+    """What the validation evaluates on."""
+    shots, folder = config.validation_shots, config.validation_references
+    if config.validation in DATASETS:
+        size = inputs.backbone.entry.img_size
+        return data_set_trials(config.validation, str(config.validation_root), size, shots, folder)
+    if config.validation == "none":
+        return []
+    limit, seed = config.validation_images, config.seed
+    return held_out_trials(inputs.normal, inputs.held_out, limit, seed, shots, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

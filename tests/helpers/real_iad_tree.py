@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,30 @@ def write_real_iad(
                     if view < views:
                         _write_mask(path.with_suffix(".png"), seed, size)
     return root
+
+
+def write_official_lists(root: Path, folder: Path, products: Sequence[str], ok_tested: int = 2) -> Path:
+    """Lists in the form of the official ones: the last good parts and all defective ones are the test.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True)
+    for product in products:
+        base = root / "realiad_512" / product
+        content: dict[str, object] = {"meta": {"normal_class": "OK", "prefix": f"{product}/", "pre_transform": []}}
+        parts = [sorted((base / tree).glob("**/S*")) for tree in ("OK", "NG")]
+        for split, own in (("train", parts[0][:-ok_tested]), ("test", parts[0][-ok_tested:] + parts[1])):
+            content[split] = [_entry(base, product, image) for part in own for image in sorted(part.glob("*.jpg"))]
+        (folder / f"{product}.json").write_text(json.dumps(content))
+    return folder
+
+
+def _entry(base: Path, product: str, image: Path) -> dict[str, str | None]:
+    mask = image.with_suffix(".png")
+    defect = image.parent.parent.name if mask.exists() else "OK"
+    path, drawn = image.relative_to(base).as_posix(), mask.relative_to(base).as_posix() if mask.exists() else None
+    return {"category": product, "anomaly_class": defect, "image_path": path, "mask_path": drawn}
 
 
 def _write(path: Path, seed: int, size: tuple[int, int]) -> None:

@@ -24,6 +24,7 @@ import adfeatures
 from adfeatures.checkpoints import load_checkpoint
 from adfeatures.errors import AdfeaturesError, CheckpointError, ImageError, InputError
 from training.data import mvtec, real_iad
+from training.data.fingerprint import Fingerprint
 from training.data.items import Item
 from training.pretrain import main, pretrain
 from training.pretraining.config import PretrainConfig
@@ -285,6 +286,25 @@ def test_validation_on_mvtec(tree: Path, tmp_path: Path) -> None:
         pretrain(config(tree, tmp_path / "other", validation_root=str(tree), **changes), CPU)
     # It is said before anything is computed.
     assert not (tmp_path / "other").exists()
+
+
+def test_a_validation_on_images_of_the_training_is_refused(tree: Path, tmp_path: Path) -> None:
+    """Copies under other names, in another layout."""
+    root = write_mvtec(tmp_path / "parts", ("part",), good=2, test_good=2, bad=1, size=(32, 32))
+    seen = list_train(tree)[0].image
+    changes = {"validation": "folder", "validation_root": str(root), "max_steps": 2, "validation_shots": 1}
+    folder = pretrain(config(tree, tmp_path / "run", **changes, epochs=1), CPU)
+    found = load_checkpoint(folder / "checkpoint_last.safetensors").metadata["trained_on"]
+    assert len(Fingerprint.from_text(found).known([item.image for item in list_train(tree)])) == len(list_train(tree))
+    shutil.copy(seen, root / "part/test/good/000.png")
+    with pytest.raises(InputError, match="1 of the 3 images to validate on are trained on: .*good/000.png"):
+        pretrain(config(tree, tmp_path / "other", **changes, epochs=1), CPU)
+
+
+def test_the_validation_comes_every_so_many_epochs_and_at_the_end(tree: Path, tmp_path: Path) -> None:
+    folder = pretrain(config(tree, tmp_path / "run", validation="held_out", epochs=5, eval_every=2), CPU)
+    epochs = [line["epoch"] for line in read_log(folder / "log.jsonl") if line["kind"] == "validation"]
+    assert epochs == [2, 4, 5]
 
 
 def test_one_normal_image_of_each_view_is_enough(tmp_path: Path) -> None:

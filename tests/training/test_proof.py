@@ -15,11 +15,11 @@ from PIL import Image
 
 from adfeatures.scoring import auroc
 from training.data import dataset
+from training.data.draws import draw_references
 from training.data.images import loader
 from training.data.items import ANOMALOUS, NORMAL
 from training.data.synthetic import DEFECTS, render
 from training.evaluation.config import EvaluationConfig
-from training.evaluation.draws import draw_references
 from training.evaluation.fitting import settings, train_loader
 from training.evaluation.model import load_model
 from training.evaluation.product import Product

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import sha256
 
+# Entry of the header of a checkpoint that holds the fingerprint of the images that it was trained on.
+TRAINED_ON = "trained_on"
 BITS = 40
 _KIND = f"sha256/{BITS}"
 _BYTES = BITS // 8
@@ -36,7 +38,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, paths: Iterable[str], workers: int = 0) -> Fingerprint:
-        """Read files, by several threads; those that cannot be read are left out, as no one can have learned of them."""
+        """Read files, by several threads. Those that cannot be read are left out: nothing was learned from them."""
         with ThreadPoolExecutor(max(1, workers)) as pool:
             digests = tqdm(pool.map(_digest, paths), desc="fingerprint", unit="image", leave=False, disable=None)
             return cls(digest for digest in digests if digest is not None)
@@ -48,6 +50,10 @@ class Fingerprint:
         number = np.uint64(_number(digest))
         place = int(np.searchsorted(self._numbers, number))
         return place < len(self) and bool(self._numbers[place] == number)
+
+    def known(self, paths: Iterable[str]) -> list[str]:
+        """Those of some files that are among the images. A file that cannot be read is not."""
+        return [path for path in paths if len(self) and (digest := _digest(path)) is not None and digest in self]
 
     def to_text(self) -> str:
         """The fingerprint as JSON, the same for the same images in any order."""

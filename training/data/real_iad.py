@@ -9,13 +9,13 @@ have a double underscore before the number.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unicodedata import normalize
@@ -24,6 +24,7 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError
 
 from .items import ANOMALOUS, NORMAL, Item, rank
+from .real_iad_lists import read_filter, split_items
 from .tree import SPLITS, StrPath, Tree, check_split, subfolders
 
 PRODUCTS = (
@@ -60,7 +61,7 @@ def read(root: StrPath, products: Sequence[str] | None = None, filter_list: StrP
         raise InputError(f"There is no folder {root}. Give the folder that holds {FOLDER}, or {FOLDER} itself.")
     names = _names(folder) if products is None else tuple(dict.fromkeys(products))
     _check_complete(folder, names)
-    kept = None if filter_list is None else _read_filter(Path(filter_list), names)
+    kept = None if filter_list is None else read_filter(Path(filter_list), names)
     items = [item for product in names for item in _product_items(folder, product, kept)]
     if kept is not None and all(_is_ok(item) for item in items):
         raise InputError(
@@ -180,30 +181,15 @@ def _images(folder: Path) -> list[str]:
     )
 
 
-def _read_filter(path: Path, products: Sequence[str]) -> set[str]:
-    files = [path / f"{product}.json" for product in products] if path.is_dir() else [path]
-    return {_untwist(entry) for file in files for entry in _read_list(file)}
-
-
-def _read_list(file: Path) -> list[str]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"The filter list {file} cannot be read: {error}. It must be a JSON list of paths.") from error
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"The filter list {file} must be a JSON list of paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
-    return entries
-
-
-def _untwist(entry: str) -> str:
-    """Undo the typo of the published list of wooden_beads, whose entries begin with ``wooden_beadswooden_beads/``."""
-    product, slash, rest = entry.partition("/")
-    half = product[: len(product) // 2]
-    return f"{half}{slash}{rest}" if half in PRODUCTS and product == half * 2 else entry
-
-
+@dataclass(frozen=True)
 class RealIAD(Tree):
-    """A data set that this project splits by part and not by folders."""
+    """A data set that is split by part and not by folders.
+
+    Attributes:
+        lists: Folder of the official lists that split it. Without one it is split as ``training.pretrain`` does.
+    """
+
+    lists: Path | None = None
 
     def likeness(self, root: Path) -> float:
         """The folder of the published archives, or that of any product, leaves no doubt."""
@@ -222,14 +208,19 @@ class RealIAD(Tree):
         yield self.find_products(root)[product], read(root, [product])
 
     def find_items(self, root: StrPath, split: str, products: Sequence[str] | None = None) -> list[Item]:
-        """The items for an evaluation, split as ``training.pretrain`` does by default.
+        """The items for an evaluation.
 
-        "train" are the normal images of the OK tree that are not held out, "test" is all that is held out. Errors are
-        those of ``read``, and UnknownNameError for another split.
+        Without lists "train" are the normal images of the OK tree that ``training.pretrain`` by default does not hold
+        out, and "test" is all that it holds out. Errors are those of ``read`` and ``split_items``, and UnknownNameError
+        for another split.
         """
         check_split(split)
-        train, held_out = split_by_sample(read(root, products), fraction=0.1, seed=42)
-        return held_out if split == "test" else reference_pool(train)
+        items = read(root, products)
+        if self.lists is None:
+            train, held_out = split_by_sample(items, fraction=0.1, seed=42)
+            return held_out if split == "test" else reference_pool(train)
+        names = dict.fromkeys(item.product for item in items)
+        return [item for name in names for item in split_items(self.lists, name, split, items)]
 
 
 TREE = RealIAD("Real-IAD", PRODUCTS, ("OK", "NG"), splits=("",))

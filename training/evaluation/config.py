@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adfeatures.errors import InputError
 
 from ..console import REQUIRED, check_choices, option
-from ..data import DATASETS
+from ..data import DATASETS, dataset
+from ..data.real_iad import RealIAD
+from ..data.tree import Tree
 from ..methods import METHODS, find_method
 
 SOUND, ORIGINAL = "sound", "original"
-ALL, RETRIEVED = "all", "retrieved"
+ALL, RETRIEVED, LISTS = "all", "retrieved", "lists:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +38,26 @@ class EvaluationConfig:
     dataset: str = option(REQUIRED, "what root holds", tuple(DATASETS))
     root: str = option(REQUIRED, "folder of the data set")
     products: tuple[str, ...] = option((), "products to evaluate; the default is all")
+    split: str | None = option(
+        None,
+        "Real-IAD: folder of its official lists, realiad_jsons or a variant; the default judges the parts that "
+        "training.pretrain holds out by default",
+    )
     output: str = option(REQUIRED, "folder of the results; those that are there are kept, and the evaluation resumes")
     shots: int = option(8, "references per product")
     draws: int = option(
         1, "draws of references: number d takes the images d * shots to (d + 1) * shots of the sorted training images"
     )
     references: str | None = option(
-        None, "folder of given references; or retrieved: FeatureNorm compares each image with its like"
+        None,
+        "folder of given references; or retrieved: FeatureNorm compares each image with its like; or lists:DIR, with "
+        "those that the authors' lists name for it",
     )
     protocol: str = option(SOUND, "original: geometry and quirks of the published code", (SOUND, ORIGINAL))
     epochs: int | None = option(None, "epochs of CFLOW, GLASS and UniAD; the default is the paper's 25, 640 and 1000")
+    allow_overlap: bool = option(
+        False, "judge images that the weights were trained on as well; all results are marked with it"
+    )
     oracle: bool = option(False, "report the best value over the epochs as well, chosen on the test images")
     textures: str | None = option(None, "GLASS: folder of texture images (DTD); without it they are made")
     foregrounds: str | None = option(None, "GLASS: folder of foreground masks, <product>/<name of the training image>")
@@ -71,6 +83,8 @@ class EvaluationConfig:
             raise InputError(
                 f"{self.references} holds one set of references, so that there is one draw: leave out --draws."
             )
+        if self.split is not None and self.dataset != "real_iad":
+            raise InputError(f"The lists of --split are those of real_iad, not of {self.dataset}: leave out --split.")
         for name, folder in self._folders.items():
             if folder is not None and not Path(folder).is_dir():
                 raise InputError(f"There is no folder {folder}: correct --{name}.")
@@ -92,9 +106,21 @@ class EvaluationConfig:
         return tuple(dict.fromkeys(name for name in names if name != ALL))
 
     @property
+    def tree(self) -> Tree:
+        """The data set, with its official split where that is asked for."""
+        found = dataset(self.dataset)
+        return replace(found, lists=Path(self.split)) if isinstance(found, RealIAD) and self.split else found
+
+    @property
     def given_references(self) -> str | None:
         """The folder of given references, None where they are drawn."""
-        return None if self.references == RETRIEVED else self.references
+        return None if self.references == RETRIEVED or self.reference_lists else self.references
+
+    @property
+    def reference_lists(self) -> str | None:
+        """The folder of the lists of references of FeatureNorm, None where there are none."""
+        before, lists, folder = (self.references or "").partition(LISTS)
+        return folder if lists and not before else None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -106,12 +132,23 @@ class EvaluationConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the numbers of a method on a product."""
         chosen = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
-        return chosen | {name: folder and str(Path(folder).resolve()) for name, folder in self._folders.items()}
+        places = {name: folder and str(Path(folder).resolve()) for name, folder in self._folders.items()}
+        if self.reference_lists is not None:
+            places["references"] = f"{LISTS}{places['references']}"
+        return chosen | places
 
     @property
     def _folders(self) -> dict[str, str | None]:
-        return {"references": self.given_references, "textures": self.textures, "foregrounds": self.foregrounds}
+        return {
+            "references": self.reference_lists or self.given_references,
+            "textures": self.textures,
+            "foregrounds": self.foregrounds,
+            "split": self.split,
+        }
 
 
 # What may differ between commands that fill one folder: it changes no number, or names what else is to be evaluated.
-_FREE = ("output", "root", "products", "method", "draws", "cache", "workers", "device", "backbone_weights", "weights")
+_FREE = (
+    "output", "root", "products", "method", "draws", "cache", "workers", "device", "backbone_weights", "weights",
+    "allow_overlap"
+)  # fmt: skip

@@ -20,13 +20,18 @@ from adfeatures.resolve import find_trained, resolve_model
 from adfeatures.scoring import Scorer
 from adfeatures.trained import TrainedWeights
 
+from ..data.fingerprint import TRAINED_ON, Fingerprint
 from ..methods import title_of
+from ..metrics import SELECTED_BY
 
 
 class ProjectorWeights(NamedTuple):
     """One set of trained weights: the name of its model with tag, its projector on the device, and its file.
 
-    Without a projector there is None, and the fingerprint and the file are "". ``stored`` are metrics in the file.
+    Without a projector there is None, and the fingerprint and the file are "". ``stored`` are metrics in the file, and
+    ``selected_by`` says by which method on which data they were measured, "" where that is not known. ``trained_on``
+    are the images that the projector was trained on, or the title of the data set of which it was trained on all; None
+    where that is not known.
     """
 
     name: str
@@ -34,6 +39,8 @@ class ProjectorWeights(NamedTuple):
     fingerprint: str
     source: str
     stored: dict[str, float]
+    selected_by: str = ""
+    trained_on: Fingerprint | str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,4 +156,21 @@ def _weights(
         return ProjectorWeights(name, None, "", "", {})
     projector = trained.create_projector(channels).float().requires_grad_(False).eval().to(device)
     fingerprint = weights_fingerprint(projector.state_dict())[0]
-    return ProjectorWeights(name, projector, fingerprint, trained.source, trained.checkpoint.metrics)
+    metadata, (arch, tag) = trained.checkpoint.metadata, catalog.find_model(name)
+    selected_by, trained_on = metadata.get("selected_by", ""), _trained_on(trained)
+    selected_by = selected_by.replace("the training data", metadata.get("training_data", "the training data"))
+    if tag is not None and trained_on is None:
+        # The authors' files do not say it.
+        selected_by = f"AUPRO of {SELECTED_BY[tag.rpartition('_')[2]]} on the test set of MVTec AD"
+        trained_on = catalog.MODELS[arch].tags[tag].training_data
+    return ProjectorWeights(
+        name, projector, fingerprint, trained.source, trained.checkpoint.metrics, selected_by, trained_on
+    )
+
+
+def _trained_on(trained: TrainedWeights) -> Fingerprint | str | None:
+    text = trained.checkpoint.metadata.get(TRAINED_ON)
+    try:
+        return None if text is None else Fingerprint.from_text(text)
+    except (ValueError, RecursionError) as error:
+        raise trained.header_error(f"the {TRAINED_ON} of its header cannot be read: {error}.") from error

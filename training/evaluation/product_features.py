@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from adfeatures.errors import InputError
-from adfeatures.references import BankRecord, ReferenceBank
+from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
 
 from ..data.images import loader
 from ..data.items import Item
-from ..methods.base import Extractor
+from ..methods.base import Batch, Extractor
 from ..methods.retrieval import RetrievedReferences
 from .feature_cache import CachedExtractor, content_key, place_key
 from .product import Product
@@ -49,7 +50,7 @@ class ProductFeatures:
         weights: Name of the trained weights, None for raw features.
         references: Reference files of each product, as given, with their SHA-256.
         single: The references, by SHA-256, that are training images and have no others to be compared with.
-        retrieved: Where the references are retrieved: those of each image so far, by its path.
+        retrieved: Where the references are retrieved or listed: those of each image so far, by its path.
         remove: Deletes what was kept on disk for these features alone.
     """
 
@@ -152,6 +153,38 @@ def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) ->
     return ProductFeatures(extractor, kind, weights.name, retrieved=extractor.lists)
 
 
+def listed_features(raw: RawFeatures, kind: FeatureKind, lists: Mapping[str, Sequence[Item]]) -> ProductFeatures:
+    """Projected residuals of images, each against references of its own.
+
+    Args:
+        raw: Raw features, with the model.
+        kind: Presets and tag.
+        lists: References of each image, by its path.
+
+    Raises:
+        ImageError: For a reference that cannot be read.
+    """
+    weights, scorer = raw.model.weights[kind.tag or ""], raw.model.scorer
+    every = {item.image: item for items in lists.values() for item in items}
+    raw.encode(list(every.values()), kind.references)
+
+    def extract(batch: Batch) -> Sequence[Tensor]:
+        known = (KnownImages(lists[path], raw.model.img_size) for path in batch["path"])
+        maps = (_all_of(raw.of(kind.references), images) for images in known)
+        banks = [ReferenceBank.from_features(scorer.features(levels)) for levels in maps]
+        residuals = residuals_of_images(scorer.features(raw.of(kind.images)(batch)), banks)
+        return residuals if weights.projector is None else weights.projector(residuals)
+
+    files = {path: [item.image for item in items] for path, items in lists.items()}
+    return ProductFeatures(torch.no_grad()(extract), kind, weights.name, retrieved=files)
+
+
+def _all_of(extractor: Extractor, images: KnownImages) -> list[Tensor]:
+    """The maps (N, C_l, h_l, w_l) of all images."""
+    batches = [extractor(batch) for batch in loader(images)]
+    return [torch.cat(level) for level in zip(*batches, strict=True)]
+
+
 def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank:
     """The bank of references whose features are known. Copies are left out, with a warning."""
     kept: dict[str, Item] = {}
@@ -159,8 +192,6 @@ def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank
         if kept.setdefault(content_key(item.image), item) is not item:
             warnings.warn(f"The reference {item.image} is a copy of another one and is left out.", stacklevel=2)
     known = KnownImages(list(kept.values()), raw.model.img_size)
-    batches = [raw.of(preset)(batch) for batch in loader(known)]
-    levels = [torch.cat(level) for level in zip(*batches, strict=True)]
-    bank = ReferenceBank.from_features(raw.model.scorer.features(levels))
+    bank = ReferenceBank.from_features(raw.model.scorer.features(_all_of(raw.of(preset), known)))
     bank.record = BankRecord(files=[item.image for item in kept.values()], sha256s=list(kept))
     return bank

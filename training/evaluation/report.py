@@ -33,9 +33,16 @@ the approximation of the original code by 200 thresholds. Mask pixels above 0 ar
 the size of the model's input.
 """
 NOTES_ON_STORED = """\
-Stored are the means of the evaluation that selected the file: by FeatureNorm if its name ends in norm, by PatchCore if
-in angle. Those of the authors are over MVTec AD, in bfloat16, with their references and their AUPRO: expect equal
-numbers, to about a point, only for that data set with --protocol original and their references.
+Stored are the means of the evaluation that selected the file, beside the method and the data set that did. They are the
+best of several, and flatter the file. Those of the authors are in bfloat16, with their references and their AUPRO:
+expect equal numbers, to about a point, only with --protocol original and their references.
+"""
+NOTES_ON_OVERLAP = """\
+**The weights were trained on test images that are judged here.** "trained on 25 of 30 test images" marks these results,
+which flatter the weights: they are not what these would do on images that they have not seen.
+"""
+NOTES_ON_VIEWS = """\
+Of the images of each view alone. "Part AUROC" above is of parts, each with the highest score of its views.
 """
 NOTES_ON_ORACLE = """\
 The best value of each metric over all epochs, chosen on the test images: no result that could be had in practice.
@@ -48,7 +55,7 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
     Args:
         results: The records.
         about: Facts on the program and the model, as plain values; "weights" lists name, source and stored metrics of
-            each file.
+            each file, and by what it was selected.
 
     Returns:
         The Markdown of the means and of what is not finished, for the terminal.
@@ -59,11 +66,11 @@ def write_report(results: Results, about: Mapping[str, Any]) -> str:
     lines = table_lines(finished)
     table = [asdict(line) for line in lines]
     write_json(folder / "results.json", {**about, "settings": results.settings, "table": table, "records": records})
-    means = [line for line in lines if line.product == MEAN]
+    means = [line for line in lines if line.product == MEAN and not line.view]
     stored = stored_table(about["weights"], finished, means)
     write_text(folder / "results.csv", to_csv(lines))
     write_text(folder / "results.md", "\n".join(_sections(results, about, records, lines, stored)))
-    return "\n".join(filter(None, [to_markdown(means), stored, _not_finished(records)]))
+    return "\n".join(filter(None, [_overlap(lines), to_markdown(means), stored, _not_finished(records)]))
 
 
 def _sections(
@@ -72,17 +79,22 @@ def _sections(
     facts = {key: value for key, value in about.items() if key not in ("weights", "title")}
     facts["draws of references"] = max((line.draws for line in lines), default=0)
     yield f"# {about['title']}\n"
+    if overlap := _overlap(lines):
+        yield overlap
     yield NOTES
     yield markdown_table(["Setting", "Value"], [[key, _shown(v)] for key, v in {**facts, **results.settings}.items()])
     yield "## Means\n"
-    yield to_markdown([line for line in lines if line.product == MEAN])
+    yield to_markdown([line for line in lines if line.product == MEAN and not line.view])
+    if views := [line for line in lines if line.product == MEAN and line.view]:
+        yield f"## Views\n\n{NOTES_ON_VIEWS}"
+        yield to_markdown(views)
     if stored:
         yield f"## Metrics stored in the files of the weights\n\n{stored}"
     for method in dict.fromkeys(line.method for line in lines):
         yield f"## {title(method)}\n"
         if method.endswith(ORACLE):
             yield NOTES_ON_ORACLE
-        yield to_markdown([line for line in lines if line.method == method])
+        yield to_markdown([line for line in lines if line.method == method and not line.view])
     if not_finished := _not_finished(records):
         yield not_finished
     if warned := _warnings(records):
@@ -91,10 +103,11 @@ def _sections(
 
 
 def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record], means: Sequence[TableLine]) -> str:
-    """The metrics that the files of the weights hold beside those of the methods that took them, "" for none."""
+    """The metrics that the files of the weights hold beside those of the method that selected them, "" for none."""
     body = []
     for entry in weights:
         took = {record["method"] for record in records if record["weights"] == entry["name"]}
+        took = {method for method in took if f" of {title(method)} on " in entry["selected_by"]}
         for line in (line for line in means if line.features == PRETRAINED and line.method in took):
             for criterion in (criterion for criterion in CRITERIA if criterion.stored in entry["stored"]):
                 # The stored AUPRO is the approximation.
@@ -105,6 +118,10 @@ def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record]
                 body.append([entry["name"], criterion.stored, stored, *found])
     head = ["Weights", "Stored as", "Stored", "Method", "Metric", "Found here"]
     return f"{markdown_table(head, body)}\n{NOTES_ON_STORED}" if body else ""
+
+
+def _overlap(lines: Sequence[TableLine]) -> str:
+    return NOTES_ON_OVERLAP if any(line.trained_on for line in lines) else ""
 
 
 def _shown(value: Any) -> str:

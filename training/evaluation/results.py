@@ -19,8 +19,8 @@ from adfeatures.errors import AdfeaturesError, InputError
 
 PRETRAINED, RAW = "pretrained", "raw"
 SETTINGS, FOLDER, FAILURE = "settings.json", "results", "failure"
-# After the name of FeatureNorm whose references are retrieved for each image.
-OF_RETRIEVED = "_retrieved"
+# After the name of FeatureNorm whose references are retrieved, or listed, for each image.
+OF_RETRIEVED, OF_LISTED = "_retrieved", "_listed"
 
 Record = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Combination:
     """What is evaluated on each product.
 
     Attributes:
-        method: Name of the method, with OF_RETRIEVED where its references are.
+        method: Name of the method, with OF_RETRIEVED or OF_LISTED where its references are.
         features: PRETRAINED or RAW.
         draw: Number of the draw of references, from 0; None for features that take none.
     """
@@ -42,7 +42,7 @@ class Combination:
     @property
     def base(self) -> str:
         """Name of the method, as `training.methods.find_method` takes it."""
-        return self.method.removesuffix(OF_RETRIEVED)
+        return self.method.removesuffix(OF_RETRIEVED).removesuffix(OF_LISTED)
 
     @property
     def name(self) -> str:
@@ -77,8 +77,8 @@ class Results:
         self.settings: dict[str, Any] = _plain(settings)
         path = self.folder / SETTINGS
         if path.exists():
-            # Folders of before there was a choice have no bit depth.
-            before = {"bit_depth": 16, **read_json(path)}
+            # Folders of before there was a choice have no bit depth and no split.
+            before = {"bit_depth": 16, "split": None, **read_json(path)}
             changed = _differences(before, self.settings)
             changed += [f"weights of {text}" for text in _differences(before["weights"], self.settings["weights"])]
             if changed:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from adfeatures.errors import AdfeaturesError
 
 from .. import metrics
-from ..data import dataset
+from ..data.draws import draw_references, given_references
 from ..data.images import loader
 from ..data.items import Item
 from ..data.protocol import original_geometry
@@ -23,14 +23,22 @@ from ..methods import find_method
 from ..methods.base import Predictions
 from . import pictures
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
-from .draws import draw_references, given_references
 from .fitting import settings, train_loader
 from .model import EvaluatedModel
+from .overlap import Overlaps
 from .product import Product
-from .product_features import FeatureKind, ProductFeatures, residual_features, retrieved_features
+from .product_features import (
+    FeatureKind,
+    ProductFeatures,
+    listed_features,
+    residual_features,
+    retrieved_features,
+)
 from .raw_features import KnownImages, RawFeatures
-from .results import FOLDER, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record, Results
+from .reference_lists import listed_references
+from .results import FOLDER, OF_LISTED, OF_RETRIEVED, PRETRAINED, RAW, Combination, Record, Results
 from .tables import ORIGINAL_AUPRO, title
+from .views import PART_AUROC, by_view, part_auroc
 
 # What makes a product or a method fail and not the evaluation. A full disk ends it.
 FAILURES = (ValueError, RuntimeError, MemoryError)
@@ -57,9 +65,8 @@ class Evaluation:
         jointly: What is trained on all products together.
     """
 
-    def __init__(self, config: EvaluationConfig, model: EvaluatedModel, results: Results) -> None:
-        self.config, self.model, self.results = config, model, results
-        self.source = dataset(config.dataset)
+    def __init__(self, config: EvaluationConfig, model: EvaluatedModel, results: Results, overlaps: Overlaps) -> None:
+        self.config, self.model, self.results, self.overlaps = config, model, results, overlaps
         self.raw = RawFeatures(model, Path(config.cache or results.folder / CACHE), config.workers)
         self.alone: list[Combination] = []
         self.jointly: list[Combination] = []
@@ -79,7 +86,10 @@ class Evaluation:
         Raises:
             AdfeaturesError: If there are results of other images, the disk is full, or a folder cannot be written.
         """
-        records = {combination: self.results.read(name, combination) for combination in self.combinations}
+        records = {
+            combination: self._mark(combination, self.results.read(name, combination))
+            for combination in self.combinations
+        }
         pending = [combination for combination, record in records.items() if record is None]
         try:
             product = self._product(name)
@@ -131,14 +141,16 @@ class Evaluation:
         return features.trainable(product)
 
     def _combinations(self, method: str) -> Iterator[Combination]:
-        retrieved = method == "feature_norm" and self.config.references == RETRIEVED
-        method += OF_RETRIEVED * retrieved
+        kind = ""
+        if method == "feature_norm":
+            kind = OF_RETRIEVED * (self.config.references == RETRIEVED) + OF_LISTED * bool(self.config.reference_lists)
+        method += kind
         yield Combination(method, RAW)
-        for draw in [None] if retrieved else range(self.config.draws):
+        for draw in [None] if kind else range(self.config.draws):
             yield Combination(method, PRETRAINED, draw)
 
     def _product(self, name: str) -> Product:
-        return Product(name, self.source, self.config.root, self.raw)
+        return Product(name, self.config.tree, self.config.root, self.raw)
 
     def _kind(self, combination: Combination, product: str) -> FeatureKind:
         method, images, references = combination.base, "squash", "squash"
@@ -150,11 +162,18 @@ class Evaluation:
     def _features(self, kind: FeatureKind, products: Sequence[Product]) -> ProductFeatures:
         if kind.tag is None:
             return ProductFeatures(self.raw.of(kind.images), kind)
+        if kind.draw is None and self.config.reference_lists is not None:
+            (product,) = products
+            lists = listed_references(self.config.reference_lists, self.config.dataset, self._folder(product), product)
+            return listed_features(self.raw, kind, lists)
         if kind.draw is None:
             return retrieved_features(self.raw, kind, products[0])
         references = [self._references(product, kind.draw) for product in products]
         leave_out, owner = self.config.protocol != ORIGINAL, str(self.results.folder.resolve())
         return residual_features(self.raw, kind, products, references, leave_out=leave_out, owner=owner)
+
+    def _folder(self, product: Product) -> Path:
+        return self.config.tree.find_products(self.config.root)[product.name]
 
     def _references(self, product: Product, draw: int) -> list[Item]:
         folder, shots = self.config.given_references, self.config.shots
@@ -240,9 +259,12 @@ class Evaluation:
             **features.record(product),
             "images": product.digest,
             "metrics": found,
+            "overlap": self._overlap(features.weights, product.name),
             "counts": {**fitted.record["counts"], "normal": len(truth.labels) - anomalous, "anomalous": anomalous},
             "seconds": {**fitted.record["seconds"], "predict": round(time.perf_counter() - started, 2)},
         }
+        if views := by_view(product.test, predictions, truth.masks, truth.labels):
+            record["views"] = views
         if product.name in fitted.best:
             record["oracle"] = fitted.best[product.name]
         if combination.is_shown:
@@ -256,7 +278,23 @@ class Evaluation:
         found = asdict(metrics.evaluate(predictions.maps, masks, labels, predictions.scores))
         if self.config.protocol == ORIGINAL:
             found[ORIGINAL_AUPRO] = metrics.aupro_original(predictions.maps, masks)
+        if any(item.view for item in product.test):
+            found[PART_AUROC] = part_auroc(product.test, predictions.scores, labels)
         return found
+
+    def _overlap(self, weights: str | None, product: str) -> dict[str, Any] | None:
+        """The mark of a record: how many of its images the weights were trained on; None where that is not known."""
+        found = self.overlaps.get((weights or "", product))
+        return None if found is None else asdict(found)
+
+    def _mark(self, combination: Combination, record: Record | None) -> Record | None:
+        """Mark what was found before there were marks, or before the weights were known to overlap."""
+        if record is not None:
+            overlap = self._overlap(record["weights"], record["product"])
+            if overlap is not None and record.get("overlap") is None:
+                record["overlap"] = overlap
+                self.results.write(combination, record)
+        return record
 
     def _draw_curves(self, combination: Combination, product: str) -> None:
         """Draw the curves of a method, of both kinds of features as far as they are there."""

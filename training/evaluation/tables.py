@@ -12,7 +12,8 @@ from statistics import fmean, stdev
 
 from ..methods import METHODS, title_of
 from ..metrics import Metrics
-from .results import OF_RETRIEVED, PRETRAINED, RAW, Record
+from .results import OF_LISTED, OF_RETRIEVED, PRETRAINED, RAW, Record
+from .views import PART_AUROC
 
 METRICS = tuple(field.name for field in fields(Metrics))
 ORIGINAL_AUPRO = "aupro_original"
@@ -25,6 +26,7 @@ TITLES = {
     "pixel_f1": "Pixel F1-max",
     "aupro": "AUPRO",
     ORIGINAL_AUPRO: "AUPRO (original)",
+    PART_AUROC: "Part AUROC",
 }
 DIFFERENCE, MEAN = "difference", "mean"
 # After the name of a method: its best result over all epochs.
@@ -43,6 +45,8 @@ class TableLine:
         draws: How many draws of references it is the mean of.
         values: The metrics as fractions, NaN where one is not defined.
         spreads: Their standard deviations over the draws, NaN with fewer than two.
+        view: The view whose images alone it is of, "" for all.
+        trained_on: How many of the test images the weights were trained on, as "25 of 30"; "" for none.
     """
 
     method: str
@@ -52,6 +56,8 @@ class TableLine:
     draws: int
     values: Mapping[str, float]
     spreads: Mapping[str, float]
+    view: str = ""
+    trained_on: str = ""
 
 
 # Metrics by product and draw.
@@ -62,34 +68,53 @@ def title(method: str) -> str:
     """The name of a method for people."""
     last_epoch = method.removesuffix(ORACLE)
     base = last_epoch.removesuffix(OF_RETRIEVED)
-    return title_of(base) + " (retrieved)" * (base != last_epoch) + " (oracle)" * (last_epoch != method)
+    listed = base.removesuffix(OF_LISTED)
+    kind = " (retrieved)" * (base != last_epoch) + " (listed references)" * (listed != base)
+    return title_of(listed) + kind + " (oracle)" * (last_epoch != method)
 
 
 def table_lines(records: Sequence[Record]) -> list[TableLine]:
     """The lines of the tables: of each method each product and their mean, each pretrained, raw and their difference.
 
+    After those of all images come those of each view.
+
     Args:
         records: Finished ones, of `training.evaluation.results`.
     """
-    columns = METRICS + (ORIGINAL_AUPRO,) * any(ORIGINAL_AUPRO in record["metrics"] for record in records)
+    lines = _lines_of(records)
+    for view in sorted({view for record in records for view in record.get("views", ())}):
+        seen = [record for record in records if view in record.get("views", ())]
+        own = _lines_of([{**record, "metrics": record["views"][view], "oracle": None} for record in seen])
+        lines += [replace(line, view=view) for line in own]
+    return lines
+
+
+def _lines_of(records: Sequence[Record]) -> list[TableLine]:
+    more = (ORIGINAL_AUPRO, PART_AUROC)
+    columns = METRICS + tuple(name for name in more if any(name in record["metrics"] for record in records))
     found: dict[str, dict[str, dict]] = defaultdict(lambda: {PRETRAINED: defaultdict(dict), RAW: defaultdict(dict)})
+    overlaps: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
     for record in records:
+        if record["features"] == PRETRAINED and record.get("overlap"):
+            overlaps[record["method"]][record["product"]] = record["overlap"]["test"]
         for suffix, values in (("", record["metrics"]), (ORACLE, record.get("oracle"))):
             if values is not None:
                 numbers = {metric: nan if values.get(metric) is None else values[metric] for metric in columns}
                 found[record["method"] + suffix][record["features"]][record["product"]][record["draw"]] = numbers
     lines = []
     for method in sorted(found, key=_order):
-        kinds = found[method]
+        kinds, overlap = found[method], overlaps[method.removesuffix(ORACLE)]
         products = list(dict.fromkeys([*kinds[PRETRAINED], *kinds[RAW]]))
         for product in products:
             own = {kind: {product: of_kind[product]} for kind, of_kind in kinds.items() if product in of_kind}
-            lines += _lines(method, product, own, columns)
-        lines += _lines(method, MEAN, {kind: of_kind for kind, of_kind in kinds.items() if of_kind}, columns)
+            lines += _lines(method, product, own, columns, overlap)
+        lines += _lines(method, MEAN, {kind: of_kind for kind, of_kind in kinds.items() if of_kind}, columns, overlap)
     return lines
 
 
-def _lines(method: str, name: str, kinds: Mapping[str, _Found], columns: Sequence[str]) -> list[TableLine]:
+def _lines(
+    method: str, name: str, kinds: Mapping[str, _Found], columns: Sequence[str], overlaps: Mapping[str, Sequence[int]]
+) -> list[TableLine]:
     """Pretrained, raw and difference, as far as they are there, of the products that all kinds have."""
     products = set.intersection(*map(set, kinds.values()))
     # Products in which a metric is defined throughout, so that all kinds and draws are of the same ones.
@@ -102,7 +127,10 @@ def _lines(method: str, name: str, kinds: Mapping[str, _Found], columns: Sequenc
             values = [fmean(found[product][draw][metric] for product in of_metric) for draw in draws if of_metric]
             means[metric] = fmean(values) if values else nan
             spreads[metric] = stdev(values) if len(values) > 1 else nan
-        lines.append(TableLine(method, name, kind, len(products), len(draws), means, spreads))
+        judged = [overlaps.get(product, (0, 0)) for product in products]
+        seen, of = (sum(counts) for counts in zip((0, 0), *judged, strict=True))
+        trained_on = f"{seen} of {of}" if seen and kind == PRETRAINED else ""
+        lines.append(TableLine(method, name, kind, len(products), len(draws), means, spreads, trained_on=trained_on))
     if len(lines) == 2:
         pretrained, raw = lines
         gains = {metric: pretrained.values[metric] - raw.values[metric] for metric in columns}
@@ -123,9 +151,11 @@ def to_csv(lines: Sequence[TableLine]) -> str:
     """The lines as CSV, metrics as fractions in full precision; what is not defined is empty."""
     text = io.StringIO()
     columns = tuple(lines[0].values) if lines else METRICS
-    facts = [field.name for field in fields(TableLine) if field.name not in ("values", "spreads")]
-    numbers = [name for metric in columns for name in (metric, f"{metric}_sd")]
-    table = csv.DictWriter(text, [*facts, *numbers], lineterminator="\n", extrasaction="ignore")
+    facts = [field.name for field in fields(TableLine)]
+    # In the place of the numbers as a whole stands each by itself.
+    place = facts.index("values")
+    facts[place : place + 2] = [name for metric in columns for name in (metric, f"{metric}_sd")]
+    table = csv.DictWriter(text, facts, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
     for line in lines:
         values = {**line.values, **{f"{metric}_sd": value for metric, value in line.spreads.items()}}
@@ -141,7 +171,9 @@ def to_markdown(lines: Sequence[TableLine]) -> str:
     body = []
     for line in lines:
         product = f"mean of {line.products}" if line.product == MEAN else line.product
-        body.append([title(line.method)] * several + [product, line.features, *(percent(line, m) for m in columns)])
+        product += f", view {line.view}" if line.view else ""
+        features = line.features + (f", trained on {line.trained_on} test images" if line.trained_on else "")
+        body.append([title(line.method)] * several + [product, features, *(percent(line, m) for m in columns)])
     return markdown_table(["Method"] * several + ["Product", "Features", *(TITLES[m] for m in columns)], body)
 
 

@@ -10,8 +10,10 @@ from tqdm.auto import tqdm
 
 from adfeatures.errors import InputError
 
+from ..data.fingerprint import Fingerprint
 from ..data.images import ODD_MASKS, read_mask, shared_masks, some, summarize
 from ..data.items import ANOMALOUS, Item
+from .trials import Trial
 
 
 def check_labels(items: Sequence[Item]) -> None:
@@ -25,6 +27,16 @@ def check_labels(items: Sequence[Item]) -> None:
     if bare := [item.image for item in anomalous if item.mask is None]:
         raise InputError(
             f"Anomalous images need a mask, which these lack: {some(bare)}. Add the masks, or leave the images out."
+        )
+
+
+def check_trials(trials: Sequence[Trial], trained_on: Fingerprint) -> None:
+    """Raise InputError where the validation would judge images that are trained on, whatever they are called there."""
+    tested = [item.image for trial in trials for item in trial.test]
+    if seen := trained_on.known(tested):
+        raise InputError(
+            f"{len(seen)} of the {len(tested)} images to validate on are trained on: {some(seen)}. "
+            "Choose another --validation, or take the copies away."
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from adfeatures.errors import InputError
 
 from ..console import check_choices, option
+from ..data import DATASETS
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,15 @@ class PretrainConfig(InputsConfig):
         "encode so many references per product and view once and draw from these; the default encodes in each step",
     )
     # Validation
-    validation: str = option("held_out", "what is evaluated after each epoch", ("held_out", "mvtec", "none"))
-    validation_root: str | None = option(None, "folder of MVTec AD, for validation=mvtec")
+    validation: str = option(
+        "held_out", "what selects the checkpoints: held-out samples, or a data set", ("held_out", *DATASETS, "none")
+    )
+    validation_root: str | None = option(None, "folder of that data set")
+    validation_references: str | None = option(
+        None, "folder of given references, as of training.evaluate; the default takes normal training images"
+    )
+    validation_shots: int = option(8, "references of a product and view in the validation")
+    eval_every: int = option(1, "epochs from one validation to the next; the end is always validated")
     validation_images: int = option(200, "most images of a product for each of: memory bank, normal, anomalous")
     save_every: int = option(500, "steps between two checkpoints to resume from")
 
@@ -128,8 +136,10 @@ class PretrainConfig(InputsConfig):
         self._check_numbers("lr", "weight_decay", "radius", "margin")
         if not self.shots or min(self.shots) < 1 or (self.pool is not None and self.pool < 1):
             raise InputError(f"shots and pool count reference images, at least 1; got {self.shots} and {self.pool}.")
-        if self.validation == "mvtec" and self.validation_root is None:
-            raise InputError("validation=mvtec needs validation_root, the folder of MVTec AD.")
+        self._check_numbers("validation_shots", "eval_every", positive=True)
+        if self.validation in DATASETS and self.validation_root is None:
+            title = DATASETS[self.validation].title
+            raise InputError(f"validation={self.validation} needs validation_root, the folder of {title}.")
 
     @property
     def learning_rates(self) -> list[float]:

@@ -7,11 +7,14 @@ import json
 from adfeatures import catalog
 from adfeatures.projector import ResidualProjector
 
+from ..data.fingerprint import TRAINED_ON, Fingerprint
 from .frozen_backbone import FrozenBackbone
 
 
-def checkpoint_header(backbone: FrozenBackbone, projector: ResidualProjector, title: str | None) -> dict[str, str]:
-    """The metadata of a projector that was trained on a backbone, with data of a title that is known or not."""
+def checkpoint_header(
+    backbone: FrozenBackbone, projector: ResidualProjector, title: str | None, trained_on: Fingerprint
+) -> dict[str, str]:
+    """The metadata of a projector that was trained on a backbone, with images of a data set that is known or not."""
     name, entry = f"adpretrain_{backbone.name}", backbone.entry
     known = name in catalog.MODELS
     header = {
@@ -20,6 +23,7 @@ def checkpoint_header(backbone: FrozenBackbone, projector: ResidualProjector, ti
         # What was asked for, or gives the same heads at every level.
         "num_heads": str(max(projector.num_heads)),
         "img_size": json.dumps(entry.img_size),
+        TRAINED_ON: trained_on.to_text(),
     }
     if not known or entry.blocks != catalog.BACKBONES[backbone.name].blocks:
         facts = {key: getattr(entry, key) for key in ("timm_name", "blocks", "channels", "reductions")}

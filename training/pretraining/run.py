@@ -23,6 +23,7 @@ from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
 from adfeatures.projector import ResidualProjector
 from adfeatures.trained import PROJECTOR
 
+from ..data import DATASETS
 from ..distributed import barrier, rank, world_size
 from ..metrics import CRITERIA, SELECTED_BY
 from .config import FREE, PretrainConfig
@@ -30,7 +31,11 @@ from .curves import LOG
 from .validation import Scores
 
 STATE = "state.pt"
-_VALIDATED_ON = {"held_out": "held-out samples of the training data", "mvtec": "the test set of MVTec AD"}
+# What selects the checkpoints, for people.
+_VALIDATED_ON = {
+    "held_out": "held-out samples of the training data",
+    **{name: f"the test set of {tree.title}" for name, tree in DATASETS.items()},
+}
 # Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
 # What torch raises of a file that is no state, or not whole, and what is raised of one that holds something else.
@@ -202,8 +207,8 @@ class TrainingRun:
             return None
         with self._reading():
             state: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
-            # Earlier versions knew no other bit depth.
-            other, processes = {"bit_depth": 16, **json.loads(state["config"])}, state["world_size"]
+            # What an earlier version did not ask for was as it is now by default.
+            other, processes = {**vars(PretrainConfig()), **json.loads(state["config"])}, state["world_size"]
         changed = [
             f"{name} was {other.get(name)!r}, is {value!r}"
             for name, value in json.loads(self._config).items()

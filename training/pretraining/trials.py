@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from adfeatures.errors import InputError
 
-from ..data import dataset, mvtec
+from ..data import dataset
+from ..data.draws import given_references
 from ..data.items import ANOMALOUS, NORMAL, Item, rank
+from ..data.protocol import original_geometry
 
 REFERENCES_PER_VIEW = 8
 
@@ -31,7 +33,14 @@ class Trial:
     presets: tuple[str, str] = ("squash", "squash")
 
 
-def held_out_trials(train: Sequence[Item], held_out: Sequence[Item], limit: int, seed: int) -> list[Trial]:
+def held_out_trials(
+    train: Sequence[Item],
+    held_out: Sequence[Item],
+    limit: int,
+    seed: int,
+    shots: int = REFERENCES_PER_VIEW,
+    folder: str | None = None,
+) -> list[Trial]:
     """A trial for each product with normal and anomalous images among the held-out ones, of views that have references.
 
     Args:
@@ -39,9 +48,11 @@ def held_out_trials(train: Sequence[Item], held_out: Sequence[Item], limit: int,
         held_out: The held-out images.
         limit: Most images of a product for training, and of each label for the test.
         seed: Decides which.
+        shots: References of a view, of which there may be fewer in ``train``.
+        folder: Where given references are, see `training.data.draws.given_references`. The default draws them.
 
     Raises:
-        InputError: If there is no such product.
+        InputError: If there is no such product, or a product without given references.
     """
     trials = []
     for product in sorted({item.product for item in held_out}):
@@ -52,7 +63,7 @@ def held_out_trials(train: Sequence[Item], held_out: Sequence[Item], limit: int,
         if all(tests):
             test = [item for items in tests for item in items]
             views = sorted({item.view for item in test})
-            references = {view: [item for item in own if item.view == view][:REFERENCES_PER_VIEW] for view in views}
+            references = _references([item for item in own if item.view in views], "real_iad", shots, folder)
             rest = [item for item in own if item.view in views and item not in references[item.view]]
             trials.append(Trial(product, references, (rest or own)[:limit], test))
     if not trials:
@@ -62,21 +73,38 @@ def held_out_trials(train: Sequence[Item], held_out: Sequence[Item], limit: int,
     return trials
 
 
-def mvtec_trials(root: str, img_size: tuple[int, int]) -> list[Trial]:
-    """Every product of MVTec AD, with the first training images as references, as the published weights were selected.
+def data_set_trials(
+    name: str, root: str, img_size: tuple[int, int], shots: int = REFERENCES_PER_VIEW, folder: str | None = None
+) -> list[Trial]:
+    """Every product of a data set of the evaluation, as the published weights were selected on MVTec AD.
 
-    At the published size, 224 x 224 pixels, the geometry is that of the published code too.
+    References are given ones, or the first training images of each view. At the published size, 224 x 224 pixels, the
+    geometry is that of the published code too.
 
     Raises:
-        InputError: For products or files that are missing. A mean over fewer products would select other checkpoints.
+        UnknownNameError: For an unknown data set.
+        InputError: For products, files or references that are missing. A mean over fewer products would select other
+            checkpoints.
     """
-    presets = ("resize256_crop224", "resize224_crop224") if img_size == (224, 224) else ("squash", "squash")
-    train, test = (dataset("mvtec").find_items(root, split, mvtec.PRODUCTS) for split in ("train", "test"))
-    trials = []
-    for product in mvtec.PRODUCTS:
-        normal, tested = ([item for item in items if item.product == product] for items in (train, test))
-        trials.append(Trial(product, {"": normal[:REFERENCES_PER_VIEW]}, normal, tested, presets))
+    tree, trials = dataset(name), []
+    # Data of other products may come in the layout of a known data set.
+    products = tree.products if set(tree.products) & set(tree.find_products(root)) else tree.choose(root)
+    train, test = (tree.find_items(root, split, products) for split in ("train", "test"))
+    for product in products:
+        normal = [item for item in train if item.product == product and item.label == NORMAL]
+        presets = original_geometry("patchcore", name, product) if img_size == (224, 224) else ("squash", "squash")
+        references = _references(normal, name, shots, folder)
+        trials.append(Trial(product, references, normal, [item for item in test if item.product == product], presets))
     return trials
+
+
+def _references(items: Sequence[Item], name: str, shots: int, folder: str | None) -> dict[str, list[Item]]:
+    """The references of the views of a product: the given ones, which serve all, or the first of these items."""
+    given = given_references(folder, name, items[0].product, shots) if folder and items else None
+    return {
+        view: given or [item for item in items if item.view == view][:shots]
+        for view in sorted({item.view for item in items})
+    }
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:

@@ -34,18 +34,21 @@ def test_input_sizes() -> None:
 
 
 def test_what_decides_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names, but for the bit depth, are those in settings.json of every folder that was written before."""
+    """The names, but for bit depth and split, are those in settings.json of every folder that was written before."""
     settings = config().settings()
     assert set(settings) == {
         "model", "img_size", "bit_depth", "dataset", "shots", "references", "protocol", "epochs", "oracle", "textures",
-        "foregrounds"
+        "foregrounds", "split"
     }  # fmt: skip
     free = {field.name for field in dataclasses.fields(EvaluationConfig)} - set(settings)
     assert free == {
-        "output", "root", "products", "method", "draws", "cache", "workers", "device", "backbone_weights", "weights"
+        "output", "root", "products", "method", "draws", "cache", "workers", "device", "backbone_weights", "weights",
+        "allow_overlap"
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("dtd").mkdir()
     assert config(textures="dtd").settings()["textures"] == str(tmp_path / "dtd")
     assert config(references="dtd").settings()["references"] == str(tmp_path / "dtd")
     assert config(references="retrieved").settings()["references"] is None
+    assert config(references="lists:dtd").settings()["references"] == f"lists:{tmp_path / 'dtd'}"
+    assert config(dataset="real_iad", split="dtd").settings()["split"] == str(tmp_path / "dtd")

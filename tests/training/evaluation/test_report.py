@@ -66,8 +66,12 @@ class TestReport:
                 entry = record("bottle", method, features, draw, len(method + features))
                 results.write(Combination(method, features, draw), {**entry, "weights": weights if draw == 0 else None})
         stored = [
-            {"name": "m.angle", "source": "", "stored": {"img_auc": 0.9871, "pix_auc": 0.9762, "pix_pro": 0.9453}},
-            {"name": "m.norm", "source": "", "stored": {}},
+            {
+                "name": "m.angle",
+                "stored": {"img_auc": 0.9871, "pix_auc": 0.9762, "pix_pro": 0.9453},
+                "selected_by": "AUPRO of PatchCore on the test set of MVTec AD",
+            },
+            {"name": "m.norm", "stored": {}, "selected_by": "AUPRO of FeatureNorm on the test set of MVTec AD"},
         ]
         printed = write_report(results, {**ABOUT, "weights": stored})
         found = parse(printed[printed.index("| Weights") :].partition("\n\n")[0])
@@ -80,23 +84,27 @@ class TestReport:
         expected = [100 * own[name] for name in ("image_auroc", "pixel_auroc", "aupro")]
         assert [float(row["Found here"]) for row in found] == pytest.approx(expected, abs=0.00501)
 
-    def test_metrics_of_the_checkpoint_beside_any_method(self, tmp_path: Path) -> None:
+    def test_metrics_of_the_checkpoint_beside_the_method_that_selected_it_alone(self, tmp_path: Path) -> None:
         results = Results(tmp_path, SETTINGS)
-        for method in ("padim", "feature_norm_retrieved"):
+        for method in ("padim", "patchcore", "feature_norm_retrieved", "feature_norm"):
             results.write(Combination(method, PRETRAINED, 0), record("bottle", method, PRETRAINED, 0, len(method)))
-        printed = write_report(
-            results, {**ABOUT, "weights": [{"name": "m.tag", "source": "", "stored": {"img_auc": 0.5}}]}
-        )
-        for method, name in (("padim", "PaDiM"), ("feature_norm_retrieved", "FeatureNorm (retrieved)")):
-            own = 100 * metrics(len(method))["image_auroc"]
-            assert f"| m.tag | img_auc | 50.00 | {name} | Image AUROC | {own:.2f} |" in printed
+        selected = "AUPRO of FeatureNorm on the test set of MVTec AD"
+        norm = {"name": "m.tag", "stored": {"img_auc": 0.5}, "selected_by": selected}
+        printed = write_report(results, {**ABOUT, "weights": [norm]})
+        found = parse(printed[printed.index("| Weights") :].partition("\n\n")[0])
+        own = 100 * metrics(len("feature_norm"))["image_auroc"]
+        assert [(row["Method"], row["Stored"], row["Found here"]) for row in found] == [
+            ("FeatureNorm", "50.00", f"{own:.2f}")
+        ]
+        for selected in ("", "nothing: the last one"):
+            assert "| Weights" not in write_report(results, {**ABOUT, "weights": [{**norm, "selected_by": selected}]})
 
     def test_the_stored_aupro_is_the_approximate_one(self, tmp_path: Path) -> None:
         results = Results(tmp_path, SETTINGS)
         entry = record("bottle", "patchcore", PRETRAINED, 0, 5)
         entry["metrics"]["aupro_original"] = 0.1234
         results.write(Combination("patchcore", PRETRAINED, 0), entry)
-        printed = write_report(
-            results, {**ABOUT, "weights": [{"name": "m.tag", "source": "", "stored": {"pix_pro": 0.5}}]}
-        )
+        selected = "AUPRO of PatchCore on the test set of MVTec AD"
+        weights = [{"name": "m.tag", "stored": {"pix_pro": 0.5}, "selected_by": selected}]
+        printed = write_report(results, {**ABOUT, "weights": weights})
         assert "| m.tag | pix_pro | 50.00 | PatchCore | AUPRO (original) | 12.34 |" in printed

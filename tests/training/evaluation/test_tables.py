@@ -11,6 +11,7 @@ from helpers.evaluation_records import metrics, parse, record, records, values
 
 from training.evaluation.results import PRETRAINED, RAW
 from training.evaluation.tables import METRICS, ORIGINAL_AUPRO, TITLES, table_lines, title, to_csv, to_markdown
+from training.evaluation.views import PART_AUROC
 
 
 class TestTables:
@@ -141,6 +142,46 @@ class TestTables:
         )
         assert row["AUPRO (original)"] == "11.10" and float(row["AUPRO"]) == pytest.approx(100 * metrics(0)["aupro"])
 
+    def test_views_have_lines_of_their_own(self) -> None:
+        made = [
+            record(product, "patchcore", kind, None if kind == RAW else 0, seed)
+            for seed, (product, kind) in enumerate((p, k) for p in ("bottle", "cable") for k in (RAW, PRETRAINED))
+        ]
+        for number, entry in enumerate(made):
+            entry["metrics"]["part_auroc"] = 0.5 + number / 100
+            entry["views"] = {"C1": metrics(50 + number), "C2": {**metrics(60 + number), "aupro": None}}
+        table = table_lines(made)
+        assert [line.view for line in table] == [""] * 9 + ["C1"] * 9 + ["C2"] * 9
+        found = {(line.view, line.product, line.features): line for line in table}
+        assert found["C1", "cable", RAW].values == metrics(52)
+        expected = np.mean([metrics(51)["aupro"], metrics(53)["aupro"]])
+        assert found["C1", "mean", PRETRAINED].values["aupro"] == pytest.approx(expected, abs=1e-12)
+        shown = parse(to_markdown([line for line in table if line.view == "C2" and line.product == "mean"]))
+        assert shown[0]["Product"] == "mean of 2, view C2" and shown[0]["AUPRO"] == "-"
+        rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+        assert [row["view"] for row in rows] == [line.view for line in table]
+        assert rows[0]["part_auroc"] == "0.51" and rows[9]["part_auroc"] == ""
+
+    def test_what_was_trained_on_is_marked(self) -> None:
+        made = records()
+        for entry in made:
+            if entry["method"] == "patchcore":
+                seen = {"bottle": [25, 30], "cable": [0, 12]}[entry["product"]]
+                entry["overlap"] = {"test": seen, "train": [9, 9]} if entry["features"] == PRETRAINED else None
+        table = table_lines(made)
+        marked = {(line.product, line.features): line.trained_on for line in table if line.method == "patchcore"}
+        assert {key: mark for key, mark in marked.items() if mark} == {
+            ("bottle", "pretrained"): "25 of 30",
+            ("bottle", "difference"): "25 of 30",
+            ("mean", "pretrained"): "25 of 42",
+            ("mean", "difference"): "25 of 42",
+        }
+        assert not any(line.trained_on for line in table if line.method != "patchcore")
+        (row, *_) = parse(to_markdown([line for line in table if line.trained_on]))
+        assert row["Features"] == "pretrained, trained on 25 of 30 test images"
+        rows = csv.DictReader(io.StringIO(to_csv(table)))
+        assert [row["trained_on"] for row in rows] == [line.trained_on for line in table]
+
     def test_names_cannot_break_a_table(self) -> None:
         made = [record("a|b", "patchcore", RAW, None, 1)]
         assert r"a\|b" in to_markdown(table_lines(made))
@@ -151,4 +192,4 @@ class TestTables:
 
 
 def test_every_metric_has_a_title() -> None:
-    assert set(TITLES) == {*METRICS, ORIGINAL_AUPRO}
+    assert set(TITLES) == {*METRICS, ORIGINAL_AUPRO, PART_AUROC}

@@ -13,15 +13,18 @@ from adfeatures.backbones import create_backbone
 from adfeatures.catalog import BACKBONES
 from adfeatures.factory import load_backbone
 from adfeatures.projector import ResidualProjector
+from training.data.fingerprint import TRAINED_ON, Fingerprint
 from training.pretraining.config import PretrainConfig
 from training.pretraining.frozen_backbone import FrozenBackbone, load_frozen_backbone
 from training.pretraining.header import checkpoint_header
+
+IMAGES = Fingerprint(["00" * 32, "ab" * 32])
 
 
 def header(title: str | None = None, num_heads: int = 4, **settings: Any) -> tuple[dict[str, str], FrozenBackbone]:
     backbone = load_frozen_backbone(PretrainConfig(**settings), torch.device("cpu"))
     projector = ResidualProjector(backbone.entry.channels, num_heads, num_keys=2)
-    return checkpoint_header(backbone, projector, title), backbone
+    return checkpoint_header(backbone, projector, title, IMAGES), backbone
 
 
 def test_a_model_of_the_catalog_is_named() -> None:
@@ -29,12 +32,14 @@ def test_a_model_of_the_catalog_is_named() -> None:
     assert (found["format"], found["model"]) == ("adfeatures", "adpretrain_efficientnet_lite")
     assert json.loads(found["img_size"]) == [64, 32] and found["num_heads"] == "4"
     assert "backbone" not in found
+    images = Fingerprint.from_text(found[TRAINED_ON])
+    assert len(images) == 2 and "ab" * 32 in images
 
 
 def test_other_levels_than_the_usual_ones_are_described() -> None:
     entry = dataclasses.replace(BACKBONES["dinov2_base"], blocks=(2, 4), channels=(8, 8))
     backbone = FrozenBackbone("dinov2_base", create_backbone("dinov2_base", embed_dim=8, depth=4, num_heads=2), entry)
-    found = checkpoint_header(backbone, ResidualProjector((8, 8), 2, 2), None)
+    found = checkpoint_header(backbone, ResidualProjector((8, 8), 2, 2), None, IMAGES)
     assert found["model"] == "adpretrain_dinov2_base" and json.loads(found["backbone"])["blocks"] == [2, 4]
 
 

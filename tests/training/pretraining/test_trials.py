@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.trees import write_mvtec
+from helpers.real_iad_tree import write_real_iad
+from helpers.trees import write_mvtec, write_visa
 
 from adfeatures.errors import InputError
-from training.data import mvtec
+from training.data import mvtec, visa
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.pretraining.trials import REFERENCES_PER_VIEW, held_out_trials, mvtec_trials
+from training.pretraining.trials import REFERENCES_PER_VIEW, data_set_trials, held_out_trials
 
 
 def images(product: str, view: str, label: int, samples: range) -> list[Item]:
@@ -93,7 +94,7 @@ def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mvtec_is_evaluated_against_its_first_images(mvtec_root: Path) -> None:
-    trials = mvtec_trials(str(mvtec_root), (56, 56))
+    trials = data_set_trials("mvtec", str(mvtec_root), (56, 56))
     assert tuple(trial.product for trial in trials) == mvtec.PRODUCTS
     for trial in trials:
         names = [str(Path(item.image).relative_to(mvtec_root)) for item in trial.references[""]]
@@ -110,9 +111,41 @@ def test_products_of_mvtec_that_are_missing_are_named_at_once(mvtec_root: Path, 
     for product in ("cable", "zipper"):
         shutil.rmtree(tmp_path / "mvtec" / product)
     with pytest.raises(InputError, match="holds no cable, zipper. Extract the rest of MVTec AD"):
-        mvtec_trials(str(tmp_path / "mvtec"), (224, 224))
+        data_set_trials("mvtec", str(tmp_path / "mvtec"), (224, 224))
 
 
 def test_at_the_size_of_the_original_the_geometry_is_the_originals(mvtec_root: Path) -> None:
     for side, presets in ((224, ("resize256_crop224", "resize224_crop224")), (56, ("squash", "squash"))):
-        assert {trial.presets for trial in mvtec_trials(str(mvtec_root), (side, side))} == {presets}
+        assert {trial.presets for trial in data_set_trials("mvtec", str(mvtec_root), (side, side))} == {presets}
+
+
+def test_any_data_set_selects_with_as_many_references_as_asked_for(tmp_path: Path) -> None:
+    root = write_visa(tmp_path / "visa", visa.PRODUCTS, good=3, test_good=1, bad=1, size=(16, 16))
+    trials = data_set_trials("visa", str(root), (224, 224), shots=2)
+    assert tuple(trial.product for trial in trials) == visa.PRODUCTS
+    for trial in trials:
+        assert [Path(item.image).name for item in trial.references[""]] == ["0000.JPG", "0001.JPG"]
+        assert len(trial.train) == 3 and trial.presets == ("resize224_crop224", "resize224_crop224")
+    with pytest.raises(InputError, match="holds no candle"):
+        shutil.rmtree(root / "candle")
+        data_set_trials("visa", str(root), (224, 224))
+
+
+def test_a_data_set_with_views_and_products_of_its_own(tmp_path: Path) -> None:
+    root = write_real_iad(tmp_path / "tree", ("cogwheel",), ok=4, ng=2)
+    (trial,) = data_set_trials("real_iad", str(root), (56, 56), shots=2)
+    assert {view: len(items) for view, items in trial.references.items()} == {"C1": 2, "C2": 2}
+    assert all(item.view == view for view, items in trial.references.items() for item in items)
+    assert {item.view for item in trial.test} == {"C1", "C2"}
+
+
+def test_given_references_serve_all_views(tmp_path: Path) -> None:
+    folder = write_mvtec(tmp_path / "8shot", ("nut",), good=3, test_good=0, bad=0, size=(16, 16))
+    train, held_out = images("nut", "C1", NORMAL, range(9)), images("nut", "C1", NORMAL, range(20, 23))
+    held_out += images("nut", "C1", ANOMALOUS, range(20, 23))
+    (trial,) = held_out_trials(train, held_out, 10, 0, shots=2, folder=str(folder))
+    names = [str(Path(item.image).relative_to(folder)) for item in trial.references["C1"]]
+    assert names == ["nut/train/good/000.png", "nut/train/good/001.png"]
+    assert set(trial.train) == set(train)
+    with pytest.raises(InputError, match="There are no references of nut"):
+        held_out_trials(train, held_out, 10, 0, folder=str(tmp_path))

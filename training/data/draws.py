@@ -9,7 +9,7 @@ from pathlib import Path
 from adfeatures.errors import InputError
 from adfeatures.sources import list_images
 
-from ..data.items import NORMAL, Item
+from .items import NORMAL, Item
 
 
 def draw_references(train: Sequence[Item], shots: int, draw: int) -> list[Item]:

@@ -8,8 +8,8 @@ import pytest
 from helpers.models import write_photos
 
 from adfeatures.errors import InputError
+from training.data.draws import draw_references, given_references
 from training.data.items import NORMAL, Item
-from training.evaluation.draws import draw_references, given_references
 
 
 def items(count: int, view: str = "") -> list[Item]:

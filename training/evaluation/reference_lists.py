@@ -1,0 +1,77 @@
+"""The lists of references that the authors of ADPretrain published: for every test image ten training images.
+
+``<data set>/<product>.json`` is an object of lists: the path of a test image to those of its references, absolute on
+the machine that they were made on. What follows the folder of the product is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from adfeatures.errors import InputError
+
+from ..data.images import some
+from ..data.items import NORMAL, Item
+from ..data.tree import find_file
+from .product import Product
+
+
+def listed_references(folder: str, dataset: str, place: Path, product: Product) -> dict[str, list[Item]]:
+    """The references of every test image of a product, by its path.
+
+    Args:
+        folder: The folder of the lists, ``<data set>/<product>.json`` or ``<product>.json``.
+        dataset: Name of the data set.
+        place: The folder of the product.
+        product: The product.
+
+    Raises:
+        InputError: For a list that is missing or broken; that lacks test images; that names files that are not there,
+            or test images as references.
+    """
+    files = [Path(folder, dataset, f"{product.name}.json"), Path(folder, f"{product.name}.json")]
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        raise InputError(f"There is no list of references of {product.name}: neither {files[0]} nor {files[1]}.")
+    test = {item.image for item in product.test}
+    found: dict[str, list[Item]] = {}
+    missing: list[str] = []
+    for image, references in _read(file):
+        places = {name: _find(place, name, product.name) for name in (image, *references)}
+        missing += [name for name, path in places.items() if path is None]
+        own = places.pop(image)
+        items = [Item(path, NORMAL, product.name) for path in places.values() if path is not None]
+        if tested := [item.image for item in items if item.image in test]:
+            raise InputError(f"{file} names test images as references of {image}: {some(tested)}.")
+        if own is not None:
+            found[own] = items
+    if names := list(dict.fromkeys(missing)):
+        raise InputError(f"{file} names {len(names)} files that are not below {place}: {some(names)}.")
+    if bare := [item.image for item in product.test if not found.get(item.image)]:
+        raise InputError(f"{file} has no references for {len(bare)} of {len(product.test)} test images: {some(bare)}.")
+    return found
+
+
+def _find(place: Path, name: str, product: str) -> str | None:
+    """The file below the folder of a product that a path from elsewhere ends like."""
+    parts = re.split(r"[/\\]", name)
+    ends = (parts[index + 1 :] for index, part in enumerate(parts) if part == product)
+    files = (find_file(place, os.path.join(*end)) for end in ends if end and ".." not in end)
+    return next((str(file) for file in files if file.is_file()), None)
+
+
+def _read(file: Path) -> Iterator[tuple[str, list[str]]]:
+    try:
+        lists = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"The list of references {file} cannot be read: {error}. Fetch it again.") from error
+    if not isinstance(lists, dict):
+        raise InputError(f"The list of references {file} must be an object of lists of paths. Fetch it again.")
+    for image, references in lists.items():
+        if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
+            raise InputError(f"In {file} the references of {image} are no list of paths. Fetch it again.")
+        yield image, references
