@@ -90,6 +90,7 @@ def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[st
         "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
         "weights": [_facts(weights, config) for weights in model.weights.values()],
         **{fact: ", ".join(names) for fact, names in lacks.items() if names},
+        "selected by": {weights.name: weights.selected_by for weights in model.weights.values()},
         **({"overlap with the test images": f"{', '.join(unknown)}: {UNKNOWN}"} if unknown else {}),
     }
 

@@ -43,11 +43,10 @@ def listed_references(folder: str, dataset: str, place: Path, product: Product) 
     for image, references in _read(file):
         places = {name: _find(place, name, product.name) for name in (image, *references)}
         missing += [name for name, path in places.items() if path is None]
-        own = places.pop(image)
-        items = [Item(path, NORMAL, product.name) for path in places.values() if path is not None]
+        items = [Item(path, NORMAL, product.name) for name in references if (path := places[name]) is not None]
         if tested := [item.image for item in items if item.image in test]:
             raise InputError(f"{file} names test images as references of {image}: {some(tested)}.")
-        if own is not None:
+        if (own := places[image]) is not None:
             found[own] = items
     if names := list(dict.fromkeys(missing)):
         raise InputError(f"{file} names {len(names)} files that are not below {place}: {some(names)}.")

@@ -23,7 +23,7 @@ from .model_card import model_card
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # Entries of a run's config that name files of the machine it ran on.
-_LOCAL = ("output", "root", "validation_root", "filter_list", "centers", "backbone_weights")
+_LOCAL = ("output", "root", "validation_root", "validation_references", "filter_list", "centers", "backbone_weights")
 # Of timm's description, what the header of the weights says.
 _IN_HEADER = ("architecture", "hf_hub_id", "hf_hub_filename", "file")
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_results_of_before_there_were_marks_are_marked(run: Run, parts: Path, tm
 def test_a_damaged_fingerprint_is_no_missing_one(
     run: Run, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    model = weights(tmp_path / "model.safetensors", **{TRAINED_ON: text})
+    model = weights(tmp_path / "model.safetensors", None, **{TRAINED_ON: text})
     assert run(model, "folder", parts) == 2
     assert "the trained_on of its header cannot be read" in capsys.readouterr().err
 
@@ -157,7 +158,13 @@ def test_what_cannot_be_read_fails_by_itself(run: Run, parts: Path, tmp_path: Pa
 def test_another_split_of_the_same_data_is_found(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A projector of --seed 7 has seen test images of the split of the evaluation, one of its seed has not."""
     tree = write_real_iad(tmp_path / "iad", ("pcb",), ok=8, ng=4)
-    fast = {"backbone": "efficientnet_lite", "img_size": (32,), "num_heads": 4, "num_keys": 4, "batch_size": 8}
+    fast: dict[str, Any] = {
+        "backbone": "efficientnet_lite",
+        "img_size": (32,),
+        "num_heads": 4,
+        "num_keys": 4,
+        "batch_size": 8,
+    }
     given = {**fast, "root": str(tree), "products": ("pcb",), "max_steps": 1, "workers": 0, "validation": "none"}
     test = [item.image for item in dataset("real_iad").find_items(tree, "test", ["pcb"])]
     for seed in (42, 7):

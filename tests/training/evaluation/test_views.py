@@ -32,7 +32,8 @@ def made(parts: int = 8) -> tuple[list[Item], torch.Tensor, torch.Tensor, torch.
 def test_a_part_is_its_highest_view() -> None:
     items, scores, _, masks = made()
     labels = masks.flatten(1).any(dim=1).long()
-    highest, anomalous = {}, {}
+    highest: dict[str, float] = {}
+    anomalous: dict[str, bool] = {}
     for item, score, label in zip(items, scores.tolist(), labels.tolist(), strict=True):
         highest[item.sample] = max(highest.get(item.sample, -1.0), score)
         anomalous[item.sample] = anomalous.get(item.sample, False) or bool(label)
