@@ -321,4 +321,6 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max((len(key) for key in facts), default=0)
     for key, value in facts.items():
-        print(f"{key:<{width}}  {value}")
+        text = str(value)
+        # A header may hold a fingerprint of many images.
+        print(f"{key:<{width}}  {text if len(text) < 10_000 else f'{text[:60]}... ({len(text)} characters)'}")

@@ -383,3 +383,11 @@ def test_thresholds_are_scores(photos: Path, threshold: str) -> None:
     with pytest.raises(SystemExit) as exit:
         score(photos, photos / "new", f"--threshold={threshold}")
     assert exit.value.code == 2 and not (photos / "out").exists()
+
+
+def test_long_facts_are_cut_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"model": "m", "trained_on": "x" * 100_000}
+    cli._print(facts, False)
+    assert capsys.readouterr().out.splitlines()[1] == f"trained_on  {'x' * 60}... (100000 characters)"
+    cli._print(facts, True)
+    assert json.loads(capsys.readouterr().out) == facts

@@ -158,17 +158,22 @@ def test_what_cannot_be_read_fails_by_itself(run: Run, parts: Path, tmp_path: Pa
 def test_another_split_of_the_same_data_is_found(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A projector of --seed 7 has seen test images of the split of the evaluation, one of its seed has not."""
     tree = write_real_iad(tmp_path / "iad", ("pcb",), ok=8, ng=4)
-    fast: dict[str, Any] = {
+    given: dict[str, Any] = {
+        "root": str(tree),
+        "products": ("pcb",),
         "backbone": "efficientnet_lite",
         "img_size": (32,),
         "num_heads": 4,
         "num_keys": 4,
         "batch_size": 8,
+        "max_steps": 1,
+        "workers": 0,
+        "validation": "none",
+        "precision": "float32",
     }
-    given = {**fast, "root": str(tree), "products": ("pcb",), "max_steps": 1, "workers": 0, "validation": "none"}
     test = [item.image for item in dataset("real_iad").find_items(tree, "test", ["pcb"])]
     for seed in (42, 7):
-        config = PretrainConfig(output=str(tmp_path / f"seed{seed}"), seed=seed, precision="float32", **given)
+        config = PretrainConfig(output=str(tmp_path / f"seed{seed}"), seed=seed, **given)
         model = pretrain(config, torch.device("cpu")) / "checkpoint_last.safetensors"
         seen = Fingerprint.from_text(load_checkpoint(model).metadata[TRAINED_ON]).known(test)
         assert bool(seen) == (seed == 7)

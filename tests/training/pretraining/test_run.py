@@ -125,14 +125,16 @@ def test_centers_may_be_spelled_as_in_the_states_of_an_earlier_version(tmp_path:
         run.depend_on("centers", "124")
 
 
-def test_states_of_an_earlier_version_are_of_16_bits(tmp_path: Path) -> None:
+def test_states_of_an_earlier_version_are_of_the_defaults(tmp_path: Path) -> None:
     train(*begin(tmp_path), steps=1)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     config = json.loads(state["config"])
-    assert config.pop("bit_depth") == 16
+    added = ("bit_depth", "validation_shots", "validation_references", "eval_every")
+    assert [config.pop(name) for name in added] == [16, 8, None, 1]
     torch.save({**state, "config": json.dumps(config)}, tmp_path / "state.pt")
-    with pytest.raises(InputError, match="bit_depth was 16, is 12"):
-        begin(tmp_path, bit_depth=12)
+    for change, text in (({"bit_depth": 12}, "bit_depth was 16, is 12"), ({"eval_every": 2}, "eval_every was 1, is 2")):
+        with pytest.raises(InputError, match=text):
+            begin(tmp_path, **change)
     assert begin(tmp_path)[0].step == 1
 
 
