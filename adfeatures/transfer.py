@@ -96,11 +96,14 @@ class Transfer:
         for left in part.parent.glob(f"{self.etag}.*.incomplete"):
             if left != part:
                 left.unlink(missing_ok=True)
-        if (free := shutil.disk_usage(part.parent).free) < size - temp_file.tell():
-            raise OSError(errno.ENOSPC, f"{size} bytes are announced, {free} are free", str(part.parent))
         try:
+            missing, free = size - temp_file.tell(), shutil.disk_usage(part.parent).free
+            if missing < 0:
+                raise _TooMuchError(f"what arrived before is more than the announced {size} bytes")
+            if missing > free:
+                raise _TooMuchError(errno.ENOSPC, f"{missing} bytes are announced, {free} are free", str(part.parent))
             return await_result(start(lambda: self._receive(url, _Bounded(temp_file, size), **options)), self._go_on)
-        except _TooLongError:
+        except _TooMuchError:
             part.unlink(missing_ok=True)
             raise
 
@@ -124,13 +127,13 @@ class _Bounded:
 
     def write(self, chunk: bytes) -> None:
         if self.tell() + len(chunk) > self._size:
-            raise _TooLongError(f"more than the announced {self._size} bytes arrived")
+            raise _TooMuchError(f"more than the announced {self._size} bytes arrived")
         self._file.write(chunk)
         self._file.flush()
 
 
-class _TooLongError(OSError):
-    """A server sends more than it announced."""
+class _TooMuchError(OSError):
+    """A server sends more than it announced, or announces more than there is room for."""
 
 
 def start(call: Callable[[], _T]) -> Future[_T]:
