@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from adfeatures import __version__
+from adfeatures.checkpoints import refuse_links
 
 from . import console
 from .data import DATASETS, dataset
@@ -25,8 +26,8 @@ from .distributed import barrier, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
 from .evaluation.model import EvaluatedModel, load_model
 from .evaluation.report import write_report
-from .evaluation.results import Results
-from .evaluation.runner import Evaluation
+from .evaluation.results import FOLDER, Results
+from .evaluation.runner import CACHE, FIGURES, Evaluation
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "scikit-image", "pillow")
 DESCRIPTION = "Evaluate a model on an anomaly detection data set."
@@ -43,6 +44,7 @@ def evaluate_model(config: EvaluationConfig) -> int:
             that holds results of other settings or images or cannot be written, a full disk. What was finished is kept.
     """
     products = dataset(config.dataset).choose(config.root, config.products)
+    refuse_links(config.output, FOLDER, FIGURES, CACHE)
     with processes(config.device) as device:
         model = load_model(
             config.model,

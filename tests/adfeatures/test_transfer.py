@@ -81,7 +81,7 @@ class TestNames:
         looking.join()
         assert all(during) and vars(file_download) == before
         hub.fault(method="HEAD", headers={"X-Linked-ETag": "5f3-abc"})
-        assert Path(file_download.hf_hub_download(REPO, FILE, cache_dir=tmp_path / "other")).exists()
+        assert Path(file_download.hf_hub_download(REPO, FILE, cache_dir=tmp_path / "other", endpoint=hub.url)).exists()
 
 
 class TestWithoutHash:
