@@ -63,7 +63,8 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: AnyPat
 
     HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT (seconds to wait for the Hub, 10), HF_HUB_DOWNLOAD_TIMEOUT (10; a
     download is given up after six times as long without a new byte) and the cache variables are those of the moment of
-    the call.
+    the call. A server that names no hash of the file is refused, unless ADFEATURES_UNVERIFIED is 1. No more is written
+    than the size that it announces, and it must announce one.
 
     Raises:
         DownloadError: When the file cannot be found, fetched, verified or stored; with the reason and the next step.
@@ -102,7 +103,7 @@ def verify(path: AnyPath, etag: str | None = None) -> None:
         path: A file in a Hub cache. The name of its blob is its digest: sha256 of LFS and Xet files, git blob id of
             others.
         etag: The digest that the Hub reported, for caches without symbolic links. Where neither is known nothing is
-            compared.
+            compared: so it is with files that ADFEATURES_UNVERIFIED let in, and later in caches without such links.
 
     Raises:
         DownloadError: When the digests differ.
@@ -238,9 +239,9 @@ def _patience(wanted: _Wanted) -> Callable[[], None]:
     def look() -> None:
         nonlocal sizes, last, limit
         now = wanted.partial_sizes()
-        if any(size > sizes.get(name, -1) for name, size in now.items()):
+        if any(size > sizes.get(name, 0) for name, size in now.items()):
             last, limit = monotonic(), 6 * _seconds("HF_HUB_DOWNLOAD_TIMEOUT")
-        sizes = {name: max(size, sizes.get(name, -1)) for name, size in now.items()}
+        sizes = {name: max(size, sizes.get(name, 0)) for name, size in now.items()}
         if monotonic() - last > limit:
             raise TimeoutError(f"nothing arrived for {limit:.0f} s")
 
