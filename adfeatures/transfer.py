@@ -50,6 +50,8 @@ class Transfer:
             steps.__getitem__, ("hf_hub_download", "get_hf_file_metadata", "http_get")
         )
         steps.update(get_hf_file_metadata=self._metadata, http_get=self._body)
+        # what writes files of Xet can be neither bounded nor stopped
+        steps.update(is_xet_available=lambda: False)
         self._over = threading.Event()
         self.reached, self.etag = False, ""
 
@@ -84,7 +86,6 @@ class Transfer:
         if found.size is None:
             raise UnansweredError from FileMetadataError("no size is announced")
         self.etag = found.etag if DIGEST.fullmatch(found.etag or "") else _stand_in(url, found)
-        # what writes files of Xet can be neither bounded nor stopped
         return replace(found, etag=self.etag, xet_file_data=None)
 
     def _body(self, url: str, temp_file: Any, **options: Any) -> None:

@@ -132,6 +132,7 @@ class TestLength:
 
 
 class TestKilledDownloads:
+    @pytest.mark.slow
     def test_next_one_leaves_nothing_of_it(self, hub: HubServer, tmp_path: Path) -> None:
         content = bytes(12 << 20)
         hub.add(REPO, FILE, content)
@@ -149,6 +150,7 @@ class TestKilledDownloads:
         assert download(REPO, FILE).read_bytes() == content
         assert list(tmp_path.rglob("*.incomplete")) == [foreign]
 
+    @pytest.mark.slow
     def test_given_up_one_writes_no_more(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hub.add(REPO, FILE, bytes(12 << 20))
         hub.fault(method="GET", cut=11 << 20, stall=True)
