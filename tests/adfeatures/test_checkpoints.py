@@ -28,8 +28,8 @@ from adfeatures.checkpoints import (
     convert,
     git_blob_id,
     load_checkpoint,
-    regular_file,
     refuse_links,
+    regular_file,
     save_checkpoint,
     sha256,
 )
