@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from .checkpoints import AnyPath, git_blob_id, sha256
 from .errors import DownloadError, InputError
+from .transfer import DIGEST, UNVERIFIED, Transfer, UnansweredError, UnhashedError, await_result, hub_failures, start
 
-_T = TypeVar("_T")
 _PATIENCE = 20.0
 _ELSEWHERE = (
     "on a machine with a network run `adfeatures download NAME` (or `hf download {repo} {filename}`) and copy its "
@@ -65,28 +63,37 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: AnyPat
 
     HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT (seconds to wait for the Hub, 10), HF_HUB_DOWNLOAD_TIMEOUT (10; a
     download is given up after six times as long without a new byte) and the cache variables are those of the moment of
-    the call.
+    the call. A server that names no hash of the file is refused, unless ADFEATURES_UNVERIFIED is 1. No more is written
+    than the size that it announces, and it must announce one.
 
     Raises:
         DownloadError: When the file cannot be found, fetched, verified or stored; with the reason and the next step.
         InputError: For a repository, file or revision name that cannot exist.
     """
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     wanted = _Wanted.of(repo, filename, revision, cache_dir)
     if cached := wanted.cached():
         return wanted.verified(cached)
     if _is_offline():
         raise wanted.error("HF_HUB_OFFLINE is set and the file is not in the cache", _ELSEWHERE)
-    reached = threading.Event()
+    transfer = Transfer()
     try:
-        path, etag = _watched(lambda: _fetch(wanted, reached), wanted)
+        path = transfer.run(
+            wanted.repo,
+            wanted.filename,
+            _patience(wanted),
+            revision=wanted.revision,
+            cache_dir=wanted.cache,
+            endpoint=wanted.endpoint,
+            etag_timeout=_seconds("HF_HUB_ETAG_TIMEOUT"),
+        )
     except hub_failures() as error:
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        cause = error.__cause__ if isinstance(error, UnansweredError) and error.__cause__ else error
         if isinstance(cause, EntryNotFoundError):
             raise wanted.error("the repository has no such file", _listing(wanted), _FileMissing) from error
-        raise wanted.error(*_explain_failure(cause, reached.is_set())) from error
-    return wanted.verified(path, etag)
+        raise wanted.error(*_explain_failure(cause, transfer.reached)) from error
+    return wanted.verified(path, transfer.etag)
 
 
 def verify(path: AnyPath, etag: str | None = None) -> None:
@@ -96,7 +103,7 @@ def verify(path: AnyPath, etag: str | None = None) -> None:
         path: A file in a Hub cache. The name of its blob is its digest: sha256 of LFS and Xet files, git blob id of
             others.
         etag: The digest that the Hub reported, for caches without symbolic links. Where neither is known nothing is
-            compared.
+            compared: so it is with files that ADFEATURES_UNVERIFIED let in, and later in caches without such links.
 
     Raises:
         DownloadError: When the digests differ.
@@ -105,7 +112,7 @@ def verify(path: AnyPath, etag: str | None = None) -> None:
     # one link only: a blob may itself be a link into a store that repositories share, where names are Xet hashes
     target = Path(os.readlink(path)) if path.is_symlink() else Path()
     expected = target.name if target.parent.name == "blobs" else etag or ""
-    digest = {64: sha256, 40: git_blob_id}.get(len(expected)) if re.fullmatch("[0-9a-f]+", expected) else None
+    digest = {64: sha256, 40: git_blob_id}[len(expected)] if DIGEST.fullmatch(expected) else None
     if digest is None or (found := digest(path)) == expected:
         return
     with suppress(OSError):
@@ -197,11 +204,9 @@ class _Wanted:
 
     def partial_sizes(self) -> dict[str, int]:
         sizes = {}
-        for partial in (self.cache / f"models--{self.repo.replace('/', '--')}" / "blobs").glob("*.incomplete"):
+        for part in (self.cache / f"models--{self.repo.replace('/', '--')}" / "blobs").glob("*.incomplete"):
             with suppress(OSError):
-                # hf_xet may write in any order, so that a file first has its size and then its blocks
-                facts = partial.stat()
-                sizes[partial.name] = facts.st_size + 512 * getattr(facts, "st_blocks", 0)
+                sizes[part.name] = part.stat().st_size
         return sizes
 
     def error(self, reason: str, advice: str, kind: type[DownloadError] = DownloadError) -> DownloadError:
@@ -227,45 +232,20 @@ def _seconds(variable: str) -> float:
     return float(getattr(constants, variable))
 
 
-def _fetch(wanted: _Wanted, reached: threading.Event) -> tuple[Path, str | None]:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-
-    url = hf_hub_url(wanted.repo, wanted.filename, revision=wanted.revision, endpoint=wanted.endpoint)
-    etag, patience = None, _seconds("HF_HUB_ETAG_TIMEOUT")
-    # hf_hub_download repeats a failed first request for up to six minutes; the same request made alone fails at once. A
-    # missing file is left to it, because it notes the absence in the cache.
-    with suppress(EntryNotFoundError):
-        etag = get_hf_file_metadata(url, timeout=patience).etag
-    reached.set()
-    places: dict[str, Any] = {"revision": wanted.revision, "cache_dir": wanted.cache, "endpoint": wanted.endpoint}
-    return Path(hf_hub_download(wanted.repo, wanted.filename, etag_timeout=patience, **places)), etag
-
-
-def _watched(call: Callable[[], _T], wanted: _Wanted) -> _T:
-    """Run ``call`` in a thread and give up on it when nothing arrives any more.
-
-    huggingface_hub waits as long as a server's Retry-After says and begins a long file again for ever where a server
-    cuts it off and ignores Range, and hf_xet has been seen to stall for hours. None of them can be told to stop.
-    """
-    result: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-
+def _patience(wanted: _Wanted) -> Callable[[], None]:
+    """What raises TimeoutError when nothing arrives any more, be it by this process or by another that has the lock."""
     sizes, last, limit = wanted.partial_sizes(), monotonic(), _PATIENCE + _seconds("HF_HUB_ETAG_TIMEOUT")
-    threading.Thread(target=run, name="adfeatures-download", daemon=True).start()
-    while not wait([result], timeout=0.2).done:
+
+    def look() -> None:
+        nonlocal sizes, last, limit
         now = wanted.partial_sizes()
-        if any(size > sizes.get(name, -1) for name, size in now.items()):
+        if any(size > sizes.get(name, 0) for name, size in now.items()):
             last, limit = monotonic(), 6 * _seconds("HF_HUB_DOWNLOAD_TIMEOUT")
-        sizes = {name: max(size, sizes.get(name, -1)) for name, size in now.items()}
+        sizes = {name: max(size, sizes.get(name, 0)) for name, size in now.items()}
         if monotonic() - last > limit:
             raise TimeoutError(f"nothing arrived for {limit:.0f} s")
-    return result.result()
+
+    return look
 
 
 def hub_endpoint() -> str:
@@ -280,14 +260,6 @@ def hub_endpoint() -> str:
     if not re.match("https?://[^/]", endpoint):
         raise InputError(f"HF_ENDPOINT is {endpoint!r}, which is no http(s) address.")
     return endpoint
-
-
-def hub_failures() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises where the Hub refuses, is out of reach or answers nonsense."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # HfHubHTTPError derives from the error class of whichever HTTP library this version of huggingface_hub uses
-    return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 def _explain_failure(error: BaseException, reached: bool) -> tuple[str, str]:
@@ -311,6 +283,9 @@ def _explain_failure(error: BaseException, reached: bool) -> tuple[str, str]:
         return "the Hub asks for fewer requests (HTTP 429)", f"wait {wait}, or run `hf auth login`"
     if status:
         return f"the Hub answered HTTP {status}", "try again later, or set HF_ENDPOINT to a mirror"
+    if isinstance(error, UnhashedError):
+        advice = f"use a server that names it, as the Hub does, or set {UNVERIFIED}=1 to trust this one"
+        return first_line(error), advice
     if isinstance(error, errors.FileMetadataError):
         reason = "the answer is not that of a Hub; is a proxy or login page in between?"
         return reason, "check the network and HF_ENDPOINT"
@@ -319,8 +294,7 @@ def _explain_failure(error: BaseException, reached: bool) -> tuple[str, str]:
         return f"the cache cannot be written ({error})", advice
     if not reached:
         return f"there is no connection ({first_line(error)})", _ELSEWHERE
-    again = "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60, "
-    again += "where Xet is blocked HF_HUB_DISABLE_XET=1"
+    again = "run the same command again; on a slow line set HF_HUB_DOWNLOAD_TIMEOUT=60"
     return f"the download broke off ({first_line(error)}); no part of it is used", again
 
 
@@ -335,7 +309,8 @@ def _listing(wanted: _Wanted) -> str:
     ask = HfApi(endpoint=wanted.endpoint).model_info
     patience = _seconds("HF_HUB_ETAG_TIMEOUT")
     try:
-        info = _watched(lambda: ask(wanted.repo, revision=wanted.revision, timeout=patience), wanted)
+        asked = start(lambda: ask(wanted.repo, revision=wanted.revision, timeout=patience))
+        info = await_result(asked, _patience(wanted))
     except hub_failures():
         return "look at the repository's page for the names of its files"
     names = [sibling.rfilename for sibling in info.siblings or []]

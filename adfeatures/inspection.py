@@ -8,6 +8,7 @@ import heapq
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -22,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from .checkpoints import atomic_path
+from .checkpoints import atomic_path, refuse_links
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
 from .overlays import contact_sheet, overlay, tile
@@ -41,7 +42,7 @@ MOST_ERRORS = 20
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One line of scores.csv and scores.jsonl.
+    """One line of scores.csv and scores.jsonl; names are themselves in the second, and in the first as by ``csv_cell``.
 
     ``decision`` is normal, anomalous or empty; ``error`` says why there is no score.
     """
@@ -212,6 +213,14 @@ def _table(path: Path) -> TextIO:
     return open(path, "w", newline="", encoding="utf-8", errors="backslashreplace")
 
 
+def csv_cell(value: Any) -> Any:
+    """What a table shows of a value: texts that a spreadsheet would take for a formula follow an apostrophe.
+
+    So do texts that look like such ones, so that the text itself is what follows the first apostrophe.
+    """
+    return f"'{value}" if isinstance(value, str) and re.match("'*[=+@\\t\\r\\n-]", value) else value
+
+
 def _row(file: str, result: Prediction | ImageError, threshold: float | None) -> ImageRow:
     if isinstance(result, ImageError):
         return ImageRow(file, error=str(result))
@@ -220,7 +229,7 @@ def _row(file: str, result: Prediction | ImageError, threshold: float | None) ->
 
 
 def _append(row: ImageRow, table: TextIO, lines: TextIO) -> None:
-    csv.writer(table).writerow(["" if value is None else value for value in astuple(row)])
+    csv.writer(table).writerow(["" if value is None else csv_cell(value) for value in astuple(row)])
     lines.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
     table.flush()
     lines.flush()
@@ -291,6 +300,7 @@ def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) ->
     """
     new = output / ".adfeatures-new"
     try:
+        refuse_links(output, "overlays", new.name)
         former = _former_result(output)
         _refuse_conflicts(output, files, pictures, former)
         shutil.rmtree(new, ignore_errors=True)  # Of a run that was killed.

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from adfeatures import __version__
+from adfeatures.checkpoints import refuse_links
 
 from . import console
 from .data import DATASETS
@@ -27,8 +28,8 @@ from .evaluation.config import EvaluationConfig
 from .evaluation.model import EvaluatedModel, ProjectorWeights, load_model
 from .evaluation.overlap import UNKNOWN, find_overlaps
 from .evaluation.report import write_report
-from .evaluation.results import Results
-from .evaluation.runner import Evaluation
+from .evaluation.results import FOLDER, Results
+from .evaluation.runner import CACHE, FIGURES, Evaluation
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "scikit-image", "pillow")
 DESCRIPTION = "Evaluate a model on an anomaly detection data set."
@@ -45,7 +46,12 @@ def evaluate_model(config: EvaluationConfig) -> int:
             were trained on test images without ``allow_overlap``; for a folder that holds results of other settings or
             images or cannot be written, a full disk. What was finished is kept.
     """
+<<<<<<< HEAD
     products = config.tree.choose(config.root, config.products)
+=======
+    products = dataset(config.dataset).choose(config.root, config.products)
+    refuse_links(config.output, FOLDER, FIGURES, CACHE)
+>>>>>>> work/hub
     with processes(config.device) as device:
         model = load_model(
             config.model,

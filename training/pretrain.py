@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from adfeatures.checkpoints import weights_fingerprint
+from adfeatures.checkpoints import refuse_links, weights_fingerprint
 from adfeatures.projector import ResidualProjector
 
 from . import console
@@ -33,7 +33,7 @@ from .distributed import processes, rank, world_size
 from .pretraining.centers import find_centers
 from .pretraining.checks import check_labels, check_masks, check_trials
 from .pretraining.config import PretrainConfig
-from .pretraining.curves import draw_curves
+from .pretraining.curves import LOG, draw_curves
 from .pretraining.dataset import PretrainingDataset, StepSampler, augmentation, choose_pool
 from .pretraining.header import checkpoint_header
 from .pretraining.inputs import Inputs
@@ -57,6 +57,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         CheckpointError: For centers or a state that cannot be used.
         AdfeaturesError: If the loss is not finite, or the disk is full. What was saved before is kept.
     """
+    refuse_links(config.output, LOG, "references", "tensorboard")
     run = TrainingRun(config)
     inputs = Inputs(config, device)
     train, pool, backbone = inputs.train, inputs.normal, inputs.backbone

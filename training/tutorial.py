@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 
 import torch
 
-from adfeatures.checkpoints import atomic_path, load_checkpoint
+from adfeatures.checkpoints import atomic_path, load_checkpoint, refuse_links
 from adfeatures.projector import ResidualProjector
 from adfeatures.trained import PROJECTOR
 
@@ -72,6 +72,7 @@ def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
 def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     """Run everything; the table is returned, and written to ``results.json`` and ``results.md``."""
     recipes = [recipe(output, seed, steps) for seed in seeds]
+    refuse_links(output, "data", "published", *(Path(config.output).name for config in recipes))
     _say(f"Rendering {len(PRODUCTS)} products to {output / 'data'}")
     synthetic.synthesize(output / "data", products=list(PRODUCTS), good=GOOD, bad=BAD, workers=2)
     _say("Computing the centers of the angle loss")

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -114,6 +115,32 @@ def test_what_cannot_work_is_said_at_once(model: FeatureExtractor, tmp_path: Pat
         inspect(tiny_extractor(), [str(tmp_path / "good" / "000.png")], tmp_path / "out")
 
 
+def test_names_are_no_formulas(model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "=1+1.png",
+        "+1.png",
+        "-1.png",
+        "@SUM(A1).png",
+        "\t=1.png",
+        "\r=1.png",
+        "'=1.png",
+        "''-1.png",
+        "'a.png",
+        "a=1.png",
+    ]
+    for name in names:
+        Path(name).write_bytes(b"no image")
+    inspect(model, names, "out")
+    with open("out/scores.csv", newline="", encoding="utf-8") as file:
+        cells = [row["file"] for row in csv.DictReader(file)]
+    assert [cell for cell in cells if cell[0] in "=+-@\t\r"] == []
+    # A spreadsheet hides the first apostrophe of a cell; the name is what it shows.
+    assert [re.sub(r"^'(?='*[=+@\t\r-])", "", cell) for cell in cells] == names
+    lines = Path("out/scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["file"] for line in lines] == names
+
+
 class TestOutput:
     """What lies in the output folder: images to score, foreign files, a former result."""
 
@@ -135,6 +162,34 @@ class TestOutput:
             inspect(model, files, tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [foreign.name]
         assert foreign.read_text() == "mine"
+
+    @pytest.mark.parametrize("place", ["overlays", ".adfeatures-new", "overlays/deep", "scores.csv", "worst.png"])
+    @pytest.mark.parametrize("again", [False, True])
+    def test_nothing_is_written_through_a_link(
+        self, model: FeatureExtractor, tmp_path: Path, place: str, again: bool
+    ) -> None:
+        photos = write_photos(tmp_path / "new", range(20, 21)) + write_photos(tmp_path / "new/deep", range(21, 22))
+        files, out = [str(path) for path in photos], tmp_path / "out"
+        if again:
+            inspect(model, files, out)
+        link, elsewhere = out / place, tmp_path / "elsewhere"
+        if link.is_dir():
+            link.rename(elsewhere)
+        elif link.suffix:
+            elsewhere.write_text("mine")
+            link.unlink(missing_ok=True)
+        else:
+            elsewhere.mkdir()
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(elsewhere)
+        before = {path: path.is_file() and path.read_bytes() for path in (elsewhere, *elsewhere.rglob("*"))}
+        if again and link.suffix:
+            inspect(model, files, out)
+            assert not link.is_symlink()
+        else:
+            with pytest.raises(InputError, match=f"{re.escape(str(link))} is"):
+                inspect(model, files, out)
+        assert before == {path: path.is_file() and path.read_bytes() for path in (elsewhere, *elsewhere.rglob("*"))}
 
     def test_a_new_run_replaces_its_own_files_and_no_others(self, model: FeatureExtractor, tmp_path: Path) -> None:
         files = [str(path) for path in write_photos(tmp_path / "new", range(20, 24))]

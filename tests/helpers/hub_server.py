@@ -68,9 +68,12 @@ class Fault:
         match: Match those with this in their path.
         times: Match so many of them.
         status: Answer with this status and ``headers``.
+        headers: Without a status they replace the true ones, and those that are None are left out.
         delay: Wait so many seconds first.
         body: Send this instead of the content, with the true headers.
         cut: Drop the connection after so many bytes of the body, of an upload as of an answer.
+        stall: Send nothing more where ``cut`` says, but keep the connection.
+        endless: Send zeros after the body for as long as the client listens.
         ignore_range: Send the whole body although a part was asked for.
     """
 
@@ -79,10 +82,12 @@ class Fault:
     match: str = ""
     times: float = float("inf")
     status: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str | None] = field(default_factory=dict)
     delay: float = 0.0
     body: bytes | None = None
     cut: int | None = None
+    stall: bool = False
+    endless: bool = False
     ignore_range: bool = False
 
     def takes(self, request: Request) -> bool:
@@ -370,16 +375,21 @@ class _Handler(Uploads):
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str | None] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {}), **self.fault.headers}.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
         cut = self.fault.cut if status in (200, 206) else None
         self.wfile.write(body[:cut])
+        while self.fault.endless:
+            self.wfile.write(bytes(1 << 20))
         if cut is not None and cut < len(body):
+            if self.fault.stall:
+                self.hub.stopped.wait()
             self.close_connection = True
 
 

@@ -1093,6 +1093,18 @@ class TestWeights:
             load_model(str(weights), ("padim",), weights=str(weights))
 
 
+@pytest.mark.parametrize("place", ["results", "results/bottle", "figures", "figures/bottle", "cache"])
+def test_nothing_is_written_through_a_link(
+    run_as_it_is: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    link, elsewhere = tmp_path / "run" / place, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    assert run_as_it_is(products="bottle") == 2
+    assert f"{link} is a link" in capsys.readouterr().err and not any(elsewhere.iterdir())
+
+
 def test_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing_mask(root)
     assert evaluate.main(["--check", str(root)]) == 1

@@ -409,6 +409,17 @@ def test_another_config_is_refused(tree: Path, tmp_path: Path, monkeypatch: pyte
     assert len(steps(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("place", ["log.jsonl", "references", "references/level1.f16", "tensorboard"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, place: str) -> None:
+    link, elsewhere = tmp_path / "run" / place, tmp_path / "elsewhere"
+    link.parent.mkdir(parents=True)
+    elsewhere.write_text("mine")
+    link.symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"{link} is a link"):
+        pretrain(config(tmp_path, tmp_path / "run"), CPU)
+    assert elsewhere.read_text() == "mine"
+
+
 def test_other_inputs_are_refused(tree: Path, tmp_path: Path) -> None:
     folder = pretrain(config(tree, tmp_path / "run", max_steps=1), CPU)
     moved = tmp_path / "moved"

@@ -21,6 +21,16 @@ def test_senseless_numbers_are_refused_at_once(
     assert "must" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["data", "published", "seed1"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, place: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(adfeatures.errors.InputError, match=f"{place} is a link"):
+        tutorial.tutorial(tmp_path / "out", 1, [1])
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fewer normal images")
 def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite, nan
 from statistics import fmean, stdev
 
+from adfeatures.inspection import csv_cell
+
 from ..methods import METHODS, title_of
 from ..metrics import Metrics
 from .results import OF_LISTED, OF_RETRIEVED, PRETRAINED, RAW, Record
@@ -160,7 +162,7 @@ def to_csv(lines: Sequence[TableLine]) -> str:
     for line in lines:
         values = {**line.values, **{f"{metric}_sd": value for metric, value in line.spreads.items()}}
         shown = {name: repr(value) if isfinite(value) else "" for name, value in values.items()}
-        table.writerow(asdict(line) | shown)
+        table.writerow({name: csv_cell(value) for name, value in asdict(line).items()} | shown)
     return text.getvalue()
 
 

@@ -71,6 +71,14 @@ class TestTables:
                 per_draw[:, index].mean() - raw[index], abs=1e-12
             )
 
+    def test_names_are_no_formulas_and_numbers_are_numbers(self) -> None:
+        names = {"bottle": "=HYPERLINK(A1)", "cable": "-cable"}
+        made = [{**entry, "product": names[entry["product"]]} for entry in records()]
+        found = list(csv.DictReader(io.StringIO(to_csv(table_lines(made)))))
+        assert {row["product"] for row in found} == {"'=HYPERLINK(A1)", "'-cable", "mean"}
+        gains = [float(row[name]) for row in found if row["features"] == "difference" for name in METRICS]
+        assert min(gains) < 0, "a number may begin with a minus"
+
     def test_undefined_metrics_are_dashes_and_not_in_the_means(self) -> None:
         made = records()
         for entry in made:

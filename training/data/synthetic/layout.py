@@ -22,7 +22,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
-from adfeatures.checkpoints import atomic_path
+from adfeatures.checkpoints import atomic_path, refuse_links
 from adfeatures.errors import AdfeaturesError, InputError, UnknownNameError
 from adfeatures.images import read_image
 from adfeatures.overlays import contact_sheet
@@ -137,6 +137,7 @@ def synthesize(
         )
     output = Path(output)
     settings = {"version": VERSION, "products": list(names), "good": good, "bad": bad, "size": size, "seed": seed}
+    refuse_links(output, FOLDER)
     _claim(output, settings)
     samples = [Sample.of(name, number, bad) for name in names for number in range(1, bad + good + 1)]
     missing = {sample: len(views) for sample in samples if (views := sample.missing(output))}

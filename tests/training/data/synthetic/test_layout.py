@@ -202,6 +202,17 @@ def test_a_folder_of_other_settings_is_refused(dataset: Path, change: dict[str, 
     assert contents(dataset) == before
 
 
+@pytest.mark.parametrize("place", ["realiad_512", "realiad_512/gear", "realiad_512/gear/OK"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, place: str) -> None:
+    link, elsewhere = tmp_path / "out" / place, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"{link} is a link"):
+        synthesize(tmp_path / "out", **SMALL)
+    assert not any(elsewhere.iterdir())
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(InputError, match="not empty"):
