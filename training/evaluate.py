@@ -46,12 +46,8 @@ def evaluate_model(config: EvaluationConfig) -> int:
             were trained on test images without ``allow_overlap``; for a folder that holds results of other settings or
             images or cannot be written, a full disk. What was finished is kept.
     """
-<<<<<<< HEAD
     products = config.tree.choose(config.root, config.products)
-=======
-    products = dataset(config.dataset).choose(config.root, config.products)
     refuse_links(config.output, FOLDER, FIGURES, CACHE)
->>>>>>> work/hub
     with processes(config.device) as device:
         model = load_model(
             config.model,
