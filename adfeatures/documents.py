@@ -9,8 +9,9 @@ import reprlib
 import sys
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .checkpoints import AnyPath, regular_file
 from .errors import InputError
@@ -18,6 +19,18 @@ from .errors import InputError
 # A bank of 200,000 images has 32 MB.
 _MAX_BYTES = 64 << 20
 _MAX_NESTED = 1_000_000
+
+_Side: TypeAlias = Annotated[int, (1, 2**31 - 1)]
+Size: TypeAlias = Annotated[tuple[_Side, _Side], "[height, width]"]
+
+_WORDS = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "text",
+}
 
 
 class DocumentError(InputError):
@@ -35,12 +48,13 @@ def read_document(path: AnyPath, kind: Any) -> Any:
         raise DocumentError(f"{path} cannot be read: {error}") from error
 
 
-def parse(text: str | bytes, kind: Any) -> Any:
+def parse(text: str | bytes, kind: Any, name: str = "it") -> Any:
     """JSON of a type.
 
     Args:
         text: At most 64 MiB. NaN and Infinity are no JSON.
         kind: As of ``check``.
+        name: What messages call it.
 
     Raises:
         DocumentError: For anything else.
@@ -51,8 +65,8 @@ def parse(text: str | bytes, kind: Any) -> Any:
             raise ValueError("it is too long")
         value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"it is not JSON ({error})") from error
-    return check(value, kind)
+        raise DocumentError(f"{name} is not JSON ({error})") from error
+    return check(value, kind, name)
 
 
 def check(value: Any, kind: Any, name: str = "it") -> Any:
@@ -60,9 +74,10 @@ def check(value: Any, kind: Any, name: str = "it") -> Any:
 
     Args:
         value: What JSON, or a pickle, gave.
-        kind: None, bool, int (of 64 bits), float (finite, or an int), str, Literal, any other class; lists, tuples and
-            dictionaries of these, with keys that are text; unions of these; dataclasses, whose fields without default
-            must be there, and no others; and Any. Annotated[kind, (lowest, highest)] bounds numbers.
+        kind: bool, int (of 64 bits), float (finite, or an int), str, any other class; lists, tuples and
+            dictionaries of these, with keys that are text; these or None; dataclasses, whose fields without default
+            must be there, and no others; TypedDict, which leaves others as they are; and Any.
+            Annotated[kind, (lowest, highest)] bounds numbers, Annotated[kind, words] describes a kind in messages.
         name: What messages call it.
 
     Raises:
@@ -73,13 +88,17 @@ def check(value: Any, kind: Any, name: str = "it") -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         return _fill(kind, check(value, dict[str, Any], name), name)
-    if origin is Annotated:
+    if is_typeddict(kind):
+        return _check_fields(kind, check(value, dict[str, Any], name), name)
+    if origin is Annotated and isinstance(arguments[1], str):
+        with suppress(DocumentError):
+            return check(value, arguments[0], name)
+    elif origin is Annotated:
         found, (low, high) = check(value, arguments[0], name), arguments[1]
         if low <= found <= high:
             return found
-        raise DocumentError(f"{name} must be between {low} and {high}, not {value}")
     if origin in (Union, types.UnionType):
-        return _check_union(value, arguments, name)
+        return None if value is None else check(value, arguments[0], name)
     if origin is list and isinstance(value, list):
         return [check(item, arguments[0], f"{name}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
@@ -87,18 +106,14 @@ def check(value: Any, kind: Any, name: str = "it") -> Any:
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         pairs = enumerate(zip(value, arguments, strict=True))
         return tuple(check(item, own, f"{name}[{index}]") for index, (item, own) in pairs)
-    if origin is Literal and type(value) in (str, int) and value in arguments:
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+    elif kind is int and type(value) is int and abs(value) < 1 << 63:
         return value
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if kind is int and type(value) is int and abs(value) < 1 << 63:
+    if origin is None and kind not in (int, float) and isinstance(value, kind):
         return value
-    if kind in (None, type(None)) and value is None:
-        return None
-    if isinstance(kind, type) and origin is None and kind not in (int, float) and type(value) is kind:
-        return value
-    described = kind.__name__ if origin is None and isinstance(kind, type) else str(kind).replace("typing.", "")
-    raise DocumentError(f"{name} must be {described}, not {reprlib.repr(value)}")
+    raise DocumentError(f"{name} must be {_described(kind)}, not {reprlib.repr(value)}")
 
 
 def dumps(value: Any, **options: Any) -> str:
@@ -106,26 +121,32 @@ def dumps(value: Any, **options: Any) -> str:
     return json.dumps(_plain(value), allow_nan=False, **options)
 
 
-def _check_union(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
-    problems = []
-    for kind in kinds:
-        try:
-            return check(value, kind, name)
-        except DocumentError as error:
-            problems.append(str(error))
-    # None is said last, so that what is said first is of the more telling type.
-    raise DocumentError(problems[0])
-
-
 def _fill(kind: Any, value: dict[str, Any], name: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints, place = _hints(kind), "" if name == "it" else f"{name}."
     if unknown := [key[:99] for key in value if key not in fields]:
-        raise DocumentError(f"{name} has the unknown field {place}{unknown[0]}")
+        raise DocumentError(f"{name} has the unknown field {unknown[0]}")
     for field in fields.values():
         if field.name not in value and field.default is field.default_factory is dataclasses.MISSING:
-            raise DocumentError(f"{name} has no {place}{field.name}")
+            raise DocumentError(f"{name} has no {field.name}")
+    hints, place = _hints(kind), "" if name == "it" else f"{name}."
     return kind(**{key: check(item, hints[key], place + key) for key, item in value.items()})
+
+
+def _check_fields(kind: Any, value: dict[str, Any], name: str) -> dict[str, Any]:
+    if missing := sorted(kind.__required_keys__ - value.keys()):
+        raise DocumentError(f"{name} has no {missing[0]}")
+    return value | {key: check(value[key], hint, key) for key, hint in _hints(kind).items() if key in value}
+
+
+def _described(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated and isinstance(arguments[1], str):
+        return arguments[1]
+    if origin is Annotated:
+        return f"{_described(arguments[0])} from {arguments[1][0]:,} to {arguments[1][1]:,}"
+    if origin is tuple:
+        return f"[{', '.join(map(_described, arguments))}]"
+    return _WORDS.get(origin or kind) or str(kind.__name__)
 
 
 @cache

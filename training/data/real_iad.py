@@ -9,7 +9,6 @@ have a double underscore before the number.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 from adfeatures.catalog import unknown
+from adfeatures.documents import DocumentError, read_document
 from adfeatures.errors import InputError
 
 from .items import ANOMALOUS, NORMAL, Item, rank
@@ -187,12 +187,10 @@ def _read_filter(path: Path, products: Sequence[str]) -> set[str]:
 
 def _read_list(file: Path) -> list[str]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"The filter list {file} cannot be read: {error}. It must be a JSON list of paths.") from error
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"The filter list {file} must be a JSON list of paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
-    return entries
+        return list(read_document(file, list[str]))
+    except DocumentError as error:
+        advice = "It must be a JSON list of paths like bottle_cap/NG/ZW/S0121/<name>.jpg"
+        raise InputError(f"The filter list {file} cannot be read: {error}. {advice}.") from error
 
 
 def _untwist(entry: str) -> str:
