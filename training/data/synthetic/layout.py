@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
 from adfeatures.checkpoints import atomic_path
-from adfeatures.documents import DocumentError, read_document
+from adfeatures.documents import DocumentError, dumps, read_document
 from adfeatures.errors import AdfeaturesError, InputError, UnknownNameError
 from adfeatures.images import read_image
 from adfeatures.overlays import contact_sheet
@@ -180,7 +179,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise InputError(f"{output} is not empty and holds no {SETTINGS}. Choose a new folder.")
         with atomic_path(output / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            temporary.write_text(dumps(settings, indent=1), encoding="utf-8")
     elif found != settings:
         keys = [key for key in settings if found.get(key) != settings[key]]
         message = f"{output} holds a data set made with other settings ({', '.join(keys)}). "
