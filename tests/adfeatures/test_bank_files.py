@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_files_that_are_no_banks(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("fact", [{"threshold": float("nan")}, {"quantile": 2.0}, {"normal_scores": [float("inf")]}])
-def test_facts_that_could_not_be_read_are_not_written(tmp_path: Path, fact: dict[str, object]) -> None:
+def test_facts_that_could_not_be_read_are_not_written(tmp_path: Path, fact: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="banks"):
         full_bank(**fact).save(tmp_path / "bank.safetensors")
     assert not list(tmp_path.iterdir())
