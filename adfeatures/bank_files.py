@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import atomic_path
+from .checkpoints import atomic_path, is_finite, regular_file
+from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
 from .references import BankRecord, ReferenceBank
 
 FORMAT, VERSION = "adfeatures-references", "1"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+Score: TypeAlias = Annotated[float, (0, math.inf)]
+
+
+@dataclass(kw_only=True)
+class _Facts(BankRecord):
+    """What the header says of a bank: its record, and what else is no tensor."""
+
+    product: str
+    grids: list[Size]
+    num_images: Annotated[int, (1, 2**31 - 1)]
+    complete: bool | None = None  # Of earlier versions; the number of rows says it.
+    img_size: Size | None = None
+    bit_depth: Annotated[int, (9, 16)] = 16
+    threshold: Score | None = None
+    quantile: Annotated[float, (math.ulp(0), 1)] | None = None
+    normal_scores: list[Score] = field(default_factory=list)
 
 
 def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank]) -> None:
@@ -39,7 +58,8 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
             tensors[f"{number}.scales"] = bank.scales
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
         facts.append(own | dataclasses.asdict(bank.record))
-    metadata = {"format": FORMAT, "version": VERSION, "banks": json.dumps(facts, allow_nan=False)}
+    check(facts, list[_Facts], "banks")
+    metadata = {"format": FORMAT, "version": VERSION, "banks": dumps(facts)}
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
@@ -50,13 +70,13 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: Otherwise.
     """
-    if not Path(path).is_file() or not Path(path).stat().st_size:
+    if not os.path.exists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
         return
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             if (file.metadata() or {}).get("format") == FORMAT:
                 return
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, CheckpointError, OSError, ValueError):
         pass
     raise InputError(f"{path} exists and is no reference bank, so it is not replaced. Choose another name.")
 
@@ -77,30 +97,25 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
     Raises:
         CheckpointError: For a file that is missing, damaged or no bank.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(
-            f"There is no reference bank {path}. Make one with: adfeatures fit --references DIR --bank {path}"
-        )
+    try:
+        regular_file(path)
+    except CheckpointError as error:
+        advice = f"Make one with: adfeatures fit --references DIR --bank {path}"
+        raise CheckpointError(f"There is no reference bank {path}. {advice} ({error})") from error
     try:
         with safe_open(path, framework="pt") as file:
             facts = _facts(file.metadata() or {}, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        return {own.pop("product"): _bank(own, f"{number}.", tensors) for number, own in enumerate(facts)}
-    except (
-        SafetensorError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:
+        return {own.product: _bank(own, f"{number}.", tensors) for number, own in enumerate(facts)}
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file makes its reader fail in any way
         raise CheckpointError(
             f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit"
         ) from error
 
 
-def _facts(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _facts(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> list[_Facts]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a reference bank. Make one with: adfeatures fit --references DIR --bank FILE"
@@ -109,65 +124,32 @@ def _facts(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> list[di
         raise CheckpointError(
             f"{path} was written by a newer version of adfeatures. Update the package: pip install -U adfeatures"
         )
-    facts = json.loads(metadata["banks"])
-    _expect(isinstance(facts, list) and len(facts) > 0 and all(isinstance(own, dict) for own in facts), "no banks")
-    _expect(all(isinstance(own["product"], str) for own in facts), "product")
+    facts = parse(metadata["banks"], list[_Facts], "banks")
+    _expect(0 < len(facts) == len({own.product for own in facts}), "no banks, or two of one product")
     return list(facts)
 
 
-def _bank(facts: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> ReferenceBank:
+def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> ReferenceBank:
     """A bank of its facts and tensors, every one of them checked: a damaged bank must not pass a defect."""
-    facts.pop("complete", None)  # Of earlier versions; the number of rows says it.
-    grids, count, size = facts.pop("grids"), facts.pop("num_images"), facts.pop("img_size")
-    _expect(_is_whole(count) and count >= 1, "num_images")
-    _expect(isinstance(grids, list) and len(grids) > 0 and all(_is_size(grid) for grid in grids), "grids")
-    _expect(size is None or _is_size(size), "img_size")
-    record = BankRecord(img_size=size and tuple(size), **facts)
-    _check_record(record, count)
-    rows = [tensors[f"{prefix}rows.{level}"] for level in range(len(grids))]
-    owners = [tensors[f"{prefix}images.{level}"] for level in range(len(grids))]
+    rows = [tensors[f"{prefix}rows.{level}"] for level in range(len(facts.grids))]
+    owners = [tensors[f"{prefix}images.{level}"] for level in range(len(facts.grids))]
+    _expect(all(len(texts) in (0, facts.num_images) for texts in (facts.files, facts.sha256s, facts.pixels)), "hashes")
     for level, (own, images) in enumerate(zip(rows, owners, strict=True)):
-        _expect(own.ndim == 2 and own.is_floating_point() and len(own) > 0, f"rows.{level}")
+        _expect(own.ndim == 2 and own.dtype in _FLOATS and own.numel() > 0, f"rows.{level}")
         _expect(images.dtype == torch.int32 and images.shape == own.shape[:1], f"images.{level}")
-        _expect(int(images.min()) >= 0 and int(images.max()) < count, f"images.{level}")
-        _expect(bool(own.isfinite().all()), f"rows.{level} holds NaN or infinite values")
+        _expect(int(images.min()) >= 0 and int(images.max()) < facts.num_images, f"images.{level}")
+        _expect(is_finite(own), f"rows.{level} holds NaN or infinite values")
     scales = tensors.get(f"{prefix}scales")
     if scales is not None:
-        _expect(scales.ndim == 2 and len(scales) == len(grids) and scales.is_floating_point(), "scales")
+        _expect(scales.ndim == 2 and len(scales) == len(rows) and scales.dtype in _FLOATS, "scales")
         _expect(
-            bool((scales.isfinite() & (scales > 0)).all()),
+            is_finite(scales) and bool((scales > 0).all()),
             "scales hold NaN or infinite values, or some that are not above 0",
         )
-    return ReferenceBank(rows, owners, [(height, width) for height, width in grids], count, scales, record)
-
-
-def _check_record(record: BankRecord, count: int) -> None:
-    of_images = {"files": record.files, "sha256s": record.sha256s, "pixels": record.pixels}
-    for name, texts in {**of_images, "fingerprint": record.fingerprint}.items():
-        _expect(isinstance(texts, list) and all(isinstance(text, str) for text in texts), name)
-    _expect(all(len(texts) in (0, count) for texts in of_images.values()), "a name or hash for each image")
-    _expect(all(text is None or isinstance(text, str) for text in (record.model, record.preset)), "model or preset")
-    _expect(_is_whole(record.bit_depth) and record.bit_depth in range(9, 17), "bit_depth")
-    _expect(isinstance(record.normal_scores, list) and _are_scores(record.normal_scores), "normal_scores")
-    _expect(record.threshold is None or _are_scores([record.threshold]), "threshold")
-    _expect(record.quantile is None or (_are_scores([record.quantile]) and 0 < record.quantile <= 1), "quantile")
+    record = BankRecord(**{field.name: getattr(facts, field.name) for field in dataclasses.fields(BankRecord)})
+    return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, record)
 
 
 def _expect(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(what)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_whole(side) and 1 <= side < 2**31 for side in value)
-
-
-def _are_scores(values: Iterable[object]) -> bool:
-    return all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        for value in values
-    )

@@ -8,7 +8,6 @@ similarities. Both forms share their weights. Judge by the ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from . import catalog, scoring
 from .backbones import create_backbone
+from .documents import dumps
 from .extractor import FeatureExtractor
 from .factory import create_model, create_transform
 from .images import read_image
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes, kind = (QUICK, "quick") if options.quick else (FULL, "full")
     if options.json:
         rows = [asdict(row) for row in measure_all(sizes)]
-        print(json.dumps({**machine(), "run": kind, "sizes": asdict(sizes), "rows": rows}, indent=1))
+        print(dumps({**machine(), "run": kind, "sizes": asdict(sizes), "rows": rows}, indent=1))
         return 0
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     pairs = f"medians of {sizes.repeats} alternating pairs, fewer after {sizes.seconds:g} s"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import stat
-import struct
-import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +25,8 @@ AnyPath: TypeAlias = "str | os.PathLike[str]"
 
 _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
-_LOADING = threading.Lock()
+# Those that torch can compare and convert: not complex numbers, bits, or two numbers in a byte.
+PLAIN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|float(16|32|64|8_\w+)|bfloat16)")
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,19 @@ def load_checkpoint(path: AnyPath) -> Checkpoint:
         raise CheckpointError(f"{path} is empty. Fetch it again.")
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
+    metrics: Any
     if suffix == ".safetensors":
         state_dict, metadata = _read_safetensors(path)
-        metrics = _parse_metrics(path, metadata.pop("metrics", "{}"))
+        metrics = metadata.pop("metrics", "{}")
     elif suffix in _PICKLES:
         state_dict, metrics = _unwrap(path, _read_pickle(path))
     else:
         known = ", ".join((".safetensors", *_PICKLES))
         raise CheckpointError(f"{path}: unknown format {suffix!r}. Weights are read from {known}.")
-    return Checkpoint(_checked(path, state_dict), metrics, metadata)
+    # Names may share what a file holds, so that few bytes can stand for much to look at and to copy.
+    if sum(getattr(tensor, "nbytes", 0) for tensor in state_dict.values()) > 4 * path.stat().st_size + (64 << 20):
+        raise CheckpointError(f"{path}: its tensors share so much that they are more than four times as large as it.")
+    return Checkpoint(_checked(path, state_dict), _numbers(path, metrics), metadata)
 
 
 def regular_file(path: AnyPath, error: type[AdfeaturesError] = CheckpointError) -> Path:
@@ -113,7 +115,7 @@ def save_checkpoint(
     if "metrics" in entries or not all(isinstance(text, str) for pair in entries.items() for text in pair):
         raise InputError(f"Metadata must be text, with the numbers given as metrics: {entries!r}.")
     if metrics:
-        entries["metrics"] = json.dumps({key: float(value) for key, value in metrics.items()})
+        entries["metrics"] = json.dumps(_numbers(Path(path), {key: float(value) for key, value in metrics.items()}))
     tensors = _unshared(_checked(Path(path), state_dict))
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=entries)
@@ -255,95 +257,36 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise _damaged(path, str(error)) from error
 
 
-def _parse_metrics(path: Path, text: str) -> dict[str, float]:
+def _numbers(path: Path, metrics: Any) -> dict[str, float]:
+    from .documents import DocumentError, check, parse
+
     try:
-        return {key: float(value) for key, value in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metrics are not numbers by name: {text[:200]!r}.") from error
+        return dict(parse(metrics, dict[str, float]) if isinstance(metrics, str) else check(metrics, dict[str, float]))
+    except DocumentError as error:
+        raise CheckpointError(f"{path}: its metrics are not numbers by name: {error}.") from error
 
 
-def _read_pickle(path: Path) -> object:
-    import torch
+def _read_pickle(path: Path) -> Any:
+    from .pickles import RefusedError, read_pickle
 
-    from .torchscript import is_torchscript, read_torchscript
-
-    with _only_float_scalars():
-        try:
-            if is_torchscript(path):
-                return read_torchscript(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            message, refused = str(error), _refused_globals(path, str(error))
-        except Exception as error:  # a damaged file makes its reader fail in any way
-            raise _damaged(path, str(error)) from error
-    if not refused:
-        raise _damaged(path, message.rpartition("error:")[2])
-    # torch's own text is kept out: it recommends to unpickle without restriction
+    try:
+        return read_pickle(path)
+    except RefusedError as error:
+        problem = f"{path} was not unpickled: besides tensors and float scalars it names {_shortened(error.names)}"
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        raise _damaged(path, str(error)) from error
     raise CheckpointError(
-        f"{path} was not unpickled: besides tensors and float scalars it names {', '.join(refused)}, which could run "
-        "code. Use a file from its publisher that holds weights only, or have its author save the state dict alone."
+        f"{problem}, which could run code. Use a file from its publisher that holds weights only, or have its author "
+        "save the state dict alone."
     )
 
 
-class _Dtype:
-    """Stands for ``numpy.dtype`` in a pickle, whose own ``__setstate__`` can be made to corrupt memory."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        if code not in ("f8", "f4"):
-            raise pickle.UnpicklingError(f"refused: numpy.{code}")
-        self.format = {"f8": "d", "f4": "f"}[code]
-
-    def __setstate__(self, state: tuple[object, ...]) -> None:
-        self.format = {"<": "<", ">": ">"}[str(state[1])] + self.format
+def _shortened(names: Sequence[Any]) -> str:
+    """The first names of a hostile file may be long, and many."""
+    return ", ".join(str(name)[:99] for name in names[:10])
 
 
-def _scalar(dtype: _Dtype, data: bytes) -> float:
-    return float(struct.unpack(dtype.format, data)[0])
-
-
-@contextmanager
-def _only_float_scalars() -> Iterator[None]:
-    """Allow exactly what a pickled float of numpy 1 or 2 names, and nothing that the caller allows."""
-    from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
-
-    scalars = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    with _LOADING:
-        before = get_safe_globals()
-        clear_safe_globals()
-        add_safe_globals([*scalars, (_Dtype, "numpy.dtype")])
-        try:
-            yield
-        finally:
-            clear_safe_globals()
-            add_safe_globals(before)
-
-
-def _refused_globals(path: Path, message: str) -> list[str]:
-    import torch
-
-    try:
-        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:
-        names = set(re.findall(r"GLOBAL ([\w.]+)", message)) or _pickle_globals(path)
-    return sorted(names.union(re.findall(r"refused: (\S+)", message)))
-
-
-def _pickle_globals(path: Path) -> set[str]:
-    """Names in a pickle of a protocol that torch does not read, found without running it."""
-    import pickletools
-
-    names: set[str] = set()
-    strings: list[str] = []
-    with open(path, "rb") as file, suppress(Exception):
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
-                names.add(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    return names
-
-
-def _unwrap(path: Path, content: object) -> tuple[dict[str, Any], dict[str, float]]:
+def _unwrap(path: Path, content: object) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
     if not isinstance(content, dict):
@@ -356,9 +299,9 @@ def _unwrap(path: Path, content: object) -> tuple[dict[str, Any], dict[str, floa
     alien += [key for key, value in metrics.items() if isinstance(value, bool) or not isinstance(value, Real)]
     alien += [key for key in (*state_dict, *metrics) if not isinstance(key, str)]
     if alien:
-        found = ", ".join(map(repr, alien[:5]))
+        found = _shortened([repr(key) for key in alien])
         raise CheckpointError(f"{path} holds more than weights and metrics: {found}. Save its state dict alone.")
-    return state_dict, {key: float(value) for key, value in metrics.items()}
+    return state_dict, metrics
 
 
 def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -366,6 +309,8 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     tensors = {}
     for name, tensor in state_dict.items():
+        if len(name) > 1000:
+            raise CheckpointError(f"{path}: {name[:99]}... is no name of a tensor.")
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or _is_odd(tensor):
             raise CheckpointError(f"{path}: {name} is not a plain tensor.")
         tensors[name] = tensor = tensor.detach().cpu()
@@ -378,7 +323,7 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_odd(tensor: Tensor) -> bool:
-    return tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.is_complex()
+    return tensor.is_meta or tensor.is_quantized or tensor.is_nested or not PLAIN_DTYPE.fullmatch(str(tensor.dtype))
 
 
 def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

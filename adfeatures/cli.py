@@ -6,7 +6,6 @@ What needs torch is imported by the commands that need it, so that help and list
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, catalog
 from .console import console
+from .documents import dumps
 from .errors import AdfeaturesError, InputError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _positive(text: str) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     names = catalog.list_models(options.filter, options.pretrained)
-    print(json.dumps(names) if options.json else "\n".join(names))
+    print(dumps(names) if options.json else "\n".join(names))
     return DONE
 
 
@@ -273,7 +273,7 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if options.json:
-        print(json.dumps(summary))
+        print(dumps(summary))
     else:
         decided = (
             "no threshold (one reference)" if summary["threshold"] is None else f"threshold {summary['threshold']:.4g}"
@@ -317,7 +317,7 @@ def _quantile(options: argparse.Namespace) -> float:
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(facts))
+        print(dumps(facts))
         return
     width = max((len(key) for key in facts), default=0)
     for key, value in facts.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import heapq
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from .checkpoints import atomic_path, refuse_links
+from .documents import dumps
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
 from .overlays import contact_sheet, overlay, tile
@@ -183,7 +183,7 @@ def inspect(
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json, atomically."""
     with atomic_path(folder / "summary.json") as temporary:
-        Path(temporary).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        Path(temporary).write_text(dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 class Worst:
@@ -230,7 +230,7 @@ def _row(file: str, result: Prediction | ImageError, threshold: float | None) ->
 
 def _append(row: ImageRow, table: TextIO, lines: TextIO) -> None:
     csv.writer(table).writerow(["" if value is None else csv_cell(value) for value in astuple(row)])
-    lines.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+    lines.write(dumps(asdict(row), ensure_ascii=False) + "\n")
     table.flush()
     lines.flush()
 

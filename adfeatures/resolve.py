@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, ulp
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 from . import catalog, hub
 from .backbones import StateDict, check_levels, check_size
@@ -19,6 +20,7 @@ Weights: TypeAlias = "AnyPath | None"
 
 RANDOM = "random"
 _WEIGHTS = "model.safetensors"
+_Positive: TypeAlias = Annotated[float, (ulp(0), inf)]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,18 @@ class BackboneSpec:
     entry: catalog.Backbone
     encoder: TimmBackbone | None = None
     weights: Path | TrainedWeights | StateDict | None = None
+
+
+@dataclass(frozen=True)
+class _BackboneFacts:
+    """What a header says of a backbone that the catalog does not describe."""
+
+    timm_name: str
+    blocks: list[int]
+    channels: list[int]
+    reductions: list[int]
+    mean: tuple[float, float, float]
+    std: tuple[_Positive, _Positive, _Positive]
 
 
 @dataclass(frozen=True)
@@ -138,27 +152,23 @@ def describe_backbone(
         InputError: For an input size that the backbone cannot have.
     """
     name = catalog.MODELS[arch].backbone
-    facts: Any = trained.fact("backbone") if trained else None
+    facts: _BackboneFacts | None = trained.fact("backbone", _BackboneFacts) if trained else None
     if trained is None or (name and facts is None):
         own = trained.img_size if trained else None
         return _sized(_find_backbone(name, None), own if img_size is None else img_size)
+    if facts is None:
+        raise trained.header_error(f"its header must describe the backbone of {arch}.")
     try:
-        name, blocks = name or facts["timm_name"], tuple(facts["blocks"])
-        claimed = (tuple(facts["channels"]), tuple(facts["reductions"]))
-        mean, std = (tuple(map(float, facts[key])) for key in ("mean", "std"))
-        backbone = _find_backbone(name, blocks)
+        name = name or facts.timm_name
+        backbone = _find_backbone(name, tuple(facts.blocks))
     except (InputError, UnknownNameError) as error:
         raise trained.header_error(f"the backbone of its header does not exist. {error}") from error
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        needed = "timm_name, blocks, channels, reductions, mean and std"
-        problem = f"its header must describe the backbone of {arch} by {needed}; it says {facts!r}."
-        raise trained.header_error(problem) from error
     entry = backbone.entry
-    if claimed != (entry.channels, entry.reductions) or len(mean) != 3 or len(std) != 3:
+    if (tuple(facts.channels), tuple(facts.reductions)) != (entry.channels, entry.reductions):
         problem = f"has channels {entry.channels} and reductions {entry.reductions}"
         advice = "Was it made with another version of timm?"
         raise trained.header_error(f"its header describes {name} as {facts!r}, but it {problem}. {advice}")
-    backbone = replace(backbone, entry=replace(entry, normalization=(mean, std)))
+    backbone = replace(backbone, entry=replace(entry, normalization=(facts.mean, facts.std)))
     return _sized(backbone, trained.img_size if img_size is None else img_size)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from . import catalog
 from .backbones import BACKBONE, check_fit, load_strictly, of_prefix
 from .checkpoints import Checkpoint, load_checkpoint
+from .documents import DocumentError, Size, parse
 from .errors import CheckpointError, UnknownNameError
 from .projector import ResidualProjector
 
@@ -47,20 +47,12 @@ class TrainedWeights:
     @property
     def num_heads(self) -> int:
         """Attention heads, which a state dict cannot tell: they stand in every header that is not the authors'."""
-        heads = self.fact("num_heads")
-        if heads is not None and (type(heads) is not int or heads < 1):
-            raise self.header_error(f"the num_heads of its header must be a positive number, got {heads!r}.")
-        return heads or 16
+        return self.fact("num_heads", Annotated[int, (1, 1 << 16)]) or 16
 
     @property
     def img_size(self) -> tuple[int, int] | None:
         """Height and width that the header names."""
-        size = self.fact("img_size")
-        if size is None:
-            return None
-        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
-            raise self.header_error(f"the img_size of its header must be [height, width], got {size!r}.")
-        return size[0], size[1]
+        return self.fact("img_size", Size | None)
 
     def identify(self, arch: str | None, tag: str | None) -> tuple[str, str | None]:
         """The model and the tag of these weights: those asked for, and else those that the header names.
@@ -104,17 +96,17 @@ class TrainedWeights:
         keys = self.projector.get("l1_proj.x_ref")
         return ResidualProjector(channels, self.num_heads, 2048 if keys is None else keys.shape[1])
 
-    def fact(self, name: str) -> Any:
+    def fact(self, name: str, kind: Any) -> Any:
         """An entry of the header that holds JSON, None where there is none.
 
         Raises:
-            CheckpointError: For anything but JSON.
+            CheckpointError: For anything but JSON of this kind, see ``adfeatures.documents.check``.
         """
         text = self.checkpoint.metadata.get(name)
         try:
-            return json.loads(text) if text is not None else None
-        except ValueError as error:
-            raise self.header_error(f"the {name} of its header is not JSON: {text!r}.") from error
+            return parse(text, kind, f"the {name} of its header") if text is not None else None
+        except DocumentError as error:
+            raise self.header_error(f"{error}.") from error
 
     def header_error(self, problem: str) -> CheckpointError:
         """The error to raise about the header."""

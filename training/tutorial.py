@@ -8,7 +8,6 @@ projector of the first seed is published to a folder. The same command resumes a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from statistics import fmean, stdev
 import torch
 
 from adfeatures.checkpoints import atomic_path, load_checkpoint, refuse_links
+from adfeatures.documents import dumps
 from adfeatures.projector import ResidualProjector
 from adfeatures.trained import PROJECTOR
 
@@ -94,7 +94,7 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         results["trained"].append(validation.run(projector)["norm"])
     lines = _table(results, steps)
     facts = {"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}
-    for name, text in (("results.json", json.dumps(facts, indent=1)), ("results.md", lines)):
+    for name, text in (("results.json", dumps(facts, indent=1)), ("results.md", lines)):
         with atomic_path(output / name) as temporary:
             temporary.write_text(text)
     checkpoint = str(Path(recipes[0].output) / LAST)

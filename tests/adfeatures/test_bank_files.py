@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adfeatures.bank_files import load_banks, save_banks
-from adfeatures.errors import CheckpointError, InputError
+from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
 from adfeatures.references import BankRecord, ReferenceBank
 
 
@@ -140,6 +142,13 @@ def _no_fact(name: str) -> Callable[[dict[str, Tensor], list[dict]], object]:
         _fact("fingerprint", [1]),
         _fact("preset", 5),
         _fact("product", 5),
+        _fact("normal_scores", [float("inf")]),
+        _fact("complete", "yes"),
+        lambda tensors, facts: facts.clear(),
+        lambda tensors, facts: facts.append(facts[0]),
+        lambda tensors, facts: tensors.update({"0.rows.1": tensors["0.rows.1"].to(torch.float8_e4m3fn)}),
+        lambda tensors, facts: tensors.update({"0.scales": torch.ones(2, 4).to(torch.float8_e5m2)}),
+        lambda tensors, facts: tensors.update({"0.rows.1": torch.ones(24, 0)}),
         lambda tensors, facts: tensors.update({"0.scales": torch.zeros(2, 4)}),
         lambda tensors, facts: tensors.update({"0.scales": -torch.ones(2, 4)}),
         lambda tensors, facts: tensors.update({"0.scales": torch.ones(3, 4)}),
@@ -184,7 +193,7 @@ def test_files_with_nan(content: float, name: str, saved: Path) -> None:
         load_banks(saved)
 
 
-@pytest.mark.parametrize("banks", ["", "{", "[1]", "{}x", "null"])
+@pytest.mark.parametrize("banks", ["", "{", "[1]", "{}x", "null", "[" * 100_000, "1" * 5000, "[NaN]"])
 def test_files_with_broken_facts(banks: str, saved: Path) -> None:
     tensors, metadata = contents(saved)
     save_file(tensors, saved, {**metadata, "banks": banks})
@@ -216,8 +225,19 @@ def test_files_that_are_no_banks(saved: Path) -> None:
             load_banks(saved)
     with pytest.raises(CheckpointError, match=r"no reference bank .*missing\.safetensors"):
         load_banks(saved.with_name("missing.safetensors"))
-    with pytest.raises(CheckpointError, match="no reference bank"):
-        load_banks(saved.parent)
+    os.mkfifo(saved.with_name("pipe"))
+    for path in (saved.parent, saved.with_name("pipe"), saved.with_name("x" * 300), "/dev/zero"):
+        with pytest.raises(CheckpointError, match="no reference bank"):
+            load_banks(path)
+        with pytest.raises(AdfeaturesError, match="is no reference bank|Cannot write"):
+            full_bank().save(path)
+
+
+@pytest.mark.parametrize("fact", [{"threshold": float("nan")}, {"quantile": 2.0}, {"normal_scores": [float("inf")]}])
+def test_facts_that_could_not_be_read_are_not_written(tmp_path: Path, fact: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="banks"):
+        full_bank(**fact).save(tmp_path / "bank.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_a_newer_version(saved: Path) -> None:

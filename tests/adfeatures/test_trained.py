@@ -60,8 +60,14 @@ def test_the_projector_is_built_as_the_header_and_the_tensors_say(path: Path) ->
 @pytest.mark.parametrize(
     ("header", "attribute", "says"),
     [
-        ({"num_heads": "0"}, "num_heads", "positive number"),
-        ({"num_heads": "true"}, "num_heads", "positive number"),
+        ({"num_heads": "0"}, "num_heads", "num_heads of its header must be a whole number from 1 to 65,536, not 0"),
+        ({"num_heads": "true"}, "num_heads", "num_heads of its header must be a whole number, not True"),
+        ({"num_heads": "9" * 30}, "num_heads", "must be a whole number, not 9{30}"),
+        ({"num_heads": "1" + "0" * 400}, "num_heads", "a whole number"),
+        ({"num_heads": "NaN"}, "num_heads", "not JSON"),
+        ({"img_size": "[" * 100_000}, "img_size", "not JSON"),
+        ({"img_size": "[1e999, 1]"}, "img_size", "not JSON"),
+        ({"img_size": f"[{'9' * 30}, 1]"}, "img_size", r"\[height, width\]"),
         ({"num_heads": "x"}, "num_heads", "not JSON"),
         ({"img_size": "[1]"}, "img_size", r"\[height, width\]"),
         ({"img_size": "3"}, "img_size", r"\[height, width\]"),

@@ -13,17 +13,25 @@ import json
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypedDict
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import sha256
+from adfeatures.documents import parse
 
 # Entry of the header of a checkpoint that holds the fingerprint of the images that it was trained on.
 TRAINED_ON = "trained_on"
 BITS = 40
 _KIND = f"sha256/{BITS}"
 _BYTES = BITS // 8
+
+
+class _Facts(TypedDict):
+    kind: str
+    images: int
+    differences: str
 
 
 class Fingerprint:
@@ -70,13 +78,13 @@ class Fingerprint:
         Raises:
             ValueError: For anything else.
         """
-        facts = json.loads(text)
-        if not isinstance(facts, dict) or facts.get("kind") != _KIND:
+        facts = parse(text, _Facts)
+        packed, count = base64.b85decode(facts["differences"]), facts["images"]
+        if facts["kind"] != _KIND:
             raise ValueError(f"it is no fingerprint of the kind {_KIND}")
-        packed, count = base64.b85decode(str(facts.get("differences"))), facts.get("images")
         # More than a byte of what is packed goes to each image, so that a wrong number cannot fill the memory.
-        if type(count) is not int or not 0 <= count <= len(packed):
-            raise ValueError(f"it cannot hold {count!r} images")
+        if not 0 <= count <= len(packed):
+            raise ValueError(f"it cannot hold {count} images")
         try:
             planes = zlib.decompressobj().decompress(packed, _BYTES * count + 1)
         except zlib.error as error:

@@ -35,7 +35,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Item]:
             table = csv.DictReader(file, skipinitialspace=True)
             header = table.fieldnames or ()
             rows = [(table.line_num, row) for row in table]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (InputError, OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"The manifest {path} cannot be read: {error}. It must be a CSV file in UTF-8.") from error
     if absent := [column for column in COLUMNS if column not in header]:
         raise InputError(

@@ -8,18 +8,34 @@ and ``test``, the last two lists of objects with ``image_path`` below the folder
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from adfeatures.documents import DocumentError, read_document
 from adfeatures.errors import InputError
 
 from .images import some
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import subfolders
+
+
+class _Meta(TypedDict):
+    normal_class: str
+
+
+class _Entry(TypedDict):
+    image_path: str
+    anomaly_class: str
+    mask_path: str | None
+
+
+class _List(TypedDict):
+    meta: _Meta
+    train: list[_Entry]
+    test: list[_Entry]
 
 
 def split_items(folder: Path, product: str, split: str, items: Sequence[Item]) -> list[Item]:
@@ -39,18 +55,15 @@ def split_items(folder: Path, product: str, split: str, items: Sequence[Item]) -
     file = folder / f"{product}.json"
     if not file.is_file():
         raise InputError(_no_list(folder, product))
-    content = _read_json(file, "official list", "Extract it again.")
     try:
-        normal, prefix = content["meta"]["normal_class"], content["meta"].get("prefix") or product
-        # A Windows path, or one that begins with the folder of the product, names the same file.
-        entries = [(_below(entry["image_path"], product), entry) for entry in content[split]]
-        masks = [entry["mask_path"] and _below(entry["mask_path"], product) for _, entry in entries]
-        labels = [ANOMALOUS if entry["anomaly_class"] != normal else NORMAL for _, entry in entries]
-    except (TypeError, LookupError, AttributeError) as error:
-        raise InputError(
-            f"The official list {file} has not the form of realiad_jsons ({type(error).__name__}: {error}). "
-            "Extract it again."
-        ) from error
+        content = read_document(file, _List)
+    except DocumentError as error:
+        raise InputError(f"This has not the form of realiad_jsons: {error}. Extract it again.") from error
+    normal, prefix = content["meta"]["normal_class"], content["meta"].get("prefix") or product
+    # A Windows path, or one that begins with the folder of the product, names the same file.
+    entries = [(_below(entry["image_path"], product), entry) for entry in content[split]]
+    masks = [entry["mask_path"] and _below(entry["mask_path"], product) for _, entry in entries]
+    labels = [ANOMALOUS if entry["anomaly_class"] != normal else NORMAL for _, entry in entries]
     if Path(str(prefix)).name != product:
         raise InputError(f"The official list {file} is of {prefix}, not of {product}. Extract it again.")
     known = {f"{item.sample}/{os.path.basename(item.image)}": item for item in items if item.product == product}
@@ -93,13 +106,6 @@ def _no_list(folder: Path, product: str) -> str:
     )
 
 
-def _read_json(file: Path, kind: str, advice: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"The {kind} {file} cannot be read: {error}. {advice}") from error
-
-
 def read_filter(path: Path, products: Sequence[str]) -> set[str]:
     """The NG images that a filter list keeps: a JSON list of paths, or a folder of such lists named ``<product>.json``.
 
@@ -111,10 +117,11 @@ def read_filter(path: Path, products: Sequence[str]) -> set[str]:
 
 
 def _read_list(file: Path) -> list[str]:
-    entries = _read_json(file, "filter list", "It must be a JSON list of paths.")
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"The filter list {file} must be a JSON list of paths like bottle_cap/NG/ZW/S0121/<name>.jpg.")
-    return entries
+    try:
+        return list(read_document(file, list[str]))
+    except DocumentError as error:
+        advice = "It must be a JSON list of paths like bottle_cap/NG/ZW/S0121/<name>.jpg"
+        raise InputError(f"This is no filter list: {error}. {advice}.") from error
 
 
 def _untwist(entry: str) -> str:

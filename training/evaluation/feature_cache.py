@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adfeatures.checkpoints import atomic_path, regular_file, sha256
-from adfeatures.errors import ImageError
+from adfeatures.checkpoints import atomic_path, is_finite, regular_file, sha256
+from adfeatures.errors import CheckpointError, ImageError
 
 from ..methods.base import Batch, Extractor
 from ..methods.trained import feature_maps
@@ -90,6 +90,8 @@ class CachedExtractor:
         if None in paths:
             return self.extractor(batch)
         maps = [self._read(path) for path in paths]
+        if len({tuple(level.shape for level in found) for found in maps if found}) > 1:
+            maps = [[] for _ in paths]  # At least one is damaged, and none says which.
         if missing := [index for index, found in enumerate(maps) if not found]:
             levels = feature_maps(self.extractor, _subset(batch, missing))
             for row, index in enumerate(missing):
@@ -100,9 +102,9 @@ class CachedExtractor:
     def holds(self, path: str) -> bool:
         """Whether the features of an image are there. A damaged file counts as none."""
         try:
-            with safe_open(self._file(path), framework="pt"):
+            with safe_open(regular_file(self._file(path)), framework="pt"):
                 return True
-        except (OSError, SafetensorError):
+        except (CheckpointError, OSError, SafetensorError):
             return False
 
     def remove(self) -> None:
@@ -110,12 +112,14 @@ class CachedExtractor:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, path: str) -> list[Tensor]:
-        """The maps of an image, none where they are not there."""
+        """The maps of an image, none where they are not there, or damaged."""
         try:
-            maps = load_file(self._file(path))
-        except (OSError, SafetensorError):
+            maps = load_file(regular_file(self._file(path)))
+            levels = [maps[str(index)] for index in range(len(maps))]
+        except Exception:  # a damaged file makes its reader fail in any way
             return []
-        return [maps[str(index)] for index in range(len(maps))]
+        sound = all(level.dtype == torch.float32 and level.ndim == 3 and is_finite(level) for level in levels)
+        return levels if sound else []
 
     def _write(self, path: str, levels: Sequence[Tensor]) -> None:
         with atomic_path(self._file(path)) as temporary:

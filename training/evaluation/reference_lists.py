@@ -6,12 +6,11 @@ the machine that they were made on. What follows the folder of the product is th
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+from adfeatures.documents import DocumentError, read_document
 from adfeatures.errors import InputError
 
 from ..data.images import some
@@ -40,7 +39,7 @@ def listed_references(folder: str, dataset: str, place: Path, product: Product) 
     test = {item.image for item in product.test}
     found: dict[str, list[Item]] = {}
     missing: list[str] = []
-    for image, references in _read(file):
+    for image, references in _read(file).items():
         places = {name: _find(place, name, product.name) for name in (image, *references)}
         missing += [name for name, path in places.items() if path is None]
         items = [Item(path, NORMAL, product.name) for name in references if (path := places[name]) is not None]
@@ -63,14 +62,8 @@ def _find(place: Path, name: str, product: str) -> str | None:
     return next((str(file) for file in files if file.is_file()), None)
 
 
-def _read(file: Path) -> Iterator[tuple[str, list[str]]]:
+def _read(file: Path) -> dict[str, list[str]]:
     try:
-        lists = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"The list of references {file} cannot be read: {error}. Fetch it again.") from error
-    if not isinstance(lists, dict):
-        raise InputError(f"The list of references {file} must be an object of lists of paths. Fetch it again.")
-    for image, references in lists.items():
-        if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
-            raise InputError(f"In {file} the references of {image} are no list of paths. Fetch it again.")
-        yield image, references
+        return dict(read_document(file, dict[str, list[str]]))
+    except DocumentError as error:
+        raise InputError(f"These are no lists of references: {error}. Fetch them again.") from error

@@ -7,14 +7,14 @@ and draws can be added.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 from adfeatures.checkpoints import atomic_path
+from adfeatures.documents import DocumentError, dumps, read_document
 from adfeatures.errors import AdfeaturesError, InputError
 
 PRETRAINED, RAW = "pretrained", "raw"
@@ -23,6 +23,32 @@ SETTINGS, FOLDER, FAILURE = "settings.json", "results", "failure"
 OF_RETRIEVED, OF_LISTED = "_retrieved", "_listed"
 
 Record = dict[str, Any]
+_Metrics: TypeAlias = dict[str, float | None]
+
+
+class _Settings(TypedDict):
+    weights: dict[str, Any]
+
+
+class _Failure(TypedDict):
+    product: str
+    error: str
+
+
+class _Combined(TypedDict):
+    product: str
+    method: str
+    features: str
+    draw: int | None
+
+
+class _Optional(TypedDict, total=False):
+    oracle: _Metrics
+    warnings: list[str]
+
+
+class _Finished(_Combined, _Optional):
+    metrics: _Metrics
 
 
 @dataclass(frozen=True)
@@ -74,11 +100,11 @@ class Results:
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.settings: dict[str, Any] = _plain(settings)
+        self.settings: dict[str, Any] = json.loads(dumps(settings))
         path = self.folder / SETTINGS
         if path.exists():
             # Folders of before there was a choice have no bit depth and no split.
-            before = {"bit_depth": 16, "split": None, **read_json(path)}
+            before = {"bit_depth": 16, "split": None, **read_json(path, _Settings)}
             changed = _differences(before, self.settings)
             changed += [f"weights of {text}" for text in _differences(before["weights"], self.settings["weights"])]
             if changed:
@@ -91,7 +117,7 @@ class Results:
     def read(self, product: str, combination: Combination) -> Record | None:
         """The record of a combination on a product, None where it is not finished."""
         path = self._path(product, combination.name)
-        record = read_json(path) if path.exists() else {"error": ""}
+        record = _read_record(path) if path.exists() else {"error": ""}
         return None if "error" in record else record
 
     def write(self, combination: Combination, record: Record) -> None:
@@ -118,42 +144,39 @@ class Results:
     def records(self) -> list[Record]:
         """Everything that is there, failures included, product after product."""
         # What a killed process was writing is hidden, and no record.
-        return [read_json(path) for path in sorted((self.folder / FOLDER).glob("*/[!.]*.json"))]
+        return [_read_record(path) for path in sorted((self.folder / FOLDER).glob("*/[!.]*.json"))]
 
     def _path(self, product: str, name: str) -> Path:
         return self.folder / FOLDER / product / f"{name}.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that ``write_json`` wrote.
+def _read_record(path: Path) -> Record:
+    record = read_json(path)
+    kind = _Finished if "error" not in record else _Combined if "method" in record else _Failure
+    return read_json(path, kind)
+
+
+def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """Read a file that ``write_json`` wrote; for the kind see ``adfeatures.documents.check``.
 
     Raises:
         InputError: For a damaged file.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return dict(read_document(path, kind))
+    except DocumentError as error:
         raise InputError(f"{path} cannot be read ({error}). Remove it; what it held is computed again.") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write plain values, atomically; NaN becomes null."""
-    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, dumps(value, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     r"""Write a text in UTF-8, atomically; bytes of file names that are no UTF-8 become ``\udc..``."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _plain(value: Any) -> Any:
-    """Values as JSON gives them back."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

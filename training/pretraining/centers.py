@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adfeatures.checkpoints import load_checkpoint, save_checkpoint
+from adfeatures.checkpoints import load_checkpoint, regular_file, save_checkpoint
+from adfeatures.documents import DocumentError, parse
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
 from adfeatures.images import ImageTransform
 
@@ -119,7 +121,11 @@ def compute_centers(
     patches = [0] * len(sums)
     if state.exists():
         sums, position = _resumed(state, facts)
-        patches, done = json.loads(position["patches"]), int(position["batches"])
+        patches, done = _fact(state, position, "patches", list[int]), _fact(state, position, "batches", int)
+        if [(len(total), count > 0) for total, count in zip(sums, patches, strict=False)] != [
+            (channels, True) for channels in backbone.entry.channels
+        ]:
+            raise CheckpointError(f"{state} is damaged. Remove it to begin again.")
     batches = [draws[start : start + config.batch_size] for start in range(0, len(draws), config.batch_size)]
     # A generator of its own, so that torch's is left as it is.
     loader = ImageLoader(dataset, batch_sampler=batches[done:], num_workers=config.workers, generator=torch.Generator())
@@ -202,6 +208,8 @@ def _write(path: Path, name: str, levels: Sequence[Tensor], facts: Mapping[str, 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name, in the order of the levels, and metadata."""
     checkpoint = load_checkpoint(path)
+    if any(level.ndim != 1 or not level.is_floating_point() for level in checkpoint.state_dict.values()):
+        raise CheckpointError(f"{path} holds no centers, which have one dimension. {_ADVICE}")
     tensors = sorted(checkpoint.state_dict.items(), key=lambda entry: (len(entry[0]), entry[0]))
     # Earlier versions knew no other bit depth.
     return dict(tensors), {"bit_depth": "16", **checkpoint.metadata}
@@ -225,18 +233,28 @@ def _read_centers(path: Path, wanted: Mapping[str, str]) -> list[Tensor]:
     differences = []
     for key, value in wanted.items():
         # Of the fingerprints of weights one in common is enough.
-        if found[key] != value and not (key == "weights" and set(json.loads(found[key])) & set(json.loads(value))):
+        if found.get(key) != value and not (
+            key == "weights" and set(_fact(path, found, key, list[str])) & set(json.loads(value))
+        ):
             short = key in ("backbone", "levels", "img_size", "bit_depth")
-            differences.append(f"{key} {found[key]}, not {value}" if short else f"other {key}")
+            differences.append(f"{key} {found.get(key)}, not {value}" if short else f"other {key}")
     if differences:
         raise CheckpointError(f"{path} holds centers of other features: {'; '.join(differences)}. {_ADVICE}")
     return [center.float() for center in tensors.values()]
 
 
+def _fact(path: Path, metadata: Mapping[str, str], name: str, kind: Any) -> Any:
+    try:
+        return parse(metadata.get(name, ""), kind, f"the {name} of its header")
+    except DocumentError as error:
+        raise CheckpointError(f"{path} holds no centers: {error}. {_ADVICE}") from error
+
+
 def _read_npy(path: Path) -> list[Tensor]:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Mapped, since the header may announce any size.
+        array = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged file makes its reader fail in any way
         raise CheckpointError(f"{path} cannot be read as centers: {error}. {_ADVICE}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise CheckpointError(f"{path} does not hold finite centers of shape (levels, channels). {_ADVICE}")

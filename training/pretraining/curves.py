@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from adfeatures.checkpoints import atomic_path
+from adfeatures.checkpoints import atomic_path, regular_file
+from adfeatures.documents import check
+from adfeatures.errors import InputError
 
 from ..metrics import CRITERIA, SELECTED_BY
 
@@ -20,14 +25,18 @@ _COLORS = {"angle": "tab:orange", "norm": "tab:blue"}
 _STYLES = {"img": "-", "pix": "--", "pro": ":"}
 
 
+class _Line(TypedDict):
+    kind: str
+    step: int
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log. A last line that was cut off is left out."""
     lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+    with suppress(ValueError, RecursionError):
+        for line in regular_file(path, InputError).read_bytes().splitlines() if os.path.lexists(path) else ():
+            # Not ``parse``, since logs of before hold NaN.
+            lines.append(check(json.loads(line), _Line))
     return lines
 
 
@@ -66,7 +75,7 @@ def _draw_losses(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
     """Thin as they are and thick as a running mean."""
     x = np.array([line["step"] for line in steps])
     for name, color in _COLORS.items():
-        y = np.array([line[name] for line in steps])
+        y = np.array([_number(line[name]) for line in steps])
         axes.plot(x, y, linewidth=0.4, alpha=0.5, color=color)
         window = max(1, min(SMOOTHING, len(y)))
         smooth = np.convolve(y, np.ones(window) / window, "valid") if len(y) else y
@@ -79,7 +88,14 @@ def _draw_metrics(axes: Any, validations: Sequence[Mapping[str, Any]]) -> None:
     steps = [line["step"] for line in validations]
     for method, title in SELECTED_BY.items():
         for criterion in CRITERIA:
-            values = [line[method][criterion.key] for line in validations]
+            values = [_number(line.get(method), criterion.key) for line in validations]
             label = f"{title}, {criterion.title}"
             axes.plot(steps, values, _STYLES[criterion.key], color=_COLORS[method], marker=".", label=label)
     axes.set(title="validation, mean over products")
+
+
+def _number(value: Any, key: str | None = None) -> float:
+    """A number, or that of a key; NaN for anything else, such as the null that stands for NaN."""
+    if key is not None:
+        value = value.get(key) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, (int, float)) else nan

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -15,13 +15,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import atomic_path
+from adfeatures.documents import dumps, read_document
 from adfeatures.errors import AdfeaturesError, ImageError
 
 from ..data.items import Item, items_digest
 from ..distributed import barrier, rank
 
+_Length: TypeAlias = Annotated[int, (1, 2**31)]
 # Images that are encoded at once.
 ENCODED_AT_ONCE = 16
+
+
+class _Facts(TypedDict):
+    identity: str
+    done: Annotated[int, (0, 2**31)]
+    shapes: list[tuple[_Length, _Length, _Length]]
 
 
 class ReferenceStore:
@@ -90,13 +98,13 @@ class ReferenceStore:
             shapes = [level.shape[1:] for level in maps]
             facts = {"identity": self._identity, "done": start + len(batch), "shapes": shapes}
             with atomic_path(self.folder / "store.json") as temporary:
-                temporary.write_text(json.dumps(facts))
+                temporary.write_text(dumps(facts))
 
     def _facts(self) -> dict[str, Any]:
         """What the arrays hold; nothing where they are of another store, or shorter than they should be."""
         try:
-            facts: dict[str, Any] = json.loads((self.folder / "store.json").read_text())
-            if facts.get("identity") != self._identity:
+            facts: dict[str, Any] = read_document(self.folder / "store.json", _Facts)
+            if facts["identity"] != self._identity:
                 return {}
             sizes = [facts["done"] * math.prod(shape) * np.dtype(np.float16).itemsize for shape in facts["shapes"]]
             whole = all(self._path(index).stat().st_size >= size for index, size in enumerate(sizes))

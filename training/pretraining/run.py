@@ -8,18 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import torch
 
-from adfeatures.checkpoints import atomic_path, save_checkpoint
+from adfeatures.checkpoints import atomic_path, regular_file, save_checkpoint
+from adfeatures.documents import check, dumps, parse
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
+from adfeatures.pickles import read_pickle
 from adfeatures.projector import ResidualProjector
 from adfeatures.trained import PROJECTOR
 
@@ -38,8 +39,19 @@ _VALIDATED_ON = {
 }
 # Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
-# What torch raises of a file that is no state, or not whole, and what is raised of one that holds something else.
-_DAMAGE = (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+_Count: TypeAlias = Annotated[int, (0, 2**62)]
+
+
+class _State(TypedDict):
+    position: tuple[_Count, _Count, _Count, _Count]
+    best: dict[str, float]
+    config: str
+    inputs: dict[str, str]
+    world_size: int
+    log_bytes: _Count
+    rng: list[torch.Tensor]
+    projector: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
 
 
 class TrainingRun:
@@ -124,7 +136,7 @@ class TrainingRun:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(dumps(line) + "\n")
             if self._board is not None:
                 for name, value in _flat({kind: values}):
                     self._board.add_scalar(name, value, self.step)
@@ -203,12 +215,12 @@ class TrainingRun:
 
     def _load(self) -> dict[str, Any] | None:
         """The state in the folder, if it is of the same config and as many processes."""
-        if not (self.folder / STATE).exists():
+        if not os.path.lexists(self.folder / STATE):
             return None
         with self._reading():
-            state: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = check(read_pickle(regular_file(self.folder / STATE)), _State)
             # What an earlier version did not ask for was as it is now by default.
-            other, processes = {**vars(PretrainConfig()), **json.loads(state["config"])}, state["world_size"]
+            other, processes = {**vars(PretrainConfig()), **parse(state["config"], dict[str, Any])}, state["world_size"]
         changed = [
             f"{name} was {other.get(name)!r}, is {value!r}"
             for name, value in json.loads(self._config).items()
@@ -230,7 +242,7 @@ class TrainingRun:
         """Errors of a state that is damaged, or none, as CheckpointError."""
         try:
             yield
-        except _DAMAGE as error:
+        except Exception as error:  # a damaged state makes its reader fail in any way
             raise CheckpointError(
                 f"{self.folder / STATE} cannot be resumed from ({error}). "
                 "Choose another --output, or remove the file to begin again."

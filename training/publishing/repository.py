@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from adfeatures import catalog, hub
 from adfeatures.backbones import BACKBONE
 from adfeatures.checkpoints import Checkpoint, atomic_path, save_checkpoint, sha256
+from adfeatures.documents import parse
 from adfeatures.errors import CheckpointError, InputError
 from adfeatures.factory import build_backbone, timm_cfg
 from adfeatures.resolve import RANDOM, BackboneSpec, describe_backbone, resolve_backbone
@@ -75,10 +76,10 @@ def check_overwrite(config: bytes, name: str, where: str) -> None:
 def model_in(config: bytes) -> str:
     """The model, with its tag, that a config.json is for."""
     try:
-        facts = json.loads(config)
+        facts = parse(config, Any)
         tag = facts.get("pretrained_cfg", {}).get("tag")
         return f"{facts['architecture']}.{tag}" if tag else str(facts["architecture"])
-    except (ValueError, LookupError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return "something else"
 
 
@@ -134,12 +135,7 @@ def _backbone_state(trained: TrainedWeights, backbone: BackboneSpec, config: Pub
 
 def _run_config(trained: TrainedWeights) -> dict[str, Any]:
     """The config of the run that made a checkpoint, empty where it is not known."""
-    facts = trained.fact("training")
-    if facts is not None and not isinstance(facts, dict):
-        raise CheckpointError(
-            f"{trained.source}: the training of its header must be the config of a run, got {facts!r}."
-        )
-    return facts or {}
+    return trained.fact("training", Annotated[dict[str, Any], "the config of a run"]) or {}
 
 
 def _header(trained: TrainedWeights, name: str, tag: str | None, entry: catalog.Backbone) -> dict[str, str]:

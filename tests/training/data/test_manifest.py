@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from unicodedata import normalize
 
@@ -36,6 +37,13 @@ def test_a_manifest_becomes_items(tmp_path: Path) -> None:
         str(folder / "001.png"), ANOMALOUS, "gasket", str(folder / "mask.png"), "anomalous", sample="images/001.png"
     )
     assert third.product == "parts"
+
+
+def test_manifests_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.csv")
+    for path in (tmp_path / "list.csv", tmp_path, Path("/dev/zero"), tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="manifest .* cannot be read"):
+            read_manifest(path)
 
 
 def test_every_fault_of_a_manifest_is_named_with_its_line(tmp_path: Path) -> None:

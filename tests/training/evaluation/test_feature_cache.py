@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import photo, write_photos
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adfeatures.errors import AdfeaturesError, ImageError, InputError
@@ -110,6 +111,29 @@ def test_damaged_files_are_written_anew(paths: list[Path], tmp_path: Path) -> No
     found = CachedExtractor(extractor, tmp_path, {})(batch_of(paths[:1]))
     assert len(extractor.seen) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"0": torch.ones(2, 4, 4)},
+        {"0": torch.ones(2, 4, 5), "1": torch.ones(2, 4, 4)},
+        {"0": torch.ones(1, 4, 4), "2": torch.ones(1, 4, 4)},
+        {"0": torch.full((1, 4, 4), torch.nan), "1": torch.ones(1, 4, 4)},
+        {"0": torch.ones(1, 4, 4).half(), "1": torch.ones(1, 4, 4)},
+        {"0": torch.ones(4), "1": torch.ones(4)},
+        {},
+    ],
+)
+def test_files_of_other_features_are_written_anew(
+    paths: list[Path], tmp_path: Path, content: dict[str, Tensor]
+) -> None:
+    kept = CachedExtractor(Counting(), tmp_path, {})
+    expected = kept(batch_of(paths))
+    save_file(content, kept._file(str(paths[1])))
+    for _ in range(2):
+        found = kept(batch_of(paths))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_files_that_vanish_are_written_anew(paths: list[Path], tmp_path: Path) -> None:

@@ -100,8 +100,11 @@ def cheat(lists: Lists) -> None:
         (cheat, "names test images as references of"),
         (lambda lists: lists.update({f"{AUTHORS}/bottle/test/good/777.png": []}), "names 1 files .*777.png"),
         (lambda lists: lists.update({next(iter(lists)): []}), "has no references for 1 of 3"),
-        (lambda lists: lists.update({next(iter(lists)): "a.png"}), "are no list of paths"),
-        (lambda lists: lists.update({next(iter(lists)): [None]}), "are no list of paths"),
+        (
+            lambda lists: lists.update({next(iter(lists)): "a.png"}),
+            r"no lists .*bottle.json.* must be a list, not 'a.png'",
+        ),
+        (lambda lists: lists.update({next(iter(lists)): [None]}), r"no lists .*bottle.json.*\[0\] must be text"),
     ],
 )
 def test_what_is_wrong_is_named(root: Path, tmp_path: Path, change: Callable[[Lists], Any], message: str) -> None:
@@ -114,10 +117,10 @@ def test_what_is_wrong_is_named(root: Path, tmp_path: Path, change: Callable[[Li
         found(tmp_path / "lists", root, "bottle")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000], ids=["empty", "a list", "cut off", "deep"])
 def test_what_is_no_list(root: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "bottle.json").write_text(text)
-    with pytest.raises(InputError, match="The list of references .*bottle.json"):
+    with pytest.raises(InputError, match="no lists of references: .*bottle.json"):
         found(tmp_path, root, "bottle")
     with pytest.raises(InputError, match="There is no list of references of cable: neither .*mvtec.cable.json nor"):
         found(tmp_path, root, "cable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,9 +93,22 @@ class TestResults:
         combination, results = Combination("padim", RAW), Results(tmp_path, SETTINGS)
         results.write(combination, {"product": "bottle", "metrics": {}})
         (path,) = (tmp_path / "results" / "bottle").iterdir()
-        path.write_text("{")
-        with pytest.raises(InputError, match=f"{path.name} cannot be read"):
-            results.read("bottle", combination)
+        record = {"product": "bottle", "method": "padim", "features": "raw", "draw": None, "metrics": {"aupro": 0.5}}
+        path.write_text(json.dumps(record))
+        assert results.read("bottle", combination) == record
+        changes: tuple[dict[str, Any], ...] = ({"metrics": 5}, {"metrics": {"aupro": "1"}}, {"draw": "0"},
+                   {"product": 3}, {"oracle": []}, {"warnings": [1]}, {"error": 3, "draw": "x"})  # fmt: skip
+        damaged = [{**record, **change} for change in changes]
+        for text in ("{", "[]", "[" * 100_000, "{}", '{"error": "x"}', "NaN", *map(json.dumps, damaged)):
+            path.write_text(text)
+            with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+                results.read("bottle", combination)
+            with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+                results.records()
+        for text in ("{}", "[]", '{"weights": 3}'):
+            (tmp_path / "settings.json").write_text(text)
+            with pytest.raises(InputError, match=r"settings\.json cannot be read"):
+                Results(tmp_path, SETTINGS)
 
     def test_what_a_killed_process_was_writing_is_no_record(self, tmp_path: Path) -> None:
         results = Results(tmp_path, SETTINGS)

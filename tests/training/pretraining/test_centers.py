@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -280,6 +281,48 @@ def test_arrays_that_are_no_centers(tmp_path: Path, backbone: FrozenBackbone, ar
     np.save(tmp_path / "centers.npy", array, allow_pickle=True)
     with pytest.raises(CheckpointError, match="centers.npy"):
         load_centers(tmp_path / "centers.npy", backbone)
+
+
+def test_arrays_that_announce_more_than_they_hold(tmp_path: Path, backbone: FrozenBackbone) -> None:
+    np.save(tmp_path / "centers.npy", np.ones((2, 16)))
+    whole = (tmp_path / "centers.npy").read_bytes()
+    for content in (whole.replace(b"(2, 16), }         ", b"(2, 1600000000), }"), whole[:-8], whole[:20], b""):
+        (tmp_path / "centers.npy").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"centers\.npy cannot be read as centers"):
+            load_centers(tmp_path / "centers.npy", backbone)
+    (tmp_path / "centers.npy").unlink()
+    os.mkfifo(tmp_path / "centers.npy")
+    with pytest.raises(CheckpointError, match="pipe"):
+        load_centers(tmp_path / "centers.npy", backbone)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors"),
+    [
+        ({"weights": "[" * 100_000}, {}),
+        ({"weights": "[1]"}, {}),
+        ({"weights": "5"}, {}),
+        ({"mean": None}, {}),
+        ({}, {"center.1": torch.ones(4, 4)}),
+        ({}, {"center.1": torch.tensor(1.0)}),
+        ({}, {"center.1": torch.ones(16, dtype=torch.int32)}),
+    ],
+)
+def test_damaged_centers(
+    tmp_path: Path,
+    backbone: FrozenBackbone,
+    items: list[Item],
+    header: dict[str, str | None],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    path = tmp_path / "centers.safetensors"
+    compute(path, backbone, items, images=3)
+    metadata = {**load_checkpoint(path).metadata, **header}
+    save_checkpoint(
+        path, {**load_file(path), **tensors}, metadata={key: text for key, text in metadata.items() if text is not None}
+    )
+    with pytest.raises(CheckpointError, match=r"centers\.safetensors holds"):
+        load_centers(path, backbone)
 
 
 def test_features_that_are_not_finite_stop_it(tmp_path: Path, items: list[Item]) -> None:

@@ -58,6 +58,20 @@ def test_a_log_is_read_up_to_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert read_log(path) == made
     path.write_text(path.read_text() + '{"kind": "st')
     assert read_log(path) == made
+    for line in ("[1]", "3", "{}", '{"kind": 3, "step": 1}', '{"kind": "step", "step": "1"}', "[" * 100_000):
+        write(path, made).write_text(path.read_text() + line + "\n" + '{"kind": "step", "step": 4}')
+        assert read_log(path) == made
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path: Path, figures: list[matplotlib.figure.Figure]) -> None:
+    """Logs of before hold NaN, which is null today."""
+    made = lines(4, 2)
+    made[1] |= {"angle": None, "norm": float("nan")}
+    made[4]["norm"] = 5
+    made[5].pop("angle")
+    write(tmp_path / "log.jsonl", made)
+    draw_curves(tmp_path)
+    assert np.isnan(points(figures[0].axes[0].lines[0])[1]).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("steps", [7, 3 * SMOOTHING])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +74,30 @@ def test_what_is_encoded_is_not_encoded_again(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("change", ["identity", "pool", "facts"])
+DAMAGED = [
+    {"done": "7"}, {"done": -1}, {"done": True}, {"shapes": [[4, 2]]}, {"shapes": [[4, 2, 10**30]]}, {"shapes": 5},
+    {"shapes": [[4, 2, -3], [2, 1, 1]]}, {"shapes": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGED, ids=str)
+def test_facts_of_other_types_are_encoded_anew(tmp_path: Path, change: dict[str, object]) -> None:
+    encoded(tmp_path)
+    facts = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps({**facts, **change}))
+    assert encoded(tmp_path)[1] == [item.image for item in ITEMS]
+
+
+@pytest.mark.parametrize("change", ["identity", "pool", "facts", "list", "nested", "pipe"])
 def test_a_store_of_something_else_is_encoded_anew(tmp_path: Path, change: str) -> None:
     encoded(tmp_path)
     if change == "facts":
         (tmp_path / "store.json").write_text('{"identity": "')
+    elif change in ("list", "nested"):
+        (tmp_path / "store.json").write_text("[]" if change == "list" else "[" * 100_000)
+    elif change == "pipe":
+        (tmp_path / "store.json").unlink()
+        os.mkfifo(tmp_path / "store.json")
     items = ITEMS[2:] if change == "pool" else ITEMS
     store, files = encoded(tmp_path, items, "two" if change == "identity" else "one")
     assert files == [item.image for item in items]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,18 +146,29 @@ def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pyt
         begin(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["cut", "no inputs", "no optimizer", "other weights"])
-def test_states_that_cannot_be_resumed_from(tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    ["cut", "no inputs", "no optimizer", "other weights", "pipe", {"position": [1, 2]}, {"position": [0, 0, 0, -1]},
+     {"config": "[" * 100_000}, {"config": "[1]"}, {"world_size": "1"}, {"best": {"x": float("nan")}}, {"rng": [1]},
+     {"rng": [torch.ones(3)]},
+     {"optimizer": {"state": 5}}, {"projector": {"a": 1}}, {"log_bytes": None}, {"inputs": []}],
+)  # fmt: skip
+def test_states_that_cannot_be_resumed_from(tmp_path: Path, change: str | dict[str, Any]) -> None:
     train(*begin(tmp_path), steps=1)
     path = tmp_path / "state.pt"
     state = torch.load(path, weights_only=True)
     if change == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif change == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif isinstance(change, dict):
+        state.update(change)
     elif change == "other weights":
         state["projector"].popitem()
     else:
         state.pop(change.removeprefix("no "))
-    if change != "cut":
+    if change not in ("cut", "pipe"):
         torch.save(state, path)
     with pytest.raises(CheckpointError, match="(?s)state.pt cannot be resumed from .* remove the file to begin again"):
         begin(tmp_path)

@@ -270,7 +270,7 @@ def test_the_training_of_a_header_must_be_a_config(
     own: OwnCheckpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = own.write(tmp_path / "own.safetensors", training="[1]")
-    assert "must be the config of a run, got [1]" in refused(capsys, main([str(path), "--dry-run"]))
+    assert "must be the config of a run, not [1]" in refused(capsys, main([str(path), "--dry-run"]))
 
 
 @pytest.mark.parametrize(("kind", "method"), [("norm", "FeatureNorm"), ("angle", "PatchCore")])

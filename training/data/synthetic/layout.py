@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
 from adfeatures.checkpoints import atomic_path, refuse_links
+from adfeatures.documents import DocumentError, dumps, read_document
 from adfeatures.errors import AdfeaturesError, InputError, UnknownNameError
 from adfeatures.images import read_image
 from adfeatures.overlays import contact_sheet
@@ -171,19 +172,17 @@ def _chosen(products: int | Sequence[str] | None) -> tuple[str, ...]:
 def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Leave settings and README in a new folder; refuse one that holds something else."""
     try:
-        found = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError) as error:
+        found = read_document(output / SETTINGS, dict[str, Any]) if os.path.lexists(output / SETTINGS) else None
+    except DocumentError as error:
         message = f"{output} cannot be used: its {SETTINGS} cannot be read ({error}). Choose another folder."
         raise InputError(message) from error
     if found is None:
         if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise InputError(f"{output} is not empty and holds no {SETTINGS}. Choose a new folder.")
         with atomic_path(output / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            temporary.write_text(dumps(settings, indent=1), encoding="utf-8")
     elif found != settings:
-        keys = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+        keys = [key for key in settings if found.get(key) != settings[key]]
         message = f"{output} holds a data set made with other settings ({', '.join(keys)}). "
         raise InputError(message + "Repeat those or choose another folder.")
     if not (output / README).exists():

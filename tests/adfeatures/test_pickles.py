@@ -1,9 +1,10 @@
-"""TorchScript archives are read as data: honest ones equal what torch reads, hostile ones run and exhaust nothing."""
+"""Files of torch are read as data: honest ones equal what torch reads, hostile ones run and exhaust nothing."""
 
 from __future__ import annotations
 
 import pickle
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -232,6 +233,122 @@ class TestHostileArchives:
         assert path.stat().st_size < 1 << 20
         with pytest.raises(CheckpointError, match="larger than"):
             load_checkpoint(path)
+
+
+def archive(path: Path, pickled: bytes, storage: bytes = b"", compression: int = zipfile.ZIP_STORED) -> Path:
+    """A file of torch.save, of a pickle of one's own."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, data in (("data.pkl", pickled), ("version", b"3"), ("byteorder", b"little"), ("data/0", storage)):
+            file.writestr(f"archive/{name}", b"\x80\x02" + data + b"." if name == "data.pkl" else data)
+    return path
+
+
+def tensor(elements: int = 7, shape: bytes = b"K\x07\x85", stride: bytes = b"K\x01\x85") -> bytes:
+    """The operations that make a tensor of storage 0."""
+    size = b"J" + elements.to_bytes(4, "little")
+    storage = b"((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu" + size + b"tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K\0" + shape + stride + b"\x89}tR"
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\xff" + value.to_bytes(255, "little")
+
+
+def named(name: bytes, content: bytes) -> bytes:
+    """The operations that put an entry into a dictionary."""
+    return b"X" + len(name).to_bytes(4, "little") + name + content + b"s"
+
+
+class TestHostileFilesOfSave:
+    """Time and memory stay small; what is refused is named."""
+
+    def test_honest_file_of_these_operations(self, tmp_path: Path) -> None:
+        data = torch.arange(7.0)
+        path = archive(tmp_path / "a.pth", b"}" + named(b"a", tensor()), data.numpy().tobytes())
+        assert_equal(load_checkpoint(path).state_dict, {"a": data})
+        assert_equal(torch.load(path, weights_only=True), {"a": data})
+
+    @pytest.mark.parametrize(
+        ("pickled", "says"),
+        [
+            # Nested tuples as keys: hashing them takes twice as long with each level.
+            (b"}(K\x01" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60)) + b"K\x01u", "keys"),
+            # Numbers of equal hash: each is compared with all others.
+            (b"}(" + b"".join(number(n * (2**61 - 1)) + b"N" for n in range(9)) + b"u", "keys"),
+            (b"\x8b\0\0\x10\0" + b"\x7f" * (1 << 20), "opcode LONG4"),
+            (b"}" + named(b"a", tensor(shape=number(10**9) + b"\x85", stride=b"K\0\x85")), "beyond its storage"),
+            (b"}" + named(b"a", tensor(elements=1 << 30)), "larger than the file"),
+            (b"}" + named(b"a", tensor(elements=8)), "28 bytes instead of 32"),
+            (
+                b"}" + named(b"a", tensor(shape=b"(" + b"K\1" * 999 + b"t", stride=b"(" + b"K\1" * 999 + b"t")),
+                "999 dim",
+            ),
+            (b"N0" * 600_000 + b"N", "1,000,000 operations"),
+            (b"}" + named(b"a" * 2000, tensor()), "no name of a tensor"),
+            (b"]" * 200_000 + b"a" * 199_999, "list"),
+            (b"}q\0" + named(b"a", b"h\0"), "'a'"),
+            (b"}q\0" + named(b"model", b"h\0"), "'model'"),
+            (b"}" + named(b"model", b"}" + named(b"a", tensor())) + named(b"m", number(1 << 2000)), "metrics"),
+            (b"}" + named(b"model", b"}" + named(b"a", tensor())) + named(b"m", b"G\x7f\xf8" + b"\0" * 6), "metrics"),
+            (b"ctorch._utils\n_rebuild_tensor_v2\nNR", "_rebuild_tensor_v2"),
+            (b"cx\n" + b"y" * 100_000 + b"\n", r"x\.yyy"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, pickled: bytes, says: str) -> None:
+        path = archive(tmp_path / "a.pth", pickled, bytes(28))
+        with pytest.raises(CheckpointError, match=says) as caught:
+            load_checkpoint(path)
+        assert len(str(caught.value)) < 2500
+
+    def test_many_names_of_one_tensor(self, tmp_path: Path) -> None:
+        elements = 1 << 20
+        shape = b"J" + elements.to_bytes(4, "little") + b"\x85"
+        first = named(b"first", tensor(elements, shape) + b"q\0")
+        others = b"".join(named(str(number).encode(), b"h\0") for number in range(50))
+        path = archive(tmp_path / "a.pth", b"}" + first + others, bytes(4 * elements))
+        with pytest.raises(CheckpointError, match="share so much"):
+            load_checkpoint(path)
+
+    @pytest.mark.parametrize("announced", [100, None])
+    def test_storage_that_unpacks_to_much(self, tmp_path: Path, announced: int | None) -> None:
+        elements, size = (25, 100) if announced else (25 << 20, 100 << 20)
+        content = b"}" + named(b"a", tensor(elements))
+        path = archive(tmp_path / "a.pth", content, bytes(100 << 20), zipfile.ZIP_DEFLATED)
+        assert path.stat().st_size < 1 << 20
+        # The directory at the end says how long it will be, and need not be right.
+        path.write_bytes(path.read_bytes().replace((100 << 20).to_bytes(4, "little"), size.to_bytes(4, "little")))
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match="larger than the file|CRC"):
+            load_checkpoint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 << 20
+
+    def test_way_of_compression_without_bounds(self, tmp_path: Path) -> None:
+        path = archive(tmp_path / "a.pth", b"}" + named(b"a", tensor()), bytes(28), zipfile.ZIP_BZIP2)
+        with pytest.raises(CheckpointError, match="compressed"):
+            load_checkpoint(path)
+
+    def test_old_form_that_announces_much(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pth"
+        torch.save({"a": torch.ones(7)}, path, _use_new_zipfile_serialization=False)
+        whole = path.read_bytes()
+        for old, new in ((b"cpuq\x06K\x07", b"cpuq\x06J\0\0\0\x40"), (b"K\x07Nt", b"K\x08Nt"), (whole[-4:], b"")):
+            path.write_bytes(whole.replace(old, new) if new else whole[:-4])
+            with pytest.raises(CheckpointError, match=r"larger than the file|elements, or is cut off"):
+                load_checkpoint(path)
+
+    def test_torch_is_not_asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So its list of safe globals, which the whole process shares, stays as it is at every moment."""
+        torch.save({"model": {"a": torch.ones(2)}, "m": np.float64(0.5)}, tmp_path / "a.pth")
+        for name in (
+            "load",
+            "serialization.load",
+            "serialization.clear_safe_globals",
+            "serialization.add_safe_globals",
+        ):
+            monkeypatch.delattr(f"torch.{name}")
+        assert load_checkpoint(tmp_path / "a.pth").metrics == {"m": 0.5}
 
 
 class TestDamagedArchives:
