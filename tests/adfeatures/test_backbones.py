@@ -227,7 +227,7 @@ def test_clip_of_full_width_equal_to_timm() -> None:
 @pytest.mark.parametrize("arch", [name for name in VITS if catalog.BACKBONES[name].timm_name])
 def test_full_size_keys_are_those_of_timm(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = catalog.BACKBONES[arch]
-    # timm before 1.0.20 reads the values of a schedule.
+    # An older timm (1.0.20 still does) reads the values of a schedule.
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
         backbone: Any = create_backbone(arch)
