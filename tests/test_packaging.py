@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,48 +17,85 @@ import adfeatures
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without isolation, from a copy: neither the network nor the checkout is touched."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    files = (
-        subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True)
-        .stdout.decode()
-        .split("\0")
-    )
-    for file in filter(None, files):
-        if (REPOSITORY / file).is_file() and not file.startswith("tests/"):
-            (source / file).parent.mkdir(parents=True, exist_ok=True)
-            (source / file).write_bytes((REPOSITORY / file).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(folder),
-        str(source),
-    ]
-    subprocess.run(command, check=True)
-    (path,) = folder.glob("*.whl")
+BUILD = "from setuptools import build_meta; import sys; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
+# What lies in a checkout and concerns nobody else.
+STRAY = (
+    ".env",
+    "adfeatures/.env",
+    "adfeatures/assets/.env",
+    "adfeatures/__pycache__/cli.cpython-310.pyc",
+    "runs/own.pth",
+)
+
+
+def tracked() -> list[str]:
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode()
+    return [file for file in listed.split("\0") if file and (REPOSITORY / file).is_file()]
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Call the build backend the way that pip does, in the environment that is there: no network is needed."""
+    subprocess.run([sys.executable, "-c", BUILD, kind, str(folder)], cwd=source, capture_output=True, check=True)
+    (path,) = folder.iterdir()
     return path
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout with stray files, since builds write beside what they build."""
+    folder = tmp_path_factory.mktemp("source")
+    for file in tracked():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes((REPOSITORY / file).read_bytes())
+    for file in STRAY:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("secret")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    info = f"adfeatures-{adfeatures.__version__}.dist-info"
+    metadata = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")
+    licenses = {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"}
+    package = {file for file in tracked() if file.startswith("adfeatures/")}
+    assert {"adfeatures/py.typed", f"adfeatures/assets/{adfeatures.DEFAULT_MODEL}.safetensors"} <= package
+    assert sum(name.startswith("adfeatures/assets/samples/references/") for name in package) == 8
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"adfeatures"}
-    for needed in ("adfeatures/py.typed", f"adfeatures/assets/{adfeatures.DEFAULT_MODEL}.safetensors"):
-        assert needed in names
-    assert sum(name.startswith("adfeatures/assets/samples/references/") for name in names) == 8
-    assert any(name.endswith("licenses/NOTICE") for name in names) and any(
-        name.endswith("licenses/LICENSE") for name in names
-    )
+    assert sorted(names) == sorted(package | licenses | {f"{info}/{name}" for name in metadata})
     # Small enough to install over a bad line.
     assert wheel.stat().st_size < 4_000_000
+
+
+def test_sdist_holds_what_builds_the_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        root = f"adfeatures-{adfeatures.__version__}"
+        names = {member.name.removeprefix(f"{root}/") for member in archive if member.isfile()}
+        archive.extractall(tmp_path)
+    made = {"PKG-INFO", "setup.cfg"} | {name for name in names if name.startswith("adfeatures.egg-info/")}
+    needed = {"LICENSE", "NOTICE", "README.md", "pyproject.toml"}
+    # setuptools adds the uppermost test files unless a MANIFEST.in forbids it.
+    needed |= {file for file in tracked() if re.fullmatch(r"adfeatures/.*|tests/test\w*\.py", file)}
+    assert names - made == needed
+    assert sdist.stat().st_size < 4_000_000
+    (tmp_path / "again").mkdir()
+    again = build("wheel", tmp_path / root, tmp_path / "again")
+    assert contents(again) == contents(wheel)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")}
 
 
 @pytest.mark.slow
@@ -75,9 +114,6 @@ def test_wheel_works_on_its_own(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_visible_top_level_is_the_one_agreed() -> None:
-    files = subprocess.run(
-        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, check=True, text=True
-    ).stdout.splitlines()
     agreed = {
         "adfeatures",
         "training",
@@ -89,7 +125,7 @@ def test_visible_top_level_is_the_one_agreed() -> None:
         "NOTICE",
         "CHANGELOG.md",
     }
-    assert {file.split("/")[0] for file in files if not file.startswith(".")} <= agreed
+    assert {file.split("/")[0] for file in tracked() if not file.startswith(".")} <= agreed
 
 
 def test_samples_are_small() -> None:

@@ -138,6 +138,8 @@ def test_folders_without_images(tmp_path: Path) -> None:
 
 def test_what_pillow_reads_is_found_whatever_it_is_called(tmp_path: Path) -> None:
     names = ["a.jfif", "b.JPE", "c.mpo", "d.jp2", "e.avif", "f.dib", "g.pnm"]
+    if ".avif" not in Image.registered_extensions():  # before Pillow 11.3
+        names.remove("e.avif")
     formats = {".jfif": "JPEG", ".jpe": "JPEG", ".pnm": "PPM"}
     for name in names:
         photo(0).save(tmp_path / name, format=formats.get(Path(name).suffix.lower()))

@@ -188,9 +188,7 @@ def test_trying_out_computes_nothing_and_changes_nothing() -> None:
         ("test_vit", (), None, InputError, "1 to 6"),
         ("test_resnet", (2, 6), None, InputError, "1 to 5"),
         ("test_vit", None, (100, 96), InputError, "nearest to 100 are 96 and 112"),
-        ("crossvit_tiny_240", None, None, InputError, "choose levels"),
         ("vit_tiny_r_s16_p8_224", (1, 2), (225, 224), InputError, "multiples of 32"),
-        ("inception_v3", None, None, InputError, "instead of"),
         ("cait_xxs24_224", None, (240, 224), InputError, r"takes no images of \(240, 224\)"),
     ],
 )
@@ -199,3 +197,26 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         resolve_backbone(name, weights="random", levels=levels, img_size=size)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ((2, 2, 2, 32, 32, 32), r"no stages with 4, 8 or 16 .*: choose levels from 1 to 6\."),
+        ((8, 8, 8, 8, 8, 8), "instead of"),
+        ((), "has no feature maps for test_vit"),
+    ],
+)
+def test_models_that_say_otherwise_than_they_do_are_refused(
+    described: tuple[int, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*args: Any, **kwargs: Any) -> Any:
+        model = original(*args, **kwargs)
+        pairs = zip(model.feature_info, described, strict=False)
+        model.feature_info = [{**stage, "reduction": reduction} for stage, reduction in pairs]
+        return model
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(InputError, match=message):
+        resolve_backbone("test_vit", weights="random")

@@ -161,11 +161,11 @@ def test_the_backbone_that_it_was_trained_on(
 def test_backbones_that_timm_has_not_published(
     own: OwnCheckpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    _, entry = load_backbone("dpn48b", weights="random", levels=(1, 2))
-    header = timm_header(dataclasses.replace(entry, timm_name="dpn48b"), (64, 64))
+    _, entry = load_backbone("lcnet_035", weights="random", levels=(1, 2))
+    header = timm_header(dataclasses.replace(entry, timm_name="lcnet_035"), (64, 64))
     path = save_projector(tmp_path / "own.safetensors", ResidualProjector(entry.channels, num_keys=8), header)
     says = refused(capsys, main([str(path), "--dry-run"]))
-    assert "timm has no published weights of dpn48b, so they must come along" in says
+    assert "timm has no published weights of lcnet_035, so they must come along" in says
 
 
 def test_whole_models_keep_the_terms_of_the_backbone(
