@@ -92,5 +92,5 @@ def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
         workers = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
         time.sleep(0.05)
     os.kill(workers[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 2 and "A worker was killed" in error and "Traceback" not in error
