@@ -104,7 +104,8 @@ class FeatureExtractor(nn.Module):
             raise InputError(
                 f"Expected transformed images of a float type, got {x.dtype}. See create_transform(model)."
             )
-        if not torch.isfinite(x).all():
+        # A compiled graph does not branch on values; predictor refuses the scores that such images get.
+        if not torch.compiler.is_compiling() and not torch.isfinite(x).all():
             raise InputError("The images hold NaN or infinite values.")
         return self.scorer.features(self.backbone(x.to(self._dtype)))
 
@@ -288,9 +289,9 @@ class FeatureExtractor(nn.Module):
         return next(iter(self._banks.values())) if product is None else self._banks[product]
 
     def _banks_of(self, product: Products, count: int) -> list[ReferenceBank]:
-        """The bank of each image of a batch."""
+        """The bank of each image of a batch, or the one of all."""
         if product is None or isinstance(product, str):
-            return [self.bank(product)] * count
+            return [self.bank(product)]
         if len(product) != count:
             raise InputError(f"{len(product)} products were named for {count} images.")
         return [self.bank(name) for name in product]

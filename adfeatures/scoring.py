@@ -63,7 +63,7 @@ class Scorer(Protocol):
 
         Args:
             features: Residuals, projected where the model has a projector, one (B, C_l, h_l, w_l) per level.
-            scales: Of the bank of each image.
+            scales: Of the bank of each image, or of the one of all.
             size: Height and width of the maps in pixels.
             sigma: Gaussian smoothing in pixels of the maps.
         """
@@ -237,9 +237,14 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
         raise InputError(f"sigma must be a number of pixels, 0 or more, got {sigma}.")
     if sigma == 0:
         return maps
-    rows, columns = (torch.from_numpy(_blur_matrix(side, sigma)).to(maps) for side in maps.shape[-2:])
+    rows, columns = (_blur(side, sigma).to(maps) for side in maps.shape[-2:])
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps @ columns.T
+
+
+@torch.compiler.assume_constant_result
+def _blur(side: int, sigma: float) -> Tensor:
+    return torch.from_numpy(_blur_matrix(side, sigma))
 
 
 @lru_cache(maxsize=8)
