@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,32 @@ def check_maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike
         raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
 
 
+def check_fit(
+    bank: ReferenceBank,
+    source: str,
+    name: str,
+    img_size: tuple[int, int],
+    channels: Sequence[int],
+    fingerprint: Sequence[str],
+) -> None:
+    """Make sure that a bank is of a model: of its name, input size, channels of each level and hashes of weights.
+
+    Raises:
+        ReferencesError: Otherwise.
+    """
+    advice = "Create that model, or make the bank again with: adfeatures fit"
+    if bank.model not in (None, name):
+        raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. {advice}")
+    if (size := bank.record.img_size) not in (None, img_size):
+        raise ReferencesError(
+            f"{source} was made for images of {size} pixels (height, width), not {img_size}. {advice}"
+        )
+    if [rows.shape[1] for rows in bank.rows] != list(channels):
+        raise ReferencesError(f"{source} holds features of other levels than those of {name}. {advice}")
+    if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
+        raise ReferencesError(f"{source} was made with other weights of {name}. {advice}")
+
+
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
     """Read the banks that ``save_banks`` wrote, by product.
 
@@ -123,7 +149,7 @@ def _bank(facts: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> 
     _expect(isinstance(grids, list) and len(grids) > 0 and all(_is_size(grid) for grid in grids), "grids")
     _expect(size is None or _is_size(size), "img_size")
     record = BankRecord(img_size=size and tuple(size), **facts)
-    _check_record(record, count)
+    check_record(record, count)
     rows = [tensors[f"{prefix}rows.{level}"] for level in range(len(grids))]
     owners = [tensors[f"{prefix}images.{level}"] for level in range(len(grids))]
     for level, (own, images) in enumerate(zip(rows, owners, strict=True)):
@@ -141,7 +167,12 @@ def _bank(facts: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> 
     return ReferenceBank(rows, owners, [(height, width) for height, width in grids], count, scales, record)
 
 
-def _check_record(record: BankRecord, count: int) -> None:
+def check_record(record: BankRecord, count: int) -> None:
+    """Make sure that what a file says of a bank of so many images can be true.
+
+    Raises:
+        ValueError: Otherwise.
+    """
     of_images = {"files": record.files, "sha256s": record.sha256s, "pixels": record.pixels}
     for name, texts in {**of_images, "fingerprint": record.fingerprint}.items():
         _expect(isinstance(texts, list) and all(isinstance(text, str) for text in texts), name)

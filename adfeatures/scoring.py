@@ -130,6 +130,11 @@ class CosineRingScorer:
         return fuse(distances, size, sigma)
 
 
+def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
+    """The fixed range of colors of maps: the threshold in the middle, where there is one."""
+    return 0.0, 2 * threshold if threshold else top
+
+
 def calibrate(bank: ReferenceBank, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
     """Keep with a bank what only all patches of its images can tell, which ``full`` still has.
 

@@ -1,0 +1,210 @@
+"""Files of ``adfeatures export`` in ONNX Runtime or OpenVINO, in place of the model that they were made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bank_files import check_record
+from .catalog import unknown
+from .errors import CheckpointError, InputError, ReferencesError, UnknownNameError
+from .references import BankRecord, ReferenceBank
+from .scoring import AnomalyMap
+
+if TYPE_CHECKING:
+    from .extractor import FeatureExtractor
+    from .predictor import Products
+
+FORMAT, VERSION = "adfeatures-export", "1"
+# The facts that are plain texts; all others are JSON.
+TEXTS = ("format", "version", "adfeatures", "model", "product", "input")
+# What a runtime says of numbers that it may compute with.
+DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class Session(Protocol):
+    """A file in a runtime.
+
+    Attributes:
+        facts: The metadata of the file.
+        batch: Images that every run takes, None for any number.
+    """
+
+    facts: Mapping[str, str]
+    batch: int | None
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps (B, H, W) and scores (B,) of what the input of the file is."""
+
+
+class _OnnxRuntime:
+    def __init__(self, path: str, dtype: str) -> None:
+        runtime = import_module("onnxruntime")
+        settings = runtime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        self._session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        self.facts = self._session.get_modelmeta().custom_metadata_map
+        count = self._session.get_inputs()[0].shape[0]
+        self.batch = count if isinstance(count, int) else None
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        maps, scores = self._session.run(["map", "score"], {"image": images})
+        return maps, scores
+
+
+class _OpenVino:
+    def __init__(self, path: str, dtype: str) -> None:
+        core = import_module("openvino").Core()
+        model = core.read_model(path)
+        named = model.get_rt_info(["framework"]).value if model.has_rt_info(["framework"]) else {}
+        self.facts = {name: getattr(value, "value", value) for name, value in named.items()}
+        if model.input(0).partial_shape[0].is_dynamic:
+            # A batch of any size makes all of it several times slower.
+            model.reshape([1, *list(model.input(0).partial_shape)[1:]])
+        self.batch: int | None = model.input(0).partial_shape[0].get_length()
+        # Left to itself it takes bfloat16 where the processor has it, which moves scores visibly.
+        settings = {"INFERENCE_PRECISION_HINT": DTYPES[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._compiled = core.compile_model(model, "CPU", settings)
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = self._compiled({"image": images})
+        return found["map"], found["score"]
+
+
+_MODULES = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+class ExportedModel:
+    """An exported file, with what scoring photos asks of an extractor. Its references are a record without features.
+
+    Args:
+        path: File that ``adfeatures export`` wrote.
+        runtime: onnx or openvino.
+        dtype: float32, or for openvino bfloat16, which is faster on processors that have it and moves scores.
+
+    Raises:
+        CheckpointError: For a file that is missing, damaged or of another origin.
+        InputError: For a runtime that is not installed or cannot compute in this dtype.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], runtime: str = "onnx", dtype: str = "float32") -> None:
+        check_runtime(runtime, dtype)
+        if not Path(path).is_file():
+            raise CheckpointError(f"There is no exported file {path}. Make one with: adfeatures export --output {path}")
+        try:
+            session: type[_OnnxRuntime | _OpenVino] = _OpenVino if runtime == "openvino" else _OnnxRuntime
+            self._session: Session = session(os.fspath(path), dtype)
+        except Exception as error:  # Each runtime has exceptions of its own.
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(f"{path} cannot be run ({reason}). Make it again with: adfeatures export") from error
+        facts = self._session.facts
+        if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
+            raise CheckpointError(f"{path} is no file of this version. Make it again with: adfeatures export")
+        try:
+            self._read({name: text if name in TEXTS else json.loads(text) for name, text in facts.items()})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Make it again with: adfeatures export") from error
+
+    def _read(self, values: Mapping[str, Any]) -> None:
+        known = {column.name for column in dataclasses.fields(BankRecord)}
+        record = BankRecord(**{name: value for name, value in values.items() if name in known})
+        self.name, self._product = values["model"], values["product"]
+        self.img_size = record.img_size = (int(values["img_size"][0]), int(values["img_size"][1]))
+        count = int(values["num_images"])
+        check_record(record, count)
+        self.bit_depth, self.top = record.bit_depth, float(values["top"])
+        self.pretrained_cfg: dict[str, Any] = {name: tuple(map(float, values[name])) for name in ("mean", "std")}
+        self._uint8 = values["input"] == "uint8"
+        self._bank = ReferenceBank([], [], [], count, record=record)
+
+    @property
+    def references(self) -> dict[str, ReferenceBank]:
+        """The record of the references by product."""
+        return {self._product: self._bank}
+
+    def bank(self, product: str | None = None) -> ReferenceBank:
+        """The record of the references.
+
+        Raises:
+            UnknownNameError: For another product than that of the file.
+        """
+        if product not in (None, self._product):
+            raise UnknownNameError(unknown("product", str(product), self.references))
+        return self._bank
+
+    def threshold(self, product: str | None = None) -> float | None:
+        """The threshold, None where a single reference gave none."""
+        return self.bank(product).threshold
+
+    def leave_one_out_scores(self, product: str | None = None) -> list[float]:
+        """Refused: the features of the references cannot be told apart any more."""
+        raise ReferencesError("An exported file cannot score its own references. Take the bank that it was made of.")
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """Transformed images as they are."""
+        return x
+
+    def anomaly_map(self, x: Tensor, product: Products = None) -> AnomalyMap:
+        """Maps and scores as those of ``FeatureExtractor.anomaly_map``, to 1e-4 of them in float32."""
+        for name in {product} if product is None or isinstance(product, str) else set(product):
+            self.bank(name)
+        if self._uint8:
+            mean, std = (torch.tensor(self.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+            x = ((x * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        batch = self._session.batch or len(x)
+        maps, scores = zip(*(self._run(chunk, batch) for chunk in x.split(batch)), strict=True)
+        return AnomalyMap(torch.cat(maps), torch.cat(scores))
+
+    def _run(self, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        filled = torch.cat([x, x[-1:].expand(batch - len(x), *x.shape[1:])]).contiguous()
+        maps, scores = self._session.run(filled.numpy())
+        return torch.from_numpy(maps[: len(x)].copy()), torch.from_numpy(scores[: len(x)].copy())
+
+
+def in_runtime(model: FeatureExtractor, runtime: str, product: str | None, dtype: str) -> ExportedModel:
+    """A model with references in another runtime: exported and read again."""
+    from .export import export_onnx
+
+    check_runtime(runtime, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, product=product)
+        return ExportedModel(path, runtime, dtype)
+
+
+def check_runtime(runtime: str, dtype: str) -> None:
+    """Make sure that a runtime is installed and computes in a dtype.
+
+    Raises:
+        InputError: Otherwise.
+        UnknownNameError: For another runtime than onnx and openvino.
+    """
+    if runtime not in _MODULES:
+        raise UnknownNameError(unknown("runtime", runtime, _MODULES))
+    if dtype not in (DTYPES if runtime == "openvino" else ("float32",)):
+        raise InputError(f"{runtime} does not compute in {dtype} here. For bfloat16 take openvino.")
+    load_extra(_MODULES[runtime], runtime)
+
+
+def load_extra(module: str, extra: str) -> Any:
+    """Import what an extra of this package installs.
+
+    Raises:
+        InputError: If it is not installed, with the command that installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f'{module} is not installed ({error}). Install it: pip install "adfeatures[{extra}]"'
+        ) from error
