@@ -53,9 +53,9 @@ class _OnnxRuntime:
         settings = runtime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         self._session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        self.facts = self._session.get_modelmeta().custom_metadata_map
+        self.facts: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         count = self._session.get_inputs()[0].shape[0]
-        self.batch = count if isinstance(count, int) else None
+        self.batch: int | None = count if isinstance(count, int) else None
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         maps, scores = self._session.run(["map", "score"], {"image": images})
@@ -67,7 +67,7 @@ class _OpenVino:
         core = import_module("openvino").Core()
         model = core.read_model(path)
         named = model.get_rt_info(["framework"]).value if model.has_rt_info(["framework"]) else {}
-        self.facts = {name: getattr(value, "value", value) for name, value in named.items()}
+        self.facts: Mapping[str, str] = {name: getattr(value, "value", value) for name, value in named.items()}
         if model.input(0).partial_shape[0].is_dynamic:
             # A batch of any size makes all of it several times slower.
             model.reshape([1, *list(model.input(0).partial_shape)[1:]])
@@ -102,8 +102,8 @@ class ExportedModel:
         if not Path(path).is_file():
             raise CheckpointError(f"There is no exported file {path}. Make one with: adfeatures export --output {path}")
         try:
-            session: type[_OnnxRuntime | _OpenVino] = _OpenVino if runtime == "openvino" else _OnnxRuntime
-            self._session: Session = session(os.fspath(path), dtype)
+            kind: type[_OnnxRuntime | _OpenVino] = _OpenVino if runtime == "openvino" else _OnnxRuntime
+            self._session: Session = kind(os.fspath(path), dtype)
         except Exception as error:  # Each runtime has exceptions of its own.
             reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(f"{path} cannot be run ({reason}). Make it again with: adfeatures export") from error
@@ -178,7 +178,7 @@ def in_runtime(model: FeatureExtractor, runtime: str, product: str | None, dtype
     check_runtime(runtime, dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(model, path, product=product)
+        export_onnx(model, path, product=product, batch_size=1)
         return ExportedModel(path, runtime, dtype)
 
 

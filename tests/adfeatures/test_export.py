@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,41 +20,39 @@ from PIL import Image
 from torch import Tensor
 
 from adfeatures import export
-from adfeatures.backbones import create_backbone
+from adfeatures.backbones import Encoder, create_backbone
 from adfeatures.cli import main
 from adfeatures.errors import CheckpointError, InputError, ReferencesError, UnknownNameError
 from adfeatures.export import export_onnx
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.factory import create_model
+from adfeatures.factory import create_model, create_transform
 from adfeatures.projector import ResidualProjector
 from adfeatures.runtime import ExportedModel
 from adfeatures.timm_backbones import TimmBackbone
 
 FAMILIES = {"dinov2_base": 56, "clip_base": 64, "imagebind_huge": 56, "vit_tiny_patch16_224": 64}
+# An export takes long: what every commit needs is one of them, beside the embedded default.
+each_family = pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow if "dino" in arch else pytest.mark.release) for arch in FAMILIES]
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down", "ignore:The images hold values")
 PARITY = 1e-4
 
 
 def reduced(arch: str, batch: int = 3) -> tuple[FeatureExtractor, Tensor]:
     """A model of two blocks with random weights and three references, and images for it."""
     torch.manual_seed(0)
+    backbone: Encoder
     if arch.startswith("vit"):
-        backbone: TimmBackbone | torch.nn.Module = TimmBackbone(arch, (1, 2))
-        backbone.load(None)  # type: ignore[operator, union-attr]
+        backbone = TimmBackbone(arch, (1, 2))
+        backbone.load(None)
     else:
         backbone = create_backbone(arch, embed_dim=32, depth=2, num_heads=2, levels=(1, 2))
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if name.endswith("gamma"):
-                parameter.fill_(1.0)
-    size = (FAMILIES[arch], FAMILIES[arch] * 2)
-    projector = ResidualProjector(backbone.channels, num_keys=16)  # type: ignore[arg-type]
-    model = FeatureExtractor(
-        backbone.requires_grad_(False).eval(),  # type: ignore[arg-type]
-        projector,
-        name="tiny",
-        img_size=size,
-        pretrained_cfg=CFG,
-    )
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.ones_(parameter)
+    size, projector = (FAMILIES[arch], FAMILIES[arch] * 2), ResidualProjector(backbone.channels, num_keys=16)
+    model = FeatureExtractor(backbone, projector, name="tiny", img_size=size, pretrained_cfg=CFG)
     model.set_references(torch.rand(3, 3, *size))
     return model, torch.rand(batch, 3, *size)
 
@@ -61,15 +61,14 @@ def everything(model: FeatureExtractor, x: Tensor) -> list[Tensor]:
     return [*model.anomaly_map(x), *model(x)]
 
 
-def assert_alike(found: object, expected: object) -> None:
-    for ours, theirs in zip(found, expected, strict=True):  # type: ignore[call-overload]
+def assert_alike(found: Iterable[Any], expected: Iterable[Any]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.float32
         assert np.abs(ours - theirs).max() <= PARITY * np.abs(theirs).max()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", FAMILIES)
+@each_family
 def test_torch_export_with_any_batch(arch: str) -> None:
     model, x = reduced(arch)
     station = export._Station(model, None, uint8=False, features=True)
@@ -108,8 +107,7 @@ def test_a_compiled_model_follows_its_weights_and_its_references() -> None:
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", FAMILIES)
+@each_family
 def test_files_of_every_family_in_both_runtimes(arch: str, tmp_path: Path) -> None:
     import onnx
     import onnxruntime
@@ -153,7 +151,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*cannot pin down")
 def test_the_embedded_default_gives_the_same_rows_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +182,7 @@ def test_the_embedded_default_gives_the_same_rows_everywhere(
             k: v for k, v in summary.items() if k not in ignored
         }
     model = create_model(references="part.safetensors")
-    x = torch.stack([export_transform(model)(photo(seed)) for seed in (10, 11)])
+    x = torch.stack([create_transform(model)(photo(seed)) for seed in (10, 11)])
     for runtime in ("onnx", "openvino"):
         assert_alike(ExportedModel("part.onnx", runtime).anomaly_map(x), model.anomaly_map(x))
 
@@ -218,12 +215,6 @@ def test_the_embedded_default_gives_the_same_rows_everywhere(
         capsys.readouterr()
         assert main(["score", "--bank", "part.onnx", "--output", "onnx", "new", *options]) == 2, options
         assert words in capsys.readouterr().err, options
-
-
-def export_transform(model: FeatureExtractor):  # type: ignore[no-untyped-def]
-    from adfeatures.factory import create_transform
-
-    return create_transform(model)
 
 
 class TestRefused:
