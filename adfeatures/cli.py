@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--batch-size", type=_positive, help="images per run (default: any number)")
     export.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
     _add_weights_options(export)
-    export.set_defaults(device="cpu", bit_depth=None)
+    export.set_defaults(device="cpu", bit_depth=None, max_pixels=None)
 
     demo = _command(commands, "demo", _demo, "score the sample images of the package")
     demo.add_argument("--output", default="adfeatures-demo", metavar="DIR", help="folder for the results (%(default)s)")
@@ -279,6 +279,8 @@ def _detector(options: argparse.Namespace) -> Detector:
     if exported:
         reader = ExportedModel(options.bank, runtime, dtype)
         _check_bank(reader.bank(), options)
+        if options.max_pixels is not None:
+            reader.max_pixels = options.max_pixels
         if options.threshold is None and options.quantile is not None:
             fit_threshold(reader, options.quantile, None, options.product)
         return reader

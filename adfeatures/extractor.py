@@ -317,8 +317,8 @@ class FeatureExtractor(nn.Module):
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
         scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
-        features = self._project(self.residuals(x, product))
-        maps = self.scorer.maps(features, scales, (x.shape[2], x.shape[3]), sigma)
+        residuals, size = self.residuals(x, product), (x.shape[2], x.shape[3])
+        maps = self.scorer.maps(self._project(residuals), scales, size, sigma)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()
@@ -391,8 +391,7 @@ class FeatureExtractor(nn.Module):
 
     def as_input(self, x: Tensor) -> Tensor:
         """Transformed images on the device and in the precision of the model."""
-        own = next(self.parameters())
-        return x.to(own.device, own.dtype)
+        return x.to(next(self.parameters()))
 
 
 _NO_REFERENCES = (

@@ -41,12 +41,14 @@ class Detector(Protocol):
         img_size: Height and width that photos are resized to.
         pretrained_cfg: Holds the mean and std of the preprocessing.
         bit_depth: Bits in use of 16-bit photos.
+        max_pixels: Pixels of photos in memory at a time.
     """
 
     name: str
     img_size: tuple[int, int]
     pretrained_cfg: dict[str, Any]
     bit_depth: int
+    max_pixels: int
 
     @property
     def top(self) -> float:
@@ -197,7 +199,7 @@ def score_photos(
 
 
 def _score_batch(
-    model: FeatureExtractor, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
+    model: Detector, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
     results = [_read_or_refuse(model, source, product, side) for source, product in wanted]
     photos = [photo for photo in results if isinstance(photo, Photo)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .bank_files import check_record
 from .catalog import unknown
 from .errors import CheckpointError, InputError, ReferencesError, UnknownNameError
+from .images import MAX_PIXELS
 from .references import BankRecord, ReferenceBank
 from .scoring import AnomalyMap
 
@@ -122,7 +123,7 @@ class ExportedModel:
         self.img_size = record.img_size = (int(values["img_size"][0]), int(values["img_size"][1]))
         count = int(values["num_images"])
         check_record(record, count)
-        self.bit_depth, self.top = record.bit_depth, float(values["top"])
+        self.bit_depth, self.max_pixels, self.top = record.bit_depth, MAX_PIXELS, float(values["top"])
         self.pretrained_cfg: dict[str, Any] = {name: tuple(map(float, values[name])) for name in ("mean", "std")}
         self._uint8 = values["input"] == "uint8"
         self._bank = ReferenceBank([], [], [], count, record=record)
@@ -179,7 +180,9 @@ def in_runtime(model: FeatureExtractor, runtime: str, product: str | None, dtype
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model, path, product=product, batch_size=1)
-        return ExportedModel(path, runtime, dtype)
+        exported = ExportedModel(path, runtime, dtype)
+    exported.max_pixels = model.max_pixels
+    return exported
 
 
 def check_runtime(runtime: str, dtype: str) -> None:
