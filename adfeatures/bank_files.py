@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias
 
@@ -27,18 +27,32 @@ Score: TypeAlias = Annotated[float, (0, math.inf)]
 
 
 @dataclass(kw_only=True)
-class _Facts(BankRecord):
-    """What the header says of a bank: its record, and what else is no tensor."""
+class RecordFacts(BankRecord):
+    """What a file says of a bank, with the ranges that a sound one keeps to."""
 
     product: str
-    grids: list[Size]
     num_images: Annotated[int, (1, 2**31 - 1)]
-    complete: bool | None = None  # Of earlier versions; the number of rows says it.
     img_size: Size | None = None
     bit_depth: Annotated[int, (9, 16)] = 16
     threshold: Score | None = None
     quantile: Annotated[float, (math.ulp(0), 1)] | None = None
     normal_scores: list[Score] = field(default_factory=list)
+
+    def record(self) -> BankRecord:
+        """The record alone.
+
+        Raises:
+            ValueError: If there is not one hash or name for each image.
+        """
+        for name in ("files", "sha256s", "pixels"):
+            _expect(len(getattr(self, name)) in (0, self.num_images), f"{name}: one for each image")
+        return BankRecord(**{known.name: getattr(self, known.name) for known in dataclasses.fields(BankRecord)})
+
+
+@dataclass(kw_only=True)
+class _Facts(RecordFacts):
+    grids: list[Size]
+    complete: bool | None = None  # Of earlier versions; the number of rows says it.
 
 
 def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank]) -> None:
@@ -91,6 +105,32 @@ def check_maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike
         raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
 
 
+def check_fit(
+    bank: ReferenceBank,
+    source: str,
+    name: str,
+    img_size: tuple[int, int],
+    channels: Sequence[int],
+    fingerprint: Sequence[str],
+) -> None:
+    """Make sure that a bank is of a model: of its name, input size, channels of each level and hashes of weights.
+
+    Raises:
+        ReferencesError: Otherwise.
+    """
+    advice = "Create that model, or make the bank again with: adfeatures fit"
+    if bank.model not in (None, name):
+        raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. {advice}")
+    if (size := bank.record.img_size) not in (None, img_size):
+        raise ReferencesError(
+            f"{source} was made for images of {size} pixels (height, width), not {img_size}. {advice}"
+        )
+    if [rows.shape[1] for rows in bank.rows] != list(channels):
+        raise ReferencesError(f"{source} holds features of other levels than those of {name}. {advice}")
+    if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
+        raise ReferencesError(f"{source} was made with other weights of {name}. {advice}")
+
+
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
     """Read the banks that ``save_banks`` wrote, by product.
 
@@ -133,7 +173,6 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
     """A bank of its facts and tensors, every one of them checked: a damaged bank must not pass a defect."""
     rows = [tensors[f"{prefix}rows.{level}"] for level in range(len(facts.grids))]
     owners = [tensors[f"{prefix}images.{level}"] for level in range(len(facts.grids))]
-    _expect(all(len(texts) in (0, facts.num_images) for texts in (facts.files, facts.sha256s, facts.pixels)), "hashes")
     for level, (own, images) in enumerate(zip(rows, owners, strict=True)):
         _expect(own.ndim == 2 and own.dtype in _FLOATS and own.numel() > 0, f"rows.{level}")
         _expect(images.dtype == torch.int32 and images.shape == own.shape[:1], f"images.{level}")
@@ -146,8 +185,7 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
             is_finite(scales) and bool((scales > 0).all()),
             "scales hold NaN or infinite values, or some that are not above 0",
         )
-    record = BankRecord(**{field.name: getattr(facts, field.name) for field in dataclasses.fields(BankRecord)})
-    return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, record)
+    return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, facts.record())
 
 
 def _expect(condition: bool, what: str) -> None:

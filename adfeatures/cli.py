@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, catalog
 from .console import console
 from .documents import dumps
-from .errors import AdfeaturesError, InputError
+from .errors import AdfeaturesError, InputError, ReferencesError
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
+    from .predictor import Detector
+    from .references import ReferenceBank
 
 DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 
@@ -76,14 +78,31 @@ def _parser() -> argparse.ArgumentParser:
     score = _command(commands, "score", _score, "score images against references, with heat maps")
     source = score.add_mutually_exclusive_group(required=True)
     source.add_argument("--references", metavar="DIR", help="folder of normal images")
-    source.add_argument("--bank", metavar="FILE", help="bank made by fit")
+    source.add_argument("--bank", metavar="FILE", help="bank made by fit, or file made by export")
     score.add_argument("--output", required=True, metavar="DIR", help="folder for scores, overlays and summary")
     score.add_argument("--product", help="whose references to use, where there are several")
     score.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
+    score.add_argument(
+        "--runtime", choices=("torch", "onnx", "openvino"), help="what computes (default: torch, for a .onnx file onnx)"
+    )
+    score.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="numbers that openvino computes with (default: float32)"
+    )
     score.add_argument("--batch-size", type=_positive, default=8)
     score.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
     _add_model_options(score)
     _add_image_options(score)
+
+    export = _command(commands, "export", _export, "write a model with its references to an ONNX file")
+    export.add_argument("--bank", required=True, metavar="FILE", help="bank made by fit")
+    export.add_argument("--output", required=True, metavar="FILE", help="file to write, ending in .onnx")
+    export.add_argument("--product", help="whose references, where the bank holds several products")
+    export.add_argument("--uint8", action="store_true", help="take resized 8-bit photos and normalize them inside")
+    export.add_argument("--features", action="store_true", help="put out the features of the levels too")
+    export.add_argument("--batch-size", type=_positive, help="images per run (default: any number)")
+    export.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
+    _add_weights_options(export)
+    export.set_defaults(device="cpu", bit_depth=None, max_pixels=None)
 
     demo = _command(commands, "demo", _demo, "score the sample images of the package")
     demo.add_argument("--output", default="adfeatures-demo", metavar="DIR", help="folder for the results (%(default)s)")
@@ -100,10 +119,14 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
+    _add_weights_options(command)
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+
+
+def _add_weights_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help=f"model to use (default: that of the bank, else {catalog.DEFAULT_MODEL})")
     command.add_argument("--weights", help="trained weights: a tag, a path, hf-hub:owner/repo or local-dir:/path")
     command.add_argument("--backbone-weights", help="weights of the backbone, likewise")
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
 
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:
@@ -229,28 +252,11 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from .bank_files import check_maker, load_banks
-    from .inspection import find_images, inspect, set_references
+    from .inspection import find_images, inspect
 
     files = find_images(options.images, options.recursive)
-    if options.bank:
-        banks = load_banks(options.bank)
-        bank = next(iter(banks.values()))
-        check_maker(bank, options.model, options.bank)
-        if options.bit_depth not in (None, bank.record.bit_depth):
-            raise InputError(
-                f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
-                f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
-            )
-        model = _create_model(options, options.model or bank.model, bank.record.img_size)
-        model.hold_references(banks, options.bank)
-    else:
-        model = _create_model(options, options.model)
-        set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
-    if options.threshold is None and options.quantile is not None:
-        model.fit_threshold(options.quantile, product=options.product)
     result = inspect(
-        model,
+        _detector(options),
         files,
         options.output,
         product=options.product,
@@ -258,6 +264,95 @@ def _score(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     return _report(result.summary, options)
+
+
+def _detector(options: argparse.Namespace) -> Detector:
+    """What scores: a model with references in torch or in the runtime that was asked for, or an exported file."""
+    from .inspection import set_references
+    from .predictor import fit_threshold
+    from .runtime import ExportedModel, in_runtime
+
+    exported = str(options.bank).lower().endswith(".onnx")
+    runtime = options.runtime or ("onnx" if exported else "torch")
+    dtype = options.dtype or "float32"
+    _check_runtime(options, runtime, exported)
+    if exported:
+        reader = ExportedModel(options.bank, runtime, dtype)
+        _check_bank(reader.bank(), options)
+        if options.max_pixels is not None:
+            reader.max_pixels = options.max_pixels
+        if options.threshold is None and options.quantile is not None:
+            fit_threshold(reader, options.quantile, None, options.product)
+        return reader
+    if options.bank:
+        model = _model_of_bank(options)
+    else:
+        model = _create_model(options, options.model)
+        set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
+    if options.threshold is None and options.quantile is not None:
+        fit_threshold(model, options.quantile, None, options.product)
+    return model if runtime == "torch" else in_runtime(model, runtime, options.product, dtype)
+
+
+def _check_runtime(options: argparse.Namespace, runtime: str, exported: bool) -> None:
+    if runtime == "torch" and exported:
+        raise InputError(f"torch runs no {options.bank}. Name the bank that it was made of, or --runtime onnx.")
+    if runtime == "torch" and options.dtype == "bfloat16":
+        raise InputError("torch computes in float32 here. For bfloat16 take --runtime openvino.")
+    if exported and (options.weights or options.backbone_weights):
+        raise InputError(f"The weights are inside of {options.bank}: leave out --weights and --backbone-weights.")
+    if runtime != "torch":
+        if options.device not in (None, "cpu"):
+            raise InputError(f"{runtime} runs on the CPU here: leave out --device.")
+        options.device = "cpu"
+
+
+def _model_of_bank(options: argparse.Namespace) -> FeatureExtractor:
+    from .bank_files import load_banks
+
+    banks = load_banks(options.bank)
+    bank = next(iter(banks.values()))
+    _check_bank(bank, options)
+    model = _create_model(options, options.model or bank.model, bank.record.img_size)
+    model.hold_references(banks, options.bank)
+    return model
+
+
+def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> None:
+    from .bank_files import check_maker
+
+    check_maker(bank, options.model, options.bank)
+    if options.bit_depth not in (None, bank.record.bit_depth):
+        raise InputError(
+            f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
+            f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
+        )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export import check_output, export_onnx
+
+    check_output(options.output)
+    model = _model_of_bank(options)
+    bank = model.bank(options.product)
+    if options.threshold is not None:
+        bank.threshold, bank.record.quantile = options.threshold, None
+    if bank.threshold is None and bank.num_images == 1:
+        raise ReferencesError(
+            f"{options.bank} has no threshold, since a single reference gives none, and a file without one decides "
+            "nothing. Fit it with more references or --normals, or name a --threshold."
+        )
+    facts = export_onnx(
+        model,
+        options.output,
+        product=options.product,
+        uint8=options.uint8,
+        features=options.features,
+        batch_size=options.batch_size,
+    )
+    shown = ("model", "product", "input", "img_size", "threshold", "color_scale", "num_images")
+    _print({"file": options.output, **{name: facts[name] for name in shown}}, options.json)
+    return DONE
 
 
 def _demo(options: argparse.Namespace) -> int:

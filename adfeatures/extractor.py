@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import predictor, scoring
 from .backbones import Encoder
-from .bank_files import load_banks, save_banks
+from .bank_files import check_fit, load_banks, save_banks
 from .catalog import unknown
 from .checkpoints import weights_fingerprint
 from .errors import InputError, ReferencesError, UnknownNameError
@@ -104,9 +104,10 @@ class FeatureExtractor(nn.Module):
             raise InputError(
                 f"Expected transformed images of a float type, got {x.dtype}. See create_transform(model)."
             )
-        if not torch.isfinite(x).all():
+        # A compiled graph does not branch on values; predictor refuses the scores that such images get.
+        if not torch.compiler.is_compiling() and not torch.isfinite(x).all():
             raise InputError("The images hold NaN or infinite values.")
-        return self.scorer.features(self.backbone(x.to(self._dtype)))
+        return self.scorer.features(self.backbone(x.to(next(self.parameters()).dtype)))
 
     @torch.no_grad()
     def residuals(self, x: Tensor, product: Products = None) -> list[Tensor]:
@@ -241,20 +242,10 @@ class FeatureExtractor(nn.Module):
             ReferencesError: For banks of another model, other weights or another input size.
         """
         fingerprint = weights_fingerprint(self.state_dict())
-        advice = "Create that model, or make the bank again with: adfeatures fit"
         for bank in banks.values():
-            if bank.model not in (None, self.name):
-                raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")
-            if (size := bank.record.img_size) not in (None, self.img_size):
-                raise ReferencesError(
-                    f"{source} was made for images of {size} pixels (height, width), not {self.img_size}. {advice}"
-                )
-            if [rows.shape[1] for rows in bank.rows] != list(self.backbone.channels):
-                raise ReferencesError(f"{source} holds features of other levels than those of {self.name}. {advice}")
-            if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
-                raise ReferencesError(f"{source} was made with other weights of {self.name}. {advice}")
-            bank.rows = [rows.to(self._device, self._dtype) for rows in bank.rows]
-            bank.image_of_row = [images.to(self._device) for images in bank.image_of_row]
+            check_fit(bank, source, self.name, self.img_size, self.backbone.channels, fingerprint)
+            bank.rows = [self.as_input(rows) for rows in bank.rows]
+            bank.image_of_row = [images.to(bank.rows[0].device) for images in bank.image_of_row]
         self._banks = dict(banks)
 
     @torch.no_grad()
@@ -288,9 +279,9 @@ class FeatureExtractor(nn.Module):
         return next(iter(self._banks.values())) if product is None else self._banks[product]
 
     def _banks_of(self, product: Products, count: int) -> list[ReferenceBank]:
-        """The bank of each image of a batch."""
+        """The bank of each image of a batch, or the one of all."""
         if product is None or isinstance(product, str):
-            return [self.bank(product)] * count
+            return [self.bank(product)]
         if len(product) != count:
             raise InputError(f"{len(product)} products were named for {count} images.")
         return [self.bank(name) for name in product]
@@ -326,8 +317,8 @@ class FeatureExtractor(nn.Module):
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
         scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
-        features = self._project(self.residuals(x, product))
-        maps = self.scorer.maps(features, scales, (x.shape[2], x.shape[3]), sigma)
+        residuals, size = self.residuals(x, product), (x.shape[2], x.shape[3])
+        maps = self.scorer.maps(self._project(residuals), scales, size, sigma)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()
@@ -382,6 +373,11 @@ class FeatureExtractor(nn.Module):
         """The threshold of a product, None where none was set yet. ``score`` and ``save_references`` set one."""
         return self.bank(product).threshold
 
+    @property
+    def top(self) -> float:
+        """Top of the color scale of maps where no threshold gives one."""
+        return self.scorer.top
+
     # Module behavior
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -395,15 +391,7 @@ class FeatureExtractor(nn.Module):
 
     def as_input(self, x: Tensor) -> Tensor:
         """Transformed images on the device and in the precision of the model."""
-        return x.to(self._device, self._dtype)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return x.to(next(self.parameters()))
 
 
 _NO_REFERENCES = (

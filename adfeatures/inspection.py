@@ -27,7 +27,8 @@ from .documents import dumps
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
 from .overlays import contact_sheet, overlay, tile
-from .predictor import BATCH_SIZE, Prediction, ensure_threshold, score_photos
+from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos
+from .scoring import color_scale
 from .sources import OF_FILE_SYSTEMS, holds_results, is_drawn, list_images
 
 FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png", "demo.png")
@@ -117,7 +118,7 @@ def set_references(
 
 
 def inspect(
-    model: FeatureExtractor,
+    model: Detector,
     files: Sequence[str],
     output: str | os.PathLike[str],
     *,
@@ -133,7 +134,7 @@ def inspect(
     complete, and its files are replaced, no others.
 
     Args:
-        model: Extractor with references.
+        model: Extractor with references, or an exported file in a runtime.
         files: Image files, in the order of the rows.
         output: Folder, made if need be.
         product: Whose references to use, where several products are held.
@@ -153,7 +154,7 @@ def inspect(
     if threshold is None:
         ensure_threshold(model, product)
     limit = model.threshold(product) if threshold is None else threshold
-    scale = (0.0, 2 * limit if limit else model.scorer.top)
+    scale = color_scale(limit, model.top)
     pictures = _picture_names(files)
     found, references, worst = Inspection([], {}), [], Worst()
     with _writing_to(Path(output), files, pictures.values()) as folder:
@@ -260,7 +261,7 @@ def _picture_names(files: Sequence[str]) -> dict[str, Path]:
 
 
 def _summary(
-    model: FeatureExtractor,
+    model: Detector,
     rows: Sequence[ImageRow],
     threshold: float | None,
     scale: tuple[float, float],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from .scoring import normal_quantile, outliers
 from .sources import Photo, image_sources, read_distinct, read_photo
 
 if TYPE_CHECKING:
-    from .extractor import FeatureExtractor
+    from .references import ReferenceBank
+    from .scoring import AnomalyMap
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"
@@ -30,6 +31,47 @@ QUANTILE = 0.99
 BATCH_SIZE = 8
 # Thresholds below this fraction of the color scale are those of copies, not of other good parts.
 _NEAR_ZERO = 0.01
+
+
+class Detector(Protocol):
+    """What scores photos: an extractor with references, or an exported file in a runtime.
+
+    Attributes:
+        name: Model name with tag.
+        img_size: Height and width that photos are resized to.
+        pretrained_cfg: Holds the mean and std of the preprocessing.
+        bit_depth: Bits in use of 16-bit photos.
+        max_pixels: Pixels of photos in memory at a time.
+    """
+
+    name: str
+    img_size: tuple[int, int]
+    pretrained_cfg: dict[str, Any]
+    bit_depth: int
+    max_pixels: int
+
+    @property
+    def top(self) -> float:
+        """Top of the color scale of maps where no threshold gives one."""
+
+    @property
+    def references(self) -> dict[str, ReferenceBank]:
+        """The reference banks by product."""
+
+    def bank(self, product: str | None = None) -> ReferenceBank:
+        """The references of a product."""
+
+    def threshold(self, product: str | None = None) -> float | None:
+        """The threshold of a product."""
+
+    def leave_one_out_scores(self, product: str | None = None) -> list[float]:
+        """Scores of the references, each against the others alone."""
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """Transformed images as the model takes them."""
+
+    def anomaly_map(self, x: Tensor, product: Products = None) -> AnomalyMap:
+        """Maps and scores of a batch."""
 
 
 class Prediction(NamedTuple):
@@ -51,7 +93,7 @@ class Prediction(NamedTuple):
     is_reference: bool
 
 
-def transform_for(model: FeatureExtractor, bit_depth: int, preset: str = PRESET) -> ImageTransform:
+def transform_for(model: Detector, bit_depth: int, preset: str = PRESET) -> ImageTransform:
     """The way from a photo to the input of a model."""
     cfg = model.pretrained_cfg
     return build_transform(
@@ -59,7 +101,7 @@ def transform_for(model: FeatureExtractor, bit_depth: int, preset: str = PRESET)
     )
 
 
-def bit_depth_of(model: FeatureExtractor, product: str | None) -> int:
+def bit_depth_of(model: Detector, product: str | None) -> int:
     """Bits in use of 16-bit photos that are compared with the references of a product, or of all products.
 
     Raises:
@@ -74,7 +116,7 @@ def bit_depth_of(model: FeatureExtractor, product: str | None) -> int:
 
 
 def normal_photos(
-    model: FeatureExtractor, images: Images, bit_depth: int, known: Collection[str] = ()
+    model: Detector, images: Images, bit_depth: int, known: Collection[str] = ()
 ) -> Iterator[list[Photo]]:
     """Normal images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
 
@@ -90,7 +132,7 @@ def normal_photos(
     return read_distinct(sources, transform_for(model, bit_depth), known, BATCH_SIZE)
 
 
-def _check_transformed(model: FeatureExtractor, images: Tensor) -> None:
+def _check_transformed(model: Detector, images: Tensor) -> None:
     advice = "Transform images with adfeatures.create_transform(model), or give them as files, PIL images or arrays."
     if images.ndim != 4 or not images.is_floating_point():
         raise InputError(f"Expected float images (K, 3, H, W), got {images.dtype} {tuple(images.shape)}. {advice}")
@@ -108,7 +150,7 @@ def _check_transformed(model: FeatureExtractor, images: Tensor) -> None:
         )
 
 
-def predict(model: FeatureExtractor, images: Images, product: Products, batch_size: int) -> list[Prediction]:
+def predict(model: Detector, images: Images, product: Products, batch_size: int) -> list[Prediction]:
     """See ``FeatureExtractor.score``."""
     if isinstance(images, Tensor):
         raise InputError("score takes images; for transformed tensors there is anomaly_map.")
@@ -125,7 +167,7 @@ def predict(model: FeatureExtractor, images: Images, product: Products, batch_si
 
 
 def score_photos(
-    model: FeatureExtractor,
+    model: Detector,
     sources: Sequence[ImageSource],
     products: Sequence[str | None],
     batch_size: int = BATCH_SIZE,
@@ -157,7 +199,7 @@ def score_photos(
 
 
 def _score_batch(
-    model: FeatureExtractor, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
+    model: Detector, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
     results = [_read_or_refuse(model, source, product, side) for source, product in wanted]
     photos = [photo for photo in results if isinstance(photo, Photo)]
@@ -167,18 +209,14 @@ def _score_batch(
         yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
 
 
-def _read_or_refuse(
-    model: FeatureExtractor, source: ImageSource, product: str | None, side: int | None
-) -> Photo | ImageError:
+def _read_or_refuse(model: Detector, source: ImageSource, product: str | None, side: int | None) -> Photo | ImageError:
     try:
         return read_photo(source, transform_for(model, model.bank(product).record.bit_depth), side)
     except ImageError as error:
         return error
 
 
-def _predict_batch(
-    model: FeatureExtractor, photos: Sequence[Photo], products: Sequence[str | None]
-) -> Iterator[Prediction]:
+def _predict_batch(model: Detector, photos: Sequence[Photo], products: Sequence[str | None]) -> Iterator[Prediction]:
     x = model.as_input(torch.stack([photo.x for photo in photos]))
     maps, scores = model.anomaly_map(x, products)
     for photo, product, smoothed, score in zip(photos, products, maps, scores.tolist(), strict=True):
@@ -191,14 +229,14 @@ def _predict_batch(
         yield Prediction(score, resized[0, 0].cpu().numpy(), bank.threshold, decision, known)
 
 
-def ensure_threshold(model: FeatureExtractor, product: str | None) -> None:
+def ensure_threshold(model: Detector, product: str | None) -> None:
     """Fit the threshold of a product, unless it has one or a single reference can give none."""
     bank = model.bank(product)
     if bank.threshold is None and (bank.num_images > 1 or bank.record.normal_scores):
         fit_threshold(model, QUANTILE, None, product)
 
 
-def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | None, product: str | None) -> float:
+def fit_threshold(model: Detector, quantile: float, normals: Images | None, product: str | None) -> float:
     """See ``FeatureExtractor.fit_threshold``."""
     bank, quantile = model.bank(product), float(quantile)
     record = bank.record
@@ -218,7 +256,7 @@ def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | No
             f"expect about one false alarm in {len(scores) + 1} good images.",
             stacklevel=3,
         )
-    if threshold < _NEAR_ZERO * model.scorer.top or (normals is not None and _far_below(model, threshold, product)):
+    if threshold < _NEAR_ZERO * model.top or (normals is not None and _far_below(model, threshold, product)):
         warnings.warn(
             f"The threshold is {threshold:.3g}: the normal images are almost copies of each other or of references, "
             "so nearly every other image will count as anomalous. Give photos of different good parts.",
@@ -227,13 +265,13 @@ def fit_threshold(model: FeatureExtractor, quantile: float, normals: Images | No
     return threshold
 
 
-def _far_below(model: FeatureExtractor, threshold: float, product: str | None) -> bool:
+def _far_below(model: Detector, threshold: float, product: str | None) -> bool:
     """Whether a threshold is far below what references score against each other, so that its images are copies."""
     bank = model.bank(product)
     return bank.complete and bank.num_images > 1 and threshold < 0.25 * min(model.leave_one_out_scores(product))
 
 
-def _scores_of(model: FeatureExtractor, normals: Images, product: str | None) -> list[float]:
+def _scores_of(model: Detector, normals: Images, product: str | None) -> list[float]:
     record = model.bank(product).record
     scores: list[float] = []
     for batch in normal_photos(model, normals, record.bit_depth, record.known):

@@ -20,7 +20,7 @@ from .errors import InputError
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map of tokens (B, L, C) to (B, L, weight.shape[0]), by the faster of torch's two ways."""
-    if tokens.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return F.linear(tokens, weight, bias)
     # On a CPU torch convolves by oneDNN and multiplies by MKL, which leaves half of an AMD processor unused.
     return F.conv1d(tokens.transpose(1, 2), weight[..., None], bias).transpose(1, 2)
@@ -121,6 +121,9 @@ class _LevelProjector(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()
 
     def _keys_values(self) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            # What is kept would be a constant of the graph, whatever becomes of the parameters.
+            return self._compute_keys_values()
         attention = self._attention
         sources = (self.x_ref, *self.ref_proj.parameters(), attention.in_proj_weight, attention.in_proj_bias)
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):

@@ -309,7 +309,8 @@ class ReferenceBank:
         rows, owners, queries = self.rows[index], self.image_of_row[index], _tokens(level)
         if excluded is not None and any(bool(owners.eq(image).all()) for image in set(excluded) if image is not None):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
-        chunks = queries.split(QUERIES_PER_CHUNK)
+        # A compiled graph takes any number of images, and so no fixed number of chunks.
+        chunks = (queries,) if torch.compiler.is_compiling() else queries.split(QUERIES_PER_CHUNK)
         if excluded is None:
             barred: Sequence[Tensor | None] = [None] * len(chunks)
         else:
@@ -327,18 +328,18 @@ def residuals_of_images(
 
     Args:
         features: Maps of the images, one (B, C_l, h_l, w_l) per level.
-        banks: The bank of each image.
+        banks: The bank of each image, or the one of all.
         exclude: Index of the reference that each image must not be matched with, or None.
 
     Returns:
         Maps of the shapes of the features. Errors are those of ``ReferenceBank.match``.
     """
+    if all(bank is banks[0] for bank in banks):
+        return banks[0].residuals(features, exclude)
     residuals = [torch.empty_like(level) for level in features]
     for bank in dict.fromkeys(banks):
         members = [index for index, other in enumerate(banks) if other is bank]
         own = None if exclude is None else [exclude[index] for index in members]
-        if len(members) == len(banks):
-            return bank.residuals(features, own)
         found = bank.residuals([level[members] for level in features], own)
         for level, of_members in zip(residuals, found, strict=True):
             level[members] = of_members
@@ -348,8 +349,8 @@ def residuals_of_images(
 def _nearest(queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | None) -> Tensor:
     """Index (Q,) of the row of highest cosine similarity to each query, rows of its barred image left out."""
     queries = queries.float()
-    best = torch.full((len(queries),), -torch.inf, device=queries.device)
-    nearest = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+    best = torch.full(queries.shape[:1], -torch.inf, device=queries.device)
+    nearest = torch.zeros(queries.shape[:1], dtype=torch.long, device=queries.device)
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         chunk = rows[start : start + ROWS_PER_CHUNK].float()
         # The length of the query does not change which row is nearest, so only the rows are normalized.

@@ -63,7 +63,7 @@ class Scorer(Protocol):
 
         Args:
             features: Residuals, projected where the model has a projector, one (B, C_l, h_l, w_l) per level.
-            scales: Of the bank of each image.
+            scales: Of the bank of each image, or of the one of all.
             size: Height and width of the maps in pixels.
             sigma: Gaussian smoothing in pixels of the maps.
         """
@@ -128,6 +128,11 @@ class CosineRingScorer:
         of_levels = torch.stack(of_images, dim=1)
         distances = [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
         return fuse(distances, size, sigma)
+
+
+def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
+    """The fixed range of colors of maps: the threshold in the middle, where there is one."""
+    return 0.0, 2 * threshold if threshold else top
 
 
 def calibrate(bank: ReferenceBank, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
@@ -237,9 +242,14 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
         raise InputError(f"sigma must be a number of pixels, 0 or more, got {sigma}.")
     if sigma == 0:
         return maps
-    rows, columns = (torch.from_numpy(_blur_matrix(side, sigma)).to(maps) for side in maps.shape[-2:])
+    rows, columns = (_blur(side, sigma).to(maps) for side in maps.shape[-2:])
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps @ columns.T
+
+
+@torch.compiler.assume_constant_result
+def _blur(side: int, sigma: float) -> Tensor:
+    return torch.from_numpy(_blur_matrix(side, sigma))
 
 
 @lru_cache(maxsize=8)
