@@ -18,6 +18,7 @@ import torch
 
 from adfeatures.checkpoints import atomic_path, load_checkpoint, refuse_links
 from adfeatures.documents import dumps
+from adfeatures.locks import only_run_in
 from adfeatures.projector import ResidualProjector
 from adfeatures.trained import PROJECTOR
 
@@ -71,6 +72,11 @@ def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
 
 def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     """Run everything; the table is returned, and written to ``results.json`` and ``results.md``."""
+    with only_run_in(output):
+        return _tutorial(output, steps, seeds)
+
+
+def _tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     recipes = [recipe(output, seed, steps) for seed in seeds]
     refuse_links(output, "data", "published", *(Path(config.output).name for config in recipes))
     _say(f"Rendering {len(PRODUCTS)} products to {output / 'data'}")
