@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
 # Those that torch can compare and convert: not complex numbers, bits, or two numbers in a byte.
 PLAIN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|float(16|32|64|8_\w+)|bfloat16)")
+# Names of the folders that ``atomic_path`` writes in.
+TEMPORARY = re.compile(r"\..*\.adfeatures-[0-9a-f]{8}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,14 @@ def save_checkpoint(
 
 
 @contextmanager
-def atomic_path(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary file beside ``path``, with the same suffix, that takes its place when the block succeeds.
+def atomic_path(path: AnyPath, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary file of the same name that takes the place of ``path`` when the block succeeds.
+
+    It lies in a folder of its own beside ``path``, since safetensors writes a temporary file of its own next to it.
+
+    Args:
+        path: The file.
+        durable: Wait until the disk has it, so that it is whole after a power cut too, and not only after a kill.
 
     Raises:
         AdfeaturesError: When the folder cannot be made or written, or the disk is full. Nothing is left behind then.
@@ -132,15 +141,17 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:64]}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    folder = path.with_name(f".{path.stem[:32]}.adfeatures-{uuid.uuid4().hex[:8]}")
+    temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
+        folder.mkdir(parents=True)
+        temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # safetensors writes files that only their owner can read
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         if isinstance(error, AdfeaturesError):
@@ -148,8 +159,7 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
         advice = "Free some space or choose a folder that can be written"
         raise AdfeaturesError(f"Cannot write {path}: {error}. {advice}.") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_links(folder: AnyPath, *parts: str) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, catalog
-from .console import console
+from .console import INTERRUPTED, console
 from .documents import dumps
 from .errors import AdfeaturesError, InputError, ReferencesError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .predictor import Detector
     from .references import ReferenceBank
 
-DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
+DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,9 +202,11 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from .locks import only_run_for
     from .resolve import convert_checkpoint
 
-    checkpoint = convert_checkpoint(options.source, options.destination, options.model)
+    with only_run_for(options.destination):
+        checkpoint = convert_checkpoint(options.source, options.destination, options.model)
     _print(
         {
             "file": options.destination,
@@ -219,10 +221,19 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     from .bank_files import check_destination
+    from .locks import only_run_for
+
+    check_destination(options.bank)
+    with only_run_for(options.bank):
+        facts = _fit_bank(options)
+    _print({"bank": options.bank, **facts}, options.json)
+    return DONE
+
+
+def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
     from .inspection import set_references
     from .sources import list_images
 
-    check_destination(options.bank)
     model = _create_model(options, options.model)
     set_references(
         model,
@@ -247,8 +258,7 @@ def _fit(options: argparse.Namespace) -> int:
         }
         for product, bank in model.references.items()
     }
-    _print({"bank": options.bank, "model": model.name, "products": facts}, options.json)
-    return DONE
+    return {"model": model.name, "products": facts}
 
 
 def _score(options: argparse.Namespace) -> int:

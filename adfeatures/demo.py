@@ -10,10 +10,9 @@ import numpy as np
 from PIL import Image
 
 from .catalog import ASSETS
-from .checkpoints import atomic_path
 from .factory import create_model
 from .inspection import inspect, write_summary
-from .overlays import contact_sheet
+from .overlays import contact_sheet, save_picture
 from .scoring import auroc
 from .sources import list_images
 
@@ -59,5 +58,4 @@ def _write_picture(folder: Path, files: list[str]) -> None:
     first = list({Path(file).parent: Path(file) for file in reversed(files)}.values())
     overlays = [folder / "overlays" / path.parent.name / f"{path.stem}.png" for path in first]
     tiles = [Image.open(path) for path in (*first, *overlays)]
-    with atomic_path(folder / "demo.png") as temporary:
-        contact_sheet(tiles, columns=len(first), tile_width=320).save(temporary)
+    save_picture(contact_sheet(tiles, columns=len(first), tile_width=320), folder / "demo.png")

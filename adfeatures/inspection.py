@@ -22,14 +22,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from .checkpoints import atomic_path, refuse_links
+from .checkpoints import atomic_path
 from .documents import dumps
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
-from .overlays import contact_sheet, overlay, tile
+from .locks import only_run_in
+from .overlays import contact_sheet, overlay, save_picture, tile
 from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos
 from .scoring import color_scale
-from .sources import OF_FILE_SYSTEMS, holds_results, is_drawn, list_images
+from .sources import OF_FILE_SYSTEMS, STAGING, holds_results, is_drawn, list_images
 
 FILES = ("summary.json", "scores.csv", "scores.jsonl", "worst.png", "demo.png")
 # By this mark an overlay is known to be one.
@@ -169,8 +170,7 @@ def inspect(
                 found.rows.append(row)
                 if isinstance(result, Prediction) and picture is not None:
                     drawn = _overlay(row, picture, result.map, scale)
-                    (folder / pictures[file]).parent.mkdir(parents=True, exist_ok=True)
-                    drawn.save(folder / pictures[file], pnginfo=_mark())
+                    save_picture(drawn, folder / pictures[file], durable=False, pnginfo=_mark())
                     worst.add(result.score, drawn)
                     references += [file] if result.is_reference else []
                     found.maps += [result.map] if keep_maps else []
@@ -205,8 +205,7 @@ class Worst:
         """Draw the sheet, the highest score first."""
         if self._tiles:
             sheet = contact_sheet([tile for *_, tile in sorted(self._tiles)[::-1]], columns=4, tile_width=TILE_WIDTH)
-            with atomic_path(path) as temporary:
-                sheet.save(temporary)
+            save_picture(sheet, path)
 
 
 def _table(path: Path) -> TextIO:
@@ -295,29 +294,35 @@ def _summary(
 def _writing_to(output: Path, files: Sequence[str], pictures: Iterable[Path]) -> Iterator[Path]:
     """The folder to write to: the output itself, or beside a former result one that takes its place when all is done.
 
+    A killed run that was putting its result in place is completed first.
+
     Raises:
         InputError: If an image lies where the results go, or a file there is none of a former result.
-        AdfeaturesError: If it cannot be written.
+        AdfeaturesError: If it cannot be written, or another run writes to it.
     """
-    new = output / ".adfeatures-new"
+    new = output / STAGING
     try:
-        refuse_links(output, "overlays", new.name)
-        former = _former_result(output)
-        _refuse_conflicts(output, files, pictures, former)
-        shutil.rmtree(new, ignore_errors=True)  # Of a run that was killed.
-        folder = new if former else output
-        (folder / "overlays").mkdir(parents=True, exist_ok=True)
-        yield folder
-        if former:
-            _replace(former, new, output)
+        with only_run_in(output, "overlays", STAGING):
+            try:
+                if (new / "summary.json").exists():
+                    _replace(new, output)
+                shutil.rmtree(new, ignore_errors=True)
+                former = _former_result(output)
+                _refuse_conflicts(output, files, pictures, former)
+                folder = new if former else output
+                (folder / "overlays").mkdir(parents=True, exist_ok=True)
+                yield folder
+                if former:
+                    _replace(new, output)
+            finally:
+                if not (new / "summary.json").exists():  # A complete one is put in place by the next run.
+                    shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         if isinstance(error, AdfeaturesError):
             raise
         raise AdfeaturesError(
             f"Cannot write the results to {output}: {error}. Free it, or close what uses it, and run again."
         ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _former_result(output: Path) -> list[Path]:
@@ -353,16 +358,22 @@ def _refuse_conflicts(output: Path, files: Sequence[str], pictures: Iterable[Pat
             raise InputError(f"{output / name} is there and was not written by a former run. Choose another --output.")
 
 
-def _replace(former: Sequence[Path], new: Path, output: Path) -> None:
-    """Put the new result in the place of the former one. The summary goes first and comes last: it tells of all."""
+def _replace(new: Path, output: Path) -> None:
+    """Put a new result in the place of the former one, or what a killed run has left of it there.
+
+    The summary goes first and comes last: it tells of all. The second table goes before the first one is replaced, so
+    that there are never two of different rows.
+    """
+    former, fresh = _former_result(output), [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    _refuse_conflicts(output, [], fresh, former)
     (output / "summary.json").unlink(missing_ok=True)
-    fresh = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
-    fresh.sort(key=lambda path: path.name == "summary.json")
-    for path in fresh:
+    if (new / "scores.csv").exists():  # Else this has been done.
+        for path in {*former} - {*fresh} | {Path("scores.jsonl")}:
+            (output / path).unlink(missing_ok=True)
+    order = {"scores.csv": 0, "scores.jsonl": 1, "summary.json": 3}
+    for path in sorted(fresh, key=lambda path: order.get(str(path), 2)):
         (output / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / path, output / path)
-    for path in set(former) - set(fresh):
-        (output / path).unlink(missing_ok=True)
     for folder, _, _ in os.walk(output / "overlays", topdown=False):
         with contextlib.suppress(OSError):  # It is not empty.
             os.rmdir(folder)

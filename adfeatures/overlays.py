@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import textwrap
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from .checkpoints import atomic_path
 from .errors import InputError
 from .images import BACKGROUND, read_image
 
@@ -192,6 +194,19 @@ def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int
             x = margin + column * (tile_width + margin) + (tile_width - picture.width) // 2
             sheet.paste(picture, (x, margin + sum(heights[:number])))
     return sheet
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str], *, durable: bool = True, **options: Any) -> None:
+    """Write a picture in the format of the suffix, atomically; options as of Pillow, ``durable`` as of `atomic_path`.
+
+    Raises:
+        AdfeaturesError: If it cannot be written.
+    """
+    # Not by Pillow itself, which does not notice when a full disk takes only a part of what it writes.
+    encoded = io.BytesIO()
+    picture.save(encoded, Image.registered_extensions()[os.path.splitext(path)[1]], **options)
+    with atomic_path(path, durable=durable) as temporary:
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def tile(picture: Image.Image, width: int) -> Image.Image:

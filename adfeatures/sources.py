@@ -29,6 +29,8 @@ _FIELDS, _ALIKE = 16, 2.0
 # A folder with these files was written by ``adfeatures score``, and what it has drawn there are no photos.
 RESULTS_MARKS = frozenset({"scores.csv", "scores.jsonl"})
 RESULTS = frozenset({"overlays", "worst.png", "demo.png"})
+# Folder in which a new result waits until it is complete. While it takes the place of a former one, files are missing.
+STAGING = ".adfeatures-new"
 # Folders that storage and archives add, with thumbnails or what was thrown away.
 OF_FILE_SYSTEMS = frozenset(
     {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -164,7 +166,8 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
 
 def holds_results(folder: Path) -> bool:
     """Whether ``adfeatures score`` has written to a folder."""
-    return all(os.path.isfile(folder / name) for name in RESULTS_MARKS)
+    has_tables = all(os.path.isfile(folder / name) for name in RESULTS_MARKS)
+    return has_tables or os.path.isdir(folder / STAGING)
 
 
 def is_drawn(path: Path) -> bool:
@@ -191,7 +194,7 @@ def _walk(root: Path) -> list[Path]:
     photos = (*IMAGE_SUFFIXES, *_PHONE_SUFFIXES, *_OTHER_SUFFIXES)
     found: list[Path] = []
     for parent, folders, names in os.walk(root, onerror=refuse):
-        results = RESULTS if RESULTS_MARKS.issubset(names) else frozenset()
+        results = RESULTS if RESULTS_MARKS.issubset(names) or STAGING in folders else frozenset()
         passed = results | OF_FILE_SYSTEMS
         folders[:] = [name for name in folders if not name.startswith(".") and name not in passed]
         found += [

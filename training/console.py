@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adfeatures.catalog import unknown
-from adfeatures.cli import DONE, INTERRUPTED, NOTHING_DONE
+from adfeatures.cli import DONE, NOTHING_DONE
 from adfeatures.cli import SOME_FAILED as SOME_FAILED
-from adfeatures.console import console
+from adfeatures.console import INTERRUPTED, console
 from adfeatures.errors import AdfeaturesError, UnknownNameError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adfeatures.errors import InputError
+from adfeatures.errors import AdfeaturesError, InputError
+from adfeatures.locks import only_run_in
 
 
 @contextmanager
@@ -56,6 +57,21 @@ def processes(device: str | None) -> Iterator[torch.device]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def only_command_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
+    """`adfeatures.locks.only_run_in` for all ranks together: rank 0 holds the folder, and all learn of a refusal."""
+    with ExitStack() as held:
+        refusal: AdfeaturesError | None = None
+        if rank() == 0:
+            try:
+                held.enter_context(only_run_in(folder, *parts))
+            except AdfeaturesError as error:
+                refusal = error
+        if refused := gather_objects(refusal)[0]:
+            raise refused
+        yield
 
 
 def rank() -> int:

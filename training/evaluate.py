@@ -17,13 +17,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from adfeatures import __version__
-from adfeatures.checkpoints import refuse_links
 
 from . import console
 from .data import DATASETS
 from .data.checks import report
 from .data.fingerprint import Fingerprint
-from .distributed import barrier, processes, rank, world_size
+from .distributed import barrier, only_command_in, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
 from .evaluation.model import EvaluatedModel, ProjectorWeights, load_model
 from .evaluation.overlap import UNKNOWN, find_overlaps
@@ -44,11 +43,10 @@ def evaluate_model(config: EvaluationConfig) -> int:
     Raises:
         AdfeaturesError: For an unknown model or product, a root without products, weights that cannot be had, or that
             were trained on test images without ``allow_overlap``; for a folder that holds results of other settings or
-            images or cannot be written, a full disk. What was finished is kept.
+            images, cannot be written or is another command's; for a full disk. What was finished is kept.
     """
     products = config.tree.choose(config.root, config.products)
-    refuse_links(config.output, FOLDER, FIGURES, CACHE)
-    with processes(config.device) as device:
+    with processes(config.device) as device, only_command_in(config.output, FOLDER, FIGURES, CACHE):
         model = load_model(
             config.model,
             config.methods,
@@ -62,6 +60,9 @@ def evaluate_model(config: EvaluationConfig) -> int:
         settings = {**config.settings(), "img_size": model.img_size, "weights": model.fingerprints}
         results = Results(config.output, settings)
         evaluation = Evaluation(config, model, results, overlaps)
+        if rank() == 0:
+            evaluation.remove_leftovers()
+        barrier()
         for product in tqdm(products[rank() :: world_size()], desc="products", disable=None):
             evaluation.evaluate_product(product)
         barrier()

@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from adfeatures.checkpoints import refuse_links, weights_fingerprint
+from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.projector import ResidualProjector
 
 from . import console
@@ -29,7 +29,7 @@ from .data import DATASETS
 from .data.fingerprint import Fingerprint
 from .data.images import ImageLoader
 from .data.items import items_digest
-from .distributed import processes, rank, world_size
+from .distributed import only_command_in, processes, rank, world_size
 from .pretraining.centers import find_centers
 from .pretraining.checks import check_labels, check_masks, check_trials
 from .pretraining.config import PretrainConfig
@@ -43,6 +43,8 @@ from .pretraining.step import encode_images, train_step
 from .pretraining.trials import Trial, data_set_trials, held_out_trials
 from .pretraining.validation import Validation
 
+REFERENCES = "references"
+
 
 def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     """Pretrain as the config says, or resume.
@@ -55,9 +57,14 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         InputError: For a config, data or a run in the folder that do not fit together.
         ImageError: If the data set cannot be read.
         CheckpointError: For centers or a state that cannot be used.
-        AdfeaturesError: If the loss is not finite, or the disk is full. What was saved before is kept.
+        AdfeaturesError: If the loss is not finite, the disk is full, or another run writes to the folder. What was
+            saved before is kept.
     """
-    refuse_links(config.output, LOG, "references", "tensorboard")
+    with only_command_in(config.output, LOG, REFERENCES, "tensorboard"):
+        return _pretrain(config, device)
+
+
+def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     run = TrainingRun(config)
     inputs = Inputs(config, device)
     train, pool, backbone = inputs.train, inputs.normal, inputs.backbone
@@ -95,7 +102,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
     encode = partial(encode_images, backbone=backbone.module, device=device, precision=config.precision)
     store = None
     if config.pool is not None:
-        store = ReferenceStore(run.folder / "references", pool, json.dumps([*backbone.identity, config.precision]))
+        store = ReferenceStore(run.folder / REFERENCES, pool, json.dumps([*backbone.identity, config.precision]))
         store.encode(backbone.read, encode)
     digest = weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0]
     run.depend_on("centers", digest)
@@ -140,10 +147,10 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
             scores = validation.run(projector)
             run.log("validation", scores)
             run.keep_best(scores)
-        run.validated = run.step
-        run.save()
         if rank() == 0:
             draw_curves(run.folder)
+        run.validated = run.step
+        run.save()
     progress.close()
     run.keep_last()
     return run.folder

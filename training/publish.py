@@ -14,20 +14,25 @@ them all there is no new commit.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
 
 from adfeatures.checkpoints import sha256
-from adfeatures.errors import InputError
+from adfeatures.errors import AdfeaturesError, InputError
+from adfeatures.locks import only_run_in
 
 from . import console
 from .publishing.config import PublishConfig
 from .publishing.hub import upload
 from .publishing.repository import write_repository
+
+PREFIX = "adfeatures-publish-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +61,9 @@ def _publish(options: argparse.Namespace) -> None:
         )
     if options.repo:
         _check_name(options.repo)
-    with tempfile.TemporaryDirectory() as temporary:
+    with _folder(options.folder) as folder:
         what = console.from_options(options, PublishConfig)
-        files = write_repository(options.checkpoint, what, options.folder or Path(temporary))
+        files = write_repository(options.checkpoint, what, folder)
         for path in files:
             print(f"{path.name}: {path.stat().st_size} bytes, sha256 {sha256(path)}")
         if options.repo and options.dry_run:
@@ -67,6 +72,22 @@ def _publish(options: argparse.Namespace) -> None:
             print(upload(files, options.repo, public=options.public))
         if options.folder:
             print(f'written to {options.folder}: weights="local-dir:{options.folder}" loads it')
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    """A folder that no other command writes to: the given one, or a temporary one. Those of killed commands go."""
+    if given is not None:
+        with only_run_in(given):
+            yield given
+        return
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, only_run_in(name):
+        user = Path(name).lstat().st_uid
+        for left in Path(name).parent.glob(f"{PREFIX}*"):
+            if left != Path(name) and left.lstat().st_uid == user and not left.is_symlink():
+                with suppress(AdfeaturesError, OSError), only_run_in(left):
+                    shutil.rmtree(left)
+        yield Path(name)
 
 
 def _check_name(repo: str) -> None:

@@ -16,8 +16,9 @@ from statistics import fmean, stdev
 
 import torch
 
-from adfeatures.checkpoints import atomic_path, load_checkpoint, refuse_links
+from adfeatures.checkpoints import atomic_path, load_checkpoint
 from adfeatures.documents import dumps
+from adfeatures.locks import only_run_in
 from adfeatures.projector import ResidualProjector
 from adfeatures.trained import PROJECTOR
 
@@ -72,7 +73,11 @@ def recipe(output: Path, seed: int, steps: int) -> PretrainConfig:
 def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
     """Run everything; the table is returned, and written to ``results.json`` and ``results.md``."""
     recipes = [recipe(output, seed, steps) for seed in seeds]
-    refuse_links(output, "data", "published", *(Path(config.output).name for config in recipes))
+    with only_run_in(output, "data", "published", *(Path(config.output).name for config in recipes)):
+        return _tutorial(output, recipes, steps)
+
+
+def _tutorial(output: Path, recipes: Sequence[PretrainConfig], steps: int) -> str:
     _say(f"Rendering {len(PRODUCTS)} products to {output / 'data'}")
     synthetic.synthesize(output / "data", products=list(PRODUCTS), good=GOOD, bad=BAD, workers=2)
     _say("Computing the centers of the angle loss")
@@ -93,12 +98,12 @@ def tutorial(output: Path, steps: int, seeds: Sequence[int]) -> str:
         projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in state.items()})
         results["trained"].append(validation.run(projector)["norm"])
     lines = _table(results, steps)
-    facts = {"steps": steps, "seeds": list(seeds), "unseen": UNSEEN, "results": results}
+    facts = {"steps": steps, "seeds": [config.seed for config in recipes], "unseen": UNSEEN, "results": results}
     for name, text in (("results.json", dumps(facts, indent=1)), ("results.md", lines)):
         with atomic_path(output / name) as temporary:
             temporary.write_text(text)
     checkpoint = str(Path(recipes[0].output) / LAST)
-    _say(f"Publishing the projector of seed {seeds[0]} to {output / 'published'}")
+    _say(f"Publishing the projector of seed {recipes[0].seed} to {output / 'published'}")
     terms = PublishConfig(license="mit", data="images of training.synthesize", data_license="MIT")
     write_repository(checkpoint, terms, output / "published")
     return lines

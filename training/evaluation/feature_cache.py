@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adfeatures.checkpoints import atomic_path, is_finite, regular_file, sha256
+from adfeatures.documents import DocumentError, read_document
 from adfeatures.errors import CheckpointError, ImageError
+from adfeatures.locks import remove_leftovers
 
 from ..methods.base import Batch, Extractor
 from ..methods.trained import feature_maps
+
+IDENTITY, DAY = "identity.json", 24 * 60 * 60
 
 
 def content_key(path: str) -> str:
@@ -75,8 +80,8 @@ class CachedExtractor:
         self.extractor, self.key, self.device = extractor, key, device
         text = json.dumps(identity, sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        if not (self.folder / "identity.json").exists():
-            with atomic_path(self.folder / "identity.json") as temporary:
+        if not (self.folder / IDENTITY).exists():
+            with atomic_path(self.folder / IDENTITY) as temporary:
                 temporary.write_text(text)
 
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
@@ -109,7 +114,7 @@ class CachedExtractor:
 
     def remove(self) -> None:
         """Delete everything of this identity."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
     def _read(self, path: str) -> list[Tensor]:
         """The maps of an image, none where they are not there, or damaged."""
@@ -128,6 +133,22 @@ class CachedExtractor:
     def _file(self, path: str) -> Path:
         key = self.key(path)
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def remove_owned(folder: Path, owner: str) -> None:
+    """Delete the caches of an owner from a folder of caches, and what anybody left half written there a day ago."""
+    for identity in folder.glob(f"*/{IDENTITY}"):
+        with suppress(DocumentError):
+            if read_document(identity, dict[str, Any]).get("owner") == owner:
+                _remove(identity.parent)
+    remove_leftovers(folder.rglob(".*"), older_than=DAY)
+
+
+def _remove(cache: Path) -> None:
+    """Delete a cache, what tells of it last: if this is cut short, the rest is found."""
+    for part in cache.glob("??"):
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 def _subset(batch: Batch, members: Sequence[int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 
 from adfeatures.checkpoints import atomic_path
 from adfeatures.images import ImageTransform, read_image
-from adfeatures.overlays import contact_sheet, overlay
+from adfeatures.overlays import contact_sheet, overlay, save_picture
 
 from .. import metrics
 from ..data.images import noticing
@@ -43,8 +43,7 @@ def draw_maps(path: Path, items: Sequence[Item], predictions: Predictions, trans
         for heading, indices in extremes(items, predictions.scores).items()
         for i in indices
     ]
-    with atomic_path(path) as temporary:
-        contact_sheet(tiles, columns=COLUMNS, tile_width=TILE).save(temporary)
+    save_picture(contact_sheet(tiles, columns=COLUMNS, tile_width=TILE), path)
 
 
 def map_scale(maps: Tensor) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from ..methods import find_method
 from ..methods.base import Predictions
 from . import pictures
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
+from .feature_cache import remove_owned
 from .fitting import settings, train_loader
 from .model import EvaluatedModel
 from .overlap import Overlaps
@@ -73,6 +74,14 @@ class Evaluation:
         for name in config.methods:
             (self.jointly if find_method(name).joint else self.alone).extend(self._combinations(name))
 
+    def remove_leftovers(self) -> None:
+        """Remove the features that killed commands have left for this folder of results alone."""
+        remove_owned(self.raw.folder, self._owner)
+
+    @property
+    def _owner(self) -> str:
+        return str(self.results.folder.resolve())
+
     @property
     def combinations(self) -> list[Combination]:
         """Everything that is evaluated on each product."""
@@ -91,6 +100,9 @@ class Evaluation:
             for combination in self.combinations
         }
         pending = [combination for combination, record in records.items() if record is None]
+        for combination, record in records.items():
+            if record is not None and combination.is_shown and not self._curves_path(combination, name).exists():
+                self._draw_curves(combination, name)
         try:
             product = self._product(name)
             if any(record is not None and record.get("images") != product.digest for record in records.values()):
@@ -169,8 +181,8 @@ class Evaluation:
         if kind.draw is None:
             return retrieved_features(self.raw, kind, products[0])
         references = [self._references(product, kind.draw) for product in products]
-        leave_out, owner = self.config.protocol != ORIGINAL, str(self.results.folder.resolve())
-        return residual_features(self.raw, kind, products, references, leave_out=leave_out, owner=owner)
+        leave_out = self.config.protocol != ORIGINAL
+        return residual_features(self.raw, kind, products, references, leave_out=leave_out, owner=self._owner)
 
     def _folder(self, product: Product) -> Path:
         return self.config.tree.find_products(self.config.root)[product.name]
@@ -218,9 +230,9 @@ class Evaluation:
                 record = self._attempt([combination], [product], noticed, score)
                 if record is not None:
                     noticed += product.truth(kind.images).warnings + product.noticed + features.warnings(product)
-                    self.results.write(combination, {**record, "warnings": noticed})
                     if combination.is_shown:
-                        self._draw_curves(combination, product.name)
+                        self._draw_curves(combination, product.name, record)
+                    self.results.write(combination, {**record, "warnings": noticed})
         features.remove()
 
     def _fit(self, combination: Combination, features: ProductFeatures, products: Sequence[Product]) -> Fitted:
@@ -296,10 +308,14 @@ class Evaluation:
                 self.results.write(combination, record)
         return record
 
-    def _draw_curves(self, combination: Combination, product: str) -> None:
-        """Draw the curves of a method, of both kinds of features as far as they are there."""
+    def _draw_curves(self, combination: Combination, product: str, new: Record | None = None) -> None:
+        """Draw the curves of a method, of both kinds of features as far as they are there, or of one to be written."""
         both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
-        records = [self.results.read(product, other) for other in both]
-        found = {record["features"]: record["curves"] for record in records if record is not None}
-        path = self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"
+        records = {other.features: self.results.read(product, other) for other in both}
+        records |= {combination.features: new} if new is not None else {}
+        found = {features: record["curves"] for features, record in records.items() if record is not None}
+        path = self._curves_path(combination, product)
         pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)
+
+    def _curves_path(self, combination: Combination, product: str) -> Path:
+        return self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"

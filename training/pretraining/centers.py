@@ -23,6 +23,7 @@ from adfeatures.checkpoints import load_checkpoint, regular_file, save_checkpoin
 from adfeatures.documents import DocumentError, parse
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
 from adfeatures.images import ImageTransform
+from adfeatures.locks import only_run_for
 
 from ..data.images import ImageLoader
 from ..data.items import NORMAL, Item, items_digest
@@ -45,8 +46,9 @@ _ADVICE = (
 
 def centers_of(config: CentersConfig, device: torch.device) -> list[Tensor]:
     """What a config asks for; errors as of ``compute_centers`` and ``Inputs``."""
-    inputs = Inputs(config, device)
-    return compute_centers(config, inputs.backbone, inputs.train, inputs.normal)
+    with only_run_for(config.output):
+        inputs = Inputs(config, device)
+        return compute_centers(config, inputs.backbone, inputs.train, inputs.normal)
 
 
 def find_centers(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
@@ -37,8 +36,6 @@ _VALIDATED_ON = {
     "held_out": "held-out samples of the training data",
     **{name: f"the test set of {tree.title}" for name, tree in DATASETS.items()},
 }
-# Names of the files that ``atomic_path`` writes to; one that is there was left by a process that was killed.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
 _Count: TypeAlias = Annotated[int, (0, 2**62)]
 
 
@@ -201,11 +198,8 @@ class TrainingRun:
         self._log_bytes = int(state["log_bytes"])
 
     def _tidy(self) -> None:
-        """Remove what killed processes left half written, and of the log what will be done, and logged, again."""
+        """Remove of the log what will be done, and logged, again."""
         try:
-            for path in self.folder.rglob(".*"):
-                if _TEMPORARY.fullmatch(path.name):
-                    path.unlink()
             if (self.folder / LOG).exists():
                 os.truncate(self.folder / LOG, min(self._log_bytes, os.path.getsize(self.folder / LOG)))
         except OSError as error:

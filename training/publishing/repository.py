@@ -174,5 +174,3 @@ def _check_folder(folder: Path, name: str) -> None:
         check_overwrite((folder / CONFIG).read_bytes(), name, f"The folder {folder}")
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"The folder {folder} is not empty and holds no model. Choose an empty or a new one.")
-    elif folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file. Choose a folder.")

@@ -83,17 +83,6 @@ def test_what_was_logged_after_the_last_state_is_forgotten(tmp_path: Path) -> No
     assert (tmp_path / "log.jsonl").read_text().endswith("}\n")
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    train(*begin(tmp_path), steps=1)
-    (tmp_path / "references").mkdir()
-    left = [tmp_path / ".state.0123abcd.pt", tmp_path / "references" / ".store.4567cdef.json"]
-    others = [tmp_path / ".keep", tmp_path / ".gitignore", tmp_path / "notes.0123abcd.pt"]
-    for path in (*left, *others):
-        path.write_text("half")
-    begin(tmp_path)
-    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
-
-
 def test_another_config_is_refused(tmp_path: Path) -> None:
     train(*begin(tmp_path), steps=1)
     with pytest.raises(

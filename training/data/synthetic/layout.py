@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,11 +22,12 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
-from adfeatures.checkpoints import atomic_path, refuse_links
+from adfeatures.checkpoints import atomic_path
 from adfeatures.documents import DocumentError, dumps, read_document
 from adfeatures.errors import AdfeaturesError, InputError, UnknownNameError
 from adfeatures.images import read_image
-from adfeatures.overlays import contact_sheet
+from adfeatures.locks import only_run_in
+from adfeatures.overlays import contact_sheet, save_picture
 
 from .camera import VIEWS
 from .defects import DEFECTS
@@ -128,8 +129,8 @@ def synthesize(
     Raises:
         InputError: For numbers out of range, or a folder that holds anything else.
         UnknownNameError: For unknown products.
-        AdfeaturesError: When something cannot be written. What was written before is kept, and the same call resumes
-            from there.
+        AdfeaturesError: When something cannot be written, or another run writes there. What was written before is kept,
+            and the same call resumes from there.
     """
     names = _chosen(products)
     if min(good, bad) < 0 or good + bad == 0 or good + bad > 9999 or workers < 1 or seed < 0 or size < SMALLEST_SIZE:
@@ -138,19 +139,19 @@ def synthesize(
         )
     output = Path(output)
     settings = {"version": VERSION, "products": list(names), "good": good, "bad": bad, "size": size, "seed": seed}
-    refuse_links(output, FOLDER)
-    _claim(output, settings)
     samples = [Sample.of(name, number, bad) for name in names for number in range(1, bad + good + 1)]
-    missing = {sample: len(views) for sample in samples if (views := sample.missing(output))}
-    written, total = sum(missing.values()), VIEWS * len(samples)
-    with (
-        tqdm(total=total, initial=total - written, unit="image", disable=None) as bar,
-        _mapper(workers) as mapper,
-    ):
-        for count in mapper(partial(_write, output, size, seed), missing):
-            bar.update(count)
-    if written or not (output / SHEET).exists():
-        _save(_sheet(output, names, good, bad), output / SHEET)
+    with only_run_in(output, FOLDER):
+        _claim(output, settings)
+        missing = {sample: len(views) for sample in samples if (views := sample.missing(output))}
+        written, total = sum(missing.values()), VIEWS * len(samples)
+        with (
+            tqdm(total=total, initial=total - written, unit="image", disable=None) as bar,
+            _mapper(workers) as mapper,
+        ):
+            for count in mapper(partial(_write, output, size, seed), missing):
+                bar.update(count)
+        if written or not (output / SHEET).exists():
+            save_picture(_sheet(output, names, good, bad), output / SHEET, quality=JPEG_QUALITY)
     return written
 
 
@@ -237,32 +238,30 @@ def _in_order(pool: ProcessPoolExecutor, write: Callable[[Sample], int], samples
 
 
 def _start_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # The main process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _write(output: Path, size: int, seed: int, sample: Sample) -> int:
     """Write the images of a sample that are not there, each after its mask, and count them."""
-    for leftover in (output / sample.path(1)).parent.glob(".*"):
-        leftover.unlink(missing_ok=True)
     missing = sample.missing(output)
     tree = OK if sample.defect is None else NG
     specimen = Specimen.make(sample.product, (seed, tree, sample.number), sample.defect, size)
     for view in missing:
         (image, mask), path = specimen.photograph(view), output / sample.path(view)
         if mask is not None:
-            _save(Image.fromarray(mask), path.with_suffix(".png"))
-        _save(image, path)
+            save_picture(Image.fromarray(mask), path.with_suffix(".png"))
+        save_picture(image, path, quality=JPEG_QUALITY)
     return len(missing)
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    # Not by Pillow itself, which does not notice when a full disk takes only a part of what it writes.
-    file = io.BytesIO()
-    image.save(file, Image.registered_extensions()[path.suffix], quality=JPEG_QUALITY)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(file.getvalue())
 
 
 def _sheet(output: Path, products: Sequence[str], good: int, bad: int) -> Image.Image:

@@ -157,8 +157,9 @@ def test_what_is_missing_is_made_again_and_the_rest_kept(dataset: Path, tmp_path
     for view in ("_C1_", "_C4_"):
         (victim,) = tmp_path.glob(f"realiad_512/linen/NG/HS/S*/*{view}*.jpg")
         victim.unlink()
-    leftover = victim.with_name(".linen_0004_NG.01234567.jpg")
-    leftover.write_bytes(b"half an image")
+    leftover = victim.with_name(".linen_0004_NG.adfeatures-01234567")
+    leftover.mkdir()
+    (leftover / victim.name).write_bytes(b"half an image")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg")}
     assert synthesize(tmp_path, **SMALL) == 2
     assert contents(tmp_path) == before
