@@ -10,17 +10,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__, catalog
 from .console import INTERRUPTED, console
 from .documents import dumps
 from .errors import AdfeaturesError, InputError, ReferencesError
-
-if TYPE_CHECKING:
-    from .extractor import FeatureExtractor
-    from .predictor import Detector
-    from .references import ReferenceBank
 
 DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2
 
@@ -231,10 +226,11 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
+    from .detectors import model_of
     from .inspection import set_references
     from .sources import list_images
 
-    model = _create_model(options, options.model)
+    model = model_of(options, options.model)
     set_references(
         model,
         options.references,
@@ -262,11 +258,12 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _score(options: argparse.Namespace) -> int:
+    from .detectors import detector_of
     from .inspection import find_images, inspect
 
     files = find_images(options.images, options.recursive)
     result = inspect(
-        _detector(options),
+        detector_of(options),
         files,
         options.output,
         product=options.product,
@@ -276,74 +273,12 @@ def _score(options: argparse.Namespace) -> int:
     return _report(result.summary, options)
 
 
-def _detector(options: argparse.Namespace) -> Detector:
-    """What scores: a model with references in torch or in the runtime that was asked for, or an exported file."""
-    from .inspection import set_references
-    from .predictor import fit_threshold
-    from .runtime import ExportedModel, in_runtime
-
-    exported = str(options.bank).lower().endswith(".onnx")
-    runtime = options.runtime or ("onnx" if exported else "torch")
-    dtype = options.dtype or "float32"
-    _check_runtime(options, runtime, exported)
-    if exported:
-        reader = ExportedModel(options.bank, runtime, dtype)
-        _check_bank(reader.bank(), options)
-        if options.max_pixels is not None:
-            reader.max_pixels = options.max_pixels
-        if options.threshold is None and options.quantile is not None:
-            fit_threshold(reader, options.quantile, None, options.product)
-        return reader
-    if options.bank:
-        model = _model_of_bank(options)
-    else:
-        model = _create_model(options, options.model)
-        set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
-    if options.threshold is None and options.quantile is not None:
-        fit_threshold(model, options.quantile, None, options.product)
-    return model if runtime == "torch" else in_runtime(model, runtime, options.product, dtype)
-
-
-def _check_runtime(options: argparse.Namespace, runtime: str, exported: bool) -> None:
-    if runtime == "torch" and exported:
-        raise InputError(f"torch runs no {options.bank}. Name the bank that it was made of, or --runtime onnx.")
-    if runtime == "torch" and options.dtype == "bfloat16":
-        raise InputError("torch computes in float32 here. For bfloat16 take --runtime openvino.")
-    if exported and (options.weights or options.backbone_weights):
-        raise InputError(f"The weights are inside of {options.bank}: leave out --weights and --backbone-weights.")
-    if runtime != "torch":
-        if options.device not in (None, "cpu"):
-            raise InputError(f"{runtime} runs on the CPU here: leave out --device.")
-        options.device = "cpu"
-
-
-def _model_of_bank(options: argparse.Namespace) -> FeatureExtractor:
-    from .bank_files import load_banks
-
-    banks = load_banks(options.bank)
-    bank = next(iter(banks.values()))
-    _check_bank(bank, options)
-    model = _create_model(options, options.model or bank.model, bank.record.img_size)
-    model.hold_references(banks, options.bank)
-    return model
-
-
-def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> None:
-    from .bank_files import check_maker
-
-    check_maker(bank, options.model, options.bank)
-    if options.bit_depth not in (None, bank.record.bit_depth):
-        raise InputError(
-            f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
-            f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
-        )
-
-
 def _export(options: argparse.Namespace) -> int:
+    from .detectors import model_of_bank
     from .export import check_output, export_onnx
 
     check_output(options.output)
-    model = _model_of_bank(options)
+    model = model_of_bank(options)
     bank = model.bank(options.product)
     if options.threshold is not None:
         bank.threshold, bank.record.quantile = options.threshold, None
@@ -393,25 +328,6 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
     for error in summary["errors"]:
         print(f"adfeatures: not scored: {error}", file=sys.stderr)
     return NOTHING_DONE if not summary["scored"] else SOME_FAILED if summary["failed"] else DONE
-
-
-def _create_model(
-    options: argparse.Namespace, name: str | None, img_size: tuple[int, int] | None = None
-) -> FeatureExtractor:
-    import torch
-
-    from .factory import create_model
-
-    model = create_model(name, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size)
-    if options.bit_depth is not None:
-        model.bit_depth = options.bit_depth
-    if options.max_pixels is not None:
-        model.max_pixels = options.max_pixels
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _quantile(options: argparse.Namespace) -> float:

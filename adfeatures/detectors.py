@@ -1,0 +1,88 @@
+"""What the options of the command make: a model, with its references in torch or in another runtime."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from .bank_files import check_maker, load_banks
+from .errors import InputError
+from .extractor import FeatureExtractor
+from .factory import create_model
+from .inspection import set_references
+from .predictor import Detector, fit_threshold
+from .references import ReferenceBank
+from .runtime import ExportedModel, in_runtime
+
+
+def detector_of(options: argparse.Namespace) -> Detector:
+    """What scores: a model with references in torch or in the runtime that was asked for, or an exported file."""
+    exported = str(options.bank).lower().endswith(".onnx")
+    runtime = options.runtime or ("onnx" if exported else "torch")
+    dtype = options.dtype or "float32"
+    _check_runtime(options, runtime, exported)
+    if exported:
+        reader = ExportedModel(options.bank, runtime, dtype)
+        _check_bank(reader.bank(), options)
+        if options.max_pixels is not None:
+            reader.max_pixels = options.max_pixels
+        if options.threshold is None and options.quantile is not None:
+            fit_threshold(reader, options.quantile, None, options.product)
+        return reader
+    if options.bank:
+        model = model_of_bank(options)
+    else:
+        model = model_of(options, options.model)
+        set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
+    if options.threshold is None and options.quantile is not None:
+        fit_threshold(model, options.quantile, None, options.product)
+    return model if runtime == "torch" else in_runtime(model, runtime, options.product, dtype)
+
+
+def _check_runtime(options: argparse.Namespace, runtime: str, exported: bool) -> None:
+    if runtime == "torch" and exported:
+        raise InputError(f"torch runs no {options.bank}. Name the bank that it was made of, or --runtime onnx.")
+    if runtime == "torch" and options.dtype == "bfloat16":
+        raise InputError("torch computes in float32 here. For bfloat16 take --runtime openvino.")
+    if exported and (options.weights or options.backbone_weights):
+        raise InputError(f"The weights are inside of {options.bank}: leave out --weights and --backbone-weights.")
+    if runtime != "torch":
+        if options.device not in (None, "cpu"):
+            raise InputError(f"{runtime} runs on the CPU here: leave out --device.")
+        options.device = "cpu"
+
+
+def model_of_bank(options: argparse.Namespace) -> FeatureExtractor:
+    """The model of a bank, with the bank."""
+    banks = load_banks(options.bank)
+    bank = next(iter(banks.values()))
+    _check_bank(bank, options)
+    model = model_of(options, options.model or bank.model, bank.record.img_size)
+    model.hold_references(banks, options.bank)
+    return model
+
+
+def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> None:
+    check_maker(bank, options.model, options.bank)
+    if options.bit_depth not in (None, bank.record.bit_depth):
+        raise InputError(
+            f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
+            f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
+        )
+
+
+def model_of(
+    options: argparse.Namespace, name: str | None, img_size: tuple[int, int] | None = None
+) -> FeatureExtractor:
+    """A model without references, on the device and with the limits that were asked for."""
+    model = create_model(name, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size)
+    if options.bit_depth is not None:
+        model.bit_depth = options.bit_depth
+    if options.max_pixels is not None:
+        model.max_pixels = options.max_pixels
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
