@@ -74,7 +74,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix.lower() != SUFFIX:
         raise InputError(f"{path} must end in {SUFFIX}: that is the one format, which OpenVINO reads as well.")
-    for module in ("onnx", "onnxscript"):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
         load_extra(module, "onnx")
 
 
@@ -112,7 +112,8 @@ def export_onnx(
     """
     check_output(path)
     facts = _facts(model, product) | {"input": "uint8" if uint8 else "float32"}
-    held = [*model.state_dict().values(), *model.bank(product).rows]
+    rows = model.bank(product).rows
+    held = [*model.state_dict().values(), *rows, *rows]  # The rows also at unit length.
     if (size := sum(tensor.numel() * tensor.element_size() for tensor in held)) > MAX_BYTES:
         raise InputError(
             f"{model.name} and its references take {size / 1e9:.1f} GB, and an ONNX file holds 2.1 GB at most. "
@@ -149,6 +150,7 @@ def export_onnx(
     )
     with atomic_path(path) as temporary:
         program.save(temporary, external_data=False)
+        _compute_constants(temporary)
     return facts
 
 
@@ -169,6 +171,19 @@ def _facts(model: FeatureExtractor, product: str | None) -> dict[str, Any]:
         "color_scale": color_scale(bank.threshold, model.top),
         "fingerprint": weights_fingerprint(model.state_dict()),
     }
+
+
+def _compute_constants(path: Path) -> None:
+    """Compute once what no image changes: keys and values, position embeddings, which OpenVINO resizes otherwise."""
+    runtime = load_extra("onnxruntime", "onnx")
+    settings = runtime.SessionOptions()
+    settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.optimized_model_filepath = os.fspath(path)
+    settings.log_severity_level = 3
+    try:
+        runtime.InferenceSession(path.read_bytes(), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # It has exceptions of its own for a full disk.
+        raise OSError(str(error).strip().partition("\n")[0]) from error
 
 
 @contextmanager

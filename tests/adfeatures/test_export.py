@@ -131,7 +131,10 @@ def test_files_of_every_family_in_both_runtimes(arch: str, tmp_path: Path) -> No
     assert json.loads(text["fingerprint"]) == facts["fingerprint"] and facts["fingerprint"]
     content = path.read_bytes()
     assert str(Path.cwd()).encode() not in content and b"site-packages" not in content
-    # The backbone is there once, whatever is put out.
+    # What no image changes is computed, and the backbone is there once, whatever is put out.
+    assert not any(".x_ref" in tensor.name for tensor in onnx.load(path).graph.initializer)
+    resized = [node for node in onnx.load(path).graph.node if node.op_type == "Resize"]
+    assert resized and not any(attribute.s == b"cubic" for node in resized for attribute in node.attribute)
     assert sum(node.op_type == "Conv" for node in onnx.load(path).graph.node) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
