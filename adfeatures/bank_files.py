@@ -18,10 +18,12 @@ from .checkpoints import atomic_path, is_finite, regular_file
 from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
 from .references import BankRecord, ReferenceBank
+from .scoring import MAX_DISTANCE, RINGS
 
 FORMAT, VERSION = "adfeatures-references", "1"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
+# Squares of larger ones are not finite, nor may the sums of a projector be.
+_MAX_FEATURE = 1e15
 
 Score: TypeAlias = Annotated[float, (0, math.inf)]
 
@@ -177,14 +179,19 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
         _expect(own.ndim == 2 and own.dtype in _FLOATS and own.numel() > 0, f"rows.{level}")
         _expect(images.dtype == torch.int32 and images.shape == own.shape[:1], f"images.{level}")
         _expect(int(images.min()) >= 0 and int(images.max()) < facts.num_images, f"images.{level}")
-        _expect(is_finite(own), f"rows.{level} holds NaN or infinite values")
+        low, high = map(float, own.aminmax())
+        finite = -_MAX_FEATURE < low <= high < _MAX_FEATURE
+        _expect(finite, f"rows.{level} holds NaN or infinite values, or some as good as infinite")
     scales = tensors.get(f"{prefix}scales")
     if scales is not None:
-        _expect(scales.ndim == 2 and len(scales) == len(rows) and scales.dtype in _FLOATS, "scales")
+        _expect(scales.shape == (len(rows), RINGS + 1) and scales.dtype in _FLOATS, "scales")
         _expect(
             is_finite(scales) and bool((scales > 0).all()),
             "scales hold NaN or infinite values, or some that are not above 0",
         )
+        # Each is the square of a mean distance over that of the interior. Larger ones would pass defects.
+        largest = float((scales.double() * scales[:, -1:]).max())
+        _expect(largest <= MAX_DISTANCE**2, "scales are larger than those of any distances")
     return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, facts.record())
 
 

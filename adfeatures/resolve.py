@@ -154,8 +154,7 @@ def describe_backbone(
     name = catalog.MODELS[arch].backbone
     facts: _BackboneFacts | None = trained.fact("backbone", _BackboneFacts) if trained else None
     if trained is None or (name and facts is None):
-        own = trained.img_size if trained else None
-        return _sized(_find_backbone(name, None), own if img_size is None else img_size)
+        return _sized(_find_backbone(name, None), img_size, trained)
     if facts is None:
         raise trained.header_error(f"its header must describe the backbone of {arch}.")
     try:
@@ -169,7 +168,7 @@ def describe_backbone(
         advice = "Was it made with another version of timm?"
         raise trained.header_error(f"its header describes {name} as {facts!r}, but it {problem}. {advice}")
     backbone = replace(backbone, entry=replace(entry, normalization=(facts.mean, facts.std)))
-    return _sized(backbone, trained.img_size if img_size is None else img_size)
+    return _sized(backbone, img_size, trained)
 
 
 def published_files(name: str, cache_dir: AnyPath | None = None) -> tuple[list[Path], str]:
@@ -267,12 +266,20 @@ def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
     return BackboneSpec(name, entry)
 
 
-def _sized(backbone: BackboneSpec, img_size: int | tuple[int, int] | None) -> BackboneSpec:
-    """The backbone with the input size asked for, which must be possible."""
+def _sized(
+    backbone: BackboneSpec, img_size: int | tuple[int, int] | None, trained: TrainedWeights | None = None
+) -> BackboneSpec:
+    """The backbone with the input size asked for, else that of a header, which must be possible."""
     entry = backbone.entry
-    size = check_size(entry.img_size if img_size is None else img_size, entry.patch_size)
-    if backbone.encoder is not None:
-        backbone.encoder.try_out(size)
+    of_header = trained.img_size if trained and img_size is None else None
+    try:
+        size = check_size(of_header or (entry.img_size if img_size is None else img_size), entry.patch_size)
+        if backbone.encoder is not None:
+            backbone.encoder.try_out(size)
+    except InputError as error:
+        if trained is None or of_header is None:
+            raise
+        raise trained.header_error(f"the img_size of its header is of no use. {error}") from error
     return replace(backbone, entry=replace(entry, img_size=size))
 
 

@@ -27,6 +27,8 @@ Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
 SIGMA = 4.0
 # Zero padding reaches about this far into the maps of a convolutional backbone.
 RINGS = 3
+# The cosine distance of opposite features.
+MAX_DISTANCE = 2
 
 
 class AnomalyMap(NamedTuple):

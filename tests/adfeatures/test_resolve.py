@@ -182,6 +182,12 @@ class TestFiles:
             trained = find_trained(path)
             assert describe_backbone(LITE, trained).entry.img_size == size
             assert describe_backbone(LITE, trained, 32).entry.img_size == (32, 32)
+        odd = find_trained(write(tmp_path / "odd.safetensors", LITE, img_size="[1, 80]"))
+        with pytest.raises(
+            CheckpointError, match=r"odd\.safetensors: the img_size of its header.* 1 x 80 does not fit"
+        ):
+            describe_backbone(LITE, odd)
+        assert describe_backbone(LITE, odd, 32).entry.img_size == (32, 32)
 
 
 @pytest.mark.parametrize("size", [np.int64(96), (np.int32(96), np.int64(96)), [96, 96], 96])

@@ -179,7 +179,7 @@ def find_file(folder: Path, name: str) -> Path:
 def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a null character
         return []
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeAlias, TypedDict
 
 import torch
 
-from adfeatures.checkpoints import atomic_path, regular_file, save_checkpoint
+from adfeatures.checkpoints import atomic_path, is_finite, regular_file, save_checkpoint
 from adfeatures.documents import check, dumps, parse
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
 from adfeatures.pickles import read_pickle
@@ -189,7 +189,10 @@ class TrainingRun:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._projector.load_state_dict(state["projector"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        # The config is the same, and so are the settings that it gave the optimizer.
+        settings = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        _check_values(self._projector, self._optimizer)
         self.epoch, self.step, self.step_of_epoch, self.validated = state["position"]
         self.best, (cpu, *devices) = state["best"], state["rng"]
         torch.set_rng_state(cpu)
@@ -241,6 +244,19 @@ class TrainingRun:
                 f"{self.folder / STATE} cannot be resumed from ({error}). "
                 "Choose another --output, or remove the file to begin again."
             ) from error
+
+
+def _check_values(projector: ResidualProjector, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for what torch takes: the run would go on with NaN, or fail much later."""
+    tensors = projector.state_dict()
+    for number, (parameter, own) in enumerate(optimizer.state.items()):
+        check(float(own["step"]), Annotated[float, (0, 2**53)], "the step of the optimizer")
+        for name in own.keys() - {"step"}:
+            if own[name].shape != parameter.shape:
+                raise ValueError(f"{name} {number} of the optimizer is not of the shape of its parameter")
+            tensors[f"{name} {number} of the optimizer"] = own[name]
+    if odd := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise ValueError(f"{odd[0]} holds NaN or infinite values")
 
 
 def _save(state: Mapping[str, Any], path: Path) -> None:

@@ -163,6 +163,39 @@ def test_states_that_cannot_be_resumed_from(tmp_path: Path, change: str | dict[s
         begin(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("step", torch.tensor(-1e38), "step of the optimizer"),
+        ("step", torch.tensor(torch.nan), "step of the optimizer"),
+        ("exp_avg", torch.ones(1), "exp_avg 0 of the optimizer is not of the shape"),
+        ("exp_avg_sq", torch.nan, "exp_avg_sq 0 of the optimizer holds NaN"),
+        ("projector", torch.nan, "holds NaN"),
+    ],
+)
+def test_states_that_would_fail_later(tmp_path: Path, name: str, value: Any, says: str) -> None:
+    train(*begin(tmp_path), steps=1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    if name == "projector":
+        next(iter(state["projector"].values())).fill_(value)
+    elif isinstance(value, torch.Tensor):
+        state["optimizer"]["state"][0][name] = value
+    else:
+        state["optimizer"]["state"][0][name].fill_(value)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=rf"state\.pt cannot be resumed from.*{says}"):
+        begin(tmp_path)
+
+
+def test_settings_of_the_optimizer_are_those_of_the_config(tmp_path: Path) -> None:
+    train(*begin(tmp_path), steps=1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["optimizer"]["param_groups"][0] |= {"betas": (1e300, -5), "maximize": True}
+    torch.save(state, tmp_path / "state.pt")
+    (settings,) = begin(tmp_path)[2].param_groups
+    assert (settings["betas"], settings["maximize"]) == ((0.9, 0.999), False)
+
+
 def test_a_full_disk_keeps_the_last_state(tmp_path: Path) -> None:
     run, projector, optimizer = begin(tmp_path)
     train(run, projector, optimizer, steps=1)
