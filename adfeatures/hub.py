@@ -75,7 +75,7 @@ def download(repo: str, filename: str, revision: str = "main", cache_dir: AnyPat
     wanted = _Wanted.of(repo, filename, revision, cache_dir)
     if cached := wanted.cached():
         return wanted.verified(cached)
-    if _is_offline():
+    if is_offline():
         raise wanted.error("HF_HUB_OFFLINE is set and the file is not in the cache", _ELSEWHERE)
     transfer = Transfer()
     try:
@@ -217,7 +217,8 @@ class _Wanted:
         )
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the Hub."""
     from huggingface_hub import constants
 
     said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or str(constants.HF_HUB_OFFLINE)

@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -103,10 +105,32 @@ class Transfer:
                 raise _TooMuchError(f"what arrived before is more than the announced {size} bytes")
             if missing > free:
                 raise _TooMuchError(errno.ENOSPC, f"{missing} bytes are announced, {free} are free", str(part.parent))
-            return await_result(start(lambda: self._receive(url, _Bounded(temp_file, size), **options)), self._go_on)
-        except _TooMuchError:
-            part.unlink(missing_ok=True)
+            return self._receive_on(url, temp_file, size, options)
+        except BaseException:
+            # as new versions of huggingface_hub do; Windows keeps it while it is open
+            with suppress(OSError):
+                part.unlink()
             raise
+
+    def _receive_on(self, url: str, file: Any, size: int, options: dict[str, Any]) -> None:
+        """Go on after a drop, and begin again where Range is ignored: huggingface_hub does so in new versions only."""
+        tries = 2
+        while True:
+            self._go_on()
+            had = file.tell()
+            try:
+                return await_result(start(lambda: self._receive(url, _Bounded(file, size), **options)), self._go_on)
+            except _TooMuchError:
+                if not options.get("resume_size"):
+                    raise
+                file.seek(0)
+                file.truncate()
+            except hub_failures() as error:
+                tries = 2 if file.tell() > had else tries - 1
+                if not tries or self._over.is_set() or getattr(error, "response", None) is not None:
+                    raise
+            options["resume_size"] = file.tell()
+            time.sleep(0.5)
 
     def _go_on(self) -> None:
         if self._over.is_set():

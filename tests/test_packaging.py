@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import adfeatures
 
@@ -136,3 +137,14 @@ def test_samples_are_small() -> None:
 def test_the_package_never_imports_training() -> None:
     for path in (REPOSITORY / "adfeatures").rglob("*.py"):
         assert "import training" not in path.read_text() and "from training" not in path.read_text()
+
+
+def test_checks_run_what_pyproject_says() -> None:
+    says = (REPOSITORY / "pyproject.toml").read_text()
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/tests.yml").read_text())["jobs"]
+    (lowest,) = re.findall("python-version': '([0-9.]+)'", str(jobs["oldest"]))
+    assert f'requires-python = ">={lowest}"' in says and f'python_version = "{lowest}"' in says
+    assert f'target-version = "py{lowest.replace(".", "")}"' in says
+    files = (".ci/run", ".github/CONTRIBUTING.md", ".github/workflows/release.yml")
+    pins = [re.findall(r"torch\w*==[\d.]+", (REPOSITORY / file).read_text()) for file in files]
+    assert len(pins[0]) == 2 and pins == [pins[0]] * 3

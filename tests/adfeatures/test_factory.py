@@ -560,8 +560,8 @@ class TestLoadBackbone:
     def test_refusals(self, hub: HubServer, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"CC-BY-NC-4\.0.*imagebind_huge\.pth"):
             load_backbone("imagebind_huge")
-        with pytest.raises(InputError, match="timm names no published weights of dpn48b"):
-            load_backbone("dpn48b")
+        with pytest.raises(InputError, match="timm names no published weights of seresnet18"):
+            load_backbone("seresnet18")
         with pytest.raises(UnknownNameError, match="Did you mean 'dinov2_base'"):
             load_backbone("dinov2_bas")
         with pytest.raises(InputError, match="convolutional"):

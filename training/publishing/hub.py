@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
-from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 
 from adfeatures.checkpoints import git_blob_id, sha256
 from adfeatures.errors import AdfeaturesError
-from adfeatures.hub import download, first_line, hub_endpoint, hub_failures
+from adfeatures.hub import download, first_line, hub_endpoint, hub_failures, is_offline
 
 from .repository import CARD, CONFIG, WEIGHTS, check_overwrite, model_in
 
@@ -46,6 +46,10 @@ def upload(files: Sequence[Path], repo: str, *, public: bool = False) -> str:
             half published then.
     """
     endpoint = hub_endpoint()
+    if is_offline():
+        raise AdfeaturesError(
+            f"Cannot publish to {repo}: HF_HUB_OFFLINE is set. Unset it, or give --folder to publish to a folder."
+        )
     if get_token() is None:
         raise AdfeaturesError(
             f"Publishing to {endpoint} needs a token with write access. Run `hf auth login`, or set HF_TOKEN."
@@ -104,8 +108,6 @@ def _is_held(path: Path, sibling: RepoSibling) -> bool:
 def _explain_refusal(error: BaseException, owner: str) -> tuple[str, str]:
     while getattr(error, "response", None) is None and error.__cause__ is not None:
         error = error.__cause__  # huggingface_hub wraps what happens to a large file, and what it hears of a model card
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set", "Unset it, or give --folder to publish to a folder"
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if not status:
         reason = f"the connection failed ({first_line(error)})"
