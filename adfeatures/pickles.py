@@ -52,7 +52,9 @@ _DTYPES = {
     "torch.storage UntypedStorage": torch.uint8,
 }
 # What surrounds tensors, and attributes that are none. Its values are not needed: None stands for them.
-_IGNORED = re.compile(r"torch\.jit\._pickle \w+|torch (device|Size|Tensor)|torch\.nn\.parameter \w+|torch\.serialization _get_layout")
+_IGNORED = re.compile(
+    r"torch\.jit\._pickle \w+|torch (device|Size|Tensor)|torch\.nn\.parameter \w+|torch\.serialization _get_layout"
+)
 
 
 class PickleError(ValueError):

@@ -20,7 +20,7 @@ from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
 from adfeatures import inspection
-from adfeatures.errors import AdfeaturesError, ImageError, InputError, ReferencesError
+from adfeatures.errors import ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.inspection import Worst, find_images, inspect, set_references
 from adfeatures.overlays import contact_sheet
