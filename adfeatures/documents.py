@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from itertools import chain
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .checkpoints import AnyPath, regular_file
@@ -19,6 +20,8 @@ from .errors import InputError
 # A bank of 200,000 images has 32 MB.
 _MAX_BYTES = 64 << 20
 _MAX_NESTED = 1_000_000
+# As deep as may be written again: that takes Python more of its stack than reading does.
+_MAX_DEPTH = 100
 
 _Side: TypeAlias = Annotated[int, (1, 2**31 - 1)]
 Size: TypeAlias = Annotated[tuple[_Side, _Side], "[height, width]"]
@@ -64,6 +67,8 @@ def parse(text: str | bytes, kind: Any, name: str = "it") -> Any:
         if len(text) > _MAX_BYTES or decoded.count("[") + decoded.count("{") > _MAX_NESTED:
             raise ValueError("it is too long")
         value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite)
+        if _is_deep(value):
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{name} is not JSON ({error})") from error
     return check(value, kind, name)
@@ -152,6 +157,14 @@ def _described(kind: Any) -> str:
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
+
+
+def _is_deep(value: Any) -> bool:
+    level: list[Any] = [[value]]
+    for _ in range(_MAX_DEPTH + 1):
+        items = chain.from_iterable(own.values() if isinstance(own, dict) else own for own in level)
+        level = [item for item in items if isinstance(item, (dict, list))]
+    return bool(level)
 
 
 def _finite(text: str) -> float:

@@ -45,6 +45,8 @@ MAX_SIDE = 1_000_000
 _MAX_BYTES = 8 * MAX_PIXELS
 # Pieces and bytes that are read to know what an image is, and pieces of its pixels: a hostile file is all small pieces.
 _HEADER_READS, _HEADER_BYTES, _READS = 100_000, 8 << 20, 1_000_000
+# A TIFF may hold the layers that it was made of, in a tag, all of which Pillow reads, and again when it goes to a page.
+_TIFF_HEADER_BYTES = 128 << 20
 # A TIFF of more pages than these is no photo with a thumbnail; the smallest tiles of 16 x 16 pixels are not as many.
 _MAX_PAGES, _MAX_TILES = 1000, 400_000
 # A progressive JPEG is decoded again for each scan, of which encoders write about ten. Small images may have more.
@@ -97,7 +99,8 @@ class _BoundedFile(io.BufferedReader):
     def __init__(self, path: AnyPath) -> None:
         # Given a path, Pillow may map the file into memory, which would keep it locked on Windows.
         super().__init__(io.FileIO(os.fspath(path), opener=_open_regular))
-        self.allow(_HEADER_READS, _HEADER_BYTES)
+        is_tiff = self.peek(2)[:2] in (b"II", b"MM")
+        self.allow(_HEADER_READS, _TIFF_HEADER_BYTES if is_tiff else _HEADER_BYTES)
 
     def allow(self, reads: int, size: int) -> None:
         """Bound what is read from now on."""

@@ -26,6 +26,7 @@ from .checkpoints import atomic_path
 from .documents import dumps
 from .errors import AdfeaturesError, ImageError, InputError
 from .extractor import FeatureExtractor
+from .image_files import open_image
 from .locks import only_run_in
 from .overlays import contact_sheet, overlay, save_picture, tile
 from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos
@@ -341,9 +342,9 @@ def _mark() -> PngInfo:
 
 def _is_marked(path: Path) -> bool:
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with open_image(path) as picture:
             return picture.info.get("Software") == SOFTWARE
-    except (OSError, SyntaxError, ValueError):
+    except ImageError:
         return False
 
 

@@ -52,7 +52,8 @@ def only_run_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
         raise InputError(f"{folder} is a file. Choose a folder.")
     refuse_links(folder, *parts)
     with _lock(folder / LOCK, folder):
-        remove_leftovers([*folder.glob(".*"), *(path for part in parts for path in (folder / part).rglob(".*"))])
+        beside = (path for path in folder.glob(".*") if not _of_another(path))
+        remove_leftovers([*beside, *(path for part in parts for path in (folder / part).rglob(".*"))])
         yield
 
 
@@ -65,8 +66,13 @@ def only_run_for(file: str | os.PathLike[str]) -> Iterator[None]:
     """
     file = Path(file)
     with _lock(file.with_name(f".{file.stem[:32]}{LOCK}"), file):
-        remove_leftovers(file.parent.glob(f".{glob.escape(file.stem[:32])}.*"))
+        remove_leftovers(file.parent.glob(f".{glob.escape(file.stem[:32])}.adfeatures-*"))
         yield
+
+
+def _of_another(path: Path) -> bool:
+    """Whether a temporary file belongs to a run for one file of the folder, which may be alive."""
+    return path.with_name(f"{path.name.rpartition('.adfeatures-')[0]}{LOCK}").exists()
 
 
 def remove_leftovers(paths: Iterable[Path], older_than: float = 0) -> None:

@@ -33,6 +33,8 @@ _SPARE_BYTES = 64 << 20
 _MAX_OPCODES = 1_000_000
 _MAX_NAMES = 100_000
 _MAX_RANK = 64
+# Of a tensor that ``expand`` made of fewer, as strides of 0 say.
+_MAX_EXPANDED = 1 << 20
 _LEGACY = 0x1950A86A20F9469CFC6C
 _DTYPES = {
     "torch BFloat16Storage": torch.bfloat16,
@@ -50,7 +52,9 @@ _DTYPES = {
     "torch.storage UntypedStorage": torch.uint8,
 }
 # What surrounds tensors, and attributes that are none. Its values are not needed: None stands for them.
-_IGNORED = re.compile(r"torch\.jit\._pickle \w+|torch device|torch Size|torch\.serialization _get_layout")
+_IGNORED = re.compile(
+    r"torch\.jit\._pickle \w+|torch (device|Size|Tensor)|torch\.nn\.parameter \w+|torch\.serialization _get_layout"
+)
 
 
 class PickleError(ValueError):
@@ -339,7 +343,7 @@ def _tensor(
         raise PickleError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides, or some below 0")
     last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     elements = math.prod(shape)
-    if elements > len(storage) or (elements and last >= len(storage)):
+    if elements > max(len(storage), _MAX_EXPANDED) or (elements and last >= len(storage)):
         raise PickleError(f"a tensor of {elements} elements reaches beyond its storage of {len(storage)}")
     return storage.as_strided(shape, stride, offset)
 
@@ -348,6 +352,11 @@ def _typed_tensor(
     storage: Tensor, offset: int, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: _Global, *flags: Any
 ) -> Tensor:
     return _tensor(storage, offset, shape, stride, grad, hooks, *flags, dtype=_dtype(dtype.name))
+
+
+def _attributed(function: _Global, _: Any, arguments: tuple[Any, ...], *attributes: Any) -> Any:
+    """A tensor to which Python attributes were given, or of a class such as Buffer."""
+    return _call(function.name, arguments)
 
 
 def _odd(*_: Any) -> Tensor:
@@ -382,8 +391,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numpy dtype": _Dtype,
     "numpy.core.multiarray scalar": _scalar,
     "numpy._core.multiarray scalar": _scalar,
+    "torch._tensor _rebuild_from_type_v2": _attributed,
     "torch._utils _rebuild_meta_tensor_no_storage": _odd,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils _rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch._utils _rebuild_sparse_tensor": _odd,
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,

@@ -107,6 +107,17 @@ def test_no_json(text: str | bytes) -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(("left", "right"), [("[", "]"), ('{"a":', "}"), ('[1,{"a":"[","b":', "}]")])
+def test_what_can_be_read_can_be_written_again(left: str, right: str) -> None:
+    levels = 2 if "," in left else 1
+    text = left * (100 // levels) + "1" + right * (100 // levels)
+    value = parse(text, Any)
+    assert json.loads(dumps(value, indent=1)) == value == json.loads(text)
+    for depth in (100 // levels + 1, 600 // levels):
+        with pytest.raises(DocumentError, match="more than 100 deep"):
+            parse(left * depth + "1" + right * depth, Any)
+
+
 @pytest.mark.parametrize("text", ["[" + "[]," * 1_000_000 + "[]]", " " * (65 << 20) + "1"])
 def test_much_in_little(text: str) -> None:
     with pytest.raises(DocumentError, match="too long"):

@@ -493,6 +493,15 @@ class TestUnusableCaches:
         assert "cannot be written" in message
         assert download(REPO, FILE).read_bytes() == CONTENT
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+    def test_pipe_in_place_of_a_blob(self, hub: HubServer) -> None:
+        hub.add(REPO, FILE, CONTENT)
+        blob = download(REPO, FILE).resolve()
+        blob.unlink()
+        os.mkfifo(blob)
+        assert "found a pipe or device" in refusal(lambda: download(REPO, FILE))
+        assert download(REPO, FILE).read_bytes() == CONTENT
+
     def test_read_only_cache_that_has_the_file(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         hub.add(REPO, FILE, CONTENT)
         path = download(REPO, FILE)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.models import photo
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from adfeatures import image_files
 from adfeatures.errors import ImageError, InputError
@@ -170,6 +170,17 @@ def test_films_behind_a_photo_hold_no_scans(tmp_path: Path) -> None:
         film = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes() + b"\xff\xda" * 5000
         (tmp_path / name).write_bytes(encoded("JPEG", picture, **options) + film)
         assert read_image(tmp_path / name).size == picture.size
+
+
+def test_a_tag_may_hold_the_layers_of_a_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = TiffImagePlugin.ImageFileDirectory_v2()
+    layers[37724] = bytes(20 << 20)
+    layers.tagtype[37724] = 7  # bytes
+    PICTURE.save(tmp_path / "a.tif", tiffinfo=layers)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif")), np.asarray(PICTURE))
+    monkeypatch.setattr(image_files, "_TIFF_HEADER_BYTES", 8 << 20)
+    with pytest.raises(ImageError, match="more around its pixels"):
+        read_image(tmp_path / "a.tif")
 
 
 @contextmanager

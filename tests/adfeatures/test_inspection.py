@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
 from adfeatures import inspection
-from adfeatures.errors import AdfeaturesError, ImageError, InputError, ReferencesError
+from adfeatures.errors import ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.inspection import Worst, find_images, inspect, set_references
 from adfeatures.overlays import contact_sheet
@@ -109,7 +111,7 @@ def test_what_cannot_work_is_said_at_once(model: FeatureExtractor, tmp_path: Pat
         (tmp_path / "empty").mkdir()
         find_images([str(tmp_path / "empty")], recursive=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdfeaturesError, match="Cannot write the results"):
+    with pytest.raises(InputError, match=r"/file is a file\. Choose a folder"):
         inspect(model, [str(tmp_path / "good" / "000.png")], tmp_path / "file")
     with pytest.raises(ReferencesError, match="none are set"):
         inspect(tiny_extractor(), [str(tmp_path / "good" / "000.png")], tmp_path / "out")
@@ -195,7 +197,14 @@ class TestOutput:
         files = [str(path) for path in write_photos(tmp_path / "new", range(20, 24))]
         inspect(model, files, tmp_path / "out")
         (tmp_path / "out" / "overlays" / "mine.png").write_text("mine")
+        # A PNG whose header promises more pixels than Pillow opens, and one that never ends.
+        header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header))
+        (tmp_path / "out" / "overlays" / "bomb.png").write_bytes(bomb)
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(tmp_path / "out" / "overlays" / "pipe.png")
         inspect(model, files[:1], tmp_path / "out")
+        (tmp_path / "out" / "overlays" / "bomb.png").unlink()
         found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
         drawn = ["overlays/020.png", "overlays/mine.png"]
         assert found == [*drawn, "scores.csv", "scores.jsonl", "summary.json", "worst.png"]

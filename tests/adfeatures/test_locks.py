@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from adfeatures import locks
+from adfeatures.checkpoints import atomic_path
 from adfeatures.errors import AdfeaturesError, InputError
 from adfeatures.locks import LOCK, only_run_for, only_run_in, remove_leftovers
 
@@ -86,6 +87,15 @@ def test_a_file_is_another_matter_than_its_folder(tmp_path: Path, start: Start) 
         pass
     with only_run_in(tmp_path), only_run_for(tmp_path / "b.safetensors"):
         pass
+
+
+@pytest.mark.parametrize("other", ["bank.safetensors", ""])
+def test_what_a_living_run_for_a_file_writes_is_left_alone(tmp_path: Path, other: str) -> None:
+    written = tmp_path / "bank.v2.safetensors"
+    another = only_run_for(tmp_path / other) if other else only_run_in(tmp_path)
+    with only_run_for(written), atomic_path(written) as temporary, another:
+        temporary.write_text("whole")
+    assert written.read_text() == "whole" and list(tmp_path.iterdir()) == [written]
 
 
 def test_one_process_is_refused_as_well(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from adfeatures.checkpoints import atomic_path, regular_file
-from adfeatures.documents import check
+from adfeatures.documents import DocumentError, check
 from adfeatures.errors import InputError
 
 from ..metrics import CRITERIA, SELECTED_BY
@@ -75,7 +75,7 @@ def _draw_losses(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
     """Thin as they are and thick as a running mean."""
     x = np.array([line["step"] for line in steps])
     for name, color in _COLORS.items():
-        y = np.array([_number(line[name]) for line in steps])
+        y = np.array([_number(line, name) for line in steps])
         axes.plot(x, y, linewidth=0.4, alpha=0.5, color=color)
         window = max(1, min(SMOOTHING, len(y)))
         smooth = np.convolve(y, np.ones(window) / window, "valid") if len(y) else y
@@ -94,8 +94,8 @@ def _draw_metrics(axes: Any, validations: Sequence[Mapping[str, Any]]) -> None:
     axes.set(title="validation, mean over products")
 
 
-def _number(value: Any, key: str | None = None) -> float:
-    """A number, or that of a key; NaN for anything else, such as the null that stands for NaN."""
-    if key is not None:
-        value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, (int, float)) else nan
+def _number(values: Any, key: str) -> float:
+    """The number of a key; NaN for anything else, such as the null that stands for NaN."""
+    with suppress(DocumentError):
+        return float(check(values.get(key) if isinstance(values, dict) else None, float))
+    return nan

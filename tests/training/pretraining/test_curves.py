@@ -69,9 +69,13 @@ def test_what_is_no_number_is_not_drawn(tmp_path: Path, figures: list[matplotlib
     made[1] |= {"angle": None, "norm": float("nan")}
     made[4]["norm"] = 5
     made[5].pop("angle")
+    made += [
+        {"kind": "step", "step": 9, "angle": 10**400},
+        {"kind": "validation", "step": 9, "norm": {"img": 10**400, "pix": []}, "angle": 3},
+    ]
     write(tmp_path / "log.jsonl", made)
     draw_curves(tmp_path)
-    assert np.isnan(points(figures[0].axes[0].lines[0])[1]).tolist() == [False, True, False, False]
+    assert np.isnan(points(figures[0].axes[0].lines[0])[1]).tolist() == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize("steps", [7, 3 * SMOOTHING])
