@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -75,9 +76,10 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
         facts.append(own | dataclasses.asdict(bank.record))
     check(facts, list[_Facts], "banks")
-    metadata = {"format": FORMAT, "version": VERSION, "banks": dumps(facts)}
+    content, text = {name: tensor.contiguous() for name, tensor in tensors.items()}, dumps(facts)
+    metadata = {"format": FORMAT, "version": VERSION, "banks": text, "sha256": _digest(text, content)}
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        save_file(content, temporary, metadata=metadata)
 
 
 def check_destination(path: str | os.PathLike[str]) -> None:
@@ -146,9 +148,14 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
         raise CheckpointError(f"There is no reference bank {path}. {advice} ({error})") from error
     try:
         with safe_open(path, framework="pt") as file:
-            facts = _facts(file.metadata() or {}, path)
+            metadata = file.metadata() or {}
+            facts = _facts(metadata, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        return {own.product: _bank(own, f"{number}.", tensors) for number, own in enumerate(facts)}
+        banks = {own.product: _bank(own, f"{number}.", tensors) for number, own in enumerate(facts)}
+        # Banks of earlier versions hold no hash. What can be true is not always what was written, such as a threshold.
+        unchanged = metadata.get("sha256") in (None, _digest(metadata["banks"], tensors))
+        _expect(unchanged, "its content is not what was written")
+        return banks
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file makes its reader fail in any way
@@ -193,6 +200,14 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
         largest = float((scales.double() * scales[:, -1:]).max())
         _expect(largest <= MAX_DISTANCE**2, "scales are larger than those of any distances")
     return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, facts.record())
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _expect(condition: bool, what: str) -> None:

@@ -117,7 +117,8 @@ def banks(folder: Path) -> list[Target]:
         for product, bank in model.references.items():
             bank.threshold = model.score(photo(99), product)[0].score / 2
         model.save_references(path := folder / f"{model.name}.safetensors")
-        seeds, read = [path.read_bytes()], partial(load, model)
+        # As earlier versions wrote them: with a hash, nothing that is damaged would get any further.
+        seeds, read = [path.read_bytes().replace(b'"sha256":', b'"before":')], partial(load, model)
         scored, fitted = (
             partial(score, load_banks(path), folder / "s.safetensors"),
             partial(fit, folder / "f.safetensors"),

@@ -85,8 +85,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a bank file holds, without the hash of it, as earlier versions wrote it."""
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        metadata = {key: text for key, text in file.metadata().items() if key != "sha256"}
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,29 @@ def test_files_of_before_0_1_say_whether_the_bank_is_complete(complete: bool, sa
     facts[0]["complete"] = complete
     save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
     assert_same(load_banks(saved)["default"], expected)
+
+
+@pytest.mark.parametrize("damage", ["threshold", "scales", "rows", "names"])
+def test_what_could_be_true_but_was_not_written(damage: str, saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        digest = file.metadata()["sha256"]
+    tensors, metadata = contents(saved)
+    facts = json.loads(metadata["banks"])
+    if damage == "threshold":
+        facts[0]["threshold"] = 3e5
+    elif damage == "scales":
+        tensors["0.scales"][0, 0] *= 1.001
+    elif damage == "rows":
+        tensors["0.rows.0"][0, 0] += 1e-3
+    else:
+        facts[0]["files"][:2] = facts[0]["files"][1::-1]
+        facts[0]["files"][0] += "x"
+    honest = {**metadata, "banks": json.dumps(facts)}
+    save_file(tensors, saved, honest)
+    load_banks(saved)
+    save_file(tensors, saved, {**honest, "sha256": digest})
+    with pytest.raises(CheckpointError, match="damaged .its content is not what was written.*adfeatures fit"):
+        load_banks(saved)
 
 
 @pytest.mark.parametrize("name", ["0.rows.1", "0.scales"])
