@@ -375,6 +375,13 @@ class TestBrokenTransfers:
         hub.fault(method="GET", ignore_range=ignore_range)
         assert download(REPO, FILE).read_bytes() == CONTENT
 
+    def test_what_arrived_before_a_drop_is_not_asked_for_again(self, hub: HubServer) -> None:
+        hub.add(REPO, FILE, content := bytes(12 << 20))
+        hub.fault(method="GET", cut=11 << 20, times=1)
+        assert download(REPO, FILE).read_bytes() == content
+        first, second = (request.headers.get("Range") for request in hub.requests if request.method == "GET")
+        assert first in (None, "bytes=0-") and second in (f"bytes={10 << 20}-", f"bytes={11 << 20}-")
+
     def test_server_that_begins_again_for_ever(
         self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
