@@ -30,7 +30,7 @@ def detector_of(options: argparse.Namespace) -> Detector:
         if options.threshold is None and options.quantile is not None:
             fit_threshold(reader, options.quantile, None, options.product)
         return reader
-    if options.bank:
+    if options.bank is not None:
         model = model_of_bank(options)
     else:
         model = model_of(options, options.model)

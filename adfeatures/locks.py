@@ -63,8 +63,11 @@ def only_run_for(file: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         AdfeaturesError: If another run writes it, which is named, or its folder cannot be written.
+        InputError: For a path that ends in no name.
     """
     file = Path(file)
+    if not file.name:
+        raise InputError(f"{str(file)!r} names no file. Choose one.")
     with _lock(file.with_name(f".{file.stem[:32]}{LOCK}"), file):
         remove_leftovers(file.parent.glob(f".{glob.escape(file.stem[:32])}.adfeatures-*"))
         yield

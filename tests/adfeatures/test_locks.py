@@ -163,6 +163,12 @@ time.sleep(60)
         assert not left.exists()
 
 
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_file_has_a_name(name: str) -> None:
+    with pytest.raises(InputError, match="names no file"), only_run_for(name):
+        pass
+
+
 def test_places_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="file is a file. Choose a folder"), only_run_in(tmp_path / "file"):

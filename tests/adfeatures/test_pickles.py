@@ -271,9 +271,9 @@ class TestHostileFilesOfSave:
     @pytest.mark.parametrize("zipped", [True, False])
     def test_tensors_with_attributes_and_expanded_ones(self, tmp_path: Path, zipped: bool) -> None:
         module, path = nn.Linear(2, 3), tmp_path / "a.pth"
-        module.weight.no_decay = module.bias.no_decay = True  # type: ignore[attr-defined]
         state = {**module.state_dict(keep_vars=True), "tagged": torch.ones(2), "wide": torch.ones(2, 1).expand(2, 300)}
-        state["tagged"].tag = [1]
+        for name in ("weight", "bias", "tagged"):
+            vars(state[name])["note"] = [1]
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
         assert_equal(load_checkpoint(path).state_dict, {key: tensor.detach() for key, tensor in state.items()})
 

@@ -18,8 +18,9 @@ from typing import TypedDict
 import numpy as np
 from tqdm.auto import tqdm
 
-from adfeatures.checkpoints import sha256
+from adfeatures.checkpoints import regular_file, sha256
 from adfeatures.documents import parse
+from adfeatures.errors import CheckpointError
 
 # Entry of the header of a checkpoint that holds the fingerprint of the images that it was trained on.
 TRAINED_ON = "trained_on"
@@ -104,6 +105,6 @@ def _number(digest: str) -> int:
 
 def _digest(path: str) -> str | None:
     try:
-        return sha256(path)
-    except OSError:
+        return sha256(regular_file(path))
+    except (CheckpointError, OSError):
         return None

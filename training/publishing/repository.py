@@ -150,7 +150,7 @@ def _header(trained: TrainedWeights, name: str, tag: str | None, entry: catalog.
         }
         facts = {**origin, **facts}
     if config := _run_config(trained):
-        shown = {key: Path(value).name if key in _LOCAL and value else value for key, value in config.items()}
+        shown = {key: Path(str(value)).name if key in _LOCAL and value else value for key, value in config.items()}
         facts["training"] = json.dumps(shown)
     heads, size = str(trained.num_heads), json.dumps(entry.img_size)
     return {**facts, "format": "adfeatures", "model": name, "num_heads": heads, "img_size": size}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,9 @@ def test_a_hundred_thousand_images_take_a_few_hundred_kilobytes() -> None:
 def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     for name, content in (("a", b"one"), ("b", b"two")):
         (tmp_path / name).write_bytes(content)
-    paths = [str(tmp_path / name) for name in ("a", "b", "missing")]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    paths = [str(tmp_path / name) for name in ("a", "b", "missing", "pipe")]
     found = Fingerprint.of(paths, workers=2)
     assert found.to_text() == Fingerprint.of(paths[::-1]).to_text() and len(found) == 2
     assert hashlib.sha256(b"one").hexdigest() in found and hashlib.sha256(b"three").hexdigest() not in found

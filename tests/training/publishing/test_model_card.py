@@ -143,7 +143,7 @@ def test_projectors_on_imagebind_go_without_it(capsys: pytest.CaptureFixture[str
     with torch.device("meta"):
         shapes = ResidualProjector((1280,) * 4, num_keys=2).state_dict()
     tensors = {f"projector.{key}": torch.zeros(value.shape, dtype=torch.bfloat16) for key, value in shapes.items()}
-    training = json.dumps({**TRAINING, "backbone_weights": "/there/imagebind_huge.pth"})
+    training = json.dumps({**TRAINING, "root": 3, "backbone_weights": "/there/imagebind_huge.pth"})
     header = {"model": "adpretrain_imagebind_huge", "num_heads": "16", "training": training}
     save_checkpoint(tmp_path / "own.safetensors", tensors, metadata=header)
     assert main([str(tmp_path / "own.safetensors"), "--folder", str(tmp_path / "out")]) == 0
