@@ -490,7 +490,7 @@ class TestTimmBackbones:
         assert "model.safetensors" in str(error.value)
 
     def test_a_size_in_the_header_that_cannot_be(self, own: Own, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="nearest to 50 are 48 and 64"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: the img_size .*nearest to 50 are 48 and 64"):
             adfeatures.create_model(weights=own.write(tmp_path / "model.safetensors", img_size="[50, 80]"))
 
 
