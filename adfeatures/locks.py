@@ -49,7 +49,7 @@ def only_run_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
     """
     folder = Path(folder)
     if folder.is_file():
-        raise InputError(f"{folder} is a file. Choose a folder.")
+        raise InputError(f"Cannot write to {folder}: it is a file. Choose a folder.")
     refuse_links(folder, *parts)
     with _lock(folder / LOCK, folder):
         beside = (path for path in folder.glob(".*") if not _of_another(path))

@@ -111,7 +111,7 @@ def test_what_cannot_work_is_said_at_once(model: FeatureExtractor, tmp_path: Pat
         (tmp_path / "empty").mkdir()
         find_images([str(tmp_path / "empty")], recursive=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"/file is a file\. Choose a folder"):
+    with pytest.raises(InputError, match=r"Cannot write .*/file: it is a file\. Choose a folder"):
         inspect(model, [str(tmp_path / "good" / "000.png")], tmp_path / "file")
     with pytest.raises(ReferencesError, match="none are set"):
         inspect(tiny_extractor(), [str(tmp_path / "good" / "000.png")], tmp_path / "out")

@@ -171,7 +171,7 @@ def test_a_file_has_a_name(name: str) -> None:
 
 def test_places_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="file is a file. Choose a folder"), only_run_in(tmp_path / "file"):
+    with pytest.raises(InputError, match="file: it is a file. Choose a folder"), only_run_in(tmp_path / "file"):
         pass
     deeper = tmp_path / "file" / "deeper"
     with pytest.raises(AdfeaturesError, match="Cannot write to .*deeper: .*Not a directory"), only_run_in(deeper):
