@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # As shells report a program that a closed pipe, or Ctrl-C, has ended.
 PIPE_CLOSED, INTERRUPTED = 141, 130
@@ -55,10 +56,20 @@ def _interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, end)
         raise KeyboardInterrupt
 
+    def swallowed(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            before(unraisable)
+            return
+        # It came while an object was being deleted, where exceptions have no effect: once more, a little later.
+        signal.signal(signal.SIGINT, interrupt)
+        threading.Timer(0.1, os.kill, (process, signal.SIGINT)).start()
+
     signal.signal(signal.SIGINT, interrupt)
+    before, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     finally:
+        sys.unraisablehook = before
         # Once interrupted, the second one may come while the process ends.
         if signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -65,3 +65,28 @@ def test_streams_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) 
     with console():
         print("text")
     assert stream.getvalue() == "text\n"
+
+
+DELETE = """
+import os, signal, time
+from adfeatures.console import console
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+with console():
+    try:
+        slow = Slow()
+        del slow
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has it")
+def test_an_interrupt_while_an_object_is_deleted_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", DELETE], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
