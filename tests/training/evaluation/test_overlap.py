@@ -155,6 +155,7 @@ def test_what_cannot_be_read_fails_by_itself(run: Run, parts: Path, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Fewer normal images")
+@pytest.mark.slow
 def test_another_split_of_the_same_data_is_found(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A projector of --seed 7 has seen test images of the split of the evaluation, one of its seed has not."""
     tree = write_real_iad(tmp_path / "iad", ("pcb",), ok=8, ng=4)
