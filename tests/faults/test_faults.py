@@ -290,7 +290,8 @@ def test_interrupted(
 ) -> None:
     task = list(map(str, words(command, data, tmp_path / "run")))
     _, whole = undisturbed[command]
-    signals = [(whole.seconds / 2, signal.SIGINT), (0.02, signal.SIGINT)][:times]
+    # Not so early that it is still importing.
+    signals = [(0.75 * whole.seconds, signal.SIGINT), (0.02, signal.SIGINT)][:times]
     done = commands.run(*task, signals=signals)
     assert "Traceback" not in done.error and "Exception" not in done.error
     if done.code:  # Else it was done by then.
