@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -160,22 +159,6 @@ def atomic_path(path: AnyPath, *, durable: bool = True) -> Iterator[Path]:
         raise AdfeaturesError(f"Cannot write {path}: {error}. {advice}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def refuse_links(folder: AnyPath, *parts: str) -> None:
-    """Refuse symbolic links where something is going to be written: among the named parts of a folder and below them.
-
-    The folder itself may be one. A link beside the parts is replaced by what ``atomic_path`` writes in its place.
-
-    Raises:
-        InputError: For the first link that is found.
-    """
-    for part in parts:
-        top = os.path.join(folder, part)
-        below = (os.path.join(path, name) for path, *names in os.walk(top) for name in chain(*names))
-        for path in chain([top], below):
-            if os.path.islink(path):
-                raise InputError(f"{path} is a link: files elsewhere would change. Remove it, or write elsewhere.")
 
 
 def convert(source: AnyPath, destination: AnyPath, metadata: Mapping[str, str] | None = None) -> Checkpoint:

@@ -18,9 +18,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
-from .checkpoints import TEMPORARY, refuse_links
+from .checkpoints import TEMPORARY
 from .errors import AdfeaturesError, InputError
 
 if sys.platform == "win32":
@@ -76,6 +77,22 @@ def only_run_for(file: str | os.PathLike[str]) -> Iterator[None]:
 def _of_another(path: Path) -> bool:
     """Whether a temporary file belongs to a run for one file of the folder, which may be alive."""
     return path.with_name(f"{path.name.rpartition('.adfeatures-')[0]}{LOCK}").exists()
+
+
+def refuse_links(folder: str | os.PathLike[str], *parts: str) -> None:
+    """Refuse symbolic links where something is going to be written: among the named parts of a folder and below them.
+
+    The folder itself may be one. A link beside the parts is replaced by what ``atomic_path`` writes in its place.
+
+    Raises:
+        InputError: For the first link that is found.
+    """
+    for part in parts:
+        top = os.path.join(folder, part)
+        below = (os.path.join(path, name) for path, *names in os.walk(top) for name in chain(*names))
+        for path in chain([top], below):
+            if os.path.islink(path):
+                raise InputError(f"{path} is a link: files elsewhere would change. Remove it, or write elsewhere.")
 
 
 def remove_leftovers(paths: Iterable[Path], older_than: float = 0) -> None:

@@ -182,9 +182,8 @@ class _Files:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise PickleError("it is compressed in a way that torch does not know")
         with self.archive.open(info) as file:
-            return file.read(
-                info.file_size
-            )  # Without a number, this would be as long as what is packed, not as announced.
+            # Without a number this would be as long as what is packed, not as announced.
+            return file.read(info.file_size)
 
     def fill(self, name: str, data: bytearray) -> None:
         """Read what must be as long as ``data`` into it."""

@@ -97,7 +97,7 @@ class _OpenVino:
         named = model.get_rt_info(["framework"]).value if model.has_rt_info(["framework"]) else {}
         self.facts: Mapping[str, str] = {name: getattr(value, "value", value) for name, value in named.items()}
         if model.input(0).partial_shape[0].is_dynamic:
-            # A batch of any size makes all of it several times slower.
+            # One photo at a time, so that it compiles for a fixed shape.
             model.reshape([1, *list(model.input(0).partial_shape)[1:]])
         self.batch: int | None = model.input(0).partial_shape[0].get_length()
         # Left to itself it takes bfloat16 where the processor has it, which moves scores visibly.

@@ -194,7 +194,7 @@ def _walk(root: Path) -> list[Path]:
     photos = (*IMAGE_SUFFIXES, *_PHONE_SUFFIXES, *_OTHER_SUFFIXES)
     found: list[Path] = []
     for parent, folders, names in os.walk(root, onerror=refuse):
-        results = RESULTS if RESULTS_MARKS.issubset(names) or STAGING in folders else frozenset()
+        results = RESULTS if holds_results(Path(parent)) else frozenset()
         passed = results | OF_FILE_SYSTEMS
         folders[:] = [name for name in folders if not name.startswith(".") and name not in passed]
         found += [

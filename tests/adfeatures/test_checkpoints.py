@@ -28,7 +28,6 @@ from adfeatures.checkpoints import (
     convert,
     git_blob_id,
     load_checkpoint,
-    refuse_links,
     regular_file,
     save_checkpoint,
     sha256,
@@ -467,21 +466,6 @@ class TestConvert:
         with pytest.raises(InputError, match="safetensors"):
             convert(GOLDEN, tmp_path / "out.pth")
         assert os.listdir(tmp_path) == ["bad.pth"]
-
-
-def test_links_are_refused_below_the_parts_alone(tmp_path: Path) -> None:
-    (tmp_path / "out" / "mine" / "deep").mkdir(parents=True)
-    (tmp_path / "out" / "others").symlink_to(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    refuse_links(tmp_path / "link", "mine", "absent")
-    for name in ("mine/deep/folder", "mine/file", "mine/dangling"):
-        link = tmp_path / "out" / name
-        link.symlink_to({"folder": tmp_path, "file": tmp_path / "file"}.get(link.name, tmp_path / "nothing"))
-        with pytest.raises(InputError, match=f"{name} is a link"):
-            refuse_links(tmp_path / "link", "mine", "absent")
-        link.unlink()
-    with pytest.raises(InputError, match="others is a link"):
-        refuse_links(tmp_path / "out", "others")
 
 
 def test_sha256(tmp_path: Path) -> None:

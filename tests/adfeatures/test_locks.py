@@ -16,7 +16,7 @@ import pytest
 from adfeatures import locks
 from adfeatures.checkpoints import atomic_path
 from adfeatures.errors import AdfeaturesError, InputError
-from adfeatures.locks import LOCK, only_run_for, only_run_in, remove_leftovers
+from adfeatures.locks import LOCK, only_run_for, only_run_in, refuse_links, remove_leftovers
 
 ROOT = Path(__file__).parents[2]
 HOLD = "import os, sys, time; from adfeatures.locks import only_run_in, only_run_for; folder = sys.argv[1]"
@@ -187,3 +187,18 @@ def test_places_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(locks, "_acquire", none)
     with pytest.warns(UserWarning, match="knows no locks"), only_run_in(tmp_path / "new"):
         pass
+
+
+def test_links_are_refused_below_the_parts_alone(tmp_path: Path) -> None:
+    (tmp_path / "out" / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / "others").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    refuse_links(tmp_path / "link", "mine", "absent")
+    for name in ("mine/deep/folder", "mine/file", "mine/dangling"):
+        link = tmp_path / "out" / name
+        link.symlink_to({"folder": tmp_path, "file": tmp_path / "file"}.get(link.name, tmp_path / "nothing"))
+        with pytest.raises(InputError, match=f"{name} is a link"):
+            refuse_links(tmp_path / "link", "mine", "absent")
+        link.unlink()
+    with pytest.raises(InputError, match="others is a link"):
+        refuse_links(tmp_path / "out", "others")

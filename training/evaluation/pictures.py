@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from adfeatures.checkpoints import atomic_path
-from adfeatures.images import ImageTransform, read_image
+from adfeatures.images import ImageTransform
 from adfeatures.overlays import contact_sheet, overlay, save_picture
 
 from .. import metrics
@@ -69,7 +69,7 @@ def _tile(
     heading: str, item: Item, anomaly_map: Tensor, score: float, transform: ImageTransform, scale: tuple[float, float]
 ) -> Image.Image:
     with noticing():  # What is odd about the image is known by now.
-        picture = seen(read_image(item.image, bit_depth=transform.bit_depth), transform)
+        picture = seen(transform.read(item.image), transform)
     size = (picture.height, picture.width)
     resized = F.interpolate(anomaly_map[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     caption = f"{heading}, {score:.4g}: {item.defect} {Path(item.image).stem}"
