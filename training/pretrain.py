@@ -29,7 +29,7 @@ from .data import DATASETS
 from .data.fingerprint import Fingerprint
 from .data.images import ImageLoader
 from .data.items import items_digest
-from .distributed import only_command_in, processes, rank, world_size
+from .distributed import gather_objects, only_command_in, processes, rank, world_size
 from .pretraining.centers import find_centers
 from .pretraining.checks import check_labels, check_masks, check_trials
 from .pretraining.config import PretrainConfig
@@ -88,8 +88,8 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     pinned = device.type == "cuda"
     loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
     trials = _trials(config, inputs)
-    # Only rank 0 writes checkpoints.
-    trained_on = Fingerprint.of([item.image for item in train] if rank() == 0 else (), config.workers)
+    share = Fingerprint.of((item.image for item in train[rank() :: world_size()]), config.workers)
+    trained_on = Fingerprint.union(gather_objects(share))
     if run.is_new:
         check_trials(trials, trained_on)
     validation = Validation(backbone, trials, workers=config.workers) if trials else None

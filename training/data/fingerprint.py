@@ -52,6 +52,13 @@ class Fingerprint:
             digests = tqdm(pool.map(_digest, paths), desc="fingerprint", unit="image", leave=False, disable=None)
             return cls(digest for digest in digests if digest is not None)
 
+    @classmethod
+    def union(cls, parts: Iterable[Fingerprint]) -> Fingerprint:
+        """That of the images of all."""
+        found = cls(())
+        found._numbers = np.unique(np.concatenate([part._numbers for part in parts]))
+        return found
+
     def __len__(self) -> int:
         return len(self._numbers)
 

@@ -52,6 +52,13 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert hashlib.sha256(b"one").hexdigest() in found and hashlib.sha256(b"three").hexdigest() not in found
 
 
+def test_shares_together_are_the_whole() -> None:
+    every = digests(50)
+    shares = [Fingerprint(every[number::3]) for number in range(3)]
+    assert Fingerprint.union(shares).to_text() == Fingerprint(every).to_text()
+    assert Fingerprint.union([shares[0], shares[0]]).to_text() == shares[0].to_text()
+
+
 @pytest.mark.parametrize(
     "change",
     [
