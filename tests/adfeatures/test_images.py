@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -833,3 +835,37 @@ def test_bad_transforms() -> None:
     for size in sizes:
         with pytest.raises(InputError, match="height and a width"):
             build_transform(size, MEAN, STD)
+
+
+PEAK = """
+import sys
+from adfeatures.images import read_image
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+read_image(sys.argv[1])
+before = peak()
+read_image(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGB", ".jpg"), ("RGBA", ".png"), ("I;16", ".png"), ("P", ".png"), ("CMYK", ".tif")]
+)
+def test_decoding_takes_at_most_twenty_bytes_a_pixel(tmp_path: Path, mode: str, suffix: str) -> None:
+    side, paths = 3000, [tmp_path / f"small{suffix}", tmp_path / f"large{suffix}"]
+    for path, size in zip(paths, (8, side), strict=True):
+        image = Image.effect_noise((8, 8), 90).resize((size, size))
+        if mode == "RGBA":
+            image = Image.merge("RGBA", [image] * 4)
+        elif mode == "I;16":
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 256)
+        else:
+            image = image.convert(mode)
+        image.save(path)
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, paths)], capture_output=True, text=True, check=True)
+    assert 3 * side**2 < int(done.stdout) < 20 * side**2 + paths[1].stat().st_size
