@@ -927,7 +927,7 @@ class TestOddFiles:
             return read_image(path, **options)
 
         monkeypatch.setattr(images, "read_image", read)
-        monkeypatch.setattr(pictures, "read_image", read)
+        monkeypatch.setattr("adfeatures.images.read_image", read)
         assert run_as_it_is(products="bottle") == 0
         for record in records(tmp_path / "run"):
             assert [text[: text.index(":")] for text in record["warnings"]] == [
