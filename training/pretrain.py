@@ -37,7 +37,7 @@ from .pretraining.reference_store import ReferenceStore
 from .pretraining.run import TrainingRun
 from .pretraining.step import encode_images, train_step
 from .pretraining.trials import validation_trials
-from .pretraining.validation import Validation
+from .pretraining.validation import validate
 
 REFERENCES = "references"
 
@@ -78,7 +78,6 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         trained_on = Fingerprint.union(gather_objects(share))
         if run.is_new:
             check_trials(trials, trained_on)
-        validation = Validation(backbone, trials, workers=config.workers) if trials else None
 
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
@@ -94,8 +93,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         run.depend_on("centers", digest)
         model = DistributedDataParallel(projector) if world_size() > 1 else projector
         step = partial(train_step, model, optimizer, encode=encode, store=store, centers=centers, config=config)
+        score = partial(validate, projector, backbone, trials, workers=config.workers) if trials else None
         header = checkpoint_header(backbone, projector, inputs.title, trained_on)
-        training_loop(run, projector, optimizer, header, step, loader, sampler, validation, config)
+        training_loop(run, projector, optimizer, header, step, score, loader, sampler, config)
     return run.folder
 
 

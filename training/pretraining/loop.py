@@ -19,7 +19,7 @@ from .config import PretrainConfig
 from .curves import draw_curves
 from .dataset import StepSampler
 from .run import TrainingRun
-from .validation import Validation
+from .validation import Scores
 
 
 def training_loop(
@@ -28,9 +28,9 @@ def training_loop(
     optimizer: torch.optim.Optimizer,
     header: Mapping[str, str],
     step: Callable[[dict[str, Any]], dict[str, float]],
+    validate: Callable[[], Scores] | None,
     loader: ImageLoader,
     sampler: StepSampler,
-    validation: Validation | None,
     config: PretrainConfig,
 ) -> None:
     """Go on from where the run is, to its end.
@@ -54,7 +54,7 @@ def training_loop(
                 )
             batches, contrasts = None, []
             due = left == 0 or (epoch_left == 0 and (run.epoch + 1) % config.eval_every == 0)
-            scores = validation.run(projector) if validation is not None and due else None
+            scores = validate() if validate is not None and due else None
             if epoch_left == 0:
                 run.epoch, run.step_of_epoch = run.epoch + 1, 0
             if scores is not None:
