@@ -69,7 +69,7 @@ def validate(
     # One of its own for each validation: in it the projector is frozen, and training needs the memory back.
     extractor = FeatureExtractor(
         backbone.module,
-        None if projector is None else copy.deepcopy(projector).float(),
+        None if projector is None else copy.deepcopy(projector).to(next(backbone.module.parameters())),
         name="validation",
         img_size=backbone.entry.img_size,
         pretrained_cfg={"mean": mean, "std": std},
