@@ -68,7 +68,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         run.depend_on("images", items_digest([*train, *pool]))
         run.depend_on("backbone weights", backbone.fingerprint[0])
 
-        views, fly = augmentation(config.view_statistics, backbone.entry), config.pool is None
+        views, fly = augmentation(config.view_statistics, backbone.entry, backbone.preset), config.pool is None
         dataset = PretrainingDataset(train, pool, views, backbone.transform, load_references=fly, shots=config.shots)
         sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
         pinned = device.type == "cuda"

@@ -104,6 +104,8 @@ def _evaluate(
         predictions = _SELECTORS[name](features).fit(train).predict(_collecting(truths, test))
         masks, labels = map(torch.cat, zip(*truths, strict=True))
         found = metrics.evaluate(predictions.maps, masks, labels, predictions.scores)
+        if trial.original_aupro:
+            found = replace(found, aupro=metrics.aupro_original(predictions.maps, masks))
         scores[name] = {criterion.key: float(getattr(found, criterion.field)) for criterion in CRITERIA}
     return scores
 
