@@ -27,8 +27,8 @@ SMALL = {
     "training.evaluate": "--img-size 64 --products bottle --shots 2 --epochs 1 --workers 0 --device cpu",
 }
 SMALL_WORDS = {"dinov2_base": "efficientnet_lite", "adpretrain_dinov2_base": "residual_lite"}
-# Not run: runs of several devices, the tutorial, which has its own test (tests/training/test_tutorial.py), and the trial
-# of precisions, which is too long.
+# Not run: runs of several devices, the tutorial, which has its own test (tests/training/test_tutorial.py), and the
+# trial of precisions, which is too long.
 READ = ("torchrun", "--help", "training.tutorial", "runs/precision")
 SLOW = ("--method all", "--data ")
 pytestmark = [
