@@ -57,13 +57,12 @@ def test_every_fault_of_a_manifest_is_named_with_its_line(tmp_path: Path) -> Non
         "images/004.png,,bad",
         "images/000.png,images/mask.png,1",
         f"images/{'long' * 100}.png,,",
-        "images\0/null.png,,",
     ]
     path = write_manifest(tmp_path, "\n".join(["image,mask,label", *rows]))
     with pytest.raises(InputError) as caught:
         read_manifest(path)
     report = str(caught.value).splitlines()[1:]
-    assert [line.strip().partition(":")[0] for line in report] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9, 10, 11)]
+    assert [line.strip().partition(":")[0] for line in report] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9, 10)]
     expected = [
         "no image",
         "nowhere.png",
@@ -73,9 +72,15 @@ def test_every_fault_of_a_manifest_is_named_with_its_line(tmp_path: Path) -> Non
         "'bad'",
         "has a line already",
         "longlong",
-        "null.png",
     ]
     assert all(part in line for part, line in zip(expected, report, strict=True))
+
+
+def test_a_null_in_a_name(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, "image,mask\nimages\0/null.png,\n")
+    # until Python 3.10 its csv module refuses such files
+    with pytest.raises(InputError, match="there is no file .*null.png|contains NUL"):
+        read_manifest(path)
 
 
 def test_a_long_report_is_cut(tmp_path: Path) -> None:
