@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Generator, Iterable
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
 from adfeatures import inspection
+from adfeatures.detectors import set_references
 from adfeatures.errors import ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.inspection import Worst, find_images, inspect, set_references
-from adfeatures.overlays import contact_sheet
+from adfeatures.inspection import Outcome, Terms, inspect
+from adfeatures.overlays import contact_sheet, encoded
+from adfeatures.results import ImageRow, mark
+from adfeatures.worklist import find_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -207,7 +212,8 @@ class TestOutput:
         (tmp_path / "out" / "overlays" / "bomb.png").unlink()
         found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
         drawn = ["overlays/020.png", "overlays/mine.png"]
-        assert found == [*drawn, "scores.csv", "scores.jsonl", "summary.json", "worst.png"]
+        tables = ["scores.csv", "scores.jsonl", *["scores.parquet"] * (find_spec("pyarrow") is not None)]
+        assert found == [*drawn, *tables, "summary.json", "worst.png"]
         Path(files[1]).write_bytes(b"no image")
         inspect(model, files[1:2], tmp_path / "out")
         assert not (tmp_path / "out" / "worst.png").exists(), "nothing was scored"
@@ -244,7 +250,7 @@ class TestOutput:
         everything = sorted(str(path) for path in (tmp_path / "new").iterdir() if path.suffix in ("", ".png"))
         assert len(everything) == 4
         with pytest.warns(UserWarning, match="3 pictures were drawn by a former run"):
-            assert find_images(everything, recursive=False) == photos
+            assert list(find_images(everything, recursive=False)) == photos
         with pytest.raises(ImageError, match="drawn by a former run"):
             find_images([str(tmp_path / "new" / "overlays")], recursive=False)
 
@@ -282,15 +288,18 @@ def test_large_images_are_drawn_at_a_bounded_size(model: FeatureExtractor, tmp_p
     assert [row.score for row in found.rows] == [prediction.score for prediction in model.score(files)]
 
 
-def test_the_worst_are_those_of_the_highest_scores(tmp_path: Path) -> None:
+def test_the_worst_are_those_of_the_highest_scores(model: FeatureExtractor, tmp_path: Path) -> None:
     scores = [3.0, 1.0, 3.0, 2.0, *[0.5] * 12, 9.0]
-    worst = Worst()
-    for number, score in enumerate(scores):
-        worst.add(score, Image.new("RGB", (480, 100), (number, 0, 0)))
-    worst.save(tmp_path / "worst.png")
+
+    def engine(files: Iterable[str], _: Terms) -> Generator[Outcome]:
+        for number, file in enumerate(files):
+            picture = encoded(Image.new("RGB", (480, 100), (number, 0, 0)), ".png", pnginfo=mark())
+            yield Outcome(ImageRow(file, scores[number]), picture)
+
+    inspect(model, [f"{number}.png" for number in range(len(scores))], tmp_path / "out", engine=engine)
     order = sorted(range(len(scores)), key=lambda number: (-scores[number], number))[:12]
     expected = contact_sheet([Image.new("RGB", (480, 100), (n, 0, 0)) for n in order], columns=4, tile_width=480)
-    with Image.open(tmp_path / "worst.png") as sheet:
+    with Image.open(tmp_path / "out" / "worst.png") as sheet:
         assert sheet.tobytes() == expected.tobytes()
 
 
@@ -311,7 +320,7 @@ def test_a_file_that_is_named_twice_counts_once(tmp_path: Path, monkeypatch: pyt
     write_photos(tmp_path / "new", range(3))
     monkeypatch.chdir(tmp_path)
     found = find_images(["new/001.png", "new", "./new/001.png", str(tmp_path / "new" / "002.png")], recursive=False)
-    assert found == ["new/001.png", "new/000.png", "new/002.png"]
+    assert list(found) == ["new/001.png", "new/000.png", "new/002.png"]
 
 
 def test_folders_that_are_no_products_are_passed_over(tmp_path: Path) -> None:
