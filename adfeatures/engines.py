@@ -173,6 +173,7 @@ def over_ray(options: argparse.Namespace, files: Iterable[str], terms: Terms) ->
     context = data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     on_gpu = str(options.device or "").startswith("cuda")
     kind, each = ("GPU", 1) if on_gpu else ("CPU", torch.get_num_threads())
     try:

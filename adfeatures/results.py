@@ -215,7 +215,7 @@ def _complete(output: Path, work: Worklist, facts: Mapping[str, Any]) -> Results
     """A former result, if it is that of this very run."""
     with suppress(InputError):
         summary = read_document(output / SUMMARY, dict[str, Any])
-        if facts.items() <= summary.items() and _kept(Results(output), work) == len(work):
+        if {**facts, "images": len(work)}.items() <= summary.items() and _kept(Results(output), work) == len(work):
             return Results(output, len(work))
     return None
 
@@ -229,9 +229,10 @@ def _begun(path: Path) -> list[Any]:
 
 def _kept(results: Results, work: Worklist) -> int:
     """The rows that are there, one for each of the first images."""
-    kept = 0
+    kept, files = 0, iter(work)
     with suppress(FileNotFoundError):
-        for row, file in zip(results.rows(), work, strict=False):
+        for row in results.rows():
+            file = next(files, "nothing")
             if row.file != file:
                 raise InputError(
                     f"{results.folder} holds a row of {row.file}, and this run has {file} in its place. Name the same "
