@@ -57,7 +57,8 @@ def naive(maps: np.ndarray, masks: np.ndarray) -> float:
     low, high = maps.min(), maps.max()
     normal = masks == 0
     pros, rates = [], []
-    for threshold in np.arange(low, high, (high - low) / 200):
+    # 200 of the same type, since NumPy 1 would divide in float64
+    for threshold in np.arange(low, high, (high - low) / low.dtype.type(200)):
         detected = maps > threshold
         overlaps = []
         for found, mask in zip(detected, masks, strict=True):
