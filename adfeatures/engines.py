@@ -50,6 +50,10 @@ def _told(found: Answer) -> list[Outcome]:
     return found
 
 
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _shares(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     items = iter(items)
     while share := list(islice(items, size)):
@@ -144,8 +148,9 @@ def _meet(function: Callable[..., object], *values: object, **options: object) -
     try:
         function(*values, **options)
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AdfeaturesError(f"A process of this run has ended or cannot be reached ({reason}). {_KEPT}") from error
+        raise AdfeaturesError(
+            f"A process of this run has ended or cannot be reached ({_reason(error)}). {_KEPT}"
+        ) from error
 
 
 class _Worker:
@@ -176,23 +181,29 @@ def over_ray(options: argparse.Namespace, files: Iterable[str], terms: Terms) ->
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     on_gpu = str(options.device or "").startswith("cuda")
     kind, each = ("GPU", 1) if on_gpu else ("CPU", torch.get_num_threads())
-    try:
-        if not ray.is_initialized():
+    if not ray.is_initialized():
+        try:
             ray.init(logging_level=logging.ERROR, include_dashboard=False)
+        except Exception as error:  # It has no type of its own for some.
+            raise AdfeaturesError(
+                f"Ray cannot be started ({_reason(error)}). Run again, or see whether RAY_ADDRESS names a cluster."
+            ) from error
+    try:
         asked_for = (pickle.dumps((share, terms)) for share in _shares(files, terms.batch_size))
         for window in _shares(asked_for, WINDOW):
             size = max(1, int(ray.cluster_resources().get(kind, 0) // each))
             asked = data.from_items([{"asked": share} for share in window], override_num_blocks=len(window))
-            told = asked.map(
-                _Worker,
-                fn_constructor_args=[options],
-                compute=data.ActorPoolStrategy(size=min(size, len(window))),
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-                **{f"num_{kind.lower()}s": each},
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+                told = asked.map(
+                    _Worker,
+                    fn_constructor_args=[options],
+                    compute=data.ActorPoolStrategy(size=min(size, len(window))),
+                    max_restarts=RESTARTS,
+                    max_task_retries=RESTARTS,
+                    **{f"num_{kind.lower()}s": each},
+                )
             for row in told.iter_rows():
                 yield from _told(pickle.loads(row["told"]))
-    except (ray.exceptions.RayError, ConnectionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AdfeaturesError(f"Ray has lost its workers ({reason}). {_KEPT}") from error
+    except ray.exceptions.RayError as error:
+        raise AdfeaturesError(f"Ray has lost its workers ({_reason(error)}). {_KEPT}") from error

@@ -80,13 +80,16 @@ def descendants(process: int) -> Iterator[tuple[int, str]]:
             yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def kill_one(process: subprocess.Popen[str], name: str, folder: Path) -> None:
-    """Kill a process below another, once the first rows are there."""
+def kill_one(process: subprocess.Popen[str], name: str, folder: Path) -> bool:
+    """Kill a process below another once the first rows are there. Whether it came to that."""
     deadline = time.monotonic() + 240
     while not rows(folder):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(next(child for child, line in descendants(process.pid) if name in line), signal.SIGKILL)
+    return True
 
 
 def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +126,7 @@ def test_two_ranks_give_the_same_result(folder: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
 def test_a_rank_that_dies_costs_no_rows_that_are_done(folder: Path) -> None:
     process = two_ranks(folder, "killed", "--resume")
-    kill_one(process, "-m adfeatures score", folder / "killed")
+    assert kill_one(process, "-m adfeatures score", folder / "killed"), process.communicate()
     _, errors = process.communicate(timeout=300)
     kept = rows(folder / "killed")
     assert process.returncode and kept and not (folder / "killed" / "summary.json").exists(), errors
@@ -135,7 +138,10 @@ def test_a_rank_that_dies_costs_no_rows_that_are_done(folder: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
 def test_a_worker_of_ray_that_dies_is_replaced(folder: Path) -> None:
     pytest.importorskip("ray.data", reason='Ray is not installed: pip install "adfeatures[ray]"')
-    process = start("-m", "adfeatures", *words(folder, "ray", "--engine", "ray"))
-    kill_one(process, "ray::MapWorker", folder / "ray")
-    _, errors = process.communicate(timeout=500)
-    assert process.returncode == 1 and contents(folder / "ray") == contents(folder / "whole"), errors
+    code, errors, tries = 2, "Ray cannot be started", 0
+    while "Ray cannot be started" in errors and tries < 3:  # On a busy machine, within the 30 s that Ray allows.
+        process, tries = start("-m", "adfeatures", *words(folder, "ray", "--engine", "ray")), tries + 1
+        killed = kill_one(process, "ray::MapWorker", folder / "ray")
+        _, errors = process.communicate(timeout=500)
+        code = process.returncode
+    assert code == 1 and killed and contents(folder / "ray") == contents(folder / "whole"), errors

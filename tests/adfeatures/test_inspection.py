@@ -461,8 +461,11 @@ def test_reading_ahead_changes_nothing(model: FeatureExtractor, tmp_path: Path, 
         for outcome, (expected, _) in zip(
             found[batch : batch + 2], score_photos(model, files[batch : batch + 2], [None] * 2, 2, 2048), strict=True
         ):
-            assert outcome.row.score == (None if isinstance(expected, ImageError) else expected.score)
-            assert isinstance(expected, ImageError) or np.array_equal(expected.map, outcome.map)
+            if isinstance(expected, ImageError):
+                assert outcome.row.score is outcome.map is None
+            else:
+                assert outcome.row.score == expected.score and outcome.map is not None
+                assert np.array_equal(expected.map, outcome.map)
 
 
 def test_parquet_holds_the_same_rows(model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
