@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--workers", type=_positive, default=1, help="images that are read at a time (%(default)s)")
     score.add_argument("--resume", action="store_true", help="continue a run of the same options that was cut short")
     score.add_argument(
-        "--engine", choices=("ray",), help="score on all workers of Ray; those of torchrun are used without this"
+        "--engine",
+        choices=("ray",),
+        help="score on all of a Ray cluster, with --device cuda on its GPUs",
     )
     score.add_argument("--manifest", metavar="FILE", help="names of images, one a line, or a .csv with a column image")
     score.add_argument(

@@ -223,11 +223,18 @@ def score_photos(
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
     results = iter(mapped(partial(_read_or_refuse, model, side), sources, products))
     while batch := list(islice(results, batch_size)):
-        photos = [photo for photo, _ in batch if isinstance(photo, Photo)]
-        names = [name for photo, name in batch if isinstance(photo, Photo)]
-        predictions = iter(_predict_batch(model, photos, names) if photos else ())
-        for result, _ in batch:
-            yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
+        yield from _score_batch(model, batch)
+        batch.clear()  # Its pictures are gone before the next are read.
+
+
+def _score_batch(
+    model: Detector, batch: Sequence[tuple[Photo | ImageError, str | None]]
+) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
+    photos = [photo for photo, _ in batch if isinstance(photo, Photo)]
+    names = [name for photo, name in batch if isinstance(photo, Photo)]
+    predictions = iter(_predict_batch(model, photos, names) if photos else ())
+    for result, _ in batch:
+        yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
 
 
 def _read_or_refuse(

@@ -49,12 +49,13 @@ class Worklist:
                 drawn += 1
             elif self._insert("images (file, path)", os.fsencode(file), os.fsencode(path)):
                 common = _common(common, os.path.dirname(path))
+        left_out = f"{drawn} pictures were drawn by a former run and are left out."
         if not len(self):
             raise ImageError(
-                f"{drawn} pictures were drawn by a former run and are left out." if drawn else "No images are named."
+                left_out if drawn else "No images are named. Give files, folders, a manifest, or - for stdin."
             )
         if drawn:
-            warnings.warn(f"{drawn} pictures were drawn by a former run and are left out.", stacklevel=2)
+            warnings.warn(left_out, stacklevel=2)
         for number, path in self._base.execute("select number, path from images order by number"):
             self._name_picture(number, Path(os.fsdecode(path)), common)
 
