@@ -17,7 +17,7 @@ import torch
 from helpers.full_disk import full_disk
 from helpers.ranks import ROOT, run_ranks
 from helpers.real_iad_tree import write_real_iad
-from helpers.trees import write_mvtec
+from helpers.trees import write_manifest, write_mvtec
 from PIL import Image
 
 import adfeatures
@@ -258,13 +258,7 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
 def test_own_data(tmp_path: Path, data: str) -> None:
     root = write_mvtec(tmp_path / "own", ("nut", "bolt"), good=5, test_good=3, bad=4, size=(40, 40))
     if data == "manifest":
-        rows = ["image,mask,product"]
-        for image in sorted(path.relative_to(root) for path in root.glob("*/t*/*/*.png")):
-            product, _, kind, name = image.parts
-            mask = "" if kind == "good" else f"{product}/ground_truth/{kind}/{Path(name).stem}_mask.png"
-            rows.append(f"{image.as_posix()},{mask},{product}")
-        root = root / "all.csv"
-        root.write_text("\n".join(rows))
+        root = write_manifest(root)
     given = {**FAST, "data": data, "root": str(root), "output": str(tmp_path / "run"), "validation": "held_out"}
     folder = pretrain(PretrainConfig(**given), CPU)
     assert any("loss" in line for line in steps(folder))
