@@ -93,6 +93,7 @@ def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[st
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(model.device),
         "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
+        **({} if all(weights.takes_residuals for weights in model.weights.values()) else {"residuals": "none"}),
         "weights": [_facts(weights, config) for weights in model.weights.values()],
         **{fact: ", ".join(names) for fact, names in lacks.items() if names},
         "selected by": {weights.name: weights.selected_by for weights in model.weights.values()},

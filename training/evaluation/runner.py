@@ -32,6 +32,7 @@ from .product_features import (
     FeatureKind,
     ProductFeatures,
     listed_features,
+    projected_features,
     residual_features,
     retrieved_features,
 )
@@ -174,6 +175,8 @@ class Evaluation:
     def _features(self, kind: FeatureKind, products: Sequence[Product]) -> ProductFeatures:
         if kind.tag is None:
             return ProductFeatures(self.raw.of(kind.images), kind)
+        if not self.model.weights[kind.tag].takes_residuals:
+            return projected_features(self.raw, kind)
         if kind.draw is None and self.config.reference_lists is not None:
             (product,) = products
             lists = listed_references(self.config.reference_lists, self.config.dataset, self._folder(product), product)

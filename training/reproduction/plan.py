@@ -40,6 +40,9 @@ REAL_IAD = "Real-IAD"
 PUBLISHED, BOTH = "published", "both"
 TRAININGS: Mapping[str, Mapping[str, Any]] = {
     BOTH: {},
+    "angle": {"losses": "angle"},
+    "norm": {"losses": "norm"},
+    "no_residual": {"no_residual": True},
 }
 # The methods of the paper's ablations.
 ABLATED = ("padim", "patchcore", "feature_norm")
@@ -77,7 +80,7 @@ class ReproduceConfig:
         known = (*BACKBONES, *METHODS, *FOLDERS, PUBLISHED, *TRAININGS)
         for name in self.only:
             if name not in known and ":" not in name:
-                raise UnknownNameError(catalog.unknown("backbone, method, data set or projector", name, known))
+                raise UnknownNameError.among("backbone, method, data set or projector", name, known)
 
 
 @dataclass(frozen=True)
