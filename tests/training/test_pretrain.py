@@ -26,6 +26,9 @@ from adfeatures.errors import AdfeaturesError, CheckpointError, ImageError, Inpu
 from training.data import mvtec, real_iad
 from training.data.fingerprint import Fingerprint
 from training.data.items import Item
+from training.evaluation.model import load_model
+from training.evaluation.product_features import FeatureKind, projected_features
+from training.evaluation.raw_features import RawFeatures
 from training.pretrain import main, pretrain
 from training.pretraining.config import PretrainConfig
 from training.pretraining.curves import read_log
@@ -60,7 +63,7 @@ def config(tree: Path, output: Path, **changes: Any) -> PretrainConfig:
 def arguments(given: PretrainConfig) -> list[str]:
     options = []
     for name, value in vars(given).items():
-        if value not in (None, ()):
+        if value not in (None, (), False):
             options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return options
 
@@ -252,6 +255,31 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
         assert found[method] == pytest.approx(expected[method], abs=1e-3)
     refused = launch(config(tree, two, centers=centers, max_steps=100, epochs=2, **changes), 4)
     assert refused.returncode and "on 2 processes, now there are 4" in refused.stderr
+
+
+def test_ablations(tree: Path, tmp_path: Path) -> None:
+    """One loss alone, and no residuals: such weights are evaluated as they were trained, and make no model."""
+    ablations = {"angle": {"losses": "angle"}, "norm": {"losses": "norm"}, "none": {"no_residual": True}}
+    folders = {
+        name: pretrain(config(tree, tmp_path / name, max_steps=2, validation="held_out", **changes), CPU)
+        for name, changes in ablations.items()
+    }
+    for name, other in (("angle", "norm"), ("norm", "angle")):
+        assert any(line.get(name) for line in steps(folders[name]))
+        assert not any(line.get(other) for line in steps(folders[name]))
+    last = folders["none"] / "checkpoint_last.safetensors"
+    with pytest.raises(CheckpointError, match="trained without residuals, for an ablation"):
+        adfeatures.create_model(weights=last)
+    model = load_model(str(last), ("patchcore",))
+    (weights,) = model.weights.values()
+    assert not weights.takes_residuals and weights.projector is not None
+    raw = RawFeatures(model, tmp_path / "cache")
+    batch = {"image": torch.rand(2, 3, 32, 32), "path": [None, None]}
+    found = projected_features(raw, FeatureKind("squash", "squash", "", 0)).extractor(batch)
+    for level, expected in zip(found, weights.projector(model.backbone(batch["image"])), strict=True):
+        torch.testing.assert_close(level, expected)
+    with pytest.raises(InputError, match="leave out centers and pool"):
+        config(tree, tmp_path, no_residual=True, pool=4)
 
 
 @pytest.mark.parametrize("data", ["folder", "manifest"])

@@ -16,12 +16,12 @@ from ..data import real_iad, synthetic
 from ..data.items import NORMAL
 from ..distributed import barrier, rank
 from ..evaluation.config import SOUND
-from .plan import FOLDERS, REAL_IAD, TRAININGS, Plan, ReproduceConfig
+from .plan import REAL_IAD, TRAININGS, Plan, ReproduceConfig
 
 BACKBONES = ("test_vit", "test_vit2")
 PARTS = synthetic.PRODUCTS[:2]
-# A product of each data set, and what is rendered in its place.
-PRODUCTS = {"mvtec": ("bottle", synthetic.PRODUCTS[2]), "mpdd": ("tubes", synthetic.PRODUCTS[3])}
+# The product that is evaluated on, and what is rendered in its place.
+BOTTLE, RENDERED = "bottle", synthetic.PRODUCTS[2]
 SIDE = 64
 FOR_TRAINING = {
     "img_size": (SIDE,),
@@ -54,20 +54,17 @@ def smoke_plan(config: ReproduceConfig) -> Plan:
 
 
 def _render(data: Path) -> None:
+    """Real-IAD to train on, and MVTec AD to evaluate on."""
     synthetic.synthesize(data / REAL_IAD, products=list(PARTS), good=6, bad=4, size=SIDE)
-    source = data / "rendered"
-    synthetic.synthesize(source, products=[rendered for _, rendered in PRODUCTS.values()], good=3, bad=2, size=SIDE)
-    for name, (product, rendered) in PRODUCTS.items():
-        items = real_iad.read(source, [rendered])
-        train = real_iad.reference_pool(items)[::2]
-        for number, item in enumerate(items):
-            kind = "good" if item.label == NORMAL else "defect"
-            split = "train" if item in train else "test"
-            folder = data / FOLDERS[name][0] / product
-            places = [(item.image, folder / split / kind / f"{number:03d}.png")]
-            if item.mask:
-                places.append((item.mask, folder / "ground_truth" / kind / f"{number:03d}_mask.png"))
-            for source_file, place in places:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with Image.open(source_file) as image, atomic_path(place) as temporary:
-                    image.save(temporary, "PNG")
+    synthetic.synthesize(data / "rendered", products=[RENDERED], good=3, bad=2, size=SIDE)
+    items, folder = real_iad.read(data / "rendered"), data / "mvtec" / BOTTLE
+    train = real_iad.reference_pool(items)[::2]
+    for number, item in enumerate(items):
+        split, kind = "train" if item in train else "test", "good" if item.label == NORMAL else "defect"
+        places = {item.image: folder / split / kind / f"{number:03d}.png"}
+        if item.mask:
+            places[item.mask] = folder / "ground_truth" / kind / f"{number:03d}_mask.png"
+        for source, place in places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(source) as image, atomic_path(place) as temporary:
+                image.save(temporary, "PNG")
