@@ -259,7 +259,11 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
 
 def test_ablations(tree: Path, tmp_path: Path) -> None:
     """One loss alone, and no residuals: such weights are evaluated as they were trained, and make no model."""
-    ablations = {"angle": {"losses": "angle"}, "norm": {"losses": "norm"}, "none": {"no_residual": True}}
+    ablations: dict[str, dict[str, Any]] = {
+        "angle": {"losses": "angle"},
+        "norm": {"losses": "norm"},
+        "none": {"no_residual": True},
+    }
     folders = {
         name: pretrain(config(tree, tmp_path / name, max_steps=2, validation="held_out", **changes), CPU)
         for name, changes in ablations.items()

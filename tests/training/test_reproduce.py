@@ -49,6 +49,6 @@ def test_the_whole_rehearsal_and_two_processes(tmp_path: Path) -> None:
     assert reproduce.main(words) == 0
     assert {row.split(", ")[0] for _, row in rows(tmp_path / "one")} == set(smoke.BACKBONES)
     words[2] = str(tmp_path / "two")
-    ended = run_ranks(["-m", "training.reproduce", *words, "--only", "patchcore"], 2)
+    ended = run_ranks(2, "-m", "training.reproduce", *words, "--only", "patchcore")
     assert ended.returncode == 0, ended.stderr
     assert rows(tmp_path / "two") and set(rows(tmp_path / "two")) < set(rows(tmp_path / "one"))

@@ -80,7 +80,7 @@ class ReproduceConfig:
         known = (*BACKBONES, *METHODS, *FOLDERS, PUBLISHED, *TRAININGS)
         for name in self.only:
             if name not in known and ":" not in name:
-                raise UnknownNameError.among("backbone, method, data set or projector", name, known)
+                raise UnknownNameError(catalog.unknown("backbone, method, data set or projector", name, known))
 
 
 @dataclass(frozen=True)
