@@ -257,6 +257,8 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     assert refused.returncode and "on 2 processes, now there are 4" in refused.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The angle loss was 0")
 def test_ablations(tree: Path, tmp_path: Path) -> None:
     """One loss alone, and no residuals: such weights are evaluated as they were trained, and make no model."""
     ablations: dict[str, dict[str, Any]] = {
