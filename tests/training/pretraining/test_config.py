@@ -21,6 +21,7 @@ VALUES = {
     "int": 3,
     "int | None": 5,
     "float": 0.25,
+    "bool": True,
     "tuple[str, ...]": ("one", "two"),
     "tuple[int, ...]": (2, 7),
 }
@@ -47,7 +48,8 @@ def test_every_field_can_be_given(config: type) -> None:
     assert all(value != getattr(config(), name) for name, value in wanted.items())
     arguments = []
     for name, value in wanted.items():
-        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        given = () if value is True else value if isinstance(value, tuple) else (value,)
+        arguments += [f"--{name.replace('_', '-')}", *map(str, given)]
     found = parse(config, arguments)
     assert found == config(**wanted)
     assert {name: type(getattr(found, name)) for name in wanted} == {
@@ -81,6 +83,8 @@ def test_the_published_recipe_is_of_bfloat16() -> None:
         ({"anchors": "first"}, "has both anchors, not first"),
         ({"pseudo_huber": "paper"}, "has code pseudo_huber, not paper: leave out --pseudo-huber"),
         ({"view_statistics": "backbone"}, "has original view_statistics, not backbone"),
+        ({"losses": "norm"}, "has both losses, not norm"),
+        ({"no_residual": True}, "has no no_residual, not True: leave out --no-residual"),
         ({"pool": 4}, "has no pool, not 4: leave out --pool"),
     ],
 )
