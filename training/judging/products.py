@@ -71,12 +71,12 @@ DEVELOPMENT: Mapping[str, Product] = {
     "page": Product("print", Whole("scikit-image", "page.png"), gray=True),
     "board": Product("electronics", Whole("opencv-doc", "board.jpg", (0, 0, 340, 426))),
     "cup": Product("fixed", Whole("scikit-image", "coffee.png", (100, 0, 500, 400))),
-    "grass": Product("texture", Texture("scikit-image", "grass.png", 250), gray=True),
-    "tissue": Product("tissue", Texture("scikit-image", "ihc.png", 250), changes=("tint",)),
+    "grass": Product("texture", Texture("scikit-image", "grass.png", 220), gray=True),
+    "tissue": Product("tissue", Texture("scikit-image", "ihc.png", 220), changes=("tint",)),
     "sackcloth": Product(
         "texture", Texture("krita-data", "02b_WoofTissue.png", 200), gray=True, changes=("stretched",)
     ),
-    "chain_mail": Product("texture", Texture("krita-data", "21_texture-chainmail.png", 250), gray=True),
+    "chain_mail": Product("texture", Texture("krita-data", "21_texture-chainmail.png", 220), gray=True),
     "tractor_wheel": Product("fixed", _stamps("vehicles/wheel_tractor", ground=_PALE, side=0.8)),
     "orange": Product("free", _stamps("food/fruit/orange_seville", ground=_BLUE, side=0.6, turn=180, stray=0.06)),
     "mixer": Product(
@@ -111,10 +111,10 @@ FINAL: Mapping[str, Product] = {
     "cards": Product("print", Whole("opencv-doc", "cards.png", (90, 60, 510, 400))),
     "chips": Product("electronics", Whole("opencv-doc", "board.jpg", (340, 0, 640, 426))),
     "retina": Product("tissue", Whole("scikit-image", "retina.jpg"), changes=("defocus",)),
-    "gravel": Product("texture", Texture("scikit-image", "gravel.png", 250), gray=True, changes=("skewed",)),
-    "brick": Product("texture", Texture("scikit-image", "brick.png", 250), gray=True, changes=("skewed",)),
-    "scales": Product("texture", Texture("krita-data", "22_texture-reptile.png", 250), gray=True),
-    "bark": Product("texture", Texture("krita-data", "18_texture-bark.png", 250), gray=True),
+    "gravel": Product("texture", Texture("scikit-image", "gravel.png", 220), gray=True, changes=("skewed",)),
+    "brick": Product("texture", Texture("scikit-image", "brick.png", 220), gray=True, changes=("skewed",)),
+    "scales": Product("texture", Texture("krita-data", "22_texture-reptile.png", 220), gray=True),
+    "bark": Product("texture", Texture("krita-data", "18_texture-bark.png", 220), gray=True),
     "car_wheel": Product("fixed", _stamps("vehicles/7spoke256", ground=_PALE, side=0.8), gray=True),
     "bulb": Product("fixed", _stamps("household/Lightbulb", ground=_BLUE, side=0.8)),
     "woodlouse": Product(
@@ -174,7 +174,7 @@ def pictures(name: str, photographs: Photographs, *, references: int, good: int,
     def specimen(group: int, number: int, kind: str = "") -> tuple[Image.Image, Map]:
         key = (seed, zlib.crc32(name.encode()), group, number)
         shot = Shot(np.random.default_rng((*key, 1)))
-        scene, mask = _flawed(product, photographs, key, kind, possible, test=group > 0)
+        scene, mask = _flawed(product, photographs, key, kind, possible)
         picture = shot.picture(scene, gray=product.gray)
         return picture, shot.mask(mask)
 
@@ -194,13 +194,11 @@ def _flawed(
     key: tuple[int, ...],
     kind: str,
     possible: Mapping[str, defects.Damage],
-    *,
-    test: bool,
 ) -> tuple[Map, Map]:
     """Colors of a scene, and where its defect is."""
 
     def scene(flaw: str | None = None) -> Scene:
-        found = product.setting.scene(photographs, np.random.default_rng((*key, 0)), test=test, flaw=flaw)
+        found = product.setting.scene(photographs, np.random.default_rng((*key, 0)), flaw=flaw)
         if product.gray:
             found.colors = found.colors.mean(axis=2, keepdims=True).repeat(3, axis=2)
         return found

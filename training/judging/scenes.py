@@ -34,9 +34,11 @@ class Setting(Protocol):
         pieces: Whether it is made of pieces, so that ``flaw`` "missing" and "swapped" leave one out or take another.
     """
 
-    pieces: bool
+    @property
+    def pieces(self) -> bool:
+        """See the attributes."""
 
-    def scene(self, photographs: Photographs, rng: Rng, *, test: bool, flaw: str | None = None) -> Scene:
+    def scene(self, photographs: Photographs, rng: Rng, *, flaw: str | None = None) -> Scene:
         """One specimen. The same generator gives the same, with and without a flaw."""
 
 
@@ -49,7 +51,7 @@ class Whole:
     box: tuple[int, int, int, int] | None = None
     pieces: bool = False
 
-    def scene(self, photographs: Photographs, rng: Rng, *, test: bool, flaw: str | None = None) -> Scene:
+    def scene(self, photographs: Photographs, rng: Rng, *, flaw: str | None = None) -> Scene:
         """The photograph, squashed to a square."""
         photo = photographs.photo(self.package, self.name)
         if self.box is not None:
@@ -60,7 +62,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Texture:
-    """Crops of a photograph. References are of its left half, tests of its right one, so that no patch is in both.
+    """Crops of a photograph, at random: references and tests are alike, as those of a production are.
 
     Attributes:
         side: Side of a crop, in pixels of the photograph.
@@ -71,12 +73,11 @@ class Texture:
     side: int
     pieces: bool = False
 
-    def scene(self, photographs: Photographs, rng: Rng, *, test: bool, flaw: str | None = None) -> Scene:
+    def scene(self, photographs: Photographs, rng: Rng, *, flaw: str | None = None) -> Scene:
         """A crop at random."""
         photo = photographs.photo(self.package, self.name)
-        half = photo[:, photo.shape[1] // 2 :] if test else photo[:, : photo.shape[1] // 2]
-        top, left = (int(rng.integers(length - self.side + 1)) for length in half.shape[:2])
-        crop = half[top : top + self.side, left : left + self.side]
+        top, left = (int(rng.integers(length - self.side + 1)) for length in photo.shape[:2])
+        crop = photo[top : top + self.side, left : left + self.side]
         return Scene(resized(crop, SCENE, SCENE), np.ones((SCENE, SCENE), bool))
 
 
@@ -109,7 +110,7 @@ class Objects:
         """Whether there is more than one object."""
         return self.grid != (1, 1)
 
-    def scene(self, photographs: Photographs, rng: Rng, *, test: bool, flaw: str | None = None) -> Scene:
+    def scene(self, photographs: Photographs, rng: Rng, *, flaw: str | None = None) -> Scene:
         """The objects in their places, one missing or swapped with such a ``flaw``."""
         rows, columns = self.grid
         colors = np.ones((SCENE, SCENE, 3), np.float32) * np.array(self.ground, np.float32)
@@ -138,7 +139,7 @@ class Rendered:
     product: str
     pieces: bool = False
 
-    def scene(self, photographs: Photographs, rng: Rng, *, test: bool, flaw: str | None = None) -> Scene:
+    def scene(self, photographs: Photographs, rng: Rng, *, flaw: str | None = None) -> Scene:
         """A part at random."""
         image, _ = render(self.product, int(rng.integers(1 << 20)), size=SCENE)
         return Scene(np.asarray(image, np.float32) / 255, np.ones((SCENE, SCENE), bool))
