@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set", choices=SETS, default="development", help="products to choose by, or those of the final judgment"
     )
     parser.add_argument("--products", nargs="+", metavar="NAME", help="some of the set alone (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few pictures, two draws of 8 references")
+    parser.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
     options = parser.parse_args(arguments)
     return run("judge", lambda: _judge(options))
 

@@ -37,7 +37,7 @@ class Size:
 
 
 FULL = Size(references=24, good=14, bad=20, draws={1: 2, 2: 1, 4: 1, 8: 5, 16: 1})
-QUICK = Size(references=12, good=8, bad=9, draws={8: 2})
+QUICK = Size(references=12, good=8, bad=9, draws={8: 1})
 
 
 @dataclass(frozen=True)
