@@ -36,7 +36,7 @@ class Size:
     draws: Mapping[int, int]
 
 
-FULL = Size(references=24, good=14, bad=20, draws={1: 2, 2: 1, 4: 1, 8: 5, 16: 1})
+FULL = Size(references=24, good=12, bad=18, draws={1: 2, 2: 1, 4: 1, 8: 5, 16: 1})
 QUICK = Size(references=12, good=8, bad=9, draws={8: 1})
 
 

@@ -171,7 +171,7 @@ def resized(image: Map, height: int, width: int) -> Map:
     )
 
 
-def smooth_noise(rng: Rng, waves: float) -> Map:
-    """Noise (SCENE, SCENE) of about so many waves across a scene, mean 0 and standard deviation 1."""
-    noise = ndimage.gaussian_filter(rng.normal(size=(SCENE, SCENE)), SCENE / (4 * waves), mode="wrap")
+def smooth_noise(rng: Rng, crossings: float) -> Map:
+    """Noise (SCENE, SCENE) of mean 0 and standard deviation 1, which crosses 0 about so often across a scene."""
+    noise = ndimage.gaussian_filter(rng.normal(size=(SCENE, SCENE)), SCENE / (4 * crossings), mode="wrap")
     return ((noise - noise.mean()) / noise.std()).astype(np.float32)
