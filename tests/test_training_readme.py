@@ -27,8 +27,8 @@ SMALL = {
     "training.evaluate": "--img-size 64 --products bottle --shots 2 --epochs 1 --workers 0 --device cpu",
 }
 SMALL_WORDS = {"dinov2_base": "efficientnet_lite", "adpretrain_dinov2_base": "residual_lite"}
-# Not run: runs of several devices, and the tutorial, which has its own test (tests/training/test_tutorial.py).
-READ = ("torchrun", "--help", "training.tutorial")
+# Not run: runs of several devices, the tutorial and the judgment, which have their own tests.
+READ = ("torchrun", "--help", "training.tutorial", "training.judge")
 SLOW = ("--method all", "--data ")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*cannot pin down"),

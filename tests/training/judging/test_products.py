@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from training.judging.products import DEVELOPMENT, FINAL, Product, pictures
 from training.judging.scenes import Objects, Rendered, Texture, Whole
 
 
-def sources(table: dict[str, Product]) -> set[tuple[object, ...]]:
+def sources(table: dict[str, Product]) -> set[tuple[Any, ...]]:
     """What the products of a set show: a photograph or a box of it, objects, a rendered product."""
-    found: set[tuple[object, ...]] = set()
+    found: set[tuple[Any, ...]] = set()
     for product in table.values():
         setting = product.setting
         if isinstance(setting, Objects):
