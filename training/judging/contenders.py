@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import adfeatures
-from adfeatures import predictor, scoring
+from adfeatures import scoring
 from adfeatures.backbones import Encoder
 from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.references import ReferenceBank
@@ -23,6 +23,8 @@ from ..methods import PatchCore
 BATCH_SIZE = 8
 # PatchCore's vectors are as long as the features of the smallest backbone allow without padding.
 DIMENSIONS = 192
+# Of the scores of the references, each left out, that the thresholds of the plain ways are.
+QUANTILE = 0.99
 
 
 class Verdict(NamedTuple):
@@ -172,5 +174,4 @@ class Coreset:
 
 
 def _threshold(normal: np.ndarray | None) -> float:
-    """As that of the models: a quantile of the scores of the references, each left out."""
-    return float("nan") if normal is None else scoring.normal_quantile(normal, predictor.QUANTILE)
+    return float("nan") if normal is None else scoring.normal_quantile(normal, QUANTILE)
