@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias
 
@@ -107,32 +107,6 @@ def check_maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike
     """
     if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
         raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
-
-
-def check_fit(
-    bank: ReferenceBank,
-    source: str,
-    name: str,
-    img_size: tuple[int, int],
-    channels: Sequence[int],
-    fingerprint: Sequence[str],
-) -> None:
-    """Make sure that a bank is of a model: of its name, input size, channels of each level and hashes of weights.
-
-    Raises:
-        ReferencesError: Otherwise.
-    """
-    advice = "Create that model, or make the bank again with: adfeatures fit"
-    if bank.model not in (None, name):
-        raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. {advice}")
-    if (size := bank.record.img_size) not in (None, img_size):
-        raise ReferencesError(
-            f"{source} was made for images of {size} pixels (height, width), not {img_size}. {advice}"
-        )
-    if [rows.shape[1] for rows in bank.rows] != list(channels):
-        raise ReferencesError(f"{source} holds features of other levels than those of {name}. {advice}")
-    if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
-        raise ReferencesError(f"{source} was made with other weights of {name}. {advice}")
 
 
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:

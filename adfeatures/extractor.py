@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from . import predictor, scoring
 from .backbones import Encoder
-from .bank_files import check_fit, load_banks, save_banks
+from .bank_files import load_banks, save_banks
 from .catalog import unknown
 from .checkpoints import weights_fingerprint
 from .errors import InputError, ReferencesError, UnknownNameError
 from .image_files import MAX_PIXELS
 from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
-from .references import BankRecord, ReferenceBank, residuals_of_images
+from .references import ReferenceBank, residuals_of_images
 from .scoring import AnomalyMap, CosineRingScorer, FeatureNormScorer, Scorer
-from .sources import name_of
 
 DEFAULT_PRODUCT = "default"
 
@@ -68,12 +67,8 @@ class FeatureExtractor(nn.Module):
         self.bit_depth, self.max_pixels = 16, MAX_PIXELS
         self._banks: dict[str, ReferenceBank] = {}
         self._indices = self._take(out_indices)
-        described = [
-            {"num_chs": channels, "reduction": reduction, "module": f"level{number}"}
-            for number, (channels, reduction) in enumerate(
-                zip(backbone.channels, backbone.reductions, strict=True), start=1
-            )
-        ]
+        levels = enumerate(zip(backbone.channels, backbone.reductions, strict=True), start=1)
+        described = [{"num_chs": channels, "reduction": by, "module": f"level{n}"} for n, (channels, by) in levels]
         self.feature_info = FeatureInfo(described, tuple(self._indices))
         self.requires_grad_(False).eval()
 
@@ -187,9 +182,16 @@ class FeatureExtractor(nn.Module):
             ImageError: For a file that cannot be read or a folder without images.
             InputError: For no images, a wrong shape or NaN.
         """
-        full = self._encode(images, self.bit_depth)
+        full = predictor.bank_of(self, images, self.bit_depth)
         bank = full if coreset is None else full.coreset(coreset)
-        scoring.calibrate(bank, full, self.scorer, self._project, self.backbone.reductions[0])
+        left_out: Iterable[list[Tensor]] = bank.leave_one_out(full=full) if bank.num_images > 1 else ()
+        if coreset is not None:
+            left_out = list(left_out)
+        bank.scales = self.scorer.scales(left_out, len(bank.rows))
+        if coreset is not None:  # Later its images are not whole any more.
+            bank.record.normal_scores = scoring.image_scores(
+                left_out, bank.scales, self.scorer, self._project, self.backbone.reductions[0]
+            )
         self._banks[product or DEFAULT_PRODUCT] = bank
 
     def add_references(self, images: Images, product: str | None = None) -> None:
@@ -198,8 +200,8 @@ class FeatureExtractor(nn.Module):
         if name not in self._banks:
             return self.set_references(images, product)
         bank = self._banks[name]
-        both = bank.extended(self._encode(images, bank.record.bit_depth, known=bank.record.known))
-        scoring.calibrate(both, both, self.scorer, self._project, self.backbone.reductions[0])
+        both = bank.extended(predictor.bank_of(self, images, bank.record.bit_depth, bank.record.known))
+        both.scales = self.scorer.scales(both.leave_one_out(), len(both.rows))
         self._banks[name] = both
 
     def clear_references(self) -> None:
@@ -243,10 +245,23 @@ class FeatureExtractor(nn.Module):
         """
         fingerprint = weights_fingerprint(self.state_dict())
         for bank in banks.values():
-            check_fit(bank, source, self.name, self.img_size, self.backbone.channels, fingerprint)
+            self._check_fit(bank, source, fingerprint)
             bank.rows = [self.as_input(rows) for rows in bank.rows]
             bank.image_of_row = [images.to(bank.rows[0].device) for images in bank.image_of_row]
         self._banks = dict(banks)
+
+    def _check_fit(self, bank: ReferenceBank, source: str, fingerprint: Sequence[str]) -> None:
+        advice = "Create that model, or make the bank again with: adfeatures fit"
+        if bank.model not in (None, self.name):
+            raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")
+        if (size := bank.record.img_size) not in (None, self.img_size):
+            raise ReferencesError(
+                f"{source} was made for images of {size} pixels (height, width), not {self.img_size}. {advice}"
+            )
+        if [rows.shape[1] for rows in bank.rows] != list(self.backbone.channels):
+            raise ReferencesError(f"{source} holds features of other levels than those of {self.name}. {advice}")
+        if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
+            raise ReferencesError(f"{source} was made with other weights of {self.name}. {advice}")
 
     @torch.no_grad()
     def reference_features(self, product: str | None = None) -> list[Tensor]:
@@ -286,22 +301,6 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"{len(product)} products were named for {count} images.")
         return [self.bank(name) for name in product]
 
-    def _encode(self, images: Images, bit_depth: int, known: Collection[str] = ()) -> ReferenceBank:
-        preset = None if isinstance(images, Tensor) else predictor.PRESET
-        record = BankRecord(model=self.name, img_size=self.img_size, preset=preset, bit_depth=bit_depth)
-        maps = []
-        for batch in predictor.normal_photos(self, images, bit_depth, known):
-            maps.append(self.backbone_features(self.as_input(torch.stack([photo.x for photo in batch]))))
-            record.files += [name_of(photo.source) for photo in batch]
-            record.sha256s += [photo.sha256 for photo in batch]
-            record.pixels += [photo.pixels for photo in batch]
-        if not maps:
-            which = "are left that are not references already" if known else "were given"
-            raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
-        bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*maps, strict=True)])
-        bank.record = record
-        return bank
-
     # Scores
 
     @torch.no_grad()
@@ -328,7 +327,10 @@ class FeatureExtractor(nn.Module):
         Raises:
             ReferencesError: With a single reference, or after a coreset.
         """
-        return scoring.leave_one_out_scores(self.bank(product), self.scorer, self._project, self.backbone.reductions[0])
+        bank = self.bank(product)
+        return scoring.image_scores(
+            bank.leave_one_out(), bank.scales, self.scorer, self._project, self.backbone.reductions[0]
+        )
 
     # Photos
 

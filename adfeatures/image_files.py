@@ -14,11 +14,15 @@ import re
 import stat
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
 from .checkpoints import AnyPath, regular_file
 from .errors import ImageError
+
+if TYPE_CHECKING:
+    import hashlib
 
 with contextlib.suppress(ImportError):  # An extra: phones write HEIC, which Pillow alone cannot read.
     import pillow_heif
@@ -77,8 +81,12 @@ def refusing(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_image(path: AnyPath) -> Iterator[Image.Image]:
+def open_image(path: AnyPath, digest: hashlib._Hash | None = None) -> Iterator[Image.Image]:
     """Open an image file for a block of code, at its largest page. Pixels are decoded when they are asked for.
+
+    Args:
+        path: The file.
+        digest: Takes in the file after the block: the very one that was decoded, whatever its name stands for by then.
 
     Raises:
         ImageError: From here or the block, where the file is missing, no regular file, empty, none of `FORMATS`,
@@ -91,6 +99,9 @@ def open_image(path: AnyPath) -> Iterator[Image.Image]:
         _check_codec(image, stream)
         stream.allow(_READS, 2 * _MAX_BYTES)
         yield image
+        if digest is not None:
+            for piece in stream.pieces():
+                digest.update(piece)
 
 
 class _BoundedFile(io.BufferedReader):
@@ -105,6 +116,11 @@ class _BoundedFile(io.BufferedReader):
     def allow(self, reads: int, size: int) -> None:
         """Bound what is read from now on."""
         self._reads, self._size = reads, size
+
+    def pieces(self) -> Iterator[bytes]:
+        """The whole file, whatever is allowed."""
+        self.seek(0)
+        return iter(lambda: io.BufferedReader.read(self, 1 << 20), b"")
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As of any file. All of it may be read at once, since its length is bounded."""
@@ -148,7 +164,7 @@ def _seek_largest_page(image: Image.Image, name: str) -> None:
         warnings.warn(f"{name} has several pages; page {page + 1}, {width} x {height} pixels, is read.", stacklevel=2)
 
 
-def _check_codec(image: Image.Image, stream: io.BufferedReader) -> None:
+def _check_codec(image: Image.Image, stream: _BoundedFile) -> None:
     """Refuse what takes long although it has few pixels, where the format is known to allow that."""
     tiles = getattr(image, "tile", None) or [("",)]
     codec, pixels = tiles[0][0], image.width * image.height
@@ -159,7 +175,8 @@ def _check_codec(image: Image.Image, stream: io.BufferedReader) -> None:
         if scans * max(pixels, _SMALL) > _MAX_SCANNED:
             raise ImageError(f"its {pixels:,} pixels are stored in {scans:,} scans. Save it anew, not progressive.")
     elif codec == "ppm_plain" and (
-        pixels * len(image.getbands()) > _MAX_PLAIN or _count_comments(stream) > _MAX_COMMENTS
+        pixels * len(image.getbands()) > _MAX_PLAIN
+        or sum(piece.count(b"#") for piece in stream.pieces()) > _MAX_COMMENTS
     ):
         raise ImageError(f"it has more than {_MAX_PLAIN:,} numbers in plain text, or many comments. Save it as PNG.")
 
@@ -175,8 +192,3 @@ def _count_scans(stream: io.BufferedReader) -> int:
             scans += found[1] == b"\xda"
             at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     return _HEADER_READS
-
-
-def _count_comments(stream: io.BufferedReader) -> int:
-    stream.seek(0)
-    return sum(piece.count(b"#") for piece in iter(lambda: io.BufferedReader.read(stream, 1 << 20), b""))

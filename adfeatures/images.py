@@ -20,7 +20,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .catalog import unknown
-from .checkpoints import regular_file, sha256
 from .errors import ImageError, InputError, UnknownNameError
 from .image_files import MAX_PIXELS, MAX_SIDE, open_image, refusing
 
@@ -48,7 +47,11 @@ _strictly = threading.Lock()
 
 
 def read_image(
-    source: str | os.PathLike[str] | Image.Image | np.ndarray, *, bit_depth: int = 16, max_pixels: int = MAX_PIXELS
+    source: str | os.PathLike[str] | Image.Image | np.ndarray,
+    *,
+    bit_depth: int = 16,
+    max_pixels: int = MAX_PIXELS,
+    digest: hashlib._Hash | None = None,
 ) -> Image.Image:
     """Read an image, upright and in RGB.
 
@@ -64,6 +67,7 @@ def read_image(
             and files that state their own maximum, are not concerned.
         max_pixels: Pixels that may be decoded, at most `MAX_PIXELS`. Decoding takes up to 20 bytes for each, above what
             the file takes.
+        digest: Takes in the bytes of the very file that is decoded. Images in memory are not concerned.
 
     Returns:
         A new image of mode RGB that keeps no file open and carries no metadata.
@@ -86,7 +90,7 @@ def read_image(
         with refusing(name):
             return _from_pillow(source, bit_depth, max_pixels, name)
     if isinstance(source, (str, os.PathLike)):
-        with open_image(source) as image:
+        with open_image(source, digest) as image:
             return _from_pillow(image, bit_depth, max_pixels, os.fspath(source))
     raise ImageError(f"Cannot read an image from {type(source).__name__}; give a path, a PIL image or a numpy array.")
 
@@ -280,9 +284,9 @@ class ImageTransform:
         """
         return self.of_rgb(self.read(image))
 
-    def read(self, image: ImageSource) -> Image.Image:
+    def read(self, image: ImageSource, digest: hashlib._Hash | None = None) -> Image.Image:
         """Read an image as it is to be transformed. Result and errors as of `read_image`."""
-        return read_image(image, bit_depth=self.bit_depth, max_pixels=self.max_pixels)
+        return read_image(image, bit_depth=self.bit_depth, max_pixels=self.max_pixels, digest=digest)
 
     def of_rgb(self, rgb: Image.Image) -> Tensor:
         """Transform what ``read`` gave. Result and errors as in a call."""
@@ -303,23 +307,17 @@ class ImageTransform:
         return tensor
 
 
-def digest(source: ImageSource) -> str:
-    """SHA-256 of an image file, or of the shape and pixels of an image in memory.
-
-    Raises:
-        ImageError: If there is no such file.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        return sha256(regular_file(source, ImageError))
-    if isinstance(source, Image.Image):
-        bands = len(source.getbands())
-        shape: tuple[int, ...] = (source.height, source.width, bands) if bands > 1 else (source.height, source.width)
+def hash_of_pixels(image: Image.Image | np.ndarray) -> str:
+    """SHA-256 of the shape and pixels of an image in memory."""
+    if isinstance(image, Image.Image):
+        bands = len(image.getbands())
+        shape: tuple[int, ...] = (image.height, image.width, bands) if bands > 1 else (image.height, image.width)
     else:
-        shape = source.shape
+        shape = image.shape
     total = hashlib.sha256(repr(shape).encode())
     for top in range(0, shape[0], _ROWS):
         bottom = min(top + _ROWS, shape[0])
-        rows = source[top:bottom] if isinstance(source, np.ndarray) else source.crop((0, top, shape[1], bottom))
+        rows = image[top:bottom] if isinstance(image, np.ndarray) else image.crop((0, top, shape[1], bottom))
         total.update(np.asarray(rows).tobytes())
     return total.hexdigest()
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .errors import ImageError, InputError
 from .images import ImageSource, ImageTransform, build_transform
-from .scoring import normal_quantile, outliers
-from .sources import Photo, image_sources, read_distinct, read_photo
+from .references import BankRecord, ReferenceBank
+from .scoring import AnomalyMap, normal_quantile, outliers
+from .sources import Photo, image_sources, name_of, read_distinct, read_photo
 
 if TYPE_CHECKING:
-    from .references import ReferenceBank
-    from .scoring import AnomalyMap
+    from .extractor import FeatureExtractor
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"
@@ -113,6 +113,28 @@ def bit_depth_of(model: Detector, product: str | None) -> int:
     if len(depths) > 1:
         raise InputError(f"The references of the products were read with bit depths {sorted(depths)}: name a product.")
     return depths.pop()
+
+
+def bank_of(model: FeatureExtractor, images: Images, bit_depth: int, known: Collection[str] = ()) -> ReferenceBank:
+    """The bank of normal images. Arguments, warnings and errors as of ``normal_photos``.
+
+    Raises:
+        InputError: If no image is left.
+    """
+    preset = None if isinstance(images, Tensor) else PRESET
+    record = BankRecord(model=model.name, img_size=model.img_size, preset=preset, bit_depth=bit_depth)
+    maps = []
+    for batch in normal_photos(model, images, bit_depth, known):
+        maps.append(model.backbone_features(model.as_input(torch.stack([photo.x for photo in batch]))))
+        record.files += [name_of(photo.source) for photo in batch]
+        record.sha256s += [photo.sha256 for photo in batch]
+        record.pixels += [photo.pixels for photo in batch]
+    if not maps:
+        which = "are left that are not references already" if known else "were given"
+        raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
+    bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*maps, strict=True)])
+    bank.record = record
+    return bank
 
 
 def normal_photos(

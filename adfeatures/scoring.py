@@ -7,9 +7,9 @@ one by cosine distances.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError, ReferencesError
-
-if TYPE_CHECKING:
-    from .references import ReferenceBank
 
 # From residuals of all levels to features of all levels.
 Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
@@ -50,12 +47,13 @@ class Scorer(Protocol):
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The features to compare, of maps of the backbone (B, C_l, h_l, w_l)."""
 
-    def scales(self, bank: ReferenceBank, full: ReferenceBank) -> Tensor | None:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> Tensor | None:
         """What a bank keeps for the maps of later images.
 
         Args:
-            bank: The bank, without scales.
-            full: The same images with all of their patches.
+            left_out: Residuals of its images, each against the others alone, in batches of one (B, C_l, h_l, w_l) map
+                per level. None of a single image.
+            levels: Number of levels.
         """
 
     def maps(
@@ -81,7 +79,7 @@ class FeatureNormScorer:
         """The maps as they are."""
         return list(maps)
 
-    def scales(self, bank: ReferenceBank, full: ReferenceBank) -> None:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> None:
         """Nothing: training has given all norms one scale."""
 
     def maps(
@@ -109,11 +107,11 @@ class CosineRingScorer:
         """Features of unit length per patch."""
         return [F.normalize(level, dim=1) for level in maps]
 
-    def scales(self, bank: ReferenceBank, full: ReferenceBank) -> Tensor:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> Tensor:
         """Typical distances (levels, RINGS + 1) of the images of the bank from each other, float32 on the CPU."""
-        if bank.num_images == 1:
-            return torch.ones(len(bank.rows), RINGS + 1) if self.typical is None else torch.tensor(self.typical)
-        parts = [[cosine_distances(level) for level in part] for part in bank.leave_one_out(full=full)]
+        parts = [[cosine_distances(level) for level in residuals] for residuals in left_out]
+        if not parts:
+            return torch.ones(levels, RINGS + 1) if self.typical is None else torch.tensor(self.typical)
         return ring_scales([torch.cat(level) for level in zip(*parts, strict=True)]).cpu()
 
     def maps(
@@ -137,33 +135,23 @@ def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
     return 0.0, 2 * threshold if threshold else top
 
 
-def calibrate(bank: ReferenceBank, full: ReferenceBank, scorer: Scorer, project: Project, reduction: int) -> None:
-    """Keep with a bank what only all patches of its images can tell, which ``full`` still has.
-
-    Other arguments are as for ``leave_one_out_scores``.
-    """
-    bank.scales = scorer.scales(bank, full)
-    if bank is not full and bank.num_images > 1:
-        bank.record.normal_scores = leave_one_out_scores(bank, scorer, project, reduction, full)
-
-
 @torch.no_grad()
-def leave_one_out_scores(
-    bank: ReferenceBank, scorer: Scorer, project: Project, reduction: int, full: ReferenceBank | None = None
+def image_scores(
+    batches: Iterable[Sequence[Tensor]], scales: Tensor | None, scorer: Scorer, project: Project, reduction: int
 ) -> list[float]:
-    """Image scores of the references of a bank, each against the others alone.
+    """Scores of images, of their residuals in batches.
 
     Args:
-        bank: The bank, with scales.
+        batches: One (B, C_l, h_l, w_l) map per level.
+        scales: Of the bank.
         scorer: How the model scores.
         project: From residuals of all levels to what the scorer takes.
         reduction: Input pixels per cell of the first level.
-        full: Where the features of the references are, as for ``ReferenceBank.leave_one_out``.
     """
-    size = (bank.grids[0][0] * reduction, bank.grids[0][1] * reduction)
     scores: list[float] = []
-    for residuals in bank.leave_one_out(full=full):
-        maps = scorer.maps(project(residuals), [bank.scales] * len(residuals[0]), size, SIGMA)
+    for residuals in batches:
+        count, _, height, width = residuals[0].shape
+        maps = scorer.maps(project(residuals), [scales] * count, (height * reduction, width * reduction), SIGMA)
         scores += maps.amax(dim=(1, 2)).tolist()
     return scores
 

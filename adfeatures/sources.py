@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .errors import ImageError
 from .image_files import IMAGE_SUFFIXES
-from .images import ImageSource, ImageTransform, digest, shrunk
+from .images import ImageSource, ImageTransform, hash_of_pixels, shrunk
 
 # What looks like a photo but is none of the formats, and what to do about it.
 _PHONE_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
@@ -86,11 +87,13 @@ def read_photo(source: ImageSource, transform: ImageTransform, side: int | None 
     Raises:
         ImageError: As `read_image`.
     """
-    image = transform.read(source)
-    x, pixels = transform.of_rgb(image), digest(image)
+    file = hashlib.sha256()
+    image = transform.read(source, file)
+    x, pixels = transform.of_rgb(image), hash_of_pixels(image)
+    sha256 = file.hexdigest() if isinstance(source, (str, os.PathLike)) else hash_of_pixels(source)
     picture = None if side is None else shrunk(image, side)
     width, height = (picture or image).size
-    return Photo(source, digest(source), pixels, x, (height, width), picture)
+    return Photo(source, sha256, pixels, x, (height, width), picture)
 
 
 def read_distinct(

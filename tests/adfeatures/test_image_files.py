@@ -22,9 +22,9 @@ from PIL import Image, TiffImagePlugin
 from adfeatures import image_files
 from adfeatures.errors import ImageError, InputError
 from adfeatures.image_files import FORMATS, MAX_SIDE, open_image, refusing
-from adfeatures.images import digest, read_image
+from adfeatures.images import build_transform, read_image
 from adfeatures.inspection import find_images
-from adfeatures.sources import image_sources, list_images
+from adfeatures.sources import Photo, image_sources, list_images, read_photo
 from training.data.images import read_mask
 from training.data.manifest import read_manifest
 from training.evaluation.feature_cache import content_key
@@ -204,7 +204,7 @@ def test_pipes_and_devices_hang_no_reader(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server, within(60):
         server.bind(str(tmp_path / "socket.png"))
         for path in tmp_path.iterdir():
-            for read in (read_image, digest, read_mask, read_manifest, content_key):
+            for read in (read_image, hashed, read_mask, read_manifest, content_key):
                 with pytest.raises(InputError, match=rf"{path} is not an existing file but a (pipe or device|folder)"):
                     read(str(path))
         assert len(list_images(tmp_path)) == 4 and image_sources(tmp_path / "pipe.png") == [tmp_path / "pipe.png"]
@@ -227,9 +227,13 @@ def closed(tmp_path: Path) -> Iterator[Path]:
         (tmp_path / "closed").chmod(0o755)
 
 
+def hashed(path: str | Path) -> Photo:
+    return read_photo(path, build_transform((8, 8), (0.5,) * 3, (0.5,) * 3))
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has other permissions")
 def test_what_may_not_be_read_is_an_error_of_ours(closed: Path) -> None:
-    for read in (read_image, digest, lambda path: read_image(image_sources(path)[0])):
+    for read in (read_image, hashed, lambda path: read_image(image_sources(path)[0])):
         with pytest.raises(ImageError, match=rf"{closed} is not an existing file \(Permission denied\)"):
             read(closed)
     with pytest.raises(ImageError, match=f"{closed.parent}"):
@@ -239,7 +243,7 @@ def test_what_may_not_be_read_is_an_error_of_ours(closed: Path) -> None:
 
 def test_names_that_are_too_long_are_errors_of_ours(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 300 + ".png")
-    for read in (read_image, digest, list_images, lambda path: read_image(image_sources(path)[0])):
+    for read in (read_image, hashed, list_images, lambda path: read_image(image_sources(path)[0])):
         with pytest.raises(ImageError, match="x" * 300):
             read(long)
     with pytest.raises(ImageError, match="null"):

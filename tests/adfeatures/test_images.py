@@ -30,7 +30,7 @@ from adfeatures.images import (
     MAX_PIXELS,
     PRESETS,
     build_transform,
-    digest,
+    hash_of_pixels,
     read_image,
 )
 
@@ -757,14 +757,18 @@ def test_transforms_are_float32_whatever_the_default_is() -> None:
 def test_files_are_known_by_their_bytes_and_images_by_their_pixels(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     PICTURE.save(path)
-    assert digest(path) == digest(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    for source in (path, str(path)):
+        read_image(source, digest=(found := hashlib.sha256()))
+        assert found.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
     for shape in ((9, 13, 3), (700, 4), (256, 3, 4), (257, 2)):
         array = RNG.integers(0, 256, shape, dtype=np.uint8)
         expected = hashlib.sha256(repr(shape).encode() + array.tobytes()).hexdigest()
-        assert digest(array) == digest(np.asfortranarray(array)) == digest(Image.fromarray(array)) == expected
-        assert digest(array[::-1]) != expected != digest(array.reshape(shape[0], -1, 1))
+        for same in (array, np.asfortranarray(array), Image.fromarray(array)):
+            assert hash_of_pixels(same) == expected
+        for other in (array[::-1], array.reshape(shape[0], -1, 1)):
+            assert hash_of_pixels(other) != expected
     with pytest.raises(ImageError, match=r"gone\.png is not an existing file"):
-        digest(tmp_path / "gone.png")
+        read_image(tmp_path / "gone.png", digest=hashlib.sha256())
 
 
 # --- transforms

@@ -291,7 +291,7 @@ class TestWrongImages:
         alive: list[weakref.ref[Image.Image]] = []
         most = 0
 
-        def read(_: object, source: object) -> Image.Image:
+        def read(_: object, source: object, __: object) -> Image.Image:
             nonlocal most
             image = Image.new("RGB", (3000, 2000), (9, 9, int(str(source))))
             most = max(most, sum(ref() is not None for ref in alive))
@@ -301,7 +301,6 @@ class TestWrongImages:
         model = tiny_extractor()
         model.set_references([photo(0), photo(1)])
         monkeypatch.setattr("adfeatures.images.ImageTransform.read", read)
-        monkeypatch.setattr("adfeatures.sources.digest", lambda source: "")
         results = list(score_photos(model, [str(n) for n in range(6)], [None] * 6, 6, side=100))
         for prediction, picture in results:
             assert isinstance(prediction, Prediction) and prediction.map.shape == (67, 100)
@@ -312,7 +311,7 @@ class TestWrongImages:
         given: list[weakref.ref[Image.Image]] = []
         alive: list[int] = []
 
-        def read(_: object, source: ImageSource) -> Image.Image:
+        def read(_: object, source: ImageSource, __: object) -> Image.Image:
             alive.append(sum(ref() is not None for ref in given))
             return photo(len(alive))
 

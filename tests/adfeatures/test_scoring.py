@@ -314,7 +314,7 @@ def test_cosine_rings_are_the_plain_formula() -> None:
     references = scorer.features([torch.randn(4, 6, 9, 8), torch.randn(4, 5, 7, 7)])
     queries = scorer.features([torch.randn(2, 6, 9, 8), torch.randn(2, 5, 7, 7)])
     bank = bank_of(references)
-    scales = scorer.scales(bank, bank)
+    scales = scorer.scales(bank.leave_one_out(), 2)
     found = scorer.maps(bank.residuals(queries), [scales] * 2, (36, 32), 0)
     expected = torch.zeros(2, 36, 32)
     for index, (query, reference) in enumerate(zip(queries, references, strict=True)):
@@ -330,10 +330,9 @@ def test_cosine_rings_are_the_plain_formula() -> None:
 
 
 def test_cosine_rings_of_one_image_take_the_typical_distances() -> None:
-    bank = bank_of([torch.randn(1, 6, 4, 4)])
     typical = ((0.4, 0.3, 0.2, 0.1),)
-    assert scoring.CosineRingScorer(typical).scales(bank, bank).tolist() == [pytest.approx(typical[0])]
-    assert scoring.CosineRingScorer().scales(bank, bank).tolist() == [[1.0] * 4]
+    assert scoring.CosineRingScorer(typical).scales((), 1).tolist() == [pytest.approx(typical[0])]
+    assert scoring.CosineRingScorer().scales((), 2).tolist() == [[1.0] * 4] * 2
 
 
 def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
@@ -350,5 +349,5 @@ def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
 def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() -> None:
     maps = [torch.randn(2, 6, 4, 4)]
     scorer: scoring.Scorer = scoring.FeatureNormScorer()
-    assert scorer.features(maps)[0] is maps[0] and scorer.scales(bank_of(maps), bank_of(maps)) is None
+    assert scorer.features(maps)[0] is maps[0] and scorer.scales([maps], 1) is None
     assert_near(scorer.maps(maps, [None] * 2, (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0)

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ import torch
 from helpers.models import photo, write_photos
 from PIL import Image
 
+from adfeatures import images
 from adfeatures.errors import ImageError
-from adfeatures.image_files import IMAGE_SUFFIXES
-from adfeatures.images import ImageSource, build_transform, digest, read_image
+from adfeatures.image_files import FORMATS, IMAGE_SUFFIXES
+from adfeatures.images import ImageSource, build_transform, hash_of_pixels, read_image
 from adfeatures.sources import Photo, image_sources, list_images, name_of, read_distinct, read_photo
 
 TRANSFORM = build_transform((28, 28), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -47,7 +49,7 @@ def test_copies_are_left_out_with_a_warning_that_names_them(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match=r"copy\.(bmp|tif) is a copy") as warned:
         found = kept([*paths, tmp_path / "copy.bmp", tmp_path / "copy.tif"])
     assert [photo.source for photo in found] == paths and len(warned) == 2
-    for known in (digest(paths[1]), digest(photo(1))):
+    for known in (hashlib.sha256(paths[1].read_bytes()).hexdigest(), hash_of_pixels(photo(1))):
         with pytest.warns(UserWarning, match=r"001\.png is a copy"):
             assert [photo.source for photo in kept(paths[:2], known=[known])] == paths[:1]
     with pytest.warns(UserWarning, match="given in memory is a copy"):
@@ -66,6 +68,28 @@ def test_pictures_that_were_saved_anew_are_named(tmp_path: Path) -> None:
     assert len(found) == 4 and len(warned) == 1
 
 
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind in Image.SAVE])
+def test_the_hash_is_that_of_the_file_that_was_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another file takes its name while it is read."""
+    path = tmp_path / "a.png"
+    photo(1).save(path, kind)
+    bits = path.read_bytes()
+    photo(2).save(tmp_path / "b.png")
+
+    def decode(*arguments: Any) -> Image.Image:
+        os.replace(tmp_path / "b.png", path)
+        return original(*arguments)
+
+    original = images._from_pillow
+    expected = hash_of_pixels(read_image(path))
+    monkeypatch.setattr(images, "_from_pillow", decode)
+    found = read_photo(path, TRANSFORM)
+    assert (found.sha256, found.pixels) == (hashlib.sha256(bits).hexdigest(), expected)
+    assert path.read_bytes() != bits
+
+
 def test_photos_hold_what_a_model_needs(tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     photo(3).resize((300, 60)).save(path)
@@ -75,7 +99,7 @@ def test_photos_hold_what_a_model_needs(tmp_path: Path) -> None:
     for found in (whole, small):
         assert torch.equal(found.x, TRANSFORM(Image.open(path)))
         assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert found.pixels == digest(Image.open(path).convert("RGB"))
+        assert found.pixels == hash_of_pixels(Image.open(path).convert("RGB"))
     exact = read_photo(path, TRANSFORM, side=300).picture
     assert exact is not None and np.array_equal(np.asarray(exact), np.asarray(Image.open(path)))
 
