@@ -163,7 +163,7 @@ def create_backbone(
         weights: File or state dict, with the keys of timm or of the authors' original files. None leaves random
             weights.
         img_size: Input size in pixels that must be possible; inputs of other sizes, square or not, are taken as well.
-        levels: Blocks counted from 1. The default divides the depth in four equal parts.
+        levels: Blocks counted from 1. The default divides the depth in quarters.
         embed_dim: Width, where it differs from that of the architecture.
         depth: Number of blocks of the architecture the weights come from, where it differs.
         num_heads: Attention heads, where they differ.

@@ -245,12 +245,12 @@ class FeatureExtractor(nn.Module):
         """
         fingerprint = weights_fingerprint(self.state_dict())
         for bank in banks.values():
-            self._check_fit(bank, source, fingerprint)
+            self._check_bank(bank, source, fingerprint)
             bank.rows = [self.as_input(rows) for rows in bank.rows]
             bank.image_of_row = [images.to(bank.rows[0].device) for images in bank.image_of_row]
         self._banks = dict(banks)
 
-    def _check_fit(self, bank: ReferenceBank, source: str, fingerprint: Sequence[str]) -> None:
+    def _check_bank(self, bank: ReferenceBank, source: str, fingerprint: Sequence[str]) -> None:
         advice = "Create that model, or make the bank again with: adfeatures fit"
         if bank.model not in (None, self.name):
             raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")

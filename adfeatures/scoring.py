@@ -109,10 +109,10 @@ class CosineRingScorer:
 
     def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> Tensor:
         """Typical distances (levels, RINGS + 1) of the images of the bank from each other, float32 on the CPU."""
-        parts = [[cosine_distances(level) for level in residuals] for residuals in left_out]
-        if not parts:
+        batches = [list(map(cosine_distances, residuals)) for residuals in left_out]
+        if not batches:
             return torch.ones(levels, RINGS + 1) if self.typical is None else torch.tensor(self.typical)
-        return ring_scales([torch.cat(level) for level in zip(*parts, strict=True)]).cpu()
+        return ring_scales([torch.cat(level) for level in zip(*batches, strict=True)]).cpu()
 
     def maps(
         self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
@@ -255,7 +255,7 @@ def _blur_matrix(side: int, sigma: float) -> np.ndarray:
 
 
 def normal_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> float:
-    """The threshold that the given part of normal scores stays below, interpolated linearly as by numpy.quantile.
+    """The threshold that the given fraction of normal scores stays below, interpolated linearly as by numpy.quantile.
 
     Raises:
         InputError: For a quantile outside (0, 1], no scores, or scores that are not finite.

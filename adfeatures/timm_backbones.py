@@ -27,7 +27,7 @@ class TimmBackbone(Encoder):
     Args:
         arch: Architecture in timm, without tag.
         levels: Blocks or stages, counted from 1, whose outputs are returned. The default divides the depth of a
-            transformer in four equal parts, and takes the stages of a pyramid that have 4, 8 and 16 input pixels per
+            transformer in quarters, and takes the stages of a pyramid that have 4, 8 and 16 input pixels per
             cell.
 
     Raises:

@@ -922,9 +922,9 @@ class TestOddFiles:
     def test_what_reading_warns_of_is_reported_once(
         self, run_as_it_is: Evaluate, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def read(path: str, **options: Any) -> Image.Image:
+        def read(path: str, **options: int) -> Image.Image:
             warnings.warn(f"{path} has two pages.", stacklevel=1)
-            return read_image(path, **options)
+            return read_image(path, bit_depth=options["bit_depth"])
 
         monkeypatch.setattr(images, "read_image", read)
         monkeypatch.setattr("adfeatures.images.read_image", read)
