@@ -184,6 +184,7 @@ class FeatureExtractor(nn.Module):
         """
         full = predictor.bank_of(self, images, self.bit_depth)
         bank = full if coreset is None else full.coreset(coreset)
+        self.scorer.prepare(bank)
         left_out: Iterable[list[Tensor]] = bank.leave_one_out(full=full) if bank.num_images > 1 else ()
         if coreset is not None:
             left_out = list(left_out)
@@ -201,6 +202,7 @@ class FeatureExtractor(nn.Module):
             return self.set_references(images, product)
         bank = self._banks[name]
         both = bank.extended(predictor.bank_of(self, images, bank.record.bit_depth, bank.record.known))
+        self.scorer.prepare(both)
         both.scales = self.scorer.scales(both.leave_one_out(), len(both.rows))
         self._banks[name] = both
 
@@ -246,8 +248,8 @@ class FeatureExtractor(nn.Module):
         fingerprint = weights_fingerprint(self.state_dict())
         for bank in banks.values():
             self._check_bank(bank, source, fingerprint)
-            bank.rows = [self.as_input(rows) for rows in bank.rows]
-            bank.image_of_row = [images.to(bank.rows[0].device) for images in bank.image_of_row]
+            like = next(self.parameters())
+            bank.apply(lambda tensor: tensor.to(like if tensor.is_floating_point() else like.device))
         self._banks = dict(banks)
 
     def _check_bank(self, bank: ReferenceBank, source: str, fingerprint: Sequence[str]) -> None:
