@@ -101,14 +101,15 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     raise InputError(f"{path} exists and is no reference bank, so it is not replaced. Choose another name.")
 
 
-def check_maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str]) -> None:
-    """Make sure that a bank may be of a model that was named, with or without tag, before anything is fetched for it.
+def maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str]) -> str | None:
+    """The model of a bank, with its tag, before anything is fetched for it; where the bank knows none, as it was named.
 
     Raises:
         ReferencesError: Otherwise.
     """
     if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
         raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
+    return bank.model or name
 
 
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:

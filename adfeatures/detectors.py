@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from .bank_files import check_maker, load_banks
+from .bank_files import load_banks, maker
 from .errors import InputError
 from .extractor import FeatureExtractor
 from .factory import create_model
@@ -57,19 +57,19 @@ def model_of_bank(options: argparse.Namespace) -> FeatureExtractor:
     """The model of a bank, with the bank."""
     banks = load_banks(options.bank)
     bank = next(iter(banks.values()))
-    _check_bank(bank, options)
-    model = model_of(options, options.model or bank.model, bank.record.img_size)
+    model = model_of(options, _check_bank(bank, options), bank.record.img_size)
     model.hold_references(banks, options.bank)
     return model
 
 
-def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> None:
-    check_maker(bank, options.model, options.bank)
+def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> str | None:
+    """The model of a bank."""
     if options.bit_depth not in (None, bank.record.bit_depth):
         raise InputError(
             f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
             f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
         )
+    return maker(bank, options.model, options.bank)
 
 
 def model_of(

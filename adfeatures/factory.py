@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import catalog, predictor
 from .backbones import Encoder, StateDict, create_backbone
-from .bank_files import check_maker, load_banks
+from .bank_files import load_banks, maker
 from .catalog import find_model
 from .checkpoints import AnyPath
 from .errors import InputError
@@ -68,7 +68,8 @@ def create_model(
     register_with_timm()
     banks = _banks(references)
     for bank in banks.values():
-        check_maker(bank, name, str(references))
+        made_by = maker(bank, name, str(references))
+        name = made_by if weights is None else name
     spec = resolve_model(
         name,
         weights=weights,

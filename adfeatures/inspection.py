@@ -29,7 +29,7 @@ from .extractor import FeatureExtractor
 from .image_files import open_image
 from .locks import only_run_in
 from .overlays import contact_sheet, overlay, save_picture, tile
-from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos
+from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos, warn_of_drift
 from .scoring import color_scale
 from .sources import OF_FILE_SYSTEMS, STAGING, holds_results, is_drawn, list_images
 
@@ -93,14 +93,15 @@ def find_images(arguments: Sequence[str], recursive: bool) -> list[str]:
 
 
 def set_references(
-    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, coreset: float | None = None
+    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, **options: Any
 ) -> None:
     """Set the references of one product, or with ``product_folders`` of one product for each sub-folder.
 
     Sub-folders without images are passed over with a warning, hidden ones and those of file systems without one.
+    Further options are those of ``FeatureExtractor.set_references``.
     """
     if not product_folders:
-        model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
+        model.set_references(list_images(folder, recursive=recursive), **options)
         return
     folders = sorted(
         path for path in Path(folder).glob("*/") if not path.name.startswith(".") and path.name not in OF_FILE_SYSTEMS
@@ -116,7 +117,7 @@ def set_references(
         except ImageError as error:
             warnings.warn(f"{path} is no product: {error}", stacklevel=2)
         else:
-            model.set_references(images, product=path.name, coreset=coreset)
+            model.set_references(images, product=path.name, **options)
 
 
 def inspect(
@@ -175,6 +176,7 @@ def inspect(
                     worst.add(result.score, drawn)
                     references += [file] if result.is_reference else []
                     found.maps += [result.map] if keep_maps else []
+        warn_of_drift(model.bank(product), [row.score for row in found.rows if row.score is not None])
         found.summary = _summary(model, found.rows, limit, scale, time.perf_counter() - started)
         found.summary["scored_references"] = references
         worst.save(folder / "worst.png")

@@ -72,5 +72,6 @@ def tokens_of(level: Tensor) -> Tensor:
 
 
 def image_of_each_patch(level: Tensor, image_of_each_map: Sequence[int]) -> Tensor:
+    """The image (B * h * w,) of every patch of maps (B, C, h, w), of the image of each map."""
     patches = level.shape[2] * level.shape[3]
     return torch.tensor(image_of_each_map, dtype=torch.int32, device=level.device).repeat_interleave(patches)

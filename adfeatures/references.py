@@ -202,16 +202,16 @@ class ReferenceBank:
         return distances
 
     def reduce(self, most: int, seed: int = 0) -> None:
-        """Match images with at most so many rows of each level, picked as by ``coreset``; all rows stay in the bank.
+        """Match images with at most so many rows of each level, drawn at random; all rows stay in the bank.
 
-        At least twice the patches of an image are taken, so that no image holds all of them.
+        At least twice the patches of an image are taken, so that no image holds all of them. A draw treats all images
+        alike, so that a reference that is left out scores as a new image does; a coreset would not.
         """
         generator = torch.Generator().manual_seed(seed)
-        counts = [max(most, 2 * height * width) for height, width in self.grids]
-        self.kept = [
-            farthest_rows(rows, min(1.0, count / len(rows)), generator).int()
-            for rows, count in zip(self.rows, counts, strict=True)
-        ]
+        self.kept = []
+        for rows, (height, width) in zip(self.rows, self.grids, strict=True):
+            drawn = torch.randperm(len(rows), generator=generator)[: max(most, 2 * height * width)]
+            self.kept.append(drawn.sort().values.int().to(rows.device))
 
     def features(self) -> list[Tensor]:
         """The feature maps of the references, one (K, C_l, h_l, w_l) per level.
@@ -265,6 +265,20 @@ class ReferenceBank:
             grids=self.grids,
             num_images=self.num_images + other.num_images,
             record=record,
+        )
+
+    def with_turned(self, turned: Sequence[ReferenceBank]) -> ReferenceBank:
+        """A bank with the rows of turned copies of its images too, each counted to its image, without threshold.
+
+        Such a bank has more rows than its images have patches, so that it is not ``complete``.
+        """
+        banks = [self, *turned]
+        return ReferenceBank(
+            rows=[torch.cat(level) for level in zip(*(bank.rows for bank in banks), strict=True)],
+            image_of_row=[torch.cat(level) for level in zip(*(bank.image_of_row for bank in banks), strict=True)],
+            grids=self.grids,
+            num_images=self.num_images,
+            record=self.record.undecided(),
         )
 
     def coreset(self, fraction: float, seed: int = 0) -> ReferenceBank:

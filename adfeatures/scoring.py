@@ -37,9 +37,7 @@ Tail: TypeAlias = Literal["empirical", "lognormal"]
 QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.97}
 # The standard deviation of the logarithms of normal scores as development products show it, and how many scores that
 # knowledge is worth.
-SPREAD, SPREAD_WORTH = 0.15, 4
-# Scores of images fall by this power of the number of references.
-GAIN = 0.1
+SPREAD, SPREAD_WORTH = 0.25, 4
 
 
 class AnomalyMap(NamedTuple):
@@ -319,6 +317,16 @@ def normal_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> fl
     if not values.size or not np.isfinite(values).all():
         raise InputError("A threshold needs at least one normal image, and finite scores.")
     return float(np.quantile(values, quantile))
+
+
+def threshold_of(scores: Sequence[float] | np.ndarray, quantile: float, tail: Tail) -> float:
+    """The threshold that the given fraction of normal images stays below. Errors as of the two ways to take it."""
+    return (normal_quantile if tail == "empirical" else predictive_quantile)(scores, quantile)
+
+
+def expectation(quantile: float, count: int) -> str:
+    """In words, what a threshold that was taken from so many normal images lets expect."""
+    return f"about 1 in {1 / max(1 - quantile, 1e-6):.0f} good parts flagged, from {count} photos"
 
 
 def predictive_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> float:
