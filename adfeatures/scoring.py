@@ -37,7 +37,7 @@ Tail: TypeAlias = Literal["empirical", "lognormal"]
 QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.97}
 # The standard deviation of the logarithms of normal scores as development products show it, and how many scores that
 # knowledge is worth.
-SPREAD, SPREAD_WORTH = 0.25, 4
+SPREAD, SPREAD_WORTH = 0.2, 8
 
 
 class AnomalyMap(NamedTuple):

@@ -18,7 +18,7 @@ import adfeatures
 from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.images import ImageSource
-from adfeatures.predictor import Prediction, score_photos
+from adfeatures.predictor import Prediction, score_photos, turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -335,3 +335,46 @@ class TestWrongImages:
                 call(photo(2))
         model.max_pixels += 1
         assert model.score(photo(2))[0].score == model.score(photo(2))[0].score > 0
+
+
+class TestTurns:
+    def test_a_quarter_is_that_of_the_pixels(self) -> None:
+        x = torch.randn(3, 8, 8)
+        assert turn(x, 0, (8, 8)) is x
+        torch.testing.assert_close(turn(x, 0.25, (8, 8)), x.rot90(-1, (1, 2)), atol=1e-5, rtol=0)
+
+    def test_a_squashed_photo_turns_as_the_photo(self) -> None:
+        """A wide photo, squashed to a square: what is a circle in the photo stays one."""
+        y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+        circle = ((2 * x) ** 2 + y**2 < 0.5).float().expand(3, -1, -1)
+        assert (turn(circle, 0.125, (32, 64)) - circle).abs().mean() < 0.01
+        assert (turn(circle, 0.125, (64, 64)) - circle).abs().mean() > 0.05
+
+    def test_references_in_another_pose_match(self) -> None:
+        model = tiny_extractor()
+        normals = torch.stack([adfeatures.create_transform(model)(photo(seed)) for seed in range(3)])
+        model.set_references(normals, rotations=4)
+        turned = torch.stack([turn(x, 0.25, (56, 56)) for x in normals])
+        assert float(model.residuals(turned)[0].abs().max()) < 1e-4
+        assert len(model.bank().record.normal_scores) == 3 and model.fit_threshold() > 0
+        model.set_references(normals)
+        assert float(model.residuals(turned)[0].abs().max()) > 1e-2
+
+    @pytest.mark.parametrize("rotations", [0, -1, 65])
+    def test_unreasonable_numbers(self, rotations: int) -> None:
+        with pytest.raises(InputError, match="rotations must lie in 1 to 64"):
+            tiny_extractor().set_references([photo(0)], rotations=rotations)
+
+
+def test_many_photos_above_all_normal_ones_are_told_of_once() -> None:
+    model = tiny_extractor()
+    model.set_references([photo(seed) for seed in range(4)])
+    model.bank().record.normal_scores, model.bank().threshold = [0.0], 0.0
+    others = [photo(seed) for seed in range(10, 20)]
+    with pytest.warns(UserWarning, match="lighting, focus or position") as warned:
+        model.score(others)
+    assert len(warned) == 1
+    for scored in (others[:9], [*others, photo(0)]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.score(scored)

@@ -490,3 +490,45 @@ def test_coreset_of_a_single_image_cannot_leave_it_out() -> None:
 def test_coreset_refuses_fractions(fraction: float) -> None:
     with pytest.raises(InputError, match="fraction"):
         full_bank().coreset(fraction)
+
+
+# What images are matched with
+
+
+def test_reduced_banks_keep_all_rows_and_match_with_some() -> None:
+    bank = ReferenceBank.from_features(maps("references", count=4))
+    everything = bank.match(maps("queries", count=2))
+    bank.reduce(10**6)
+    for found, expected in zip(bank.match(maps("queries", count=2)), everything, strict=True):
+        assert torch.equal(found, expected)
+    bank.reduce(1)
+    assert bank.complete and bank.kept is not None
+    for kept, rows, (height, width), found in zip(
+        bank.kept, bank.rows, bank.grids, bank.match(maps("queries", count=2)), strict=True
+    ):
+        assert len(kept) == min(len(rows), 2 * height * width) and bool((kept.diff() > 0).all())
+        matched = found.permute(0, 2, 3, 1).flatten(0, 2)
+        assert (matched[:, None] == rows[kept][None]).all(dim=2).any(dim=1).all()
+    again = [kept.clone() for kept in bank.kept]
+    bank.reduce(1)
+    assert all(torch.equal(one, other) for one, other in zip(again, bank.kept, strict=True))
+
+
+def test_residuals_are_in_units_of_the_matched_rows() -> None:
+    features = maps("references", count=3)
+    bank = ReferenceBank.from_features(features)
+    plain = bank.residuals(maps("queries", count=2))
+    bank.units = [torch.full((len(rows),), 2.0 + level) for level, rows in enumerate(bank.rows)]
+    for level, (found, expected) in enumerate(zip(bank.residuals(maps("queries", count=2)), plain, strict=True)):
+        assert_near(found, expected / (2 + level), 1e-6)
+
+
+def test_turned_copies_belong_to_the_images_that_they_are_of() -> None:
+    upright, turned = (ReferenceBank.from_features(maps(name, count=3)) for name in ("references", "queries"))
+    bank = upright.with_turned([turned])
+    assert not bank.complete and bank.num_images == 3
+    with pytest.raises(ReferencesError, match="whole"):
+        bank.extended(upright)
+    for residuals in bank.leave_one_out(full=upright):
+        assert all(level.abs().amax(dim=(1, 2, 3)).min() > 0 for level in residuals)
+    assert all(float(level.abs().max()) == 0 for level in bank.residuals(maps("queries", count=3)))

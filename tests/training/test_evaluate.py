@@ -1000,7 +1000,7 @@ class TestWeights:
             "patchcore": "realiad_angle",
             "padim": "realiad_angle",
         }
-        assert serving_tag("residual_lite", "padim") == "in1k_v1"
+        assert serving_tag("residual_lite", "padim") == "in1k_v2"
         assert serving_tag("adpretrain_timm", "padim") == ""
 
     @pytest.fixture
