@@ -104,7 +104,9 @@ def set_references(
         model.set_references(list_images(folder, recursive=recursive), **options)
         return
     folders = sorted(
-        path for path in Path(folder).glob("*/") if not path.name.startswith(".") and path.name not in OF_FILE_SYSTEMS
+        path
+        for path in Path(folder).glob("*")
+        if path.is_dir() and not path.name.startswith(".") and path.name not in OF_FILE_SYSTEMS
     )
     if not folders:
         raise InputError(

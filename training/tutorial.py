@@ -30,7 +30,7 @@ from .pretraining.centers import centers_of
 from .pretraining.config import CentersConfig, PretrainConfig
 from .pretraining.frozen_backbone import load_frozen_backbone
 from .pretraining.trials import Trial, held_out_trials
-from .pretraining.validation import Validation
+from .pretraining.validation import validate
 from .publishing.config import PublishConfig
 from .publishing.repository import write_repository
 
@@ -83,9 +83,13 @@ def _tutorial(output: Path, recipes: Sequence[PretrainConfig], steps: int) -> st
     _say("Computing the centers of the angle loss")
     _compute_centers(recipes[0])
     backbone = load_frozen_backbone(recipes[0], CPU)
-    validation = Validation(backbone, unseen_trials(output / "data"), methods=("norm",))
+    trials = unseen_trials(output / "data")
+
+    def evaluate(projector: ResidualProjector | None) -> dict[str, float]:
+        return validate(projector, backbone, trials, methods=("norm",))["norm"]
+
     _say(f"Evaluating the residuals themselves on {len(UNSEEN)} unseen products")
-    results = {"residual": [validation.run(None)["norm"]], "untrained": [], "trained": []}
+    results = {"residual": [evaluate(None)], "untrained": [], "trained": []}
     for config in recipes:
         _say(f"Pretraining with seed {config.seed}, {steps} steps, to {config.output}")
         trained = pretrain(config, CPU) / LAST
@@ -93,10 +97,10 @@ def _tutorial(output: Path, recipes: Sequence[PretrainConfig], steps: int) -> st
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, NUM_HEADS, NUM_KEYS)
         _say(f"Evaluating the projector of seed {config.seed}, untrained and trained")
-        results["untrained"].append(validation.run(projector)["norm"])
+        results["untrained"].append(evaluate(projector))
         state = load_checkpoint(trained).state_dict
         projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in state.items()})
-        results["trained"].append(validation.run(projector)["norm"])
+        results["trained"].append(evaluate(projector))
     lines = _table(results, steps)
     facts = {"steps": steps, "seeds": [config.seed for config in recipes], "unseen": UNSEEN, "results": results}
     for name, text in (("results.json", dumps(facts, indent=1)), ("results.md", lines)):

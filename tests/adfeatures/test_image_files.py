@@ -116,7 +116,7 @@ def test_costly_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_bytes(make())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ImageError, match=rf"Cannot read .*costly: .*{reason}"):
+        with pytest.raises(ImageError, match=rf"Cannot read .*costly: (?i:.*{reason})"):
             read_image(path)
 
 
@@ -147,7 +147,8 @@ def test_what_photos_carry_costs_nothing_of_this(tmp_path: Path, kind: str) -> N
     picture = photo(1, (600, 900))
     options: dict[str, Any] = {
         "JPEG": {"progressive": True},
-        "TIFF": {"tiffinfo": {278: 1}},
+        # by libtiff, since older versions of Pillow write several strips in no other way
+        "TIFF": {"tiffinfo": {278: 1, 270: "x" * 60_000}, "compression": "packbits"},
         "WEBP": {"lossless": True},
     }
     data = encoded(kind, picture, icc_profile=bytes(900_000), exif=exif, **options.get(kind, {}))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -922,7 +923,7 @@ class TestOddFiles:
     def test_what_reading_warns_of_is_reported_once(
         self, run_as_it_is: Evaluate, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def read(path: str, **options: int) -> Image.Image:
+        def read(path: str, **options: Any) -> Image.Image:
             warnings.warn(f"{path} has two pages.", stacklevel=1)
             return read_image(path, bit_depth=options["bit_depth"])
 

@@ -203,9 +203,7 @@ def test_a_validation_that_was_cut_short_costs_no_steps(
 ) -> None:
     given = config(tree, tmp_path / "run", validation="held_out", epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "training.pretraining.validation.Validation.run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr("training.pretrain.validate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pretrain(given, CPU)
     before = steps(tmp_path / "run")
@@ -215,7 +213,7 @@ def test_a_validation_that_was_cut_short_costs_no_steps(
         validations = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "validation"]
         assert [line["epoch"] for line in validations] == [1]
         # A finished run does nothing again.
-        patch.setattr("training.pretraining.validation.Validation.run", lambda *_: pytest.fail("validated again"))
+        patch.setattr("training.pretrain.validate", lambda *_, **__: pytest.fail("validated again"))
         pretrain(given, CPU)
     assert steps(tmp_path / "run") == before
 

@@ -57,8 +57,9 @@ def naive(maps: np.ndarray, masks: np.ndarray) -> float:
     low, high = maps.min(), maps.max()
     normal = masks == 0
     pros, rates = [], []
-    for threshold in np.arange(low, high, (high - low) / 200):
-        detected = maps > threshold
+    # NumPy 1 would divide in float64 and compare in float32.
+    for threshold in np.arange(low, high, (high - low) / low.dtype.type(200)):
+        detected = maps > np.asarray([threshold])
         overlaps = []
         for found, mask in zip(detected, masks, strict=True):
             for region in measure.regionprops(measure.label(mask)):

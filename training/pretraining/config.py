@@ -5,13 +5,23 @@ The defaults are the recipe of the published weights.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adfeatures.errors import InputError
 
 from ..console import check_choices, option
 from ..data import DATASETS
+
+# What may differ between a run and its resumption, because it changes no number.
+FREE = (
+    "output", "root", "validation_root", "backbone_weights", "centers", "filter_list",
+    "workers", "save_every", "device", "max_steps"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,9 +156,16 @@ class PretrainConfig(InputsConfig):
         """Of each epoch, a tenth from each milestone on."""
         return [self.lr * 0.1 ** sum(epoch >= at for at in self.milestones) for epoch in range(self.epochs)]
 
+    def to_text(self) -> str:
+        """JSON, as the state of a run and the header of its checkpoints hold it."""
+        return json.dumps(dataclasses.asdict(self))
 
-# What may differ between a run and its resumption, because it changes no number.
-FREE = (
-    "output", "root", "validation_root", "backbone_weights", "centers", "filter_list",
-    "workers", "save_every", "device", "max_steps"
-)  # fmt: skip
+    def changed_since(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What changes numbers and was otherwise in the config of an earlier run, for people."""
+        # What an earlier version did not ask for was as it is now by default.
+        other = {**vars(PretrainConfig()), **earlier}
+        return [
+            f"{name} was {other.get(name)!r}, is {value!r}"
+            for name, value in json.loads(self.to_text()).items()
+            if name not in FREE and other.get(name) != value
+        ]

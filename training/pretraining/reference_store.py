@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import atomic_path
-from adfeatures.documents import dumps, read_document
+from adfeatures.documents import read_document
 from adfeatures.errors import AdfeaturesError, ImageError
 
 from ..data.items import Item, items_digest
@@ -98,7 +98,7 @@ class ReferenceStore:
             shapes = [level.shape[1:] for level in maps]
             facts = {"identity": self._identity, "done": start + len(batch), "shapes": shapes}
             with atomic_path(self.folder / "store.json") as temporary:
-                temporary.write_text(dumps(facts))
+                temporary.write_text(json.dumps(facts))
 
     def _facts(self) -> dict[str, Any]:
         """What the arrays hold; nothing where they are of another store, or shorter than they should be."""

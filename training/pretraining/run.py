@@ -5,8 +5,6 @@ Whatever was written stays usable.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from adfeatures.trained import PROJECTOR
 from ..data import DATASETS
 from ..distributed import barrier, rank, world_size
 from ..metrics import CRITERIA, SELECTED_BY
-from .config import FREE, PretrainConfig
+from .config import PretrainConfig
 from .curves import LOG
 from .validation import Scores
 
@@ -73,7 +71,7 @@ class TrainingRun:
         self.epoch = self.step = self.step_of_epoch = self.validated = 0
         self.best: dict[str, float] = {}
         self._log_bytes = 0
-        self._config = json.dumps(dataclasses.asdict(config))
+        self._config = config
         self._validated_on = _VALIDATED_ON.get(config.validation)
         self._inputs: dict[str, str] = {}
         self._found = self._load()
@@ -149,7 +147,7 @@ class TrainingRun:
             state = {
                 "position": [self.epoch, self.step, self.step_of_epoch, self.validated],
                 "best": dict(self.best),
-                "config": self._config,
+                "config": self._config.to_text(),
                 "inputs": self._inputs,
                 "world_size": world_size(),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
@@ -184,7 +182,7 @@ class TrainingRun:
         if rank() == 0:
             tensors = {f"{PROJECTOR}{key}": value for key, value in self._projector.state_dict().items()}
             selected = f"{selected_by}, after step {self.step}"
-            metadata = {**self._header, "training": self._config, "selected_by": selected}
+            metadata = {**self._header, "training": self._config.to_text(), "selected_by": selected}
             save_checkpoint(self.folder / f"{name}.safetensors", tensors, metrics=metrics, metadata=metadata)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -215,15 +213,10 @@ class TrainingRun:
         if not os.path.lexists(self.folder / STATE):
             return None
         with self._reading():
-            state: dict[str, Any] = check(read_pickle(regular_file(self.folder / STATE)), _State)
-            # What an earlier version did not ask for was as it is now by default.
-            other, processes = {**vars(PretrainConfig()), **parse(state["config"], dict[str, Any])}, state["world_size"]
-        changed = [
-            f"{name} was {other.get(name)!r}, is {value!r}"
-            for name, value in json.loads(self._config).items()
-            if name not in FREE and other.get(name) != value
-        ]
-        if changed:
+            content = read_pickle(regular_file(self.folder / STATE))
+            state: dict[str, Any] = check(content, _State)
+            given, processes = parse(state["config"], dict[str, Any]), state["world_size"]
+        if changed := self._config.changed_since(given):
             raise InputError(
                 f"{self.folder} holds a run of another config: {'; '.join(changed)}. Choose another --output."
             )

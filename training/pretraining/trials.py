@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adfeatures.errors import InputError
 
-from ..data import dataset
+from ..data import DATASETS
 from ..data.draws import given_references
 from ..data.items import ANOMALOUS, NORMAL, Item, rank
 from ..data.protocol import original_geometry
+from .config import PretrainConfig
+from .inputs import Inputs
 
 REFERENCES_PER_VIEW = 8
 
@@ -33,13 +35,37 @@ class Trial:
     presets: tuple[str, str] = ("squash", "squash")
 
 
+def validation_trials(config: PretrainConfig, inputs: Inputs) -> list[Trial]:
+    """What a pretraining is validated on, against given references or else normal images of the same data.
+
+    Raises:
+        InputError: As of the functions below, or for a product without given references.
+    """
+    name, folder = config.validation, config.validation_references
+    shots = 0 if folder else config.validation_shots
+    if name == "none":
+        return []
+    if name == "held_out":
+        name, limit = "real_iad", config.validation_images
+        trials = held_out_trials(inputs.normal, inputs.held_out, limit, config.seed, shots)
+    else:
+        trials = data_set_trials(name, str(config.validation_root), inputs.backbone.entry.img_size, shots)
+    if folder is None:
+        return trials
+    with_given = []
+    for trial in trials:
+        given = given_references(folder, name, trial.product, config.validation_shots)
+        # They serve all views.
+        with_given.append(replace(trial, references=dict.fromkeys(trial.references, given)))
+    return with_given
+
+
 def held_out_trials(
     train: Sequence[Item],
     held_out: Sequence[Item],
     limit: int,
     seed: int,
     shots: int = REFERENCES_PER_VIEW,
-    folder: str | None = None,
 ) -> list[Trial]:
     """A trial for each product with normal and anomalous images among the held-out ones, of views that have references.
 
@@ -49,10 +75,9 @@ def held_out_trials(
         limit: Most images of a product for training, and of each label for the test.
         seed: Decides which.
         shots: References of a view, of which there may be fewer in ``train``.
-        folder: Where given references are, see `training.data.draws.given_references`. The default draws them.
 
     Raises:
-        InputError: If there is no such product, or a product without given references.
+        InputError: If there is no such product.
     """
     trials = []
     for product in sorted({item.product for item in held_out}):
@@ -63,7 +88,7 @@ def held_out_trials(
         if all(tests):
             test = [item for items in tests for item in items]
             views = sorted({item.view for item in test})
-            references = _references([item for item in own if item.view in views], "real_iad", shots, folder)
+            references = _references([item for item in own if item.view in views], shots)
             rest = [item for item in own if item.view in views and item not in references[item.view]]
             trials.append(Trial(product, references, (rest or own)[:limit], test))
     if not trials:
@@ -73,38 +98,32 @@ def held_out_trials(
     return trials
 
 
-def data_set_trials(
-    name: str, root: str, img_size: tuple[int, int], shots: int = REFERENCES_PER_VIEW, folder: str | None = None
-) -> list[Trial]:
+def data_set_trials(name: str, root: str, img_size: tuple[int, int], shots: int = REFERENCES_PER_VIEW) -> list[Trial]:
     """Every product of a data set of the evaluation, as the published weights were selected on MVTec AD.
 
-    References are given ones, or the first training images of each view. At the published size, 224 x 224 pixels, the
+    References are the first training images of each view. At the published size, 224 x 224 pixels, the
     geometry is that of the published code too.
 
     Raises:
-        UnknownNameError: For an unknown data set.
         InputError: For products, files or references that are missing. A mean over fewer products would select other
             checkpoints.
     """
-    tree, trials = dataset(name), []
+    tree, trials = DATASETS[name], []
     # Data of other products may come in the layout of a known data set.
     products = tree.products if set(tree.products) & set(tree.find_products(root)) else tree.choose(root)
     train, test = (tree.find_items(root, split, products) for split in ("train", "test"))
     for product in products:
         normal = [item for item in train if item.product == product and item.label == NORMAL]
+        references = _references(normal, shots)
         presets = original_geometry("patchcore", name, product) if img_size == (224, 224) else ("squash", "squash")
-        references = _references(normal, name, shots, folder)
         trials.append(Trial(product, references, normal, [item for item in test if item.product == product], presets))
     return trials
 
 
-def _references(items: Sequence[Item], name: str, shots: int, folder: str | None) -> dict[str, list[Item]]:
-    """The references of the views of a product: the given ones, which serve all, or the first of these items."""
-    given = given_references(folder, name, items[0].product, shots) if folder and items else None
-    return {
-        view: given or [item for item in items if item.view == view][:shots]
-        for view in sorted({item.view for item in items})
-    }
+def _references(items: Sequence[Item], shots: int) -> dict[str, list[Item]]:
+    """The first of these items by view."""
+    views = sorted({item.view for item in items})
+    return {view: [item for item in items if item.view == view][:shots] for view in views}
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:

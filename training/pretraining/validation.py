@@ -41,82 +41,71 @@ _SELECTORS: dict[str, type[FeatureNorm] | type[PatchCore]] = {"norm": FeatureNor
 Scores = dict[str, dict[str, float]]
 
 
-class Validation:
-    """Evaluates projectors on trials, one after the other, so that the references of only one product are held at once.
+def validate(
+    projector: ResidualProjector | None,
+    backbone: FrozenBackbone,
+    trials: Sequence[Trial],
+    *,
+    methods: Sequence[str] = tuple(SELECTED_BY),
+    workers: int = 0,
+) -> Scores:
+    """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for each method.
+
+    A product for which a metric is not defined, such as one whose masks lost their small defects, does not count in
+    that mean. The trials come one after the other, so that the references of only one product are held at once.
 
     Args:
+        projector: The projector; it is not changed. None evaluates the residuals themselves.
         backbone: The frozen encoder.
         trials: What to evaluate on; several processes share them.
         methods: Which of ``metrics.SELECTED_BY``.
         workers: Processes that read images.
+
+    Raises:
+        ImageError: For a mask that does not fit, or where image after image cannot be read. Single ones are replaced,
+            with a warning.
     """
+    mean, std = backbone.entry.normalization
+    # One of its own for each validation: in it the projector is frozen, and training needs the memory back.
+    extractor = FeatureExtractor(
+        backbone.module,
+        None if projector is None else copy.deepcopy(projector).float(),
+        name="validation",
+        img_size=backbone.entry.img_size,
+        pretrained_cfg={"mean": mean, "std": std},
+    )
+    progress = tqdm(trials[rank() :: world_size()], desc="validation", unit="product", leave=False, disable=None)
+    shares = gather_objects([_evaluate(extractor, backbone, trial, methods, workers) for trial in progress])
+    by_product = [scores for share in shares for scores in share]
+    return {
+        method: {criterion.key: _mean(each[method][criterion.key] for each in by_product) for criterion in CRITERIA}
+        for method in methods
+    }
 
-    def __init__(
-        self,
-        backbone: FrozenBackbone,
-        trials: Sequence[Trial],
-        *,
-        methods: Sequence[str] = tuple(SELECTED_BY),
-        workers: int = 0,
-    ) -> None:
-        self.backbone, self.methods, self.workers = backbone, methods, workers
-        self.trials = list(trials)[rank() :: world_size()]
 
-    def run(self, projector: ResidualProjector | None) -> Scores:
-        """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for each method.
+def _evaluate(
+    extractor: FeatureExtractor, backbone: FrozenBackbone, trial: Trial, methods: Sequence[str], workers: int
+) -> Scores:
+    of_images, of_references = (replace(backbone.transform, preset=preset) for preset in trial.presets)
+    extractor.clear_references()
+    for view, items in trial.references.items():
+        extractor.set_references(_references(items, of_references).to(backbone.device), product=f"view {view}")
+    banks = {item.image: f"view {item.view}" for items in (trial.train, trial.test) for item in items}
 
-        A product for which a metric is not defined, such as one whose masks lost their small defects, does not count in
-        that mean.
+    def features(batch: Batch) -> list[Tensor]:
+        return extractor(batch["image"].to(backbone.device), [banks[path] for path in batch["path"]])
 
-        Args:
-            projector: The projector; it is not changed. None evaluates the residuals themselves.
-
-        Raises:
-            ImageError: For a mask that does not fit, or where image after image cannot be read. Single ones are
-                replaced, with a warning.
-        """
-        extractor = self._extractor(projector)
-        progress = tqdm(self.trials, desc="validation", unit="product", leave=False, disable=None)
-        shares = gather_objects([self._evaluate(extractor, trial) for trial in progress])
-        by_product = [scores for share in shares for scores in share]
-        return {
-            method: {criterion.key: _mean(each[method][criterion.key] for each in by_product) for criterion in CRITERIA}
-            for method in self.methods
-        }
-
-    def _extractor(self, projector: ResidualProjector | None) -> FeatureExtractor:
-        """An extractor of its own for each run: in it the projector is frozen, and training needs the memory back."""
-        mean, std = self.backbone.entry.normalization
-        return FeatureExtractor(
-            self.backbone.module,
-            None if projector is None else copy.deepcopy(projector).float(),
-            name="validation",
-            img_size=self.backbone.entry.img_size,
-            pretrained_cfg={"mean": mean, "std": std},
-        )
-
-    def _evaluate(self, extractor: FeatureExtractor, trial: Trial) -> Scores:
-        of_images, of_references = (replace(self.backbone.transform, preset=preset) for preset in trial.presets)
-        extractor.clear_references()
-        for view, items in trial.references.items():
-            extractor.set_references(_references(items, of_references).to(self.backbone.device), product=f"view {view}")
-        banks = {item.image: f"view {item.view}" for items in (trial.train, trial.test) for item in items}
-
-        def features(batch: Batch) -> list[Tensor]:
-            return extractor(batch["image"].to(self.backbone.device), [banks[path] for path in batch["path"]])
-
-        train, test = (
-            loader(_Readable(items, of_images), IMAGES_AT_ONCE, workers=self.workers)
-            for items in (trial.train, trial.test)
-        )
-        scores = {}
-        for name in self.methods:
-            truths: list[tuple[Tensor, Tensor]] = []
-            predictions = _SELECTORS[name](features).fit(train).predict(_collecting(truths, test))
-            masks, labels = map(torch.cat, zip(*truths, strict=True))
-            found = metrics.evaluate(predictions.maps, masks, labels, predictions.scores)
-            scores[name] = {criterion.key: float(getattr(found, criterion.field)) for criterion in CRITERIA}
-        return scores
+    train, test = (
+        loader(_Readable(items, of_images), IMAGES_AT_ONCE, workers=workers) for items in (trial.train, trial.test)
+    )
+    scores = {}
+    for name in methods:
+        truths: list[tuple[Tensor, Tensor]] = []
+        predictions = _SELECTORS[name](features).fit(train).predict(_collecting(truths, test))
+        masks, labels = map(torch.cat, zip(*truths, strict=True))
+        found = metrics.evaluate(predictions.maps, masks, labels, predictions.scores)
+        scores[name] = {criterion.key: float(getattr(found, criterion.field)) for criterion in CRITERIA}
+    return scores
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -6,6 +6,8 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.real_iad_tree import write_real_iad
@@ -14,7 +16,8 @@ from helpers.trees import write_mvtec, write_visa
 from adfeatures.errors import InputError
 from training.data import mvtec, visa
 from training.data.items import ANOMALOUS, NORMAL, Item
-from training.pretraining.trials import REFERENCES_PER_VIEW, data_set_trials, held_out_trials
+from training.pretraining.config import PretrainConfig
+from training.pretraining.trials import REFERENCES_PER_VIEW, data_set_trials, held_out_trials, validation_trials
 
 
 def images(product: str, view: str, label: int, samples: range) -> list[Item]:
@@ -143,9 +146,15 @@ def test_given_references_serve_all_views(tmp_path: Path) -> None:
     folder = write_mvtec(tmp_path / "8shot", ("nut",), good=3, test_good=0, bad=0, size=(16, 16))
     train, held_out = images("nut", "C1", NORMAL, range(9)), images("nut", "C1", NORMAL, range(20, 23))
     held_out += images("nut", "C1", ANOMALOUS, range(20, 23))
-    (trial,) = held_out_trials(train, held_out, 10, 0, shots=2, folder=str(folder))
+    inputs: Any = SimpleNamespace(normal=train, held_out=held_out)
+    given = PretrainConfig(validation_shots=2, validation_references=str(folder))
+    (trial,) = validation_trials(given, inputs)
     names = [str(Path(item.image).relative_to(folder)) for item in trial.references["C1"]]
     assert names == ["nut/train/good/000.png", "nut/train/good/001.png"]
     assert set(trial.train) == set(train)
     with pytest.raises(InputError, match="There are no references of nut"):
-        held_out_trials(train, held_out, 10, 0, folder=str(tmp_path))
+        validation_trials(replace(given, validation_references=str(tmp_path)), inputs)
+    # Without any they are drawn.
+    drawn = validation_trials(replace(given, validation_references=None), inputs)
+    assert drawn == held_out_trials(train, held_out, given.validation_images, given.seed, shots=2)
+    assert validation_trials(replace(given, validation="none"), inputs) == []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from training.metrics import SELECTED_BY
 from training.pretraining import validation as module
 from training.pretraining.frozen_backbone import FrozenBackbone
 from training.pretraining.trials import Trial, held_out_trials
-from training.pretraining.validation import Validation
+from training.pretraining.validation import Scores, validate
 
 SIZE = (56, 56)
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -51,9 +52,9 @@ def tiny_model() -> tuple[FrozenBackbone, ResidualProjector]:
     return FrozenBackbone("tiny", model.backbone, entry), model.projector
 
 
-def make(trials: list[Trial], **settings: Any) -> tuple[Validation, ResidualProjector]:
+def make(trials: list[Trial], **settings: Any) -> tuple[Callable[..., Scores], ResidualProjector]:
     backbone, projector = tiny_model()
-    return Validation(backbone, trials, **settings), projector
+    return partial(validate, backbone=backbone, trials=trials, **settings), projector
 
 
 def naive_feature_norm(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +80,7 @@ def naive_feature_norm(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_are_those_of_each_image_against_the_references_of_its_view(trials: list[Trial]) -> None:
     assert all(len(trial.references) > 1 for trial in trials) and len(trials) == 3
     validation, projector = make(trials, methods=("norm",))
-    found = validation.run(projector)["norm"]
+    found = validation(projector)["norm"]
     image, pixel = [], []
     for trial in trials:
         maps, masks = naive_feature_norm(trial)
@@ -91,10 +92,10 @@ def test_scores_are_those_of_each_image_against_the_references_of_its_view(trial
 
 def test_processes_share_the_trials(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     validation, projector = make(trials)
-    expected = validation.run(projector)
+    expected = validation(projector)
     keys = {"img", "pix", "pro"}
     assert {method: set(scores) for method, scores in expected.items()} == {"norm": keys, "angle": keys}
-    found: dict[int, object] = {}
+    found: dict[int, list[Scores]] = {}
     shares = []
     monkeypatch.setattr(module, "world_size", lambda: 4)
     for rank in range(4):  # the last one gets no trial
@@ -103,10 +104,10 @@ def test_processes_share_the_trials(trials: list[Trial], monkeypatch: pytest.Mon
             module, "gather_objects", lambda own, rank=rank: found.update({rank: own}) or list(found.values())
         )
         shares.append(make(trials)[0])
-        shares[rank].run(projector)
-    assert [len(share.trials) for share in shares] == [1, 1, 1, 0]
+        shares[rank](projector)
+    assert [len(found[rank]) for rank in range(4)] == [1, 1, 1, 0]
     monkeypatch.setattr(module, "gather_objects", lambda own: list(found.values()))
-    assert shares[0].run(projector) == shares[3].run(projector) == expected
+    assert shares[0](projector) == shares[3](projector) == expected
 
 
 def test_each_image_is_read_once_a_method(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +120,7 @@ def test_each_image_is_read_once_a_method(trials: list[Trial], monkeypatch: pyte
 
     monkeypatch.setattr(ImageDataset, "__getitem__", counted)
     validation, projector = make(trials[:1])
-    validation.run(projector)
+    validation(projector)
     # FeatureNorm learns from no images.
     assert reads == {**{item.image: 1 for item in trials[0].train}, **{item.image: 2 for item in trials[0].test}}
 
@@ -128,7 +129,7 @@ def test_the_projector_stays_as_it_is_and_nothing_is_held(trials: list[Trial]) -
     validation, projector = make(trials[:1], methods=("norm",))
     projector.bfloat16().requires_grad_(True)
     before = {key: value.clone() for key, value in projector.state_dict().items()}
-    validation.run(projector)
+    validation(projector)
     assert all(
         torch.equal(value, before[key]) and value.dtype == torch.bfloat16
         for key, value in projector.state_dict().items()
@@ -142,7 +143,7 @@ def test_the_projector_stays_as_it_is_and_nothing_is_held(trials: list[Trial]) -
 
 def test_residuals_alone_are_another_thing_to_evaluate(trials: list[Trial]) -> None:
     validation, projector = make(trials[:1], methods=("norm",))
-    assert validation.run(None) != validation.run(projector)
+    assert validation(None) != validation(projector)
 
 
 def test_a_product_whose_masks_are_empty_leaves_the_means_of_pixels_to_the_others(trials: list[Trial]) -> None:
@@ -150,8 +151,8 @@ def test_a_product_whose_masks_are_empty_leaves_the_means_of_pixels_to_the_other
     (one, two, both, alone) = ([trials[0]], [trials[1]], [trials[0], blank], [blank])
     with pytest.warns(UndefinedMetricWarning, match="no pixel is anomalous"):
         validation, projector = make(both, methods=("norm",))
-        found, undefined = (each.run(projector)["norm"] for each in (validation, make(alone, methods=("norm",))[0]))
-    first, second = (make(trial, methods=("norm",))[0].run(projector)["norm"] for trial in (one, two))
+        found, undefined = (each(projector)["norm"] for each in (validation, make(alone, methods=("norm",))[0]))
+    first, second = (make(trial, methods=("norm",))[0](projector)["norm"] for trial in (one, two))
     assert (found["pix"], found["pro"]) == (first["pix"], first["pro"])
     assert found["img"] == pytest.approx((first["img"] + second["img"]) / 2)
     assert undefined["img"] == second["img"] and np.isnan([undefined["pix"], undefined["pro"]]).all()
@@ -177,8 +178,8 @@ def test_images_that_cannot_be_read_are_passed_over(trials: list[Trial], tmp_pat
     assert trial.test[-1].label != trial.test[0].label
     validation, projector = make([damaged])
     with pytest.warns(UserWarning, match=r"broken\d.jpg.* The validation does without it"):
-        found = validation.run(projector)
-    assert found == make([replaced])[0].run(projector) != make([trial])[0].run(projector)
+        found = validation(projector)
+    assert found == make([replaced])[0](projector) != make([trial])[0](projector)
 
 
 @pytest.mark.parametrize("what", ["references", "test", "mask"])
@@ -204,7 +205,7 @@ def test_what_nothing_can_stand_in_for_is_an_error(trials: list[Trial], tmp_path
         "mask": r"\.gone is not an existing file",
     }
     with pytest.raises(ImageError, match=message[what]):
-        validation.run(projector)
+        validation(projector)
 
 
 def test_the_methods_are_those_that_select_checkpoints() -> None:
@@ -223,9 +224,9 @@ def test_images_and_references_have_the_geometry_of_the_trial(
             return original(items, transform)
 
         monkeypatch.setattr(module, name, noting)
-    validation, projector = make([replace(trials[0], presets=presets)], methods=("norm",))
-    validation.backbone = replace(validation.backbone, bit_depth=12)
-    validation.run(projector)
+    backbone, projector = tiny_model()
+    deep = replace(backbone, bit_depth=12)
+    validate(projector, deep, [replace(trials[0], presets=presets)], methods=("norm",))
     expected = {
         name: build_transform(SIZE, *STATISTICS, preset=preset, bit_depth=12)
         for name, preset in zip(("_Readable", "_references"), presets, strict=True)
