@@ -135,7 +135,7 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantile",
         type=float,
-        help="fraction of normal images that should stay below the threshold (0.97; 0.99 "
+        help="fraction of normal images that should stay below the threshold (0.95; 0.99 "
         "in models other than residual_lite.in1k_v2)",
     )
     command.add_argument(

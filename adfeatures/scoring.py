@@ -34,10 +34,10 @@ MAX_DISTANCE = 2
 # How a threshold is taken from the scores of normal images: their own quantile, or that of the score of a next one.
 Tail: TypeAlias = Literal["empirical", "lognormal"]
 # The quantile where none is asked for.
-QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.97}
+QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.95}
 # The standard deviation of the logarithms of normal scores as development products show it, and how many scores that
 # knowledge is worth.
-SPREAD, SPREAD_WORTH = 0.2, 8
+SPREAD, SPREAD_WORTH = 0.15, 8
 
 
 class AnomalyMap(NamedTuple):
