@@ -124,7 +124,7 @@ def test_a_backbone_without_projector_scores_by_itself() -> None:
 
 def test_a_bank_of_before_gives_the_scores_of_before() -> None:
     """The file and the numbers were made by the last commit before banks had a record of their own."""
-    model = adfeatures.create_model(img_size=(64, 96))
+    model = adfeatures.create_model("residual_lite.in1k_v1", img_size=(64, 96))
     model.load_references(FOLDER / "bank_of_before.safetensors")
     expected = {"nut": (0.9939777255, 1.0084012747), "bolt": (0.9640356898, 1.0009042025)}
     for product, scores in expected.items():
@@ -346,9 +346,9 @@ class TestTurns:
     def test_a_squashed_photo_turns_as_the_photo(self) -> None:
         """A wide photo, squashed to a square: what is a circle in the photo stays one."""
         y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-        circle = ((2 * x) ** 2 + y**2 < 0.5).float().expand(3, -1, -1)
-        assert (turn(circle, 0.125, (32, 64)) - circle).abs().mean() < 0.01
-        assert (turn(circle, 0.125, (64, 64)) - circle).abs().mean() > 0.05
+        circle = ((2 * x) ** 2 + y**2 < 0.05).float().expand(3, -1, -1)
+        assert (turn(circle, 0.125, (32, 64)) - circle).abs().mean() < 0.1 * circle.mean()
+        assert (turn(circle, 0.125, (64, 64)) - circle).abs().mean() > 0.3 * circle.mean()
 
     def test_references_in_another_pose_match(self) -> None:
         model = tiny_extractor()
@@ -367,9 +367,9 @@ class TestTurns:
 
 
 def test_many_photos_above_all_normal_ones_are_told_of_once() -> None:
-    model = tiny_extractor()
+    model = FeatureExtractor(tiny_extractor().backbone, None, name="lite", img_size=(56, 56), pretrained_cfg=CFG)
     model.set_references([photo(seed) for seed in range(4)])
-    model.bank().record.normal_scores, model.bank().threshold = [0.0], 0.0
+    model.bank().record.normal_scores, model.bank().threshold = [1e-3], 1e-3
     others = [photo(seed) for seed in range(10, 20)]
     with pytest.warns(UserWarning, match="lighting, focus or position") as warned:
         model.score(others)

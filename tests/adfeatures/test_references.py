@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adfeatures import references
+from adfeatures import matching, references
 from adfeatures.errors import InputError, ReferencesError
 from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
 
@@ -94,8 +94,8 @@ def test_matching_is_brute_force(
 ) -> None:
     queries, kept, exclude, barred, chunks = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(references, "QUERIES_PER_CHUNK", chunks[0])
-        patch.setattr(references, "ROWS_PER_CHUNK", chunks[1])
+        patch.setattr(matching, "QUERIES_PER_CHUNK", chunks[0])
+        patch.setattr(matching, "ROWS_PER_CHUNK", chunks[1])
         bank = ReferenceBank.from_features(kept)
         found = bank.match(queries, exclude)
         residuals = bank.residuals(queries, exclude)
@@ -108,8 +108,8 @@ def test_matching_is_brute_force(
 @pytest.mark.parametrize("best", [0, 1, 3, 4, 5, 7, 8, 10, 11])
 @pytest.mark.parametrize("query", [0, 2, 3, 5, 6])
 def test_chunk_boundaries(best: int, query: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "QUERIES_PER_CHUNK", 3)
-    monkeypatch.setattr(references, "ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr(matching, "QUERIES_PER_CHUNK", 3)
+    monkeypatch.setattr(matching, "ROWS_PER_CHUNK", 4)
     rows, queries = value("boundaries.rows", (12, 8)), value("boundaries.queries", (7, 8))
     rows[best] = queries[query] * 0.1
     bank = ReferenceBank.from_features([rows.T.reshape(1, 8, 3, 4)])
@@ -195,8 +195,8 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("exclude", [None, 1])
 def test_nothing_as_large_as_the_bank_is_made(exclude: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "QUERIES_PER_CHUNK", 16)
-    monkeypatch.setattr(references, "ROWS_PER_CHUNK", 32)
+    monkeypatch.setattr(matching, "QUERIES_PER_CHUNK", 16)
+    monkeypatch.setattr(matching, "ROWS_PER_CHUNK", 32)
     bank = ReferenceBank.from_features([value("memory", (4, 8, 32, 32)).half()])
     query = value("memory.query", (1, 8, 8, 8)).half()
     with _Largest() as largest:
