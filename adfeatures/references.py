@@ -369,8 +369,8 @@ class ReferenceBank:
         if excluded is not None and any(bool(owners.eq(image).all()) for image in set(excluded) if image is not None):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
         # No row is of image -1, so nothing is barred from the images that exclude none.
-        images = excluded and [-1 if image is None else image for image in excluded]
-        barred = None if images is None else image_of_each_patch(level, images)
+        images = [-1 if image is None else image for image in excluded or ()]
+        barred = image_of_each_patch(level, images) if images else None
         return nearest_rows(tokens_of(level), rows, owners, barred)
 
 
