@@ -340,7 +340,9 @@ def predictive_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -
     """
     largest = normal_quantile(scores, 1)
     if not 0 < quantile < 1:
-        raise InputError(f"The quantile must lie between 0 and 1, got {quantile}: no threshold is sure to be kept.")
+        raise InputError(
+            f"The quantile must lie between 0 and 1, got {quantile}: no threshold is sure to be kept. Give 0.99, say."
+        )
     if largest == 0:
         return 0.0
     logs = np.log(np.maximum(np.asarray(scores, dtype=np.float64), 1e-3 * largest))
