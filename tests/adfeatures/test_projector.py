@@ -456,6 +456,21 @@ def test_weights_made_in_inference_mode() -> None:
         assert not torch.equal(before[1], model(x)[1])
 
 
+@pytest.mark.parametrize("move", [lambda model: model, lambda model: model.double().float()], ids=["made", "moved"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_frozen_in_inference_mode(move: Callable[[ResidualProjector], ResidualProjector], trainable: bool) -> None:
+    """What is made or moved in inference mode keeps its keys and values, there and outside."""
+    with torch.inference_mode():
+        model, x = move(projector()).requires_grad_(trainable), residuals()
+        calls = counted(model)
+        found = [model(x), model(x)]
+    with torch.no_grad():
+        found += [model(x), model(residuals())]
+    for maps in found:
+        assert_near(maps, expected(model, x))
+    assert calls == ["l1_proj", "l2_proj", "l3_proj"]
+
+
 def test_inference_mode_then_gradients() -> None:
     model, x = projector().requires_grad_(False), residuals()
     with torch.inference_mode():
