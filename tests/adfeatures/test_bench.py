@@ -148,14 +148,17 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert "images a second" in found[f"{model}, batch 1, torch, ms"][5]
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in bench.RUNTIMES]
-
-
-@pytest.mark.parametrize("kind", [bench.EAGER, *SLOW])
-def test_forms_of_an_extractor_agree(kind: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", bench.RUNTIMES)
+@pytest.mark.parametrize(
+    ("build", "other"),
+    [(bench.build_extractor, bench.NAIVE), (bench.build_default, bench.EAGER)],
+    ids=["model", "default"],
+)
+def test_exported_forms_agree(kind: str, build: Callable[[BenchSizes], FeatureExtractor], other: str) -> None:
     with torch.no_grad():
-        ours, naive = (bench.extractor_form(TINY, 1, of)() for of in (kind, bench.NAIVE))
-    torch.testing.assert_close(tuple(naive), tuple(ours), rtol=1e-4, atol=1e-5)
+        ours, theirs = (bench.extractor_form(TINY, 1, of, build)() for of in (kind, other))
+    torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_that_of_ours_alone(not_compiled: None) -> None:

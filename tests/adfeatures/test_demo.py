@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 import adfeatures
 from adfeatures.demo import SAMPLES, run_demo
@@ -23,7 +24,12 @@ def test_the_numbers_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytes
     files, references = list_images(SAMPLES / "test", recursive=True), list_images(SAMPLES / "references")
     encoded: list[int] = []
     encode = FeatureExtractor.backbone_features
-    monkeypatch.setattr(FeatureExtractor, "backbone_features", lambda m, x: encoded.append(len(x)) or encode(m, x))
+
+    def counted(model: FeatureExtractor, x: Tensor) -> list[Tensor]:
+        encoded.append(len(x))
+        return encode(model, x)
+
+    monkeypatch.setattr(FeatureExtractor, "backbone_features", counted)
     summary = run_demo(tmp_path)
     assert sum(encoded) == len(files) + len(references), "each photo is looked at once"
     scores = [p.score for p in adfeatures.create_model(references=SAMPLES / "references").score(files)]
