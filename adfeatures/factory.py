@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 from PIL import Image
+from timm.layers import register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
@@ -232,8 +233,10 @@ def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, A
 def register_with_timm() -> None:
     """Make every model known to timm: ``timm.create_model(name, ...)`` then returns the same extractor.
 
-    Doing it twice does no harm.
+    ``timm.models.create_feature_extractor`` then takes an extractor within a user's model as one node. Doing it twice
+    does no harm.
     """
+    register_notrace_module(FeatureExtractor)
     for arch in catalog.MODELS:
         if not timm.is_model(arch):
             register_model(globals()[arch])

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from helpers.hub_server import HubServer
-from helpers.models import photo, write_photos
+from helpers.models import photo, tiny_extractor, write_photos
 from helpers.published import as_published
 from safetensors.torch import load, save
 
@@ -296,6 +296,21 @@ class TestTimm:
     def registered(self) -> None:
         adfeatures.register_with_timm()
         adfeatures.register_with_timm()
+
+    def test_traces_a_model_that_holds_an_extractor(self) -> None:
+        class Net(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.extractor = tiny_extractor()
+                self.extractor.set_references(torch.rand(3, 3, 56, 56))
+                self.head = torch.nn.Conv2d(self.extractor.num_features, 2, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(self.extractor(x)[-1])
+
+        net, x = Net().eval(), torch.rand(2, 3, 56, 56)
+        found = timm.models.create_feature_extractor(net, {"head": "head", "extractor": "maps"})(x)
+        torch.testing.assert_close(found, {"head": net(x), "maps": net.extractor(x)}, rtol=0, atol=0)
 
     def test_lists_and_preprocessing(self) -> None:
         assert timm.list_models("adpretrain*") == adfeatures.list_models("adpretrain*")

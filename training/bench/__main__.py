@@ -10,7 +10,7 @@ from importlib import import_module
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import UnknownNameError
-from adfeatures.measuring import HEADER, machine
+from adfeatures.measuring import HEADER, RULE, machine
 
 from ..console import run
 
@@ -33,7 +33,7 @@ def _print(names: Sequence[str], quick: bool) -> None:
         if name not in BENCHMARKS:
             raise UnknownNameError(unknown("benchmark", name, BENCHMARKS))
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(HEADER, flush=True)
+    print(f"\n{HEADER}\n{RULE}", flush=True)
     for name in names:
         for row in import_module(f"training.bench.{name}").rows(quick=quick):
             print(row, flush=True)
