@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -22,12 +22,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import catalog
-from .checkpoints import AnyPath, is_finite, load_checkpoint
+from .checkpoints import AnyPath, is_finite, of_prefix, read_state
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
-# Prefix of the keys in files of ours, which may hold a projector too.
-BACKBONE = "backbone."
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,6 @@ def create_backbone(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
-    source: str | None = None,
 ) -> Encoder:
     """Build a frozen encoder in eval mode.
 
@@ -167,7 +164,6 @@ def create_backbone(
         embed_dim: Width, where it differs from that of the architecture.
         depth: Number of blocks of the architecture the weights come from, where it differs.
         num_heads: Attention heads, where they differ.
-        source: What error messages call the weights. The default is their path.
 
     Returns:
         A module that maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l).
@@ -184,22 +180,49 @@ def create_backbone(
     if entry.family == "efficientnet":
         if tuple(levels or entry.blocks) != entry.blocks or (embed_dim or depth or num_heads) is not None:
             raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
-        backbone: Encoder = EfficientNet(entry)
-        depth = max(entry.blocks)
     else:
-        embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
+        depth = depth or max(entry.blocks)
         levels = check_levels(levels or tuple(depth * i // 4 for i in (1, 2, 3, 4)), depth)
-        num_heads = num_heads or max(embed_dim // _FAMILIES[entry.family].heads_width, 1)
-        if embed_dim % num_heads:
-            raise InputError(f"{num_heads} attention heads do not divide a width of {embed_dim}.")
-        backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
-    if weights is not None:
-        own, source = read_state(weights, source)
+        entry = with_levels(entry, levels, embed_dim or entry.channels[0])
+    return build_encoder(entry, *read_state(weights), depth=depth or max(entry.blocks), num_heads=num_heads)
+
+
+def build_encoder(
+    entry: catalog.Backbone, state: StateDict | None, source: str, *, depth: int, num_heads: int | None = None
+) -> Encoder:
+    """Build the frozen encoder of a description, in eval mode.
+
+    Args:
+        entry: The description, with levels that were checked.
+        state: Weights as of ``create_backbone``.
+        source: What error messages call the weights.
+        depth: Number of blocks of the architecture that the weights come from.
+        num_heads: Attention heads, where they are not those of the family.
+
+    Raises:
+        InputError: For heads that do not divide the width.
+        CheckpointError: For weights that are not exactly those of the architecture.
+    """
+    if entry.family == "efficientnet":
+        backbone: Encoder = EfficientNet(entry)
+    else:
+        width = entry.channels[0]
+        num_heads = num_heads or max(width // _FAMILIES[entry.family].heads_width, 1)
+        if width % num_heads:
+            raise InputError(f"{num_heads} attention heads do not divide a width of {width}.")
+        backbone = VisionTransformer(entry.family, entry.patch_size, width, num_heads, entry.blocks)
+    if state is not None:
         # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
-        spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
-        state = {key: value for key, value in _to_timm_keys(own, entry.family).items() if not key.startswith(spare)}
-        load_strictly(backbone, state, source)
+        spare = tuple(f"blocks.{i}." for i in range(max(entry.blocks), depth))
+        own = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not key.startswith(spare)}
+        load_strictly(backbone, own, source)
     return backbone.requires_grad_(False).eval()
+
+
+def with_levels(entry: catalog.Backbone, levels: tuple[int, ...], width: int) -> catalog.Backbone:
+    """The description of a transformer with other levels, and the width that they have."""
+    count = len(levels)
+    return replace(entry, blocks=levels, channels=(width,) * count, reductions=(entry.patch_size,) * count)
 
 
 def check_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -273,11 +296,6 @@ _BLOCK_KEYS = (
 UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
 
 
-def of_prefix(state: StateDict, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin with a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:
     if family == "clip":
         state = of_prefix(state, "visual.") or state
@@ -304,18 +322,6 @@ def _rename(key: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, name in _BLOCK_KEYS:
         key = re.sub(pattern, name, key)
     return key
-
-
-def read_state(weights: AnyPath | StateDict, source: str | None = None) -> tuple[StateDict, str]:
-    """The weights of a backbone, of a file that may hold a projector beside them, and what messages call them.
-
-    Raises:
-        CheckpointError: For a file that is missing, damaged or unsafe.
-    """
-    if isinstance(weights, Mapping):
-        return weights, source or "the given state dict"
-    state = load_checkpoint(weights).state_dict
-    return of_prefix(state, BACKBONE) or state, source or str(weights)
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:

@@ -14,10 +14,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from . import catalog, predictor
-from .backbones import Encoder, StateDict, create_backbone
+from .backbones import Encoder, StateDict, build_encoder
 from .bank_files import check_maker, load_banks
 from .catalog import find_model
-from .checkpoints import AnyPath
+from .checkpoints import AnyPath, read_state
 from .errors import InputError
 from .extractor import FeatureExtractor
 from .image_files import IMAGE_SUFFIXES
@@ -129,15 +129,13 @@ def load_backbone(
 
 def build_backbone(spec: BackboneSpec) -> Encoder:
     """The frozen encoder that a description is of. Its own module, of timm, is used up by that."""
-    source, weights = None, spec.weights
-    if isinstance(weights, TrainedWeights):
-        source, weights = weights.source, weights.backbone
+    weights = spec.weights
     if weights is not None and "NC" in spec.entry.license.upper():
         _logger.warning("The weights of %s are licensed %s: not for commercial use.", spec.name, spec.entry.license)
+    state, source = (weights.backbone, weights.source) if isinstance(weights, TrainedWeights) else read_state(weights)
     if spec.encoder is None:
-        entry = spec.entry
-        return create_backbone(spec.name, weights=weights, img_size=entry.img_size, levels=entry.blocks, source=source)
-    spec.encoder.load(weights, source)
+        return build_encoder(spec.entry, state, source, depth=max(catalog.BACKBONES[spec.name].blocks))
+    spec.encoder.load(state, source)
     return spec.encoder.requires_grad_(False).eval()
 
 

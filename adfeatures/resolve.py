@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from . import catalog, hub
-from .backbones import StateDict, check_levels, check_size
+from .backbones import StateDict, check_levels, check_size, with_levels
 from .checkpoints import AnyPath, Checkpoint, convert
 from .errors import InputError, UnknownNameError
 from .timm_backbones import TimmBackbone, find_timm
@@ -117,7 +117,8 @@ def resolve_backbone(
     cache_dir: AnyPath | None = None,
 ) -> BackboneSpec:
     """Find a backbone and its weights. Arguments and errors as in ``load_backbone``."""
-    backbone = _sized(_find_backbone(name, levels), img_size)
+    found = _find_backbone(name, levels)
+    backbone = _sized(found, img_size)
     return replace(backbone, weights=_find_weights(backbone, weights, cache_dir))
 
 
@@ -154,7 +155,8 @@ def describe_backbone(
     name = catalog.MODELS[arch].backbone
     facts: _BackboneFacts | None = trained.fact("backbone", _BackboneFacts) if trained else None
     if trained is None or (name and facts is None):
-        return _sized(_find_backbone(name, None), img_size, trained)
+        backbone = _find_backbone(name, None)
+        return _sized(backbone, img_size, trained)
     if facts is None:
         raise trained.header_error(f"its header must describe the backbone of {arch}.")
     try:
@@ -260,9 +262,7 @@ def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
     if levels is not None and tuple(levels) != entry.blocks:
         if entry.family == "efficientnet":
             raise InputError(f"{name} is convolutional: its levels cannot be changed.")
-        levels, count = check_levels(levels, max(entry.blocks)), len(levels)
-        channels, reductions = entry.channels[:1] * count, entry.reductions[:1] * count
-        entry = replace(entry, blocks=levels, channels=channels, reductions=reductions)
+        entry = with_levels(entry, check_levels(levels, max(entry.blocks)), entry.channels[0])
     return BackboneSpec(name, entry)
 
 

@@ -13,8 +13,8 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entr
 from torch import Tensor, nn
 
 from . import catalog
-from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly, of_prefix, read_state
-from .checkpoints import AnyPath
+from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly
+from .checkpoints import of_prefix
 from .errors import CheckpointError, InputError, UnknownNameError
 
 _PYRAMID = (4, 8, 16)
@@ -44,17 +44,16 @@ class TimmBackbone(Encoder):
         self.reductions = tuple(int(stages[index]["reduction"]) for index in self._indices)
         self.patch_size = max(self.reductions)
 
-    def load(self, weights: AnyPath | StateDict | None, source: str | None = None) -> None:
+    def load(self, state: StateDict | None, source: str = "the given state dict") -> None:
         """Take weights, and let go of what the levels do not need.
 
         Args:
-            weights: File or state dict with timm's keys, or with others that timm converts. None leaves random weights.
-            source: What error messages call the weights. The default is their path.
+            state: Weights with timm's keys, or with others that timm converts. None leaves random weights.
+            source: What error messages call the weights.
 
         Raises:
             CheckpointError: For weights that are not exactly those of the architecture.
         """
-        state, source = (None, "") if weights is None else read_state(weights, source)
         native = None if state is None else _native(state, self.model, self.arch, source)
         whole = self.model.state_dict().keys()
         self.model.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)

@@ -587,7 +587,7 @@ def test_noncommercial_weights_are_announced(
 ) -> None:
     from adfeatures import factory
 
-    monkeypatch.setattr(factory, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
+    monkeypatch.setattr(factory, "build_encoder", lambda *args, **kwargs: torch.nn.Identity())
     torch.save({"stands": torch.ones(1)}, tmp_path / "imagebind_huge.pth")
     with caplog.at_level(logging.WARNING):
         factory.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
