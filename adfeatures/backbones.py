@@ -98,24 +98,27 @@ class VisionTransformer(Encoder):
         """
         grid = check_images(x, self.patch_size)
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], dim=1)
-        tokens, maps = self.norm_pre(tokens + self._position(grid)), []
+        tokens, maps = self.norm_pre(tokens + resized_positions(self.pos_embed, grid, self.family == "dinov2")), []
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in self.levels:
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
         return maps
 
-    def _position(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding for a grid: each family resizes its own way, and features depend on it."""
-        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
-        if grid == (side, side):
-            return self.pos_embed
-        patches = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # DINOv2's offset of 0.1 makes the sampling positions differ from those of a resize by size.
-        factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-        target: dict[str, Any] = {"scale_factor": factors} if self.family == "dinov2" else {"size": grid}
-        patches = F.interpolate(patches, **target, mode="bicubic", antialias=False)
-        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+def resized_positions(positions: Tensor, grid: tuple[int, int], of_dino: bool) -> Tensor:
+    """Position embeddings (1, 1 + h * w, C), class token first, for a grid; features depend on how this is done.
+
+    DINO and DINOv2 add 0.1 to the grid, so that the sampling positions differ from those of a resize by size.
+    """
+    side = int((positions.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return positions
+    patches = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+    target: dict[str, Any] = {"scale_factor": factors} if of_dino else {"size": grid}
+    patches = F.interpolate(patches, **target, mode="bicubic", antialias=False)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
 class EfficientNet(Encoder):

@@ -38,6 +38,7 @@ def create_model(
     pretrained: bool = True,
     weights: Weights = None,
     backbone_weights: Weights = None,
+    backbone: str | None = None,
     references: Images | None = None,
     img_size: int | tuple[int, int] | None = None,
     out_indices: Sequence[int] | None = None,
@@ -52,6 +53,9 @@ def create_model(
         weights: Trained weights: a tag, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path". Of
             a model without projector they are the weights of its backbone.
         backbone_weights: Weights of the backbone in the same forms, or "random".
+        backbone: Backbone of ``residual_timm``, the default with it: any vision transformer or convolutional pyramid of
+            timm, such as "vit_small_patch14_dinov2.lvd142m", or one of ``catalog.BACKBONES``. "NAME@3,6" chooses
+            levels, blocks or stages counted from 1.
         references: Normal images, a folder of them, or a file made by ``save_references``.
         img_size: Input size in pixels, one side or (H, W), in multiples of the patch. The default is that of the
             weights' header, else the catalog's.
@@ -73,6 +77,7 @@ def create_model(
         name,
         weights=weights,
         backbone_weights=backbone_weights,
+        backbone=backbone,
         pretrained=pretrained,
         img_size=img_size,
         cache_dir=cache_dir,
@@ -168,8 +173,7 @@ def create_transform(
         return predictor.transform_for(model, predictor.bit_depth_of(model, product), preset)
     arch, _ = find_model(model)
     if not catalog.MODELS[arch].backbone:
-        where = "stands in the header of its weights"
-        raise InputError(f"The preprocessing of {arch} {where}: give the created model, not its name.")
+        raise InputError(f"The preprocessing of {arch} depends on its backbone: give the created model, not its name.")
     entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
     return build_transform(entry.img_size, *entry.normalization, preset=preset)
 
@@ -206,12 +210,12 @@ def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, A
         "num_classes": 0,
     }
     if tag:
-        weights = catalog.MODELS[arch].tags[tag]
+        weights = catalog.MODELS[arch].tags.get(tag, entry)
         cfg |= {"license": weights.license, "origin_url": weights.origin}
         if weights.hub_file:
             cfg["hf_hub_id"], cfg["hf_hub_filename"] = weights.hub_file
-        else:
-            cfg["file"] = str(catalog.ASSETS / str(entry.asset))
+        elif entry.asset:
+            cfg["file"] = str(catalog.ASSETS / entry.asset)
     return cfg
 
 
@@ -286,6 +290,9 @@ adpretrain_efficientnet_lite = _entry_point(
 )
 adpretrain_timm = _entry_point(
     "adpretrain_timm", "A projector that you trained on a backbone of timm, which the header of ``weights`` names."
+)
+residual_timm = _entry_point(
+    "residual_timm", "Cosine residuals of any backbone of timm, no projector: ``backbone`` names it."
 )
 residual_lite = _entry_point(
     "residual_lite", "The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download."

@@ -79,13 +79,14 @@ def resolve_model(
     *,
     weights: Weights = None,
     backbone_weights: Weights = None,
+    backbone: str | None = None,
     pretrained: bool = True,
     img_size: int | tuple[int, int] | None = None,
     cache_dir: AnyPath | None = None,
 ) -> ModelSpec:
     """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
-    arch, tag, weights = _asked(name, weights)
-    if arch and weights is None:
+    arch, tag, weights = _asked(name if backbone is None else catalog.with_backbone(name, backbone), weights)
+    if arch and weights is None and not catalog.MODELS[arch].any_backbone:
         # Nothing is fetched before it is known that all can be had.
         model = catalog.MODELS[arch]
         if not model.tags and (pretrained or not model.backbone):
@@ -103,9 +104,12 @@ def resolve_model(
             backbone_weights = trained.source
             trained = None
     assert arch is not None
-    backbone = describe_backbone(arch, trained, img_size)
+    if catalog.MODELS[arch].any_backbone:
+        tag, found = chosen_backbone(tag, img_size)
+    else:
+        found = describe_backbone(arch, trained, img_size)
     source = _backbone_source(trained, backbone_weights, pretrained)
-    return ModelSpec(arch, tag, replace(backbone, weights=_find_weights(backbone, source, cache_dir)), trained)
+    return ModelSpec(arch, tag, replace(found, weights=_find_weights(found, source, cache_dir)), trained)
 
 
 def resolve_backbone(
@@ -138,6 +142,26 @@ def find_trained(
         weights = catalog.place(*published)
     candidates = (published[1], _WEIGHTS) if published else (_WEIGHTS,)
     return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
+
+
+def chosen_backbone(tag: str | None, img_size: int | tuple[int, int] | None = None) -> tuple[str, BackboneSpec]:
+    """The full tag of a tag that names a backbone, and that backbone without its weights.
+
+    Raises:
+        UnknownNameError: For an unknown backbone.
+        InputError: For none, or levels or an input size that it cannot have.
+    """
+    if not tag:
+        example = f'create_model("{catalog.OF_ANY_BACKBONE}", backbone="vit_small_patch14_dinov2.lvd142m")'
+        raise InputError(f"{catalog.OF_ANY_BACKBONE} needs a backbone: {example}, or --backbone in the command.")
+    name, at, chosen = tag.partition("@")
+    try:
+        levels = tuple(map(int, chosen.split(","))) if at else None
+    except ValueError:
+        raise InputError(f"The levels of {tag!r} must be whole numbers from 1, such as {name}@3,6.") from None
+    backbone = _find_backbone(name, levels, of_authors=True)
+    full = name if backbone.encoder is None else str(backbone.entry.timm_name)
+    return full + at + ",".join(map(str, levels or ())), _sized(backbone, img_size)
 
 
 def describe_backbone(
@@ -187,6 +211,9 @@ def published_files(name: str, cache_dir: AnyPath | None = None) -> tuple[list[P
     model = catalog.MODELS[arch]
     trained = _hub_file(arch, tag)
     files = [hub.resolve(catalog.place(*trained), cache_dir=cache_dir)] if trained else []
+    if model.any_backbone:
+        _, backbone = chosen_backbone(tag)
+        return [_published(backbone.name, backbone.entry, cache_dir)], ""
     missing = "" if model.tags else f"{catalog.must_be_given(arch)}."
     try:
         if model.backbone:
@@ -255,9 +282,9 @@ def _backbone_source(trained: TrainedWeights | None, weights: Weights, pretraine
     return None if pretrained else RANDOM
 
 
-def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
+def _find_backbone(name: str, levels: Sequence[int] | None, of_authors: bool = False) -> BackboneSpec:
     if name not in catalog.BACKBONES:
-        return BackboneSpec(name, *find_timm(name, levels))
+        return BackboneSpec(name, *find_timm(name, levels, of_authors))
     entry = catalog.BACKBONES[name]
     if levels is not None and tuple(levels) != entry.blocks:
         if entry.family == "efficientnet":
