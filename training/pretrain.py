@@ -68,7 +68,8 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         run.depend_on("images", items_digest([*train, *pool]))
         run.depend_on("backbone weights", backbone.fingerprint[0])
 
-        views, fly = augmentation(config.view_statistics, backbone.entry), config.pool is None
+        views = augmentation(config.view_statistics, backbone.entry)
+        no_residual, fly = config.no_residual, config.pool is None and not config.no_residual
         dataset = PretrainingDataset(train, pool, views, backbone.transform, load_references=fly, shots=config.shots)
         sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
         pinned = device.type == "cuda"
@@ -83,7 +84,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
         projector.to(device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
         optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        centers = find_centers(config.centers, run.folder, backbone, train, config.seed, config.workers)
+        centers = [torch.zeros(count, device=device) for count in backbone.entry.channels]
+        if not no_residual:
+            centers = find_centers(config.centers, run.folder, backbone, train, config.seed, config.workers)
         encode = partial(encode_images, backbone=backbone.module, device=device, precision=config.precision)
         store = None
         if config.pool is not None:
@@ -93,8 +96,9 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         run.depend_on("centers", digest)
         model = DistributedDataParallel(projector) if world_size() > 1 else projector
         step = partial(train_step, model, optimizer, encode=encode, store=store, centers=centers, config=config)
-        score = partial(validate, projector, backbone, trials, workers=config.workers) if trials else None
-        header = checkpoint_header(backbone, projector, inputs.title, trained_on)
+        validated = partial(validate, projector, backbone, trials, no_residual=no_residual)
+        score = partial(validated, workers=config.workers) if trials else None
+        header = checkpoint_header(backbone, projector, inputs.title, trained_on, no_residual=no_residual)
         training_loop(run, projector, optimizer, header, step, score, loader, sampler, config)
     return run.folder
 

@@ -106,6 +106,8 @@ class PretrainConfig(InputsConfig):
     milestones: tuple[int, ...] = option((7, 9), "epochs after which the learning rate falls to a tenth")
     lr: float = option(1e-4, "learning rate of Adam")
     weight_decay: float = option(5e-4, "L2 penalty in the gradient")
+    losses: str = option("both", "an ablation of the paper: one loss alone", ("both", "angle", "norm"))
+    no_residual: bool = option(False, "an ablation of the paper: project features, not their residuals")
     temperature: float = option(0.15, "of the angle loss")
     anchors: str = option("both", "views that are anchors of the angle loss (the paper: first)", ("both", "first"))
     radius: float = option(0.4, "largest radius of the norm loss")
@@ -147,6 +149,8 @@ class PretrainConfig(InputsConfig):
         if not self.shots or min(self.shots) < 1 or (self.pool is not None and self.pool < 1):
             raise InputError(f"shots and pool count reference images, at least 1; got {self.shots} and {self.pool}.")
         self._check_numbers("validation_shots", "eval_every", positive=True)
+        if self.no_residual and (self.centers or self.pool):
+            raise InputError("Without residuals there are no references and no centers: leave out centers and pool.")
         if self.validation in DATASETS and self.validation_root is None:
             title = DATASETS[self.validation].title
             raise InputError(f"validation={self.validation} needs validation_root, the folder of {title}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def train_step(
         return {"skipped": 1.0}
     sums = {"angle": 0.0, "norm": 0.0}
     for number, micro in enumerate(_divide(tensors, config.accumulate), start=1):
-        first, second = view_residuals(micro, encode, store)
+        first, second = (view_features if config.no_residual else partial(view_residuals, store=store))(micro, encode)
         last = number == config.accumulate
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
@@ -64,6 +65,15 @@ def train_step(
         )
     optimizer.step()
     return {**sums, "loss": sums["angle"] + sums["norm"]}
+
+
+@torch.no_grad()
+def view_features(batch: dict[str, Tensor], encode: Encode) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Features of the first and of the second views, (B, C_l, h_l, w_l) per level, as they are."""
+    views = batch["views"]
+    features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
+    first, second = zip(*(level.unbind(1) for level in features), strict=True)
+    return first, second
 
 
 @torch.no_grad()
@@ -107,11 +117,11 @@ def losses(
     for one, other, center in zip(first, second, centers, strict=True):
         grid = (one.shape[2], one.shape[3])
         view1, view2 = (gather(level.permute(0, 2, 3, 1)).flatten(0, 2) for level in (one, other))
-        angle = angle + angle_loss(
-            view1, view2, angle_labels(masks, grid).flatten(), center, config.temperature, config.anchors
-        )
+        if config.losses != "norm":
+            labels = angle_labels(masks, grid).flatten()
+            angle = angle + angle_loss(view1, view2, labels, center, config.temperature, config.anchors)
         labels = norm_labels(masks, grid).flatten()
-        for view in (view1, view2):
+        for view in (view1, view2) if config.losses != "angle" else ():
             norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber)
     return angle, norm
 
