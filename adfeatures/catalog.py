@@ -264,7 +264,8 @@ def with_backbone(name: str | None, backbone: str) -> str:
         raise InputError(
             f"{arch} has a backbone of its own: leave out backbone {backbone!r}, or name {OF_ANY_BACKBONE}."
         )
-    if tag and not f"{tag}.".startswith(f"{backbone}."):
+    (known, _, levels), (asked, _, chosen) = (tag or backbone).partition("@"), backbone.partition("@")
+    if not f"{known}.".startswith(f"{asked}.") or chosen not in ("", levels):
         raise InputError(f"{name} has the backbone {tag}, not {backbone}: leave out one of them.")
     return f"{arch}.{tag or backbone}"
 

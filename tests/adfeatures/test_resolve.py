@@ -158,6 +158,11 @@ class TestChosenBackbones:
             ({"backbone": "test_vit@2, 5"}, "test_vit.r160_in1k@2,5", (2, 5)),
             ({"name": "residual_timm.test_resnet@2,3"}, "test_resnet.r160_in1k@2,3", (2, 3)),
             ({"name": "residual_timm.test_vit.r160_in1k", "backbone": "test_vit"}, "test_vit.r160_in1k", (1, 3, 4, 6)),
+            (
+                {"name": "residual_timm.test_vit.r160_in1k@2,5", "backbone": "test_vit@2,5"},
+                "test_vit.r160_in1k@2,5",
+                (2, 5),
+            ),
             ({"backbone": "efficientnet_lite"}, "efficientnet_lite", (3, 4, 5)),
         ],
     )
@@ -175,9 +180,8 @@ class TestChosenBackbones:
         file = tmp_path / "mine.safetensors"
         save_checkpoint(file, timm.create_model("test_vit").state_dict())
         name = "residual_timm.test_vit"
-        for given in ({"weights": file}, {"backbone_weights": file}, {"weights": f"local-dir:{tmp_path}/mine.safetensors"}):
-            if "local-dir" not in str(given):
-                assert Path(str(resolve_model(name, **given).backbone.weights)) == file
+        for spec in (resolve_model(name, weights=file), resolve_model(name, backbone_weights=file)):
+            assert Path(str(spec.backbone.weights)) == file
         hub.add("timm/test_vit.r160_in1k", "model.safetensors", file.read_bytes())
         (fetched,), missing = published_files(name)
         assert resolve_model(name).backbone.weights == fetched and not missing
@@ -190,7 +194,8 @@ class TestChosenBackbones:
             ({"backbone": "test_vit.nothing"}, UnknownNameError, "tag of test_vit"),
             ({"backbone": "test_vit@3,9"}, InputError, "from 1 to 6"),
             ({"backbone": "test_vit@"}, InputError, "must be whole numbers from 1, such as test_vit@3,6"),
-            ({"backbone": "resmlp_12_224.fb_dino@1"}, InputError, "takes no images|cannot be used|no feature maps|"),
+            ({"backbone": "sequencer2d_s"}, InputError, "choose levels from 1 to 4"),
+            ({"backbone": "pit_ti_224"}, InputError, "so it cannot be used"),
             ({"name": "residual_timm.test_vit", "backbone": "test_resnet"}, InputError, "leave out one"),
             ({"name": "residual_timm.test_vit@2", "backbone": "test_vit@3"}, InputError, "leave out one"),
             ({"name": "residual_lite", "backbone": "test_vit"}, InputError, "has a backbone of its own"),

@@ -137,7 +137,9 @@ def test_dino_resizes_its_positions_in_its_own_way(name: str) -> None:
     # The interpolation of the authors' own prepare_tokens, patches in the order of rows.
     table = backbone.model.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     table = nn.functional.interpolate(table, scale_factor=(3.1 / side, 5.1 / side), mode="bicubic")
-    patches = nn.functional.conv2d(x, backbone.model.patch_embed.proj.weight, backbone.model.patch_embed.proj.bias, patch)
+    patches = nn.functional.conv2d(
+        x, backbone.model.patch_embed.proj.weight, backbone.model.patch_embed.proj.bias, patch
+    )
     assert_near([seen[0][:, 1:]], [(patches + table).flatten(2).transpose(1, 2)])
     first = backbone.model.cls_token + backbone.model.pos_embed[:, :1]
     assert_near([seen[0][:, :1]], [first.expand(2, -1, -1)])
