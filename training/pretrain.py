@@ -68,7 +68,7 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         run.depend_on("images", items_digest([*train, *pool]))
         run.depend_on("backbone weights", backbone.fingerprint[0])
 
-        views = augmentation(config.view_statistics, backbone.entry)
+        views = augmentation(config.view_statistics, backbone.entry, backbone.preset)
         no_residual, fly = config.no_residual, config.pool is None and not config.no_residual
         dataset = PretrainingDataset(train, pool, views, backbone.transform, load_references=fly, shots=config.shots)
         sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
@@ -82,11 +82,14 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
 
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
-        projector.to(device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
-        optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        adam = partial(torch.optim.Adam, lr=config.lr, weight_decay=config.weight_decay)
+        # The published training had no fused one, which rounds less.
+        optimizer = adam(projector.to(device, dtype).parameters(), fused=dtype == torch.float32)
         centers = [torch.zeros(count, device=device) for count in backbone.entry.channels]
         if not no_residual:
             centers = find_centers(config.centers, run.folder, backbone, train, config.seed, config.workers)
+        backbone.module.to(dtype)  # After the centers, which are of float32 features in the published training too.
         encode = partial(encode_images, backbone=backbone.module, device=device, precision=config.precision)
         store = None
         if config.pool is not None:

@@ -358,10 +358,10 @@ def test_a_bank_of_another_model_is_refused_before_anything_is_fetched(
     wanted = ["--bank", bank, "--output", photos / "out", photos / "new"]
     assert run("score", *wanted, "--model", "adpretrain_dinov2_base") == 2
     assert (
-        "was made with residual_lite.in1k_v1, not with adpretrain_dinov2_base. Name that model"
+        "was made with residual_lite.in1k_v2, not with adpretrain_dinov2_base. Name that model"
         in capsys.readouterr().err
     )
-    with pytest.raises(ReferencesError, match=r"part\.bank was made with residual_lite\.in1k_v1, not with adpretrain"):
+    with pytest.raises(ReferencesError, match=r"part\.bank was made with residual_lite\.in1k_v2, not with adpretrain"):
         adfeatures.create_model("adpretrain_dinov2_base", references=bank)
     assert adfeatures.create_model(references=bank).bank().num_images == 4
     assert adfeatures.create_model(references=str(bank)).threshold() is not None

@@ -21,12 +21,13 @@ import adfeatures
 from adfeatures import catalog
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.cli import main
-from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
+from adfeatures.errors import CheckpointError, DownloadError, InputError, ReferencesError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.factory import load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 from adfeatures.resolve import convert_checkpoint
+from adfeatures.scoring import CosineRingScorer, LocalCosineScorer
 
 REPOSITORY = Path(__file__).parents[2]
 REPO = "xcyao00/ADPretrain"
@@ -299,7 +300,10 @@ class TestTimm:
 
     def test_lists_and_preprocessing(self) -> None:
         assert timm.list_models("adpretrain*") == adfeatures.list_models("adpretrain*")
-        assert set(timm.list_models("residual_lite*", pretrained=True)) == {"residual_lite.in1k_v1"}
+        assert set(timm.list_models("residual_lite*", pretrained=True)) == {
+            "residual_lite.in1k_v1",
+            "residual_lite.in1k_v2",
+        }
         model = timm.create_model("residual_lite", pretrained=True)
         picture = photo(1, (300, 200))
         theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -324,7 +328,7 @@ class TestTimm:
 
     def test_unknown_tags_and_arguments_are_refused(self) -> None:
         with pytest.raises(UnknownNameError, match="in1k_v1"):
-            timm.create_model("residual_lite.in1k_v2", pretrained=True)
+            timm.create_model("residual_lite.in1k_v9", pretrained=True)
         with pytest.raises(TypeError, match="drop_rate"):
             timm.create_model("residual_lite", drop_rate=0.1)
 
@@ -597,7 +601,8 @@ class TestChosenBackbones:
         arch = backbone.partition("@")[0]
         whole: Any = timm.create_model(arch, **({"dynamic_img_size": True} if "vit" in arch else {})).eval()
         save_checkpoint(tmp_path / "mine.safetensors", whole.state_dict())
-        references, x = torch.randn(2, 3, 64, 96), torch.randn(1, 3, 64, 96)
+        # A single one, since several weigh the distances.
+        references, x = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 64, 96)
         model = adfeatures.create_model(backbone=backbone, weights=tmp_path / "mine.safetensors", img_size=(64, 96))
         model.set_references(references)
         indices = [level - 1 for level in model.levels]
@@ -607,9 +612,12 @@ class TestChosenBackbones:
                 for images in (references, x)
             )
         for found, own, other in zip(model.residuals(x), query, normal, strict=True):
-            rows = torch.nn.functional.normalize(other.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
-            patches = torch.nn.functional.normalize(own.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
-            expected = 1 - (patches @ rows.T).amax(dim=1)
+            rows, patches = (
+                torch.nn.functional.avg_pool2d(level, 3, 1, 1, count_include_pad=False)[0].flatten(1).T
+                for level in (other, own)
+            )
+            lengths = patches.norm(dim=1)[:, None] * rows.norm(dim=1)
+            expected = 1 - (patches @ rows.T / lengths).amax(dim=1)
             torch.testing.assert_close(found.square().sum(dim=1).flatten() / 2, expected, rtol=1e-3, atol=1e-5)
         assert model.anomaly_map(x).maps.shape == (1, 64, 96)
 
@@ -622,14 +630,15 @@ class TestChosenBackbones:
         model.set_references(torch.randn(3, 3, 64, 96))
         model.save_references(bank)
         full = "residual_timm.test_vit.r160_in1k@1,6"
-        for name in (full, "residual_timm", "residual_timm.test_vit.r160_in1k@1,6"):
-            backbone = "test_vit@1,6" if name == "residual_timm" else None
+        for name, backbone in ((full, None), ("residual_timm", "test_vit@1,6"), (None, "test_vit@1,6")):
             other = adfeatures.create_model(name, backbone=backbone, references=bank, **mine)
             assert torch.equal(other.anomaly_map(x).maps, model.anomaly_map(x).maps)
-        for backbone in ("test_vit@2,6", "test_vit", "test_vit2@1,6"):
-            with pytest.raises(adfeatures.errors.ReferencesError, match="was made with residual_timm.test_vit"):
-                adfeatures.create_model(backbone=backbone, references=bank, pretrained=False)
-        with pytest.raises(adfeatures.errors.ReferencesError, match="other weights"):
+        for backbone in ("test_vit@2,6", "test_vit", "test_resnet"):
+            with pytest.raises((ReferencesError, CheckpointError), match="residual_timm|does not"):
+                adfeatures.create_model(backbone=backbone, references=bank, **mine)
+        with pytest.raises(InputError, match="leave out one of them"):
+            adfeatures.create_model(backbone="test_vit@2,6", references=bank, pretrained=False)
+        with pytest.raises(ReferencesError, match="other weights"):
             adfeatures.create_model(full, references=bank, pretrained=False, img_size=(64, 96))
 
     def test_timm_and_torch_hub_reach_it(self) -> None:
@@ -699,3 +708,31 @@ def test_noncommercial_weights_are_announced(
     with caplog.at_level(logging.WARNING):
         factory.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
     assert "CC-BY-NC-4.0" in caplog.text
+
+
+class TestTagsOfTheDefault:
+    """Each tag scores in its own way, and a bank names its own."""
+
+    @pytest.mark.parametrize(
+        ("name", "scorer", "tail"),
+        [
+            ("residual_lite", LocalCosineScorer, "lognormal"),
+            ("residual_lite.in1k_v2", LocalCosineScorer, "lognormal"),
+            ("residual_lite.in1k_v1", CosineRingScorer, "empirical"),
+        ],
+    )
+    def test_scorers(self, name: str, scorer: type, tail: str) -> None:
+        model = adfeatures.create_model(name)
+        assert type(model.scorer) is scorer and model.tail == tail
+
+    def test_a_bank_of_the_first_tag_makes_the_first_model(self, tmp_path: Path) -> None:
+        write_photos(tmp_path / "good", range(3))
+        first = adfeatures.create_model("residual_lite.in1k_v1", references=tmp_path / "good")
+        assert first.bank().kept is None and first.bank().units is None
+        first.save_references(tmp_path / "part.safetensors")
+        for name in (None, "residual_lite", "residual_lite.in1k_v1"):
+            model = adfeatures.create_model(name, references=tmp_path / "part.safetensors")
+            assert model.name == "residual_lite.in1k_v1" and model.threshold() == first.threshold()
+            assert model.score(photo(9))[0].score == first.score(photo(9))[0].score
+        with pytest.raises(ReferencesError, match="made with residual_lite.in1k_v1, not with residual_lite.in1k_v2"):
+            adfeatures.create_model("residual_lite.in1k_v2", references=tmp_path / "part.safetensors")

@@ -400,6 +400,29 @@ def test_precision(tree: Path, tmp_path: Path, precision: str) -> None:
     assert [line["loss"] for line in steps(folder)] == pytest.approx([line["loss"] for line in steps(exact)], rel=0.1)
 
 
+@pytest.mark.slow
+def test_the_published_recipe_is_of_bfloat16_and_of_the_middle_of_images(tmp_path: Path) -> None:
+    whole = write_real_iad(tmp_path / "whole", ("bottle_cap",), ok=1, ng=1, views=3, size=(300, 224))
+    middle = shutil.copytree(whole, tmp_path / "middle")
+    for path in [*middle.rglob("*.jpg"), *middle.rglob("*.png")]:
+        with Image.open(path) as image:
+            image.crop((38, 0, 262, 224)).save(
+                path, **({"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {})
+            )
+    names = {"backbone": "resnet10t", "backbone_weights": "random", "levels": (1, 2), "shots": (1,), "max_steps": 1}
+    given = {**names, "held_out": 0.0, "batch_size": 2, "img_size": (), "precision": None, "recipe": "published"}
+    runs = [pretrain(config(root, tmp_path / f"run{root.name}", **given), CPU) for root in (whole, middle)]
+    state = torch.load(runs[0] / "state.pt", weights_only=True)
+    moments = [value for entry in state["optimizer"]["state"].values() for key, value in entry.items() if key != "step"]
+    assert {value.dtype for value in (*state["projector"].values(), *moments)} == {torch.bfloat16}
+    (step,), (same,) = (steps(folder) for folder in runs)
+    assert step["norm"] == pytest.approx(same["norm"], rel=0.02)
+    header = load_checkpoint(runs[0] / "checkpoint_last.safetensors").metadata
+    assert json.loads(header["training"])["recipe"] == "published"
+    with pytest.raises(InputError, match="recipe was 'published', is 'sound'"):
+        pretrain(config(whole, runs[0], **{**given, "recipe": "sound", "precision": "bfloat16"}), CPU)
+
+
 def test_accumulation_trains_on_micro_batches(tree: Path, tmp_path: Path) -> None:
     folder = pretrain(config(tree, tmp_path / "run", max_steps=3, accumulate=2), CPU)
     assert all(np.isfinite(line["loss"]) for line in steps(folder) if "loss" in line)

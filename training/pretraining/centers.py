@@ -40,7 +40,7 @@ FORMAT = "adfeatures-centers"
 SAVE_EVERY = 50
 _ADVICE = (
     "Compute them with: python -m training.centers "
-    "and the same --backbone, --backbone-weights, --levels, --img-size and --bit-depth."
+    "and the same --recipe, --backbone, --backbone-weights, --levels, --img-size and --bit-depth."
 )
 
 
@@ -181,6 +181,7 @@ def _origin(backbone: FrozenBackbone) -> dict[str, str]:
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "bit_depth": str(backbone.bit_depth),
+        "preset": backbone.preset,
     }
 
 
@@ -213,8 +214,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if any(level.ndim != 1 or not level.is_floating_point() for level in checkpoint.state_dict.values()):
         raise CheckpointError(f"{path} holds no centers, which have one dimension. {_ADVICE}")
     tensors = sorted(checkpoint.state_dict.items(), key=lambda entry: (len(entry[0]), entry[0]))
-    # Earlier versions knew no other bit depth.
-    return dict(tensors), {"bit_depth": "16", **checkpoint.metadata}
+    # Earlier versions knew no other bit depth, and no other geometry.
+    return dict(tensors), {"bit_depth": "16", "preset": "squash", **checkpoint.metadata}
 
 
 def _resumed(path: Path, facts: Mapping[str, str]) -> tuple[list[Tensor], dict[str, str]]:
@@ -238,7 +239,7 @@ def _read_centers(path: Path, wanted: Mapping[str, str]) -> list[Tensor]:
         if found.get(key) != value and not (
             key == "weights" and set(_fact(path, found, key, list[str])) & set(json.loads(value))
         ):
-            short = key in ("backbone", "levels", "img_size", "bit_depth")
+            short = key in ("backbone", "levels", "img_size", "bit_depth", "preset")
             differences.append(f"{key} {found.get(key)}, not {value}" if short else f"other {key}")
     if differences:
         raise CheckpointError(f"{path} holds centers of other features: {'; '.join(differences)}. {_ADVICE}")

@@ -17,6 +17,18 @@ from adfeatures.errors import InputError
 from ..console import check_choices, option
 from ..data import DATASETS
 
+SOUND, PUBLISHED = "sound", "published"
+# What the published weights were made with, where another form can be asked for.
+_PUBLISHED_FORMS = {
+    "precision": "bfloat16",
+    "anchors": "both",
+    "pseudo_huber": "code",
+    "view_statistics": "original",
+    "pool": None,
+    "losses": "both",
+    "no_residual": False,
+}
+_PUBLISHED_SIDE = 224
 # What may differ between a run and its resumption, because it changes no number.
 FREE = (
     "output", "root", "validation_root", "backbone_weights", "centers", "filter_list",
@@ -29,6 +41,11 @@ class InputsConfig:
     """The images and the frozen backbone, which the pretraining and its centers take alike."""
 
     output: str = option("runs/pretrain", "folder of the run; a run that is there is resumed")
+    recipe: str = option(
+        SOUND,
+        "published: as the published weights were made, with 224 x 224 pixels cut from the middle of images",
+        (SOUND, PUBLISHED),
+    )
     # Data
     data: str = option("real_iad", "what root holds", ("real_iad", "folder", "manifest"))
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
@@ -55,11 +72,23 @@ class InputsConfig:
             raise InputError(f"bit_depth must be 9 to 16, got {self.bit_depth}.")
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
+        if self.recipe == PUBLISHED and self.img_size and set(self.img_size) != {_PUBLISHED_SIDE}:
+            raise InputError(
+                f"The recipe published is made for {_PUBLISHED_SIDE} x {_PUBLISHED_SIDE} pixels, not {self.img_size}: "
+                "leave out --img-size, or --recipe."
+            )
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Input height and width in pixels, None for the backbone's."""
+        if self.recipe == PUBLISHED:
+            return _PUBLISHED_SIDE, _PUBLISHED_SIDE
         return (self.img_size[0], self.img_size[-1]) if self.img_size else None
+
+    @property
+    def preset(self) -> str:
+        """The geometry of images and masks, of `adfeatures.images.PRESETS`."""
+        return "resize224_crop224" if self.recipe == PUBLISHED else "squash"
 
     def _check_numbers(self, *names: str, positive: bool = False) -> None:
         for name in names:
@@ -118,8 +147,9 @@ class PretrainConfig(InputsConfig):
         "original", "of the augmented views: original is CLIP's for DINOv2 as well", ("original", "backbone")
     )
     precision: str = option(
-        "autocast",
-        "autocast: float32 weights, bfloat16 products; bfloat16: weights and moments too, as the original",
+        None,
+        "autocast: float32 weights, bfloat16 products; bfloat16: everything, as in the published training; "
+        "the default is autocast, or what the recipe has",
         ("autocast", "float32", "bfloat16"),
     )
     max_steps: int | None = option(None, "stop after so many steps")
@@ -142,7 +172,16 @@ class PretrainConfig(InputsConfig):
     save_every: int = option(500, "steps between two checkpoints to resume from")
 
     def __post_init__(self) -> None:
+        if self.precision is None:
+            precision = _PUBLISHED_FORMS["precision"] if self.recipe == PUBLISHED else "autocast"
+            object.__setattr__(self, "precision", precision)
         super().__post_init__()
+        for name, form in _PUBLISHED_FORMS.items() if self.recipe == PUBLISHED else ():
+            if (value := getattr(self, name)) != form:
+                raise InputError(
+                    f"The recipe published has {form or 'no'} {name}, not {value}: "
+                    f"leave out --{name.replace('_', '-')}, or --recipe."
+                )
         self._check_numbers("num_heads", "num_keys", "batch_size", "accumulate", "epochs", "max_steps", positive=True)
         self._check_numbers("temperature", "save_every", "validation_images", positive=True)
         self._check_numbers("lr", "weight_decay", "radius", "margin")

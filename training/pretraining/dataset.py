@@ -48,10 +48,10 @@ def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
     return [items[index] for index in sorted(chosen)]
 
 
-def augmentation(statistics: str, entry: catalog.Backbone) -> TwoViews:
+def augmentation(statistics: str, entry: catalog.Backbone, preset: str = "squash") -> TwoViews:
     """Two views with the statistics of a backbone or, as the published weights were made, CLIP's for DINOv2 too."""
     original = statistics == "original" and entry.family == "dinov2"
-    return TwoViews(entry.img_size, *(catalog.OPENAI_CLIP if original else entry.normalization))
+    return TwoViews(entry.img_size, *(catalog.OPENAI_CLIP if original else entry.normalization), preset)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         shots: Sequence[int] = PretrainConfig.shots,
     ) -> None:
         self.items, self.pool, self.views, self.transform = list(items), list(pool), views, transform
-        self.mask_transform, self.load_references = MaskTransform(transform.img_size), load_references
+        self.mask_transform, self.load_references = MaskTransform(transform.img_size, transform.preset), load_references
         self.groups = _by_group(self.pool)
         sizes = {" ".join(group).strip(): len(self.groups.get(group, ())) for group in _by_group(self.items)}
         if lonely := [group for group, size in sizes.items() if not size]:

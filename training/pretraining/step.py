@@ -122,16 +122,17 @@ def losses(
             angle = angle + angle_loss(view1, view2, labels, center, config.temperature, config.anchors)
         labels = norm_labels(masks, grid).flatten()
         for view in (view1, view2) if config.losses != "angle" else ():
-            norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber)
+            norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber, view.dtype)
     return angle, norm
 
 
 @torch.no_grad()
 def encode_images(images: Tensor, backbone: nn.Module, device: torch.device, precision: str) -> list[Tensor]:
-    """Maps of the frozen backbone for images (B, 3, H, W), in bfloat16 for precision "bfloat16", else float32."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
-        maps = backbone(images.to(device, non_blocking=True))
-    return [level.to(torch.bfloat16 if precision == "bfloat16" else torch.float32) for level in maps]
+    """Maps of the frozen backbone for images (B, 3, H, W), in the precision of its weights."""
+    dtype = next(backbone.parameters()).dtype
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+        maps = backbone(images.to(device, dtype, non_blocking=True))
+    return [level.to(dtype) for level in maps]
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def validate(
     # One of its own for each validation: in it the projector is frozen, and training needs the memory back.
     extractor = (_FeatureExtractorWithoutResiduals if no_residual else FeatureExtractor)(
         backbone.module,
-        None if projector is None else copy.deepcopy(projector).float(),
+        None if projector is None else copy.deepcopy(projector).to(next(backbone.module.parameters())),
         name="validation",
         img_size=backbone.entry.img_size,
         pretrained_cfg={"mean": mean, "std": std},
@@ -112,6 +112,8 @@ def _evaluate(
         predictions = _SELECTORS[name](features).fit(train).predict(_collecting(truths, test))
         masks, labels = map(torch.cat, zip(*truths, strict=True))
         found = metrics.evaluate(predictions.maps, masks, labels, predictions.scores)
+        if trial.original_aupro:
+            found = replace(found, aupro=metrics.aupro_original(predictions.maps, masks))
         scores[name] = {criterion.key: float(getattr(found, criterion.field)) for criterion in CRITERIA}
     return scores
 

@@ -105,3 +105,10 @@ def test_views_depend_on_the_seed_alone_and_leave_the_global_generators() -> Non
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(VIEWS(image, 2**62), first)
     assert not torch.equal(VIEWS(image, 2**62 + 1), first)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "squash"])
+def test_views_of_the_original_geometry_are_cut_from_the_middle(preset: str) -> None:
+    image = photo(0, (300, 260))
+    square = cropped(image, int(preset[6:9]), Image.Resampling.BICUBIC)
+    assert torch.equal(TwoViews((224, 224), MEAN, STD, preset)(image, 3), TwoViews((224, 224), MEAN, STD)(square, 3))

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -34,6 +34,7 @@ from training.pretraining.dataset import (
     choose_pool,
 )
 
+Statistics: TypeAlias = "tuple[float, ...]"
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
 PRODUCTS = ("bottle_cap", "pcb")
 VIEWS, REFERENCE = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD)
@@ -148,7 +149,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
     ],
 )
 def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_asked_for(
-    backbone: str, original: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]
+    backbone: str, original: tuple[Statistics, Statistics], own: tuple[Statistics, Statistics]
 ) -> None:
     entry = BACKBONES[backbone]
     assert augmentation(PretrainConfig().view_statistics, entry) == TwoViews(entry.img_size, *original)
