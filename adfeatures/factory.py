@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 from PIL import Image
-from timm.layers import register_notrace_module
+from timm.models import register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
