@@ -229,12 +229,11 @@ def launch(given: PretrainConfig, processes: int) -> subprocess.CompletedProcess
 def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     changes = {"validation": "held_out", "pool": 2, "device": "cpu"}
     one = pretrain(config(tree, tmp_path / "one", **changes), CPU)
-    refused = launch(config(tree, tmp_path / "none", **changes), 2)
-    assert refused.returncode and "training.centers in one process first" in refused.stderr
-    centers = str(one / "centers.safetensors")
+    refused = launch(config(tree, tmp_path / "none", centers=str(tmp_path / "none.safetensors"), **changes), 2)
+    assert refused.returncode and "none.safetensors is not an existing file" in refused.stderr
     # In two goes, of which the first ends within an epoch.
     for stop in (3, None):
-        done = launch(config(tree, tmp_path / "two", centers=centers, max_steps=stop, **changes), 2)
+        done = launch(config(tree, tmp_path / "two", max_steps=stop, **changes), 2)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done:") == 1
     two = tmp_path / "two"
@@ -242,6 +241,7 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     for found, expected in zip(steps(two), steps(one), strict=True):
         assert found.pop("kind") == expected.pop("kind") == "step"
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert (two / "centers.safetensors").read_bytes() == (one / "centers.safetensors").read_bytes()
     for key, value in weights(one).items():
         difference = (weights(two)[key] - value).abs()
         if key.endswith("in_proj_bias"):
@@ -253,7 +253,7 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     assert found["kind"] == "validation"
     for method in ("norm", "angle"):
         assert found[method] == pytest.approx(expected[method], abs=1e-3)
-    refused = launch(config(tree, two, centers=centers, max_steps=100, epochs=2, **changes), 4)
+    refused = launch(config(tree, two, max_steps=100, epochs=2, **changes), 4)
     assert refused.returncode and "on 2 processes, now there are 4" in refused.stderr
 
 

@@ -28,7 +28,7 @@ from adfeatures.locks import only_run_for
 from ..data.images import ImageLoader
 from ..data.items import NORMAL, Item, items_digest
 from ..data.real_iad import reference_pool
-from ..distributed import world_size
+from ..distributed import agreed, rank
 from .config import CentersConfig
 from .dataset import Draw, PretrainingDataset
 from .frozen_backbone import FrozenBackbone
@@ -56,24 +56,18 @@ def find_centers(
 ) -> list[Tensor]:
     """The centers for a pretraining, on the device of the backbone.
 
-    They are those of a file or, without a path, of the folder of the run, where a single process computes them.
+    They are those of a file or, without a path, of the folder of the run, where one process computes them for all.
 
     Raises:
-        InputError: If they are needed by several processes and there are none.
-        CheckpointError: If those of the file are of other features.
+        CheckpointError: If there is no such file, or those of the file are of other features.
+        AdfeaturesError: As of ``compute_centers``.
     """
-    file = Path(path or folder / "centers.safetensors")
-    if path is None and world_size() == 1:
-        config = CentersConfig(output=str(file), seed=seed, workers=workers)
-        centers = compute_centers(config, backbone, train, reference_pool(train))
-    elif file.exists():
-        centers = load_centers(file, backbone)
-    else:
-        raise InputError(
-            f"There are no centers {file}. "
-            "Run python -m training.centers in one process first, then give --centers FILE."
-        )
-    return [center.to(backbone.device) for center in centers]
+    if path is None:
+        config = CentersConfig(output=str(folder / "centers.safetensors"), seed=seed, workers=workers)
+        pool = reference_pool(train)
+        agreed(lambda: compute_centers(config, backbone, train, pool) if rank() == 0 else None)
+        path = config.output
+    return [center.to(backbone.device) for center in load_centers(path, backbone)]
 
 
 def compute_centers(
