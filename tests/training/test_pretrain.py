@@ -189,7 +189,7 @@ def test_runs_killed_before_any_write_end_with_the_same_bits(tree: Path, tmp_pat
     given = config(tree, tmp_path / "killed", device="cpu", **changes)
     command = [sys.executable, "-c", DRIVER, given.output, *arguments(given)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) > 8
     assert steps(tmp_path / "killed") == steps(whole)
