@@ -76,7 +76,7 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
         if bank.scales is not None:
             tensors[f"{number}.scales"] = bank.scales
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
-        facts.append(own | dataclasses.asdict(bank.record))
+        facts.append(own | bank.record.facts())
     check(facts, list[_Facts], "banks")
     content, text = {name: tensor.contiguous() for name, tensor in tensors.items()}, dumps(facts)
     metadata = {"format": FORMAT, "version": VERSION, "banks": text, "sha256": _digest(text, content)}

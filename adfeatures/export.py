@@ -23,7 +23,6 @@ scale of the maps, the names and hashes of the references, and the hashes of the
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import warnings
@@ -157,7 +156,7 @@ def export_onnx(
 def _facts(model: FeatureExtractor, product: str | None) -> dict[str, Any]:
     bank = model.bank(product)
     ensure_threshold(model, product)
-    return dataclasses.asdict(bank.record) | {
+    return bank.record.facts() | {
         "format": FORMAT,
         "version": VERSION,
         "adfeatures": __version__,

@@ -290,7 +290,6 @@ class ImageTransform:
 
     def of_rgb(self, rgb: Image.Image) -> Tensor:
         """Transform what ``read`` gave. Result and errors as in a call."""
-        import torch
         from torchvision.transforms import functional as F
 
         side = _SHORTER_SIDE.get(self.preset)
@@ -302,6 +301,13 @@ class ImageTransform:
             )
         else:
             rgb = F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
+        return self.normalized(rgb)
+
+    def normalized(self, rgb: Image.Image) -> Tensor:
+        """The pixels of an image in RGB as they are, as a float32 tensor (3, H, W)."""
+        import torch
+        from torchvision.transforms import functional as F
+
         pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous().float().div(255)
         tensor: Tensor = F.normalize(pixels, list(self.mean), list(self.std))
         return tensor

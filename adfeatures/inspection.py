@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat, tee
 from pathlib import Path
@@ -204,7 +204,7 @@ def _facts(model: Detector, terms: Terms) -> dict[str, Any]:
                 "quantile": bank.quantile,
                 "normal_scores": len(bank.record.normal_scores),
                 "files": bank.files,
-                "sha256": hashlib.sha256(dumps(asdict(bank.record)).encode()).hexdigest(),
+                "sha256": hashlib.sha256(dumps(bank.record.facts()).encode()).hexdigest(),
             }
             for product, bank in model.references.items()
         },

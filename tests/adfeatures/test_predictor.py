@@ -18,7 +18,8 @@ import adfeatures
 from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.images import ImageSource
-from adfeatures.predictor import Prediction, score_photos, turn
+from adfeatures.fitting import turn
+from adfeatures.predictor import Prediction, score_photos
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
