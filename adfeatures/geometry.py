@@ -200,7 +200,8 @@ class Geometry:
             for length, extent, side in zip(size, extents, img_size, strict=True)
         )
         if len(rows) * len(columns) > _MAX_TILES:
-            raise ImageError(f"it takes {len(rows) * len(columns):,} tiles of {self.tile} pixels. Fit with larger ones.")
+            number = len(rows) * len(columns)
+            raise ImageError(f"it takes {number:,} tiles of {self.tile} pixels. Fit with larger ones.")
         places = [(row, column) for row in rows for column in columns]
         if region is not None:
             places = [(r, c) for r, c in places if region.mask[r.start : r.stop, c.start : c.stop].any()]

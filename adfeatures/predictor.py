@@ -20,7 +20,7 @@ from .geometry import PLAIN, Geometry, View
 from .images import ImageSource, ImageTransform, build_transform
 from .references import ReferenceBank
 from .scoring import QUANTILES, AnomalyMap, Tail, outliers, threshold_of
-from .sources import Photo, image_sources, name_of, read_distinct, read_photo
+from .sources import Photo, image_sources, read_distinct, read_photo
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"

@@ -64,9 +64,7 @@ class Scorer(Protocol):
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The features to compare, of maps of the backbone (B, C_l, h_l, w_l)."""
 
-    def scales(
-        self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None
-    ) -> Tensor | None:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> Tensor | None:
         """What a bank keeps for the maps of later images.
 
         Args:
@@ -276,7 +274,7 @@ def ring_scales(distances: Sequence[Tensor], counts: Tensor | None = None) -> Te
     for level in distances:
         ring = _rings(level.shape[-2], level.shape[-1], level.device).expand_as(level)
         if counts is not None:
-            counted = cells_of(counts.to(level.device), level.shape[-2:])
+            counted = cells_of(counts.to(level.device), (level.shape[1], level.shape[2]))
             level, ring = level[counted], ring[counted]
         means = torch.stack([level[ring == r].mean() if (ring == r).any() else level.mean() for r in range(RINGS + 1)])
         interior = means[-1].clamp_min(torch.finfo(means.dtype).eps)
