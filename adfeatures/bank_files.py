@@ -18,7 +18,8 @@ from torch import Tensor
 from .checkpoints import atomic_path, is_finite, regular_file
 from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
-from .references import BankRecord, ReferenceBank
+from .records import BankRecord
+from .references import ReferenceBank
 from .scoring import MAX_DISTANCE, RINGS
 
 FORMAT, VERSION = "adfeatures-references", "1"

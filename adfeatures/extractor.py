@@ -337,7 +337,6 @@ class FeatureExtractor(nn.Module):
         """
         scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
         residuals, size = self.residuals(x, product), (x.shape[2], x.shape[3])
-        counts = None if counts is None else counts.to(x.device)
         maps = self.scorer.maps(self._project(residuals), scales, size, sigma, counts)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from .errors import InputError
 from .geometry import PLAIN, Geometry, View
 from .predictor import BATCH_SIZE, PRESET, Images, normal_photos, stacked, view_batches
-from .references import BankRecord, ReferenceBank
+from .records import BankRecord
+from .references import ReferenceBank
 from .scoring import Project, cells_of, image_scores
 from .sources import image_sources, name_of, size_of
 

@@ -103,7 +103,7 @@ class Region:
             packed = packer.decompress(base64.b64decode(self.bits, validate=True), length + 1)
         except (ValueError, zlib.error) as error:
             raise InputError(f"the region of interest is damaged ({error})") from error
-        if len(packed) != length:
+        if len(packed) != length or not packer.eof:
             raise InputError("the region of interest is damaged")
         bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=height * width)
         return bits.reshape(height, width).astype(bool)

@@ -308,6 +308,7 @@ def fuse(
     With the pixels that count, bool (B, H, W), averages are over the cells that hold such ones, and 0 elsewhere.
     """
     if counts is not None:
+        counts = counts.to(patch_scores[0].device)
         cells = [cells_of(counts, (level.shape[1], level.shape[2])).to(level.dtype) for level in patch_scores]
         parts = fuse([level * own for level, own in zip(patch_scores, cells, strict=True)], size, sigma)
         wholes = fuse(cells, size, sigma)

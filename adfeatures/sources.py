@@ -105,17 +105,18 @@ def read_photo(
 
 
 def size_of(source: ImageSource) -> tuple[int, int]:
-    """The sides of an image in pixels, height and width as they are stored.
+    """Height and width of an image in pixels, as they are stored.
 
     Raises:
-        ImageError: As `read_image`, which decodes it.
+        ImageError: For one that cannot be opened.
     """
     if isinstance(source, (str, os.PathLike)):
         with open_image(source) as image:
             return image.height, image.width
-    if isinstance(source, Image.Image):
-        return source.height, source.width
-    return source.shape[0], source.shape[1]
+    with refusing("an image in memory"):
+        if isinstance(source, Image.Image):
+            return source.height, source.width
+        return source.shape[0], source.shape[1]
 
 
 def read_distinct(

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adfeatures import matching, references
 from adfeatures.errors import InputError, ReferencesError
 from adfeatures.geometry import PLAIN
-from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
+from adfeatures.records import BankRecord
+from adfeatures.references import ReferenceBank, residuals_of_images
 
 
 def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:

@@ -10,7 +10,8 @@ from helpers.golden_values import value
 from torch import Tensor
 
 from adfeatures.geometry import Geometry, Region
-from adfeatures.references import BankRecord, ReferenceBank
+from adfeatures.records import BankRecord
+from adfeatures.references import ReferenceBank
 
 
 def maps(
