@@ -116,6 +116,13 @@ class ReferenceBank:
         return self.record.geometry.is_plain and [len(rows) for rows in self.rows] == sizes
 
     @property
+    def views_per_image(self) -> float:
+        """How many tiles the images were cut into on average, by the rows that are there; 1 of whole images."""
+        if self.record.geometry.tile is None:
+            return 1
+        return len(self.rows[0]) / (self.num_images * math.prod(self.grids[0]))
+
+    @property
     def left_out(self) -> list[int]:
         """The images that are left out in turn: all, or LEAVE_ONE_OUT_IMAGES evenly spaced ones of more."""
         count = min(self.num_images, LEAVE_ONE_OUT_IMAGES)

@@ -178,15 +178,17 @@ class LocalCosineScorer(CosineRingScorer):
     Some patches of good parts are alike in all of them, others never twice the same. So the distance to a row of the
     bank counts by (own / mean of own)^EXPONENT, at least FLOOR before the power, where own is the distance of that row
     to those of the other reference images. At most ROWS rows of a level are matched with, whatever the number of
-    references.
+    references; of photos that are cut into more than TILES tiles as many more, up to MOST times.
     """
 
     tail: Tail = "lognormal"
     CELLS, ROWS, EXPONENT, FLOOR = 3, 4096, 0.35, 0.25
+    TILES, MOST = 12, 16
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Reduce what images are matched with, and learn what is normal there."""
-        bank.reduce(self.ROWS)
+        more = min(max(bank.views_per_image / self.TILES, 1), self.MOST)
+        bank.reduce(round(self.ROWS * more))
         if bank.num_images > 1:
             own = [level / level.mean().clamp_min(torch.finfo(level.dtype).eps) for level in bank.own_distances()]
             # Distances are half the squares of residuals.

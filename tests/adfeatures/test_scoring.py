@@ -16,6 +16,7 @@ from torch import Tensor
 from adfeatures import scoring
 from adfeatures.backbones import create_backbone
 from adfeatures.errors import InputError, ReferencesError
+from adfeatures.geometry import Geometry
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 
@@ -424,3 +425,17 @@ def test_predictive_quantile_of_copies_is_zero_and_of_one_copy_among_others_fini
 
 def test_expectation_in_words() -> None:
     assert scoring.expectation(0.97, 8) == "about 1 in 33 good parts flagged, from 8 photos"
+
+
+def test_more_rows_for_photos_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many times more as the tiles of a photo are more than twelve, and never more than sixteen times."""
+    monkeypatch.setattr(scoring.LocalCosineScorer, "ROWS", 20)
+    for tiles, expected in ((5, 20), (12, 20), (30, 50), (400, 320)):
+        features = torch.randn(2 * tiles, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        bank = ReferenceBank.from_features([features], [0] * tiles + [1] * tiles)
+        bank.record.geometry = Geometry(tile=64)
+        scoring.LocalCosineScorer().prepare(bank)
+        assert len(bank.rows[0]) == min(expected, 8 * tiles) and bank.kept is None and bank.units is not None
+        bank = ReferenceBank.from_features([features])
+        scoring.LocalCosineScorer().prepare(bank)
+        assert bank.kept is not None and len(bank.kept[0]) == 20 and len(bank.rows[0]) == 8 * tiles
