@@ -357,7 +357,7 @@ class FeatureExtractor(nn.Module):
     def score(
         self, images: Images, product: Products = None, *, batch_size: int = predictor.BATCH_SIZE
     ) -> list[Prediction]:
-        """Score images as they are: read, squashed to the model's input size, mapped back to their own size.
+        """Score images as they are: read, squashed to the model's input size, or cut as the references are, mapped back.
 
         Args:
             images: Paths, PIL images or uint8 arrays, or a folder.

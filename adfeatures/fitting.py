@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,10 +75,10 @@ def fit(
     bank.scales = model.scorer.scales(left_out(), len(bank.rows), counts)
     if bank is not full:  # Later its images are not whole any more.
         scores = image_scores(left_out(), bank.scales, model.scorer, project, model.backbone.reductions[0], counts)
-        best: dict[int, float] = {}
+        of_images: dict[int, list[float]] = {}
         for (_, image), score in zip(views, scores, strict=True):
-            best[image] = max(score, best.get(image, 0))
-        bank.record.normal_scores = list(best.values())
+            of_images.setdefault(image, []).append(score)
+        bank.record.normal_scores = [float(np.max(own)) for own in of_images.values()]
     return bank
 
 

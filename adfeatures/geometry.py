@@ -71,7 +71,7 @@ class Region:
     bits: str
 
     def __post_init__(self) -> None:
-        if not self.mask.any():
+        if not self._unpacked().any():
             raise InputError("no pixel of it is bright: paint what counts white, on black")
 
     @classmethod
@@ -95,6 +95,9 @@ class Region:
     @cached_property
     def mask(self) -> np.ndarray:
         """What counts, bool (H, W)."""
+        return self._unpacked()
+
+    def _unpacked(self) -> np.ndarray:
         height, width = self.size
         if height * width > MAX_PIXELS or len(self.bits) > 2 * _MAX_ROI_BYTES:
             raise InputError("the region of interest is larger than any photo")

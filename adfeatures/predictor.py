@@ -85,7 +85,7 @@ class Prediction(NamedTuple):
     """The score of one image.
 
     Attributes:
-        score: Image score, >= 0, without upper bound: the maximum of the smoothed map at the model's input size.
+        score: Image score, >= 0, without upper bound: the maximum of the smoothed maps at the model's input size.
         map: Anomaly map at the size of the original image, float32 (H, W).
         threshold: Score above which an image counts as anomalous, None with a single reference image.
         is_anomalous: The decision, None without a threshold.
@@ -262,8 +262,8 @@ def _predict_batch(
 ) -> Iterator[Prediction]:
     for number, views in groupby(_scored_views(model, photos, products, batch_size), itemgetter(0)):
         _, maps, scores = zip(*views, strict=True)
-        photo, bank, score = photos[number], model.bank(products[number]), max(scores)
-        if not math.isfinite(sum(scores)):
+        photo, bank, score = photos[number], model.bank(products[number]), float(np.max(scores))
+        if not math.isfinite(score):
             raise InputError(f"The score of {photo.source} is {score}: the model overflows, or the bank is damaged.")
         assert photo.cut is not None
         decision = None if bank.threshold is None else score > bank.threshold
@@ -296,7 +296,9 @@ def fit_threshold(model: Detector, quantile: float | None, normals: Images | Non
         scores = _scores_of(model, normals, product)
     else:
         scores = record.normal_scores or model.leave_one_out_scores(product)
-        for index in outliers(scores) if not record.normal_scores else ():
+        # Those of a bank without whole images were taken when it was made.
+        is_new = not record.normal_scores or (record.threshold is None and len(scores) == len(bank.left_out))
+        for index in outliers(scores) if is_new else ():
             number = bank.left_out[index]
             name = (record.files[number] if record.files else "") or number
             warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
@@ -341,7 +343,7 @@ def _scores_of(model: Detector, normals: Images, product: str | None) -> list[fl
     record = model.bank(product).record
     for batch in normal_photos(model, normals, record.bit_depth, record.known, record.geometry):
         views = _scored_views(model, batch, [product] * len(batch))
-        scores += [max(score for _, _, score in own) for _, own in groupby(views, itemgetter(0))]
+        scores += [float(np.max([score for _, _, score in own])) for _, own in groupby(views, itemgetter(0))]
     if not scores:
         raise InputError("No normal image is left that is not a reference. Give photos of other good parts.")
     return scores

@@ -36,7 +36,7 @@ from adfeatures.geometry import PLAIN, Geometry, Region, Span, View, views_of
 from adfeatures.images import ImageSource
 from adfeatures.inspection import Outcome, Terms, inspect, outcomes
 from adfeatures.predictor import transform_for
-from adfeatures.scoring import fuse, ring_scales, smooth
+from adfeatures.scoring import AnomalyMap, fuse, ring_scales, smooth
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down", "ignore:.*almost the same picture")
 
@@ -332,6 +332,23 @@ class TestTiles:
         model.fit_threshold(1.0, normals=tested)
         assert model.bank().record.normal_scores == pytest.approx(scores, rel=1e-5)
 
+    def test_an_odd_reference_is_named_and_damage_in_any_tile_is_no_decision(self, tmp_path: Path) -> None:
+        base = np.asarray(photo(0, self.SIZE), dtype=np.int64)
+        for number in range(6):
+            noise = np.random.default_rng(number).integers(-3, 4, base.shape)
+            own = base.copy()
+            if number == 4:
+                own[60:100, 130:180] = np.asarray(photo(7, (50, 40)))
+            Image.fromarray((own + noise).clip(0, 255).astype(np.uint8)).save(tmp_path / f"{number}.png")
+        model = tiny_extractor()
+        model.set_references(tmp_path, geometry=self.GEOMETRY)
+        with pytest.warns(UserWarning, match=r"4\.png looks anomalous"):
+            model.fit_threshold()
+        scores = torch.tensor([0.5, torch.nan, 0.25])
+        model.anomaly_map = lambda x, product, counts: AnomalyMap(torch.zeros(len(x), 56, 56), scores[: len(x)])  # type: ignore[method-assign,assignment,misc]
+        with pytest.raises(InputError, match="score of .* is nan"):
+            model.score(photo(0, self.SIZE), batch_size=3)
+
     def test_banks_keep_their_geometry(self, tmp_path: Path) -> None:
         model = tiny_extractor()
         region = Region.read(inside((130, 200), 20, 100, 30, 170))
@@ -543,15 +560,15 @@ class TestCommands:
         assert f"{text} is not SIZE, SIZE:OVERLAP or auto" in capsys.readouterr().err
 
     def test_a_bank_was_cut_already(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run("fit", "--references", "good/wide", "--bank", "b.safetensors", "--tile", "80:8") == 0
-        for options in (["--tile", "80:8"], ["--keep-aspect"], ["--roi", "roi.png"]):
+        assert run("fit", "--references", "good/wide", "--bank", "b.safetensors", "--tile", "150:8") == 0
+        for options in (["--tile", "150:8"], ["--keep-aspect"], ["--roi", "roi.png"]):
             capsys.readouterr()
             assert run("score", "--bank", "b.safetensors", "--output", "out", "new/wide", *options) == 2
-            assert "was made of tiles of 80 pixels, 8 shared, and others are cut alike" in capsys.readouterr().err
+            assert "was made of tiles of 150 pixels, 8 shared, and others are cut alike" in capsys.readouterr().err
 
     def test_a_photo_that_is_too_small_gets_a_row_and_the_rest_go_on(self, folder: Path) -> None:
-        Image.new("RGB", (400, 79)).save("new/wide/low.png")
-        assert run("fit", "--references", "good/wide", "--bank", "b.safetensors", "--tile", "80") == 0
+        Image.new("RGB", (400, 149)).save("new/wide/low.png")
+        assert run("fit", "--references", "good/wide", "--bank", "b.safetensors", "--tile", "150") == 0
         assert run("score", "--bank", "b.safetensors", "--output", "out", "new/wide") == 1
         found = scores(folder / "out")
         assert np.isnan(found.pop("low")) and len(found) == 2 and min(found.values()) > 0
@@ -561,7 +578,7 @@ class TestCommands:
         for number, size in enumerate([(80, 80), (150, 80), (400, 160), (80, 80), (150, 80), (80, 80), (150, 90)]):
             photo(number, size).save(f"new/{number}.png")
         files = sorted(map(str, Path("new").glob("*.png")))
-        model = adfeatures.create_model()
+        model = tiny_extractor()
         model.set_references(folder / "good" / "wide", geometry=Geometry(80, 8))
         whole = inspect(model, files, "whole", batch_size=3)
         with pytest.raises(ValueError, match="stop"):
@@ -643,15 +660,17 @@ def test_large_photos_in_bounded_memory_and_their_small_defects(
         large(*size, seed).save(folders["good"] / f"{seed}.png", compress_level=1)
     for seed in (10, 11, 12, 13):
         large(*size, seed, place if seed == 13 else None).save(folders["new"] / f"{seed}.png", compress_level=1)
-    found = {}
-    for name, options in (("plain", []), ("tiles", ["--tile", "auto"])):
+    found, ways = {}, {"tiles": ["--tile", "auto"], "plain": []}
+    if max(size) > 8000:  # Of a line scan every third column is left, and a scratch that is long enough.
+        del ways["plain"]
+    for name, options in ways.items():
         bank, output = tmp_path / f"{name}.safetensors", tmp_path / name
         assert run("fit", "--references", folders["good"], "--bank", bank, *options) == 0
         command = [sys.executable, "-c", LARGE, str(bank), str(output), *map(str, sorted(folders["new"].iterdir()))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        print(name, size, done.stdout.split()[-1], "MiB")
         assert float(done.stdout.split()[-1]) < 3000
         found[name] = scores(output)
     good, bad = ([found["tiles"][name] for name in names] for names in (("10", "11", "12"), ("13",)))
     assert bad[0] > 2 * max(good)
-    assert found["plain"]["13"] < 1.5 * max(found["plain"][name] for name in ("10", "11", "12"))
+    if "plain" in found:
+        assert found["plain"]["13"] < 1.5 * max(found["plain"][name] for name in ("10", "11", "12"))
