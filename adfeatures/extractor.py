@@ -336,8 +336,8 @@ class FeatureExtractor(nn.Module):
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
         scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
-        residuals, size = self.residuals(x, product), (x.shape[2], x.shape[3])
-        maps = self.scorer.maps(self._project(residuals), scales, size, sigma, counts)
+        patches = self.scorer.patch_scores(self._project(self.residuals(x, product)), scales)
+        maps = scoring.fuse(patches, (x.shape[2], x.shape[3]), sigma, counts)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()
@@ -357,7 +357,7 @@ class FeatureExtractor(nn.Module):
     def score(
         self, images: Images, product: Products = None, *, batch_size: int = predictor.BATCH_SIZE
     ) -> list[Prediction]:
-        """Score images as they are: read, squashed to the model's input size, or cut as the references are, mapped back.
+        """Score images as they are: read, squashed to the model's input size or cut as the references, mapped back.
 
         Args:
             images: Paths, PIL images or uint8 arrays, or a folder.

@@ -74,22 +74,12 @@ class Scorer(Protocol):
             counts: What counts of all these images, bool (K, H, W); None for all.
         """
 
-    def maps(
-        self,
-        features: Sequence[Tensor],
-        scales: Sequence[Tensor | None],
-        size: tuple[int, int],
-        sigma: float,
-        counts: Tensor | None = None,
-    ) -> Tensor:
-        """Anomaly maps (B, H, W).
+    def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """Scores of patches, one (B, h_l, w_l) per level, of which ``fuse`` makes anomaly maps.
 
         Args:
             features: Residuals, projected where the model has a projector, one (B, C_l, h_l, w_l) per level.
             scales: Of the bank of each image, or of the one of all.
-            size: Height and width of the maps in pixels.
-            sigma: Gaussian smoothing in pixels of the maps.
-            counts: What counts of the images, bool (B, H, W); None for all. The maps are 0 elsewhere.
         """
 
 
@@ -110,16 +100,9 @@ class FeatureNormScorer:
     def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> None:
         """Nothing: training has given all norms one scale."""
 
-    def maps(
-        self,
-        features: Sequence[Tensor],
-        scales: Sequence[Tensor | None],
-        size: tuple[int, int],
-        sigma: float,
-        counts: Tensor | None = None,
-    ) -> Tensor:
-        """See ``feature_norm_map``."""
-        return feature_norm_map(features, size, sigma, counts)
+    def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """See ``patch_norms``."""
+        return [patch_norms(level) for level in features]
 
 
 class CosineRingScorer:
@@ -151,15 +134,8 @@ class CosineRingScorer:
             return torch.ones(levels, RINGS + 1) if self.typical is None else torch.tensor(self.typical)
         return ring_scales([torch.cat(level) for level in zip(*batches, strict=True)], counts).cpu()
 
-    def maps(
-        self,
-        features: Sequence[Tensor],
-        scales: Sequence[Tensor | None],
-        size: tuple[int, int],
-        sigma: float,
-        counts: Tensor | None = None,
-    ) -> Tensor:
-        """The distances divided by the scales of each image's bank, averaged over the levels and smoothed.
+    def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """The distances divided by the scales of each image's bank.
 
         Raises:
             ReferencesError: For a bank without scales, as a model with a projector makes it.
@@ -168,8 +144,7 @@ class CosineRingScorer:
         if len(of_images) != len(scales):
             raise ReferencesError("The bank was made by a model that scores otherwise. Set the references again.")
         of_levels = torch.stack(of_images, dim=1)
-        distances = [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
-        return fuse(distances, size, sigma, counts)
+        return [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
 
 
 class LocalCosineScorer(CosineRingScorer):
@@ -228,26 +203,24 @@ def image_scores(
     for residuals in batches:
         count, _, height, width = residuals[0].shape
         own = None if counts is None else counts[len(scores) : len(scores) + count]
-        maps = scorer.maps(project(residuals), [scales] * count, (height * reduction, width * reduction), SIGMA, own)
+        patches = scorer.patch_scores(project(residuals), [scales] * count)
+        maps = fuse(patches, (height * reduction, width * reduction), SIGMA, own)
         scores += maps.amax(dim=(1, 2)).tolist()
     return scores
 
 
-def feature_norm_map(
-    features: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA, counts: Tensor | None = None
-) -> Tensor:
+def feature_norm_map(features: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
     """Anomaly maps from the norms of projected residual features (FeatureNorm, paper section 3.5).
 
     Args:
         features: One (B, C_l, h_l, w_l) map per level.
         size: Height and width of the result in pixels.
         sigma: Standard deviation of the Gaussian smoothing in pixels of the result; 0 for none.
-        counts: What counts, bool (B, H, W); None for all.
 
     Returns:
-        (B, H, W), the mean over the levels; 0 where nothing counts.
+        (B, H, W), the mean over the levels.
     """
-    return fuse([patch_norms(level) for level in features], size, sigma, counts)
+    return fuse([patch_norms(level) for level in features], size, sigma)
 
 
 def patch_norms(features: Tensor) -> Tensor:

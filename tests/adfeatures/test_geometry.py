@@ -479,6 +479,23 @@ def scores(folder: Path) -> dict[str, float]:
         return {Path(row["file"]).stem: float(row["score"] or "nan") for row in csv.DictReader(table)}
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("small_input")
+@pytest.mark.parametrize("options", [{}, {"rotations": 3}, {"coreset": 0.5}], ids=str)
+def test_cut_on_a_gpu_as_on_the_processor(options: dict[str, Any]) -> None:
+    region = Region.read(inside((130, 200), 20, 100, 30, 170))
+    found = []
+    for device in ("cpu", "cuda"):
+        model = adfeatures.create_model().to(device)
+        model.set_references(
+            [photo(seed, (200, 130)) for seed in range(3)],
+            geometry=Geometry(100, keep_aspect=True, region=region),
+            **options,
+        )
+        found.append([model.fit_threshold(), model.score(photo(9, (200, 130)))[0].score])
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
 @pytest.mark.usefixtures("small_input")
 class TestCommands:
     @pytest.fixture
