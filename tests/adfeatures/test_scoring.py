@@ -345,7 +345,7 @@ def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
         alone = scoring.fuse(scorer.patch_scores([residuals[0][index : index + 1]], [own]), (16, 16), 2.0)
         assert_near(together[index : index + 1], alone, 1e-6)
     with pytest.raises(ReferencesError, match="scores otherwise"):
-        scorer.maps(residuals, [scales[0], None], (16, 16), 2.0)
+        scorer.patch_scores(residuals, [scales[0], None])
 
 
 def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() -> None:
