@@ -38,6 +38,8 @@ QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.95}
 # The standard deviation of the logarithms of normal scores as development products show it, and how many scores that
 # knowledge is worth.
 SPREAD, SPREAD_WORTH = 0.15, 8
+# How much higher than the next lower score that of an outlier is.
+GAP = 1.2
 
 
 class AnomalyMap(NamedTuple):
@@ -361,11 +363,19 @@ def _student(quantile: float, freedom: int) -> float:
 
 
 def outliers(scores: Sequence[float] | np.ndarray) -> list[int]:
-    """Indices of scores far above the others: over 1.5 medians, and 3.5 robust standard deviations from the median."""
+    """Indices of scores far above the others.
+
+    Over 1.5 medians, 3.5 robust standard deviations from the median, and apart: parts that come in two kinds, both
+    good, have no score that a gap of a fifth sets off from the next lower one.
+    """
     values = np.asarray(scores, dtype=np.float64)
     median = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - median))
-    return [int(i) for i in np.flatnonzero((values > 1.5 * median) & (values > median + 3.5 * spread))]
+    ordered = np.sort(values)
+    far = (ordered > 1.5 * median) & (ordered > median + 3.5 * spread)
+    apart = ordered > GAP * np.concatenate([ordered[:1], ordered[:-1]])
+    lowest = min(ordered[far & apart], default=np.inf)
+    return [int(i) for i in np.flatnonzero(values >= lowest)]
 
 
 def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | Sequence[bool] | np.ndarray) -> float:
