@@ -135,7 +135,9 @@ def banks_of(
         InputError: If no image is left.
     """
     preset = None if isinstance(images, Tensor) else PRESET
-    record = BankRecord(model=model.name, img_size=model.img_size, preset=preset, bit_depth=bit_depth)
+    record = BankRecord(
+        model=model.name, form=model.scorer.form, img_size=model.img_size, preset=preset, bit_depth=bit_depth
+    )
     maps: list[list[list[Tensor]]] = [[] for _ in range(rotations)]
     for batch in normal_photos(model, images, bit_depth, known):
         for number, of_turn in enumerate(maps):

@@ -33,6 +33,7 @@ class BankRecord:
         pixels: Hash of the pixels of each image, upright and in RGB, "" for tensors and in banks of earlier versions.
         model: Name of the model that made the features.
         fingerprint: Hashes of that model's weights.
+        form: What that model's scorer does to maps, None where it does nothing, and in banks of earlier versions.
         img_size: Input height and width of that model.
         preset: Preset of the transform, None where the images came as tensors.
         bit_depth: Bits per channel that 16-bit images were read with, and images to be compared with these are.
@@ -47,6 +48,7 @@ class BankRecord:
     pixels: list[str] = field(default_factory=list)
     model: str | None = None
     fingerprint: list[str] = field(default_factory=list)
+    form: str | None = None
     img_size: tuple[int, int] | None = None
     preset: str | None = None
     bit_depth: int = 16

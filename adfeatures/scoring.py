@@ -55,10 +55,12 @@ class Scorer(Protocol):
     Attributes:
         top: Top of the fixed color scale of maps where no threshold gives one.
         tail: How thresholds are taken from the scores of normal images.
+        form: What is done to the maps of the backbone, by name, which banks keep; None where nothing else was ever.
     """
 
     top: float
     tail: Tail
+    form: str | None
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Let a new bank match images as the scorer needs it."""
@@ -94,6 +96,7 @@ class FeatureNormScorer:
     # Training pushes anomalous patches above 0.4 + 0.75.
     top = 1.15
     tail: Tail = "empirical"
+    form: str | None = None
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Nothing: images are matched with all rows."""
@@ -123,6 +126,7 @@ class CosineRingScorer:
     # A multiple of what normal patches show.
     top = 4.0
     tail: Tail = "empirical"
+    form: str | None = None
 
     def __init__(self, typical: Sequence[Sequence[float]] | None = None) -> None:
         self.typical = typical
@@ -164,10 +168,15 @@ class LocalCosineScorer(CosineRingScorer):
     bank counts by (own / mean of own)^EXPONENT, at least FLOOR before the power, where own is the distance of that row
     to those of the other reference images. At most ROWS rows of a level are matched with, whatever the number of
     references.
+
+    A photo that is everywhere a little farther from the references, by its focus or light, has its map divided by the
+    root of its mean. Values count in that mean as CEILING at most, so that what has changed everywhere still stands
+    out.
     """
 
     tail: Tail = "lognormal"
-    CELLS, ROWS, EXPONENT, FLOOR = 3, 4096, 0.35, 0.25
+    form: str | None = "binomial"
+    ROWS, EXPONENT, FLOOR, CEILING = 4096, 0.35, 0.25, 1.5
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Reduce what images are matched with, and learn what is normal there."""
@@ -178,9 +187,19 @@ class LocalCosineScorer(CosineRingScorer):
             bank.units = [level.clamp_min(self.FLOOR) ** (self.EXPONENT / 2) for level in own]
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Means of CELLS x CELLS patches, fewer at the border, of unit length."""
-        means = (F.avg_pool2d(level, self.CELLS, 1, self.CELLS // 2, count_include_pad=False) for level in maps)
+        """Means of 3 x 3 patches, weighted 1, 2, 1 along either side, of unit length."""
+        padded = (F.pad(level, (1, 1, 1, 1), mode="replicate") for level in maps)
+        # A mean of 2 x 2 of means of 2 x 2 has these weights.
+        means = (F.avg_pool2d(F.avg_pool2d(level, 2, 1), 2, 1) for level in padded)
         return [F.normalize(level, dim=1) for level in means]
+
+    def maps(
+        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
+    ) -> Tensor:
+        """As of ``CosineRingScorer``, each map divided by the root of its mean."""
+        maps = super().maps(features, scales, size, sigma)
+        means = maps.clamp_max(self.CEILING).mean(dim=(1, 2), keepdim=True)
+        return maps / means.clamp_min(self.FLOOR).sqrt()
 
 
 def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
