@@ -67,8 +67,8 @@ class Tag:
     """One set of trained weights of a model. The paths are those of the published Hub repository.
 
     Attributes:
-        local: For "residual": patches are averaged with their neighbors, and distances counted in units of what is
-            normal where they match.
+        local: For "residual": patches are averaged with their neighbors, distances counted in units of what is normal
+            where they match, and maps by what is far off everywhere.
         typical_distances: For "residual": typical distances between two normal images per level and ring, the interior
             last; used where there is one reference only.
     """

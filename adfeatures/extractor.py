@@ -267,7 +267,9 @@ class FeatureExtractor(nn.Module):
         if bank.model not in (None, self.name):
             raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")
         if bank.model is not None and bank.record.form != self.scorer.form:
-            raise ReferencesError(f"{source} was made by another form of {self.name}. {advice}")
+            raise ReferencesError(
+                f"{source} was made by another form of {self.name}. Make the bank again with: adfeatures fit"
+            )
         if (size := bank.record.img_size) not in (None, self.img_size):
             raise ReferencesError(
                 f"{source} was made for images of {size} pixels (height, width), not {self.img_size}. {advice}"
