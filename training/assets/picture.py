@@ -1,4 +1,4 @@
-"""Make the picture of the README, which ``adfeatures demo`` draws: ``python -m training.assets.picture --output FILE``."""
+"""Make the picture of the README, that of the demo: ``python -m training.assets.picture --output FILE``."""
 
 from __future__ import annotations
 
