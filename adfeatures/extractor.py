@@ -266,6 +266,10 @@ class FeatureExtractor(nn.Module):
         advice = "Create that model, or make the bank again with: adfeatures fit"
         if bank.model not in (None, self.name):
             raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")
+        if bank.model is not None and bank.record.form != self.scorer.form:
+            raise ReferencesError(
+                f"{source} was made by another form of {self.name}. Make the bank again with: adfeatures fit"
+            )
         if (size := bank.record.img_size) not in (None, self.img_size):
             raise ReferencesError(
                 f"{source} was made for images of {size} pixels (height, width), not {self.img_size}. {advice}"
@@ -336,8 +340,8 @@ class FeatureExtractor(nn.Module):
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
         scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
-        patches = self.scorer.patch_scores(self._project(self.residuals(x, product)), scales)
-        maps = scoring.fuse(patches, (x.shape[2], x.shape[3]), sigma, counts)
+        features, size = self._project(self.residuals(x, product)), (x.shape[2], x.shape[3])
+        maps = scoring.anomaly_maps(self.scorer, features, scales, size, sigma, counts)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()

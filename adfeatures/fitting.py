@@ -100,7 +100,12 @@ def encode(
     """
     preset = None if isinstance(images, Tensor) else PRESET
     record = BankRecord(
-        model=model.name, img_size=model.img_size, preset=preset, bit_depth=bit_depth, geometry=geometry
+        model=model.name,
+        form=model.scorer.form,
+        img_size=model.img_size,
+        preset=preset,
+        bit_depth=bit_depth,
+        geometry=geometry,
     )
     maps: list[list[list[Tensor]]] = [[] for _ in range(rotations)]
     counts: list[list[Tensor]] = [[] for _ in range(rotations)]

@@ -19,6 +19,7 @@ class BankRecord:
         pixels: Hash of the pixels of each image, upright and in RGB, "" for tensors and in banks of earlier versions.
         model: Name of the model that made the features.
         fingerprint: Hashes of that model's weights.
+        form: What that model's scorer does to maps, None where it does nothing, and in banks of earlier versions.
         img_size: Input height and width of that model.
         preset: Preset of the transform, None where the images came as tensors.
         bit_depth: Bits per channel that 16-bit images were read with, and images to be compared with these are.
@@ -34,6 +35,7 @@ class BankRecord:
     pixels: list[str] = field(default_factory=list)
     model: str | None = None
     fingerprint: list[str] = field(default_factory=list)
+    form: str | None = None
     img_size: tuple[int, int] | None = None
     preset: str | None = None
     bit_depth: int = 16
@@ -48,11 +50,10 @@ class BankRecord:
         return {*self.sha256s, *self.pixels} - {""}
 
     def facts(self) -> dict[str, Any]:
-        """All of it as JSON has it; a plain geometry, which earlier versions do not know, is left out."""
-        facts = dataclasses.asdict(self)
-        if self.geometry.is_plain:
-            del facts["geometry"]
-        return facts
+        """All of it as JSON has it; what earlier versions do not know is left out where it says nothing."""
+        plain = {"geometry"} if self.geometry.is_plain else set()
+        plain |= {"form"} if self.form is None else set()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in plain}
 
     def undecided(self) -> BankRecord:
         """The same without the threshold and what it was taken from."""

@@ -38,6 +38,8 @@ QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.95}
 # The standard deviation of the logarithms of normal scores as development products show it, and how many scores that
 # knowledge is worth.
 SPREAD, SPREAD_WORTH = 0.15, 8
+# How much higher than the next lower score that of an outlier is.
+GAP = 1.2
 
 
 class AnomalyMap(NamedTuple):
@@ -53,10 +55,12 @@ class Scorer(Protocol):
     Attributes:
         top: Top of the fixed color scale of maps where no threshold gives one.
         tail: How thresholds are taken from the scores of normal images.
+        form: What is done to the maps of the backbone, by name, which banks keep; None where nothing else was ever.
     """
 
     top: float
     tail: Tail
+    form: str | None
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Let a new bank match images as the scorer needs it."""
@@ -82,6 +86,9 @@ class Scorer(Protocol):
             scales: Of the bank of each image, or of the one of all.
         """
 
+    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Smoothed maps (B, H, W) without what may differ everywhere, of the pixels (B, H, W) that count."""
+
 
 class FeatureNormScorer:
     """The norm of projected residuals (FeatureNorm, paper section 3.5)."""
@@ -89,6 +96,7 @@ class FeatureNormScorer:
     # Training pushes anomalous patches above 0.4 + 0.75.
     top = 1.15
     tail: Tail = "empirical"
+    form: str | None = None
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Nothing: images are matched with all rows."""
@@ -104,6 +112,10 @@ class FeatureNormScorer:
         """See ``patch_norms``."""
         return [patch_norms(level) for level in features]
 
+    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The maps as they are."""
+        return maps
+
 
 class CosineRingScorer:
     """Cosine distances, as multiples of what normal patches show at the same distance from the border of the map.
@@ -116,6 +128,7 @@ class CosineRingScorer:
     # A multiple of what normal patches show.
     top = 4.0
     tail: Tail = "empirical"
+    form: str | None = None
 
     def __init__(self, typical: Sequence[Sequence[float]] | None = None) -> None:
         self.typical = typical
@@ -146,6 +159,10 @@ class CosineRingScorer:
         of_levels = torch.stack(of_images, dim=1)
         return [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
 
+    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The maps as they are."""
+        return maps
+
 
 class LocalCosineScorer(CosineRingScorer):
     """Cosine distances between means of neighboring patches, in units of what is normal where they match.
@@ -154,10 +171,15 @@ class LocalCosineScorer(CosineRingScorer):
     bank counts by (own / mean of own)^EXPONENT, at least FLOOR before the power, where own is the distance of that row
     to those of the other reference images. At most ROWS rows of a level are matched with, whatever the number of
     references; of photos that are cut into more than TILES tiles as many more, up to MOST times.
+
+    A photo that is everywhere a little farther from the references, by its focus or light, has its map divided by the
+    root of its mean, a tile by that of its own. Values count in that mean as CEILING at most, so that what has changed
+    everywhere still stands out.
     """
 
     tail: Tail = "lognormal"
-    CELLS, ROWS, EXPONENT, FLOOR = 3, 4096, 0.35, 0.25
+    form: str | None = "binomial"
+    ROWS, EXPONENT, FLOOR, CEILING = 4096, 0.35, 0.25, 1.5
     TILES, MOST = 12, 16
 
     def prepare(self, bank: ReferenceBank) -> None:
@@ -170,9 +192,18 @@ class LocalCosineScorer(CosineRingScorer):
             bank.units = [level.clamp_min(self.FLOOR) ** (self.EXPONENT / 2) for level in own]
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Means of CELLS x CELLS patches, fewer at the border, of unit length."""
-        means = (F.avg_pool2d(level, self.CELLS, 1, self.CELLS // 2, count_include_pad=False) for level in maps)
+        """Means of 3 x 3 patches, weighted 1, 2, 1 along either side, of unit length."""
+        padded = (F.pad(level, (1, 1, 1, 1), mode="replicate") for level in maps)
+        # A mean of 2 x 2 of means of 2 x 2 has these weights.
+        means = (F.avg_pool2d(F.avg_pool2d(level, 2, 1), 2, 1) for level in padded)
         return [F.normalize(level, dim=1) for level in means]
+
+    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Each map divided by the root of its mean, over what counts."""
+        weights = torch.ones_like(maps) if counts is None else counts.to(maps)
+        sums = (maps.clamp_max(self.CEILING) * weights).sum(dim=(1, 2), keepdim=True)
+        means = sums / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+        return maps / means.clamp_min(self.FLOOR).sqrt()
 
 
 def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
@@ -203,10 +234,22 @@ def image_scores(
     for residuals in batches:
         count, _, height, width = residuals[0].shape
         own = None if counts is None else counts[len(scores) : len(scores) + count]
-        patches = scorer.patch_scores(project(residuals), [scales] * count)
-        maps = fuse(patches, (height * reduction, width * reduction), SIGMA, own)
+        size = (height * reduction, width * reduction)
+        maps = anomaly_maps(scorer, project(residuals), [scales] * count, size, SIGMA, own)
         scores += maps.amax(dim=(1, 2)).tolist()
     return scores
+
+
+def anomaly_maps(
+    scorer: Scorer,
+    features: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    size: tuple[int, int],
+    sigma: float = SIGMA,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Maps (B, H, W) as a scorer makes them. Arguments as of its ``patch_scores`` and of ``fuse``."""
+    return scorer.leveled(fuse(scorer.patch_scores(features, scales), size, sigma, counts), counts)
 
 
 def feature_norm_map(features: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
@@ -382,11 +425,19 @@ def _student(quantile: float, freedom: int) -> float:
 
 
 def outliers(scores: Sequence[float] | np.ndarray) -> list[int]:
-    """Indices of scores far above the others: over 1.5 medians, and 3.5 robust standard deviations from the median."""
+    """Indices of scores far above the others.
+
+    Over 1.5 medians, 3.5 robust standard deviations from the median, and apart: parts that come in two kinds, both
+    good, have no score that a gap of a fifth sets off from the next lower one.
+    """
     values = np.asarray(scores, dtype=np.float64)
     median = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - median))
-    return [int(i) for i in np.flatnonzero((values > 1.5 * median) & (values > median + 3.5 * spread))]
+    ordered = np.sort(values)
+    far = (ordered > 1.5 * median) & (ordered > median + 3.5 * spread)
+    apart = ordered > GAP * np.concatenate([ordered[:1], ordered[:-1]])
+    lowest = min(ordered[far & apart], default=np.inf)
+    return [int(i) for i in np.flatnonzero(values >= lowest)]
 
 
 def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | Sequence[bool] | np.ndarray) -> float:

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set", choices=SETS, default="development", help="products to choose by, or those of the final judgment"
     )
     parser.add_argument("--products", nargs="+", metavar="NAME", help="some of the set alone (default: all)")
+    parser.add_argument(
+        "--rotations", type=int, default=1, metavar="N", help="judge each model also with references turned N ways"
+    )
     parser.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
     options = parser.parse_args(arguments)
     return run("judge", lambda: _judge(options))
@@ -47,7 +50,7 @@ def _judge(options: argparse.Namespace) -> None:
         if name not in table:
             raise UnknownNameError(unknown(f"{options.set} product", name, table))
     memory: dict[str, Remembered] = {}
-    models = [Model(name, memory) for name in options.model]
+    models = [Model(name, memory, turns) for turns in sorted({1, options.rotations}) for name in options.model]
     ready(options.output)
     fetch(options.photographs)
     for name, package in PACKAGES.items():

@@ -627,8 +627,14 @@ class TestChosenBackbones:
                 for images in (references, x)
             )
         for found, own, other in zip(model.residuals(x), query, normal, strict=True):
+            # Weighted means of 3 x 3 patches, channel by channel.
+            weights = torch.tensor([1.0, 2, 1]).outer(torch.tensor([1.0, 2, 1])) / 16
             rows, patches = (
-                torch.nn.functional.avg_pool2d(level, 3, 1, 1, count_include_pad=False)[0].flatten(1).T
+                torch.nn.functional.conv2d(
+                    torch.nn.functional.pad(level, (1, 1, 1, 1), mode="replicate").transpose(0, 1), weights[None, None]
+                )
+                .flatten(1)
+                .T
                 for level in (other, own)
             )
             lengths = patches.norm(dim=1)[:, None] * rows.norm(dim=1)
@@ -756,3 +762,16 @@ class TestTagsOfTheDefault:
             assert model.score(photo(9))[0].score == first.score(photo(9))[0].score
         with pytest.raises(ReferencesError, match="made with residual_lite.in1k_v1, not with residual_lite.in1k_v2"):
             adfeatures.create_model("residual_lite.in1k_v2", references=tmp_path / "part.safetensors")
+
+    def test_a_bank_of_another_form_of_a_tag_is_refused(self, tmp_path: Path) -> None:
+        """As banks of the second tag were made before its features were weighted means."""
+        model = adfeatures.create_model("residual_lite.in1k_v2", references=[photo(seed) for seed in range(2)])
+        assert model.bank().record.form == "binomial"
+        assert adfeatures.create_model("residual_lite.in1k_v1", references=[photo(1)]).bank().record.form is None
+        for form in ("binomial", None):
+            model.bank().record.form = form
+            model.bank().save(tmp_path / f"{form}.safetensors")
+        same = adfeatures.create_model(references=tmp_path / "binomial.safetensors")
+        assert same.score(photo(9))[0].score == model.score(photo(9))[0].score
+        with pytest.raises(ReferencesError, match=r"another form of residual_lite.in1k_v2.*adfeatures fit"):
+            adfeatures.create_model(references=tmp_path / "None.safetensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -236,6 +238,8 @@ def test_normal_quantile_refuses(values: list[float], quantile: float) -> None:
         ([2.0] * 5, []),
         ([3.0], []),
         ([0.0, 0.0, 0.0, 0.1], [3]),
+        ([1.5, 1.6, 1.6, 1.6, 1.7, 2.4, 2.5, 2.6], []),  # two kinds of good parts
+        ([1.5, 1.6, 1.6, 1.6, 1.7, 2.4, 2.5, 2.6, 3.5], [8]),  # and a bad one
     ],
 )
 def test_outliers(values: list[float], found: list[int]) -> None:
@@ -252,9 +256,9 @@ def test_outliers_by_definition(values: list[float]) -> None:
     deviations = sorted(abs(v - median) for v in values)
     half = len(values) // 2
     spread = 1.4826 * (deviations[half] if len(values) % 2 else (deviations[half - 1] + deviations[half]) / 2)
-    assert scoring.outliers(values) == [
-        i for i, v in enumerate(values) if v > 1.5 * median and v > median + 3.5 * spread
-    ]
+    far = [v for v in values if v > 1.5 * median and v > median + 3.5 * spread]
+    apart = [v for v in far if v > 1.2 * max(w for w in values if w < v)]
+    assert scoring.outliers(values) == [i for i, v in enumerate(values) if apart and v >= min(apart)]
 
 
 @st.composite
@@ -317,7 +321,7 @@ def test_cosine_rings_are_the_plain_formula() -> None:
     queries = scorer.features([torch.randn(2, 6, 9, 8), torch.randn(2, 5, 7, 7)])
     bank = bank_of(references)
     scales = scorer.scales(bank.leave_one_out(), 2)
-    found = scoring.fuse(scorer.patch_scores(bank.residuals(queries), [scales] * 2), (36, 32), 0)
+    found = scoring.anomaly_maps(scorer, bank.residuals(queries), [scales] * 2, (36, 32), 0)
     expected = torch.zeros(2, 36, 32)
     for index, (query, reference) in enumerate(zip(queries, references, strict=True)):
         height, width = query.shape[2:]
@@ -340,9 +344,9 @@ def test_cosine_rings_of_one_image_take_the_typical_distances() -> None:
 def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
     scorer, residuals = scoring.CosineRingScorer(), [torch.randn(2, 6, 8, 8)]
     scales = [torch.rand(1, scoring.RINGS + 1) + 0.1 for _ in range(2)]
-    together = scoring.fuse(scorer.patch_scores(residuals, scales), (16, 16), 2.0)
+    together = scoring.anomaly_maps(scorer, residuals, scales, (16, 16), 2.0)
     for index, own in enumerate(scales):
-        alone = scoring.fuse(scorer.patch_scores([residuals[0][index : index + 1]], [own]), (16, 16), 2.0)
+        alone = scoring.anomaly_maps(scorer, [residuals[0][index : index + 1]], [own], (16, 16), 2.0)
         assert_near(together[index : index + 1], alone, 1e-6)
     with pytest.raises(ReferencesError, match="scores otherwise"):
         scorer.patch_scores(residuals, [scales[0], None])
@@ -353,16 +357,19 @@ def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() 
     scorer: scoring.Scorer = scoring.FeatureNormScorer()
     assert scorer.features(maps)[0] is maps[0] and scorer.scales([maps], 1) is None
     assert_near(
-        scoring.fuse(scorer.patch_scores(maps, [None] * 2), (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0
+        scoring.anomaly_maps(scorer, maps, [None] * 2, (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0
     )
 
 
 def test_local_cosine_is_the_plain_formula() -> None:
-    """Means of 3 x 3 patches, and distances in powers of what the matched rows differ from other images by."""
+    """Weighted means of 3 x 3 patches, and distances in powers of what the matched rows differ from others by."""
     scorer, maps = scoring.LocalCosineScorer(), [torch.randn(4, 6, 9, 8)]
     (found,) = scorer.features(maps)
     for y, x in np.ndindex(9, 8):
-        window = maps[0][:, :, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean(dim=(2, 3))
+        window = torch.zeros(4, 6)
+        for dy, dx in itertools.product((-1, 0, 1), repeat=2):
+            weight = (2 - abs(dy)) * (2 - abs(dx)) / 16
+            window += weight * maps[0][:, :, min(max(y + dy, 0), 8), min(max(x + dx, 0), 7)]
         assert_near(found[:, :, y, x], window / window.norm(dim=1, keepdim=True), 1e-5)
     bank = bank_of([found])
     scorer.prepare(bank)
@@ -376,6 +383,30 @@ def test_local_cosine_is_the_plain_formula() -> None:
     assert_near(scoring.cosine_distances(bank.residuals([query])[0]), expected, 1e-3)
 
 
+def test_local_cosine_maps_count_by_the_root_of_their_mean() -> None:
+    """Of values up to 1.5, so that what is far off everywhere is not taken for a change of light; no less than 0.25."""
+    scorer, rings = scoring.LocalCosineScorer(), scoring.CosineRingScorer()
+    residuals = [torch.randn(5, 6, 9, 8) * torch.tensor([0, 0.01, 0.3, 0.5, 9]).view(5, 1, 1, 1)]
+    scales = [torch.ones(1, scoring.RINGS + 1)] * 5
+    plain = scoring.anomaly_maps(rings, residuals, scales, (32, 32), 1.0)
+    found = scoring.anomaly_maps(scorer, residuals, scales, (32, 32), 1.0)
+    for own, expected in zip(found, plain, strict=True):
+        mean = np.minimum(expected.double().numpy(), 1.5).mean()
+        assert_near(own, expected / max(mean, 0.25) ** 0.5, 1e-5)
+    assert bool((found[0] == 0).all())
+    # The farthest is divided by no more than what the ceiling says, whatever its distance.
+    assert_near(found[4], plain[4] / 1.5**0.5, 1e-5)
+
+    # Where something does not count, it is neither in the map nor in its mean.
+    counts = torch.zeros(5, 32, 32, dtype=torch.bool)
+    counts[:, :20, 8:] = True
+    plain = scoring.anomaly_maps(rings, residuals, scales, (32, 32), 1.0, counts)
+    found = scoring.anomaly_maps(scorer, residuals, scales, (32, 32), 1.0, counts)
+    for own, expected in zip(found, plain, strict=True):
+        mean = np.minimum(expected[:20, 8:].double().numpy(), 1.5).mean()
+        assert_near(own, expected / max(mean, 0.25) ** 0.5, 1e-5)
+
+
 def test_local_cosine_of_copies_and_of_one_image_is_finite() -> None:
     scorer = scoring.LocalCosineScorer(((0.4, 0.3, 0.2, 0.1),))
     (level,) = scorer.features([torch.randn(1, 6, 8, 8)])
@@ -383,7 +414,7 @@ def test_local_cosine_of_copies_and_of_one_image_is_finite() -> None:
         bank = bank_of([level.expand(copies, -1, -1, -1)])
         scorer.prepare(bank)
         bank.scales = scorer.scales(bank.leave_one_out() if copies > 1 else (), 1)
-        assert scoring.fuse(scorer.patch_scores(bank.residuals([level]), [bank.scales]), (16, 16), 1.0).isfinite().all()
+        assert scoring.anomaly_maps(scorer, bank.residuals([level]), [bank.scales], (16, 16), 1.0).isfinite().all()
 
 
 # Thresholds that predict

@@ -28,6 +28,7 @@ FACTS: dict[str, Any] = {
     "pixels": ["5" * 64, "6" * 64, "7" * 64, ""],
     "model": "adpretrain_dinov2_base.realiad_norm",
     "fingerprint": ["f" * 64, "e" * 64],
+    "form": "binomial",
     "img_size": (224, 280),
     "preset": "squash",
     "bit_depth": 12,

@@ -81,10 +81,12 @@ class Model:
     Args:
         name: Its name with tag.
         memory: Backbones that remember, by the hash of their weights; that of the model is put there.
+        rotations: Parts of a full turn that the references are turned by, as in ``set_references``.
     """
 
-    def __init__(self, name: str, memory: dict[str, Remembered]) -> None:
-        self.name = name
+    def __init__(self, name: str, memory: dict[str, Remembered], rotations: int = 1) -> None:
+        self.name = name if rotations == 1 else f"{name}, {rotations} rotations"
+        self.rotations = rotations
         self.extractor = adfeatures.create_model(name)
         key = f"{self.extractor.levels} {weights_fingerprint(self.extractor.backbone.state_dict())}"
         self.encode = self.extractor.backbone = memory.setdefault(key, Remembered(self.extractor.backbone))
@@ -101,7 +103,7 @@ class Model:
         with warnings.catch_warnings():
             # Few references are what is asked for here.
             warnings.simplefilter("ignore", UserWarning)
-            self.extractor.set_references(self.references[list(drawn)])
+            self.extractor.set_references(self.references[list(drawn)], rotations=self.rotations)
             threshold = self.extractor.fit_threshold() if len(drawn) > 1 else float("nan")
         parts = [self.extractor.anomaly_map(batch) for batch in self.tests.split(BATCH_SIZE)]
         maps, scores = (torch.cat(column).numpy() for column in zip(*parts, strict=True))

@@ -37,6 +37,16 @@ def test_a_model_says_what_its_public_interface_says(model: Model) -> None:
     assert math.isnan(model.judge((1,))[NAME].threshold)
 
 
+def test_turned_references_are_those_of_the_public_interface(model: Model) -> None:
+    turned = Model(NAME, {}, rotations=2)
+    turned.references, turned.tests = model.references, model.tests
+    extractor = adfeatures.create_model(NAME)
+    extractor.set_references(model.references[[0, 3]], rotations=2)
+    ((name, verdict),) = turned.judge((0, 3)).items()
+    assert name == f"{NAME}, 2 rotations"
+    np.testing.assert_allclose(verdict.scores, extractor.anomaly_map(model.tests).scores, rtol=1e-4)
+
+
 def test_an_image_is_encoded_once(model: Model) -> None:
     calls = []
     hook = model.encode.backbone.register_forward_hook(lambda *_: calls.append(1))
