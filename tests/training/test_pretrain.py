@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from training.data.items import Item
 from training.pretrain import main, pretrain
 from training.pretraining.config import PretrainConfig
 from training.pretraining.curves import read_log
-from training.pretraining.dataset import StepSampler
+from training.pretraining.dataset import PretrainingDataset, StepSampler
 from training.pretraining.run import TrainingRun
+from training.pretraining.step import train_step
 
 CPU = torch.device("cpu")
 FAST: dict[str, Any] = {
@@ -71,7 +73,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def steps(folder: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_log(folder / "log.jsonl") if line["kind"] == "step"]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "waiting")} for line in lines]
 
 
 def test_a_run_leaves_checkpoints_log_and_curves(tree: Path, tmp_path: Path) -> None:
@@ -115,6 +117,45 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(tree: Path, tmp_p
     )
     assert steps(one) == steps(two) != steps(other)
     assert all(torch.equal(value, weights(two)[key]) for key, value in weights(one).items())
+
+
+def test_the_cache_changes_no_bit_of_a_run(tree: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"cache": str(tmp_path / "cache"), "max_steps": 3}
+    plain, cached = (
+        pretrain(config(tree, tmp_path / name, **changes), CPU)
+        for name, changes in (("plain", {"max_steps": 3}), ("cached", given))
+    )
+    assert list((tmp_path / "cache").glob("*.rows"))
+    assert steps(plain) == steps(cached)
+    for path in plain.glob("*.safetensors"):
+        one, other = load_checkpoint(path), load_checkpoint(cached / path.name)
+        assert all(torch.equal(value, other.state_dict[key]) for key, value in one.state_dict.items())
+    # A run may go on with or without it.
+    plain, cached = (
+        pretrain(config(tree, tmp_path / name, max_steps=5, **changes), CPU)
+        for name, changes in (("plain", {"cache": given["cache"]}), ("cached", {}))
+    )
+    assert steps(plain) == steps(cached) and len(steps(plain)) == 5
+
+
+def test_the_log_tells_waiting_from_computing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a reader and a step that take known times."""
+    read, step = PretrainingDataset._read, train_step
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.02)
+        return read(*arguments)
+
+    def thoughtfully(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(0.1)
+        return step(*arguments, **settings)
+
+    monkeypatch.setattr(PretrainingDataset, "_read", slowly)
+    monkeypatch.setattr("training.pretrain.train_step", thoughtfully)
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=3, shots=(1,)), CPU)
+    for line in read_log(folder / "log.jsonl"):
+        # 8 images and a reference of each are read.
+        assert line["waiting"] >= 16 * 0.02 and line["seconds"] >= 0.1
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(

@@ -173,6 +173,6 @@ def _row(transform: ImageTransform, item: Item) -> tuple[np.ndarray | None, list
 
 
 @lru_cache
-def _mapped(file: Path, count: int, row_bytes: int) -> np.memmap:
+def _mapped(file: Path, count: int, row_bytes: int) -> np.ndarray:
     """The rows of a file, mapped once in each process: a map that is sent to another one would be sent as a copy."""
-    return np.memmap(file, np.uint8, "r", shape=(count, row_bytes))
+    return np.asarray(np.memmap(file, np.uint8, "r", shape=(count, row_bytes)))

@@ -257,16 +257,24 @@ class ImageLoader:
         return ahead(batches) if self._entries.num_workers else batches
 
     def _collated(self, entries: Iterator[dict[str, Any]], lengths: deque[int]) -> Iterator[dict[str, Any]]:
-        try:
-            for first in entries:
-                yield self._prepare(self._collate([first, *islice(entries, lengths.popleft() - 1)]))
-        except ImageError as error:
-            # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is
-            # not theirs.
-            error.__traceback__ = None
-            raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
-        finally:
-            del entries
+        with _errors_of_workers():
+            try:
+                for first in entries:
+                    yield self._prepare(self._collate([first, *islice(entries, lengths.popleft() - 1)]))
+            finally:
+                del entries
+
+
+@contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Have an ImageError of a worker read as one of this process, and hold nothing."""
+    try:
+        yield
+    except ImageError as error:
+        # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is not
+        # theirs.
+        error.__traceback__ = None
+        raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
 
 
 class _Indices(Sampler[Any]):
@@ -295,16 +303,17 @@ def _as_arrays(entry: dict[str, Any]) -> dict[str, Any]:
 def in_parallel(function: Callable[[S], T], values: Sequence[S], workers: int = 0) -> Iterator[T]:
     """What a function makes of each of the values, in their order, in so many worker processes; 0 is in this one."""
     chunks = [values[at : at + _CALLS] for at in range(0, len(values), _CALLS)]
-    yield from chain.from_iterable(
-        DataLoader(
-            _Calls(function, chunks),  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=list,
-            # Where there is little to do it takes longer to start them.
-            num_workers=workers if len(chunks) > 1 else 0,
-            generator=torch.Generator(),
+    with _errors_of_workers():
+        yield from chain.from_iterable(
+            DataLoader(
+                _Calls(function, chunks),  # type: ignore[arg-type]
+                batch_size=None,
+                collate_fn=list,
+                # Where there is little to do it takes longer to start them.
+                num_workers=workers if len(chunks) > 1 else 0,
+                generator=torch.Generator(),
+            )
         )
-    )
 
 
 class _Calls(Dataset[list[Any]]):

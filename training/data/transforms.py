@@ -68,16 +68,15 @@ class TwoViews:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """The views (2, 3, H, W) float32 of an RGB image.
+    def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
+        """The views (2, H, W, 3) uint8 of an RGB image, to be normalized on the device.
 
         Equal seeds give equal views; torch's own generators stay as they are.
         """
         resized = F.resize(image, list(self.img_size), F.InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-            views = torch.stack([F.to_tensor(_augment(resized)) for _ in range(2)])
-        return F.normalize(views, list(self.mean), list(self.std))
+            return np.stack([np.asarray(_augment(resized)) for _ in range(2)])
 
 
 def _blur(image: Image.Image) -> Image.Image:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
+from adfeatures.images import ImageTransform
 
 from ..data import folder, real_iad
+from ..data.fingerprint import digests
+from ..data.image_cache import ImageCache
 from ..data.items import Item
 from ..data.manifest import read_manifest
+from ..distributed import gather_objects, rank, world_size
 from .config import InputsConfig
 from .frozen_backbone import load_frozen_backbone
 
@@ -55,6 +59,28 @@ def read_split(config: InputsConfig) -> tuple[list[Item], list[Item]]:
     }
     items = readers[config.data](config.root, config.products or None)
     return real_iad.split_by_sample(items, config.held_out, config.seed)
+
+
+def files_digests(items: Sequence[Item], workers: int, *, masks: bool) -> dict[str, str]:
+    """The SHA-256 of the images of items and, if asked for, of their masks, by their paths. The ranks share the files.
+
+    Files that cannot be read are left out.
+    """
+    files = [path for item in items for path in (item.image, item.mask if masks else None) if path is not None]
+    shares = gather_objects(digests(files[rank() :: world_size()], workers))
+    return {path: digest for share in shares for path, digest in share.items()}
+
+
+def filled_cache(
+    place: str | None, transform: ImageTransform, items: Sequence[Item], found: Mapping[str, str], workers: int
+) -> ImageCache | None:
+    """The cache in a folder, with all of the items, if there is to be one; errors as of ``ImageCache``."""
+    if place is None:
+        return None
+    cache = ImageCache(place, transform, found)
+    # One process works for all of its machine.
+    cache.fill(items, workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return cache
 
 
 def _read_folder(root: str, products: Sequence[str] | None) -> list[Item]:

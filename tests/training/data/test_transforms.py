@@ -63,24 +63,22 @@ def test_an_unknown_preset_is_refused() -> None:
 # Views
 
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
-VIEWS, PLAIN = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD)
+VIEWS = TwoViews(IMG_SIZE, MEAN, STD)
 
 
 def test_views_are_augmentations_of_the_resized_image() -> None:
-    """Without jitter, grayscale and blur, as in 1 of 12.5 views, nothing but resizing and normalization is left."""
+    """Without jitter, grayscale and blur, as in 1 of 12.5 views, nothing but resizing is left."""
     image = photo(0, (60, 44))
-    plain = PLAIN(image)
-    views = torch.stack([VIEWS(image, seed) for seed in range(60)])
-    assert views.shape == (60, 2, 3, *IMG_SIZE) and views.dtype == torch.float32
-    same = (views - plain).abs().amax(dim=(2, 3, 4)) < 1e-5
+    plain = np.asarray(image.resize(IMG_SIZE[::-1], Image.Resampling.BICUBIC))
+    views = np.stack([VIEWS(image, seed) for seed in range(60)])
+    assert views.shape == (60, 2, *IMG_SIZE, 3) and views.dtype == np.uint8
+    same = (views == plain).all(axis=(2, 3, 4))
     assert 1 <= same.sum() <= 30
-    pixels = views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
-    gray = (pixels - pixels.mean(dim=2, keepdim=True)).abs().amax(dim=(2, 3, 4)) < 1e-3
+    gray = (views == views[..., :1]).all(axis=(2, 3, 4))
     assert 0.2 * 120 - 20 < gray.sum() < 0.2 * 120 + 20
     # the two views of an image are drawn independently
     assert (gray[:, 0] != gray[:, 1]).any()
-    assert ((views[:, 0] - views[:, 1]).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean() > 0.8
+    assert (views[:, 0] != views[:, 1]).any(axis=(1, 2, 3)).mean() > 0.8
 
 
 def test_views_do_not_move_anything() -> None:
@@ -89,11 +87,11 @@ def test_views_do_not_move_anything() -> None:
     image.paste((200, 200, 200), (20, 4, 28, 12))
     for seed in range(20):
         for view in VIEWS(image, seed):
-            brightness = view.mean(dim=0)
-            inside = torch.zeros(IMG_SIZE, dtype=torch.bool)
+            brightness = view.mean(axis=2)
+            inside = np.zeros(IMG_SIZE, bool)
             inside[4:12, 20:28] = True
             middle = (brightness.min() + brightness.max()) / 2
-            assert ((brightness > middle) != inside).float().mean() < 0.03
+            assert ((brightness > middle) != inside).mean() < 0.03
 
 
 def test_views_depend_on_the_seed_alone_and_leave_the_global_generators() -> None:
@@ -103,5 +101,5 @@ def test_views_depend_on_the_seed_alone_and_leave_the_global_generators() -> Non
     torch.manual_seed(5)
     first = VIEWS(image, 2**62)
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(VIEWS(image, 2**62), first)
-    assert not torch.equal(VIEWS(image, 2**62 + 1), first)
+    assert np.array_equal(VIEWS(image, 2**62), first)
+    assert not np.array_equal(VIEWS(image, 2**62 + 1), first)
