@@ -263,6 +263,17 @@ def launch(given: PretrainConfig, processes: int) -> subprocess.CompletedProcess
     return run_ranks(processes, "-m", "training.pretrain", *arguments(given))
 
 
+@pytest.mark.gpu
+def test_one_process_under_nccl_trains_as_one_without(tree: Path, tmp_path: Path) -> None:
+    one = pretrain(config(tree, tmp_path / "one", max_steps=3), torch.device("cuda"))
+    centers = str(one / "centers.safetensors")
+    done = launch(config(tree, tmp_path / "nccl", max_steps=3, centers=centers, device="cuda"), 1)
+    assert done.returncode == 0, done.stderr
+    for found, expected in zip(steps(tmp_path / "nccl"), steps(one), strict=True):
+        assert found.pop("kind") == expected.pop("kind") == "step"
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     changes = {"validation": "held_out", "pool": 2, "device": "cpu"}
@@ -272,7 +283,9 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     centers = str(one / "centers.safetensors")
     # In two goes, of which the first ends within an epoch.
     for stop in (3, None):
-        done = launch(config(tree, tmp_path / "two", centers=centers, max_steps=stop, **changes), 2)
+        # With the cache of images, which one process never had.
+        cache = str(tmp_path / "cache")
+        done = launch(config(tree, tmp_path / "two", centers=centers, max_steps=stop, cache=cache, **changes), 2)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done:") == 1
     two = tmp_path / "two"

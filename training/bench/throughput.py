@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -82,8 +82,8 @@ def write_images(folder: Path, count: int, side: int) -> list[Item]:
 
 def make_datasets(items: list[Item], side: int, folder: str) -> tuple[PretrainingDataset, PretrainingDataset]:
     """The same data from a filled cache, and from files."""
-    entry = BACKBONES[ENCODERS[0]]
-    transform = build_transform((side, side), *entry.normalization)
+    entry = replace(BACKBONES[ENCODERS[0]], img_size=(side, side))
+    transform = build_transform(entry.img_size, *entry.normalization)
     files = [path for item in items for path in (item.image, item.mask) if path is not None]
     cache = ImageCache(Path(folder, "cache"), transform, digests(files, cores()))
     cache.fill(items, cores())
@@ -125,7 +125,7 @@ def stepping(
     projector = ResidualProjector(backbone.channels, num_keys=sizes.keys)
     projector.to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    views = augmentation(config.view_statistics, entry)
+    views = augmentation(config.view_statistics, entry)  # For its statistics.
     encoders = [
         partial(encode_images, statistics=statistics, backbone=backbone, device=device, precision=precision)
         for statistics in ((views.mean, views.std), entry.normalization)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from training.bench import pretrain as bench
+from training.bench import throughput
+from training.bench.__main__ import main
 
 SIZES = bench.StepSizes(width=48, depth=12, keys=16, batch=4, shots=2, side=56, pool=6, repeats=1)
 
@@ -31,3 +35,30 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.ours is not None and row.naive is not None
         assert row.ratio == pytest.approx(row.naive / row.ours)
     assert ["target" in row.note for row in rows] == [True, True, False, False, False]
+
+
+@pytest.mark.slow
+def test_whole_steps_on_a_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = throughput.Sizes(batch=4, side=28, source=32, images=8, steps=1, keys=4, width=48, depth=24)
+    monkeypatch.setattr(throughput, "QUICK", small)
+    assert main(["pretrain", "--device", "cpu", "--quick"]) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert ["samples a second and core" in line for line in lines] == [True] * 2 + [False] * 6
+    for line, (name, precision) in zip(
+        lines[2:], product(("dinov2_base", "dinov2_large"), ("float32", "autocast", "bfloat16")), strict=True
+    ):
+        assert line.startswith(f"step of {name}, batch 4, {precision}, s")
+        assert re.search(r"cache: waiting \d+%, [\d,]+ images/s; files: waiting \d+%.*peak memory [\d,]+ MB", line)
+
+
+@pytest.mark.gpu
+def test_whole_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = throughput.Sizes(batch=4, side=28, source=32, images=8, steps=1, keys=4, width=48, depth=24)
+    monkeypatch.setattr(throughput, "QUICK", small)
+    assert main(["pretrain", "--device", "cuda", "--quick"]) == 0
+    assert capsys.readouterr().out.count("step of ") == 6
+
+
+def test_a_device_is_for_this_benchmark_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "padim", "--device", "cpu"]) == 2
+    assert "--device goes with the benchmark pretrain alone" in capsys.readouterr().err
