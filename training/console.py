@@ -123,7 +123,7 @@ def _shown(default: object) -> str:
     return "-" if shown in (None, "") else str(shown)
 
 
-class _Lines(tqdm):  # type: ignore[misc]
+class _Lines(tqdm):
     """A progress bar for logs: whole lines, of which the first comes after an interval and none at the end."""
 
     monitor_interval = 0

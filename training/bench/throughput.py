@@ -118,8 +118,7 @@ def stepping(
 ) -> Measurement:
     """Seconds of a step from the cache and from files, waiting included."""
     entry = BACKBONES[name]
-    size = {"embed_dim": sizes.width, "depth": sizes.depth}
-    backbone = create_backbone(name, img_size=sizes.side, **{key: value for key, value in size.items() if value})
+    backbone = create_backbone(name, img_size=sizes.side, embed_dim=sizes.width, depth=sizes.depth)
     backbone.to(device)
     config = PretrainConfig(precision=precision)
     projector = ResidualProjector(backbone.channels, num_keys=sizes.keys)

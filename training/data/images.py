@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from adfeatures.images import ImageTransform, read_image
 from .items import Item
 from .transforms import MaskTransform
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 # How many files a text names that many files share.
 NAMED = 3
 # Entries that each worker has made, or is making, before they are asked for.
@@ -208,6 +209,14 @@ class Shuffled(Sampler[int]):
         return self.size
 
 
+class Batches(Protocol):
+    """The indices of each batch: a list of lists, or a sampler of batches."""
+
+    def __iter__(self) -> Iterator[Sequence[Any]]: ...
+
+    def __len__(self) -> int: ...
+
+
 class ImageLoader:
     """Batches of a data set, whose entries workers make while the batch before is in use.
 
@@ -227,7 +236,7 @@ class ImageLoader:
     def __init__(
         self,
         dataset: Dataset[dict[str, Any]],
-        batches: Collection[Sequence[Any]] | BatchSampler,
+        batches: Batches,
         *,
         workers: int = 0,
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = default_collate,
@@ -240,7 +249,7 @@ class ImageLoader:
             dataset,
             batch_size=None,
             sampler=self._indices,
-            collate_fn=_as_arrays,
+            collate_fn=_as_arrays,  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
             # A seed for the workers is drawn in each pass, which must not move torch's own generator.
@@ -306,7 +315,7 @@ def in_parallel(function: Callable[[S], T], values: Sequence[S], workers: int = 
     with _errors_of_workers():
         yield from chain.from_iterable(
             DataLoader(
-                _Calls(function, chunks),  # type: ignore[arg-type]
+                _Calls(function, chunks),
                 batch_size=None,
                 collate_fn=list,
                 # Where there is little to do it takes longer to start them.

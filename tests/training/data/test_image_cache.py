@@ -62,7 +62,7 @@ def check(cache: ImageCache, items: Sequence[Item], size: tuple[int, int] = SIZE
         found = cache.get(item)
         assert found is not None, item
         expected = Image.open(item.image).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-        mask = np.zeros(size)
+        mask = np.zeros(size, bool)
         if item.mask is not None:
             mask = np.asarray(Image.open(item.mask).resize(size[::-1], Image.Resampling.NEAREST)) > 0
         assert found[0].dtype == found[1].dtype == np.uint8
