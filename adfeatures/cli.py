@@ -84,7 +84,17 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), help="numbers that openvino computes with (default: float32)"
     )
     score.add_argument("--batch-size", type=_positive, default=8)
-    score.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
+    score.add_argument("--workers", type=_positive, default=1, help="images that are read at a time (%(default)s)")
+    score.add_argument("--resume", action="store_true", help="continue a run of the same options that was cut short")
+    score.add_argument(
+        "--engine",
+        choices=("ray",),
+        help="score on all of a Ray cluster, with --device cuda on its GPUs",
+    )
+    score.add_argument("--manifest", metavar="FILE", help="names of images, one a line, or a .csv with a column image")
+    score.add_argument(
+        "images", nargs="*", metavar="IMAGES", help="image files or folders of them; - reads their names from stdin"
+    )
     _add_model_options(score)
     _add_image_options(score)
 
@@ -226,8 +236,7 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
-    from .detectors import model_of
-    from .inspection import set_references
+    from .detectors import model_of, set_references
     from .sources import list_images
 
     model = model_of(options, options.model)
@@ -259,17 +268,27 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
 
 def _score(options: argparse.Namespace) -> int:
     from .detectors import detector_of
-    from .inspection import find_images, inspect
+    from .engines import engine_of, ranks, serve
+    from .inspection import inspect
+    from .worklist import find_images
 
-    files = find_images(options.images, options.recursive)
-    result = inspect(
-        detector_of(options),
-        files,
-        options.output,
-        product=options.product,
-        threshold=options.threshold,
-        batch_size=options.batch_size,
-    )
+    with ranks() as rank:
+        if rank:
+            serve(options)
+            return DONE
+        files = find_images(options.images, options.recursive, options.manifest)
+        model = detector_of(options)
+        result = inspect(
+            model,
+            files,
+            options.output,
+            product=options.product,
+            threshold=options.threshold,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            resume=options.resume,
+            engine=engine_of(options, model),
+        )
     return _report(result.summary, options)
 
 

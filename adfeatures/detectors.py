@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from pathlib import Path
 
 import torch
 
 from .bank_files import check_maker, load_banks
-from .errors import InputError
+from .errors import ImageError, InputError
 from .extractor import FeatureExtractor
 from .factory import create_model
-from .inspection import set_references
 from .predictor import Detector, fit_threshold
 from .references import ReferenceBank
 from .runtime import ExportedModel, in_runtime
+from .sources import OF_FILE_SYSTEMS, list_images
 
 
 def detector_of(options: argparse.Namespace) -> Detector:
@@ -86,3 +88,32 @@ def model_of(
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def set_references(
+    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, coreset: float | None = None
+) -> None:
+    """Set the references of one product, or with ``product_folders`` of one product for each sub-folder.
+
+    Sub-folders without images are passed over with a warning, hidden ones and those of file systems without one.
+    """
+    if not product_folders:
+        model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
+        return
+    folders = sorted(
+        path
+        for path in Path(folder).glob("*")
+        if path.is_dir() and not path.name.startswith(".") and path.name not in OF_FILE_SYSTEMS
+    )
+    if not folders:
+        raise InputError(
+            f"{folder} has no sub-folders to take as products. Leave out --product-folders if its images are all of "
+            "one product."
+        )
+    for path in folders:
+        try:
+            images = list_images(path, recursive=recursive)
+        except ImageError as error:
+            warnings.warn(f"{path} is no product: {error}", stacklevel=2)
+        else:
+            model.set_references(images, product=path.name, coreset=coreset)

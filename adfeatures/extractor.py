@@ -46,6 +46,8 @@ class FeatureExtractor(nn.Module):
             at once, whatever the size of a batch. A photo of more is refused.
     """
 
+    runtime = "torch"
+
     def __init__(
         self,
         backbone: Encoder,

@@ -144,6 +144,11 @@ def build_backbone(spec: BackboneSpec) -> Encoder:
 def build_projector(spec: ModelSpec) -> ResidualProjector | None:
     """The projector of a model, trained or random; None where it has none."""
     channels = spec.backbone.entry.channels
+    if spec.trained is not None and not spec.trained.takes_residuals:
+        raise spec.trained.header_error(
+            "it was trained without residuals, for an ablation that training.evaluate alone can evaluate. "
+            "Take weights that were trained without --no-residual."
+        )
     if spec.trained is not None:
         return spec.trained.create_projector(channels)
     return ResidualProjector(channels) if catalog.MODELS[spec.arch].scoring == "feature_norm" else None

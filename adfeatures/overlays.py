@@ -196,17 +196,23 @@ def contact_sheet(tiles: Sequence[Image.Image], *, columns: int, tile_width: int
     return sheet
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike[str], *, durable: bool = True, **options: Any) -> None:
-    """Write a picture in the format of the suffix, atomically; options as of Pillow, ``durable`` as of `atomic_path`.
+def encoded(picture: Image.Image, suffix: str, **options: Any) -> bytes:
+    """A picture as a file of a format, by its suffix; options as of Pillow."""
+    stream = io.BytesIO()
+    picture.save(stream, Image.registered_extensions()[suffix], **options)
+    return stream.getvalue()
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write a picture in the format of the suffix, atomically; options as of Pillow.
 
     Raises:
         AdfeaturesError: If it cannot be written.
     """
     # Not by Pillow itself, which does not notice when a full disk takes only a part of what it writes.
-    encoded = io.BytesIO()
-    picture.save(encoded, Image.registered_extensions()[os.path.splitext(path)[1]], **options)
-    with atomic_path(path, durable=durable) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+    content = encoded(picture, os.path.splitext(path)[1], **options)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def tile(picture: Image.Image, width: int) -> Image.Image:

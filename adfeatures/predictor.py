@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -38,6 +40,7 @@ class Detector(Protocol):
 
     Attributes:
         name: Model name with tag.
+        runtime: What computes, and in which numbers.
         img_size: Height and width that photos are resized to.
         pretrained_cfg: Holds the mean and std of the preprocessing.
         bit_depth: Bits in use of 16-bit photos.
@@ -45,6 +48,7 @@ class Detector(Protocol):
     """
 
     name: str
+    runtime: str
     img_size: tuple[int, int]
     pretrained_cfg: dict[str, Any]
     bit_depth: int
@@ -180,6 +184,8 @@ def predict(model: Detector, images: Images, product: Products, batch_size: int)
     products = [product] * len(sources) if product is None or isinstance(product, str) else list(product)
     if len(products) != len(sources):
         raise InputError(f"{len(products)} products were named for {len(sources)} images.")
+    for name in dict.fromkeys(products):
+        ensure_threshold(model, name)
     predictions: list[Prediction] = []
     for result, _ in score_photos(model, sources, products, batch_size):
         if isinstance(result, ImageError):
@@ -190,12 +196,13 @@ def predict(model: Detector, images: Images, product: Products, batch_size: int)
 
 def score_photos(
     model: Detector,
-    sources: Sequence[ImageSource],
-    products: Sequence[str | None],
+    sources: Iterable[ImageSource],
+    products: Iterable[str | None],
     batch_size: int = BATCH_SIZE,
     side: int | None = None,
+    mapped: Callable[..., Iterable[Any]] = map,
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
-    """Score images as they come, holding no more than one of them at its full size.
+    """Score images as they come, holding no more than one of them at its full size unless ``mapped`` does.
 
     Args:
         model: Extractor with references.
@@ -203,6 +210,7 @@ def score_photos(
         products: Whose references to use, for each image.
         batch_size: Images per forward pass.
         side: Longest side in pixels of maps and pictures. By default maps have the size of the image.
+        mapped: Reads them in their order, as ``map`` does.
 
     Yields:
         For each image the prediction, or why it cannot be read; and with ``side`` the picture that the map belongs to.
@@ -213,29 +221,29 @@ def score_photos(
     """
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
-    for name in dict.fromkeys(products):
-        ensure_threshold(model, name)
-    wanted = list(zip(sources, products, strict=True))
-    for start in range(0, len(wanted), batch_size):
-        yield from _score_batch(model, wanted[start : start + batch_size], side)
+    results = iter(mapped(partial(_read_or_refuse, model, side), sources, products))
+    while batch := list(islice(results, batch_size)):
+        yield from _score_batch(model, batch)
+        batch.clear()  # Its pictures are gone before the next are read.
 
 
 def _score_batch(
-    model: Detector, wanted: Sequence[tuple[ImageSource, str | None]], side: int | None
+    model: Detector, batch: Sequence[tuple[Photo | ImageError, str | None]]
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
-    results = [_read_or_refuse(model, source, product, side) for source, product in wanted]
-    photos = [photo for photo in results if isinstance(photo, Photo)]
-    names = [name for (_, name), photo in zip(wanted, results, strict=True) if isinstance(photo, Photo)]
+    photos = [photo for photo, _ in batch if isinstance(photo, Photo)]
+    names = [name for photo, name in batch if isinstance(photo, Photo)]
     predictions = iter(_predict_batch(model, photos, names) if photos else ())
-    for result in results:
+    for result, _ in batch:
         yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
 
 
-def _read_or_refuse(model: Detector, source: ImageSource, product: str | None, side: int | None) -> Photo | ImageError:
+def _read_or_refuse(
+    model: Detector, side: int | None, source: ImageSource, product: str | None
+) -> tuple[Photo | ImageError, str | None]:
     try:
-        return read_photo(source, transform_for(model, model.bank(product).record.bit_depth), side)
+        return read_photo(source, transform_for(model, model.bank(product).record.bit_depth), side), product
     except ImageError as error:
-        return error
+        return error, product
 
 
 def _predict_batch(model: Detector, photos: Sequence[Photo], products: Sequence[str | None]) -> Iterator[Prediction]:

@@ -127,6 +127,7 @@ class ExportedModel:
 
     def __init__(self, path: str | os.PathLike[str], runtime: str = "onnx", dtype: str = "float32") -> None:
         check_runtime(runtime, dtype)
+        self.runtime = f"{runtime} {dtype}"
         try:
             regular_file(path)
         except CheckpointError as error:

@@ -135,11 +135,16 @@ def _small(x: Tensor, transform: ImageTransform) -> Tensor:
 
 
 def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
+    """The images of `walk_images`, with its errors, all at once."""
+    return list(walk_images(folder, recursive=recursive))
+
+
+def walk_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> Iterator[Path]:
     """The image files in a folder, known by `IMAGE_SUFFIXES` in upper or lower case, sorted by path.
 
     Files and folders whose names begin with a dot are passed over, and so are the overlays and sheets of a former
     ``adfeatures score``; links to folders are not followed. A warning names files that look like photos but cannot be
-    read.
+    read. No more is held at a time than one folder and those above it.
 
     Args:
         folder: Where to look.
@@ -151,20 +156,22 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
     root = Path(folder)
     if not os.path.isdir(root):
         raise ImageError(f"{root} is {'a file' if os.path.exists(root) else 'not there'}; give a folder of images.")
-    found = _walk(root)
-    own = found if recursive else [path for path in found if path.parent == root]
-    images, left_out = list(filter(_is_readable, own)), [path for path in own if not _is_readable(path)]
-    hint = _advice(left_out) if left_out else ""
-    if not images:
-        deeper = list(filter(_is_readable, found))
+    found, left_out, example, suffixes = 0, 0, Path(), set()
+    for path in _walk(root, recursive):
+        if _is_readable(path):
+            found += 1
+            yield path
+        else:
+            left_out, example = left_out + 1, path if not left_out else example
+            suffixes.add(path.suffix.lower())
+    hint = _advice(example, sorted(suffixes)) if left_out else ""
+    if not found:
+        deeper = 0 if recursive else sum(map(_is_readable, _walk(root, True)))
         if deeper:
-            hint += (
-                f" Its sub-folders hold {len(deeper)}: take them with recursive=True of list_images, or --recursive."
-            )
+            hint += f" Its sub-folders hold {deeper}: take them with recursive=True of list_images, or --recursive."
         raise ImageError(f"No images in {root} (looked for {' '.join(IMAGE_SUFFIXES)}).{hint}")
     if left_out:
-        warnings.warn(f"{len(left_out)} files of {root} are left out.{hint}", stacklevel=2)
-    return images
+        warnings.warn(f"{left_out} files of {root} are left out.{hint}", stacklevel=2)
 
 
 def holds_results(folder: Path) -> bool:
@@ -182,27 +189,27 @@ def _is_readable(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _advice(unread: Sequence[Path]) -> str:
-    suffixes = sorted({path.suffix.lower() for path in unread})
+def _advice(unread: Path, suffixes: Sequence[str]) -> str:
     install = " For HEIC: pip install pillow-heif." if set(suffixes) & set(_PHONE_SUFFIXES) else ""
-    return f" {unread[0].name} cannot be read: convert {' '.join(suffixes)} to PNG.{install}"
+    return f" {unread.name} cannot be read: convert {' '.join(suffixes)} to PNG.{install}"
 
 
-def _walk(root: Path) -> list[Path]:
-    """Photos below a folder, also those that cannot be read, sorted."""
+def _walk(root: Path, recursive: bool) -> Iterator[Path]:
+    """Photos in a folder or anywhere below it, also those that cannot be read, in the order of their paths as texts."""
 
     def refuse(error: OSError) -> None:
         raise ImageError(f"Cannot list {error.filename}: {error.strerror}.") from error
 
     photos = (*IMAGE_SUFFIXES, *_PHONE_SUFFIXES, *_OTHER_SUFFIXES)
-    found: list[Path] = []
-    for parent, folders, names in os.walk(root, onerror=refuse):
-        results = RESULTS if holds_results(Path(parent)) else frozenset()
-        passed = results | OF_FILE_SYSTEMS
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in passed]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and name not in results and name.lower().endswith(photos)
-        ]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    waiting = [f"{root.as_posix().rstrip('/')}/"]
+    while waiting:
+        path = waiting.pop()
+        if not path.endswith("/"):
+            yield Path(path)
+            continue
+        passed = OF_FILE_SYSTEMS | (RESULTS if holds_results(Path(path)) else frozenset())
+        _, folders, names = next(os.walk(path, onerror=refuse))
+        kept = [f"{name}/" for name in folders if recursive and not os.path.islink(path + name)]
+        kept += [name for name in names if name.lower().endswith(photos)]
+        kept = [path + name for name in kept if name[0] != "." and name.rstrip("/") not in passed]
+        waiting += sorted(kept, reverse=True)

@@ -18,6 +18,8 @@ from .documents import DocumentError, Size, parse
 from .errors import CheckpointError, UnknownNameError
 from .projector import ResidualProjector
 
+# In the header of a projector of features as they are, an ablation of the paper.
+NO_RESIDUAL = "no_residual"
 # Prefix of the keys in files of ours.
 PROJECTOR = "projector."
 
@@ -53,6 +55,11 @@ class TrainedWeights:
     def img_size(self) -> tuple[int, int] | None:
         """Height and width that the header names."""
         return self.fact("img_size", Size | None)
+
+    @property
+    def takes_residuals(self) -> bool:
+        """Whether the projector is one of residuals, as all are but for an ablation of the paper."""
+        return NO_RESIDUAL not in self.checkpoint.metadata
 
     def identify(self, arch: str | None, tag: str | None) -> tuple[str, str | None]:
         """The model and the tag of these weights: those asked for, and else those that the header names.

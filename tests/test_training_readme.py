@@ -12,7 +12,7 @@ import pytest
 import timm
 from helpers.hub_server import HubServer
 from helpers.models import write_photos
-from helpers.trees import write_mvtec
+from helpers.trees import write_manifest, write_mvtec
 from torch.distributed.run import get_args_parser
 
 import adfeatures
@@ -27,8 +27,9 @@ SMALL = {
     "training.evaluate": "--img-size 64 --products bottle --shots 2 --epochs 1 --workers 0 --device cpu",
 }
 SMALL_WORDS = {"dinov2_base": "efficientnet_lite", "adpretrain_dinov2_base": "residual_lite"}
-# Not run: runs of several devices, and the tutorial, which has its own test (tests/training/test_tutorial.py).
-READ = ("torchrun", "--help", "training.tutorial")
+# Not run: runs of several devices, the tutorial, the reproduction and the judgment, which have tests of their own, and
+# the trial of precisions, which is too long.
+READ = ("torchrun", "--help", "training.tutorial", "training.reproduce", "training.judge", "runs/precision")
 SLOW = ("--method all", "--data ")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*cannot pin down"),
@@ -85,12 +86,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_mvtec(Path("data/mvtec"), MVTEC.split(), good=4, test_good=2, bad=2)
     write_mvtec(Path("my_products"), ("bottle",), good=10, test_good=2, bad=2, seed=2000)
     write_mvtec(Path("parts"), ("nut", "bolt"), good=5, test_good=3, bad=4, seed=4000)
-    rows = ["image,mask,product"]
-    for image in sorted(Path("parts").glob("*/t*/*/*.png")):
-        _, product, _, kind, _ = image.parts
-        mask = "" if kind == "good" else f"{product}/ground_truth/{kind}/{image.stem}_mask.png"
-        rows.append(f"{image.relative_to('parts').as_posix()},{mask},{product}")
-    Path("parts/all.csv").write_text("\n".join(rows))
+    write_manifest(Path("parts"))
     write_photos(Path("good"), range(3))
     return tmp_path
 

@@ -6,10 +6,10 @@ Without ``torchrun`` there is one rank, and nothing here communicates.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,12 @@ from torch import Tensor
 from adfeatures.errors import AdfeaturesError, InputError
 from adfeatures.locks import only_run_in
 
+T = TypeVar("T")
+
 
 @contextmanager
 def processes(device: str | None) -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, if it did, for the length of the block.
+    """Join the processes that ``torchrun`` started, if it did and they are not joined yet, for the length of the block.
 
     What holds on to their group, as DistributedDataParallel does, must not outlive the block: gloo's threads would run
     on, and a rank that ends while they do may abort.
@@ -43,7 +45,7 @@ def processes(device: str | None) -> Iterator[torch.device]:
             f"torch sees {torch.cuda.device_count()} CUDA devices."
         )
     own = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield own
         return
     if kind == "cuda":
@@ -63,15 +65,20 @@ def processes(device: str | None) -> Iterator[torch.device]:
 def only_command_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
     """`adfeatures.locks.only_run_in` for all ranks together: rank 0 holds the folder, and all learn of a refusal."""
     with ExitStack() as held:
-        refusal: AdfeaturesError | None = None
-        if rank() == 0:
-            try:
-                held.enter_context(only_run_in(folder, *parts))
-            except AdfeaturesError as error:
-                refusal = error
-        if refused := gather_objects(refusal)[0]:
-            raise refused
+        agreed(lambda: held.enter_context(only_run_in(folder, *parts)) if rank() == 0 else None)
         yield
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """Call a function, which does not communicate, on all ranks; what one raises of our errors is raised on all."""
+    value, error = None, None
+    try:
+        value = function()
+    except AdfeaturesError as raised:
+        error = raised
+    if found := next(filter(None, gather_objects(error)), None):
+        raise found
+    return cast(T, value)
 
 
 def rank() -> int:

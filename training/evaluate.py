@@ -20,7 +20,7 @@ from . import console
 from .data import DATASETS
 from .data.checks import report
 from .data.fingerprint import Fingerprint
-from .distributed import barrier, only_command_in, processes, rank, world_size
+from .distributed import agreed, barrier, only_command_in, processes, rank, world_size
 from .evaluation.config import EvaluationConfig
 from .evaluation.model import EvaluatedModel, ProjectorWeights, load_model
 from .evaluation.overlap import UNKNOWN, find_overlaps
@@ -45,14 +45,16 @@ def evaluate_model(config: EvaluationConfig) -> int:
     """
     products = config.tree.choose(config.root, config.products)
     with processes(config.device) as device, only_command_in(config.output, FOLDER, FIGURES, CACHE):
-        model = load_model(
-            config.model,
-            config.methods,
-            weights=config.weights,
-            backbone_weights=config.backbone_weights,
-            img_size=config.size,
-            device=device,
-            bit_depth=config.bit_depth,
+        model = agreed(
+            lambda: load_model(
+                config.model,
+                config.methods,
+                weights=config.weights,
+                backbone_weights=config.backbone_weights,
+                img_size=config.size,
+                device=device,
+                bit_depth=config.bit_depth,
+            )
         )
         overlaps = find_overlaps(config, model, products)
         settings = {**config.settings(), "img_size": model.img_size, "weights": model.fingerprints}
@@ -89,6 +91,7 @@ def about(config: EvaluationConfig, model: EvaluatedModel, products: Sequence[st
         "versions": {"adfeatures": __version__, **{library: version(library) for library in LIBRARIES}},
         "device": str(model.device),
         "pretrained": "projected residuals" if projected else "residuals of features of unit length, no projector",
+        **({} if all(weights.takes_residuals for weights in model.weights.values()) else {"residuals": "none"}),
         "weights": [_facts(weights, config) for weights in model.weights.values()],
         **{fact: ", ".join(names) for fact, names in lacks.items() if names},
         "selected by": {weights.name: weights.selected_by for weights in model.weights.values()},

@@ -24,14 +24,15 @@ from . import console
 from .data.fingerprint import Fingerprint
 from .data.images import ImageLoader
 from .data.items import items_digest
+from .data.transforms import two_views
 from .distributed import only_command_in, processes, rank, world_size
 from .pretraining.centers import find_centers
 from .pretraining.checks import check_labels, check_masks, check_trials
 from .pretraining.config import PretrainConfig
 from .pretraining.curves import LOG
-from .pretraining.dataset import PretrainingDataset, StepSampler, augmentation, choose_pool, collate
+from .pretraining.dataset import PretrainingDataset, StepSampler, choose_pool, collate, view_statistics
 from .pretraining.header import checkpoint_header
-from .pretraining.inputs import Inputs, files_digests, filled_cache
+from .pretraining.inputs import Inputs
 from .pretraining.loop import training_loop
 from .pretraining.reference_store import ReferenceStore
 from .pretraining.run import TrainingRun
@@ -62,29 +63,33 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         train, pool, backbone = inputs.train, inputs.normal, inputs.backbone
         check_labels(train)
         if run.is_new and rank() == 0:
-            check_masks(train, config.workers)
+            check_masks(train, inputs.workers)
+        trials = validation_trials(config, inputs)
         if config.pool is not None:
             pool = choose_pool(pool, config.pool, config.seed)
         run.depend_on("images", items_digest([*train, *pool]))
         run.depend_on("backbone weights", backbone.fingerprint[0])
 
+        statistics = view_statistics(config.view_statistics, backbone.entry)
         sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
-        trials = validation_trials(config, inputs)
-        found = files_digests(train, config.workers, masks=config.cache is not None)
-        trained_on = Fingerprint(found[item.image] for item in train if item.image in found)
+        no_residual, fly = config.no_residual, config.pool is None and not config.no_residual
+        dataset = PretrainingDataset(train, pool, two_views, backbone.transform, inputs.cache, fly, config.shots)
+        trained_on = Fingerprint(inputs.digests[item.image] for item in train if item.image in inputs.digests)
         if run.is_new:
             check_trials(trials, trained_on)
-        cache = filled_cache(config.cache, backbone.transform, train, found, config.workers)
-        views, fly = augmentation(config.view_statistics, backbone.entry), config.pool is None
-        dataset = PretrainingDataset(train, pool, views, backbone.transform, cache, fly, config.shots)
 
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
-        projector.to(device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
-        optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        centers = find_centers(config.centers, run.folder, backbone, train, config.seed, config.workers, cache)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        adam = partial(torch.optim.Adam, lr=config.lr, weight_decay=config.weight_decay)
+        # The published training had no fused one, which rounds less.
+        optimizer = adam(projector.to(device, dtype).parameters(), fused=dtype == torch.float32)
+        centers = [torch.zeros(count, device=device) for count in backbone.entry.channels]
+        if not no_residual:
+            centers = find_centers(config.centers, run.folder, inputs, config.seed)
+        backbone.module.to(dtype)  # After the centers, which are of float32 features in the published training too.
         encode = partial(encode_images, backbone=backbone.module, device=device, precision=config.precision)
-        encode_views = partial(encode, statistics=(views.mean, views.std))
+        encode_views = partial(encode, statistics=statistics)
         encode_references = partial(encode, statistics=backbone.entry.normalization)
         store = None
         if config.pool is not None:
@@ -93,12 +98,13 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         digest = weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0]
         run.depend_on("centers", digest)
         prepare = partial(prepared, store=store, pinned=device.type == "cuda")
-        loader = ImageLoader(dataset, sampler, workers=config.workers, collate=collate, prepare=prepare)
+        loader = ImageLoader(dataset, sampler, workers=inputs.workers, collate=collate, prepare=prepare)
         model = DistributedDataParallel(projector) if world_size() > 1 else projector
         encoders = (encode_views, encode_references)
         step = partial(train_step, model, optimizer, encoders=encoders, centers=centers, config=config)
-        score = partial(validate, projector, backbone, trials, workers=config.workers) if trials else None
-        header = checkpoint_header(backbone, projector, inputs.title, trained_on)
+        validated = partial(validate, projector, backbone, trials, no_residual=no_residual)
+        score = partial(validated, workers=inputs.workers) if trials else None
+        header = checkpoint_header(backbone, projector, inputs.title, trained_on, no_residual=no_residual)
         training_loop(run, projector, optimizer, header, step, score, loader, sampler, config)
     return run.folder
 

@@ -35,7 +35,7 @@ from .publishing.config import PublishConfig
 from .publishing.repository import write_repository
 
 BACKBONE, SIDE, NUM_HEADS, NUM_KEYS = "efficientnet_lite", 160, 8, 256
-PRODUCTS = synthetic.PRODUCTS[:24]
+PRODUCTS = synthetic.PRODUCTS
 # Every fourth product is kept from the training.
 UNSEEN = PRODUCTS[::4]
 SEEN = tuple(product for product in PRODUCTS if product not in UNSEEN)

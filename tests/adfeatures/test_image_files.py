@@ -23,8 +23,8 @@ from adfeatures import image_files
 from adfeatures.errors import ImageError, InputError
 from adfeatures.image_files import FORMATS, MAX_SIDE, open_image, refusing
 from adfeatures.images import build_transform, read_image
-from adfeatures.inspection import find_images
 from adfeatures.sources import Photo, image_sources, list_images, read_photo
+from adfeatures.worklist import find_images
 from training.data.images import read_mask
 from training.data.manifest import read_manifest
 from training.evaluation.feature_cache import content_key
@@ -239,7 +239,7 @@ def test_what_may_not_be_read_is_an_error_of_ours(closed: Path) -> None:
             read(closed)
     with pytest.raises(ImageError, match=f"{closed.parent}"):
         list_images(closed.parent)
-    assert find_images([str(closed)], False) == [str(closed)]
+    assert list(find_images([str(closed)], False)) == [str(closed)]
 
 
 def test_names_that_are_too_long_are_errors_of_ours(tmp_path: Path) -> None:

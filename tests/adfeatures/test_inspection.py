@@ -11,19 +11,27 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Generator, Iterable
+from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
-from adfeatures import inspection
+from adfeatures import inspection, results
+from adfeatures.detectors import set_references
 from adfeatures.errors import ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.inspection import Worst, find_images, inspect, set_references
-from adfeatures.overlays import contact_sheet
+from adfeatures.inspection import Outcome, Terms, inspect, outcomes
+from adfeatures.overlays import contact_sheet, encoded
+from adfeatures.predictor import score_photos
+from adfeatures.results import ImageRow, mark
+from adfeatures.worklist import find_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -207,7 +215,8 @@ class TestOutput:
         (tmp_path / "out" / "overlays" / "bomb.png").unlink()
         found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
         drawn = ["overlays/020.png", "overlays/mine.png"]
-        assert found == [*drawn, "scores.csv", "scores.jsonl", "summary.json", "worst.png"]
+        tables = ["scores.csv", "scores.jsonl", *["scores.parquet"] * (find_spec("pyarrow") is not None)]
+        assert found == [*drawn, *tables, "summary.json", "worst.png"]
         Path(files[1]).write_bytes(b"no image")
         inspect(model, files[1:2], tmp_path / "out")
         assert not (tmp_path / "out" / "worst.png").exists(), "nothing was scored"
@@ -244,7 +253,7 @@ class TestOutput:
         everything = sorted(str(path) for path in (tmp_path / "new").iterdir() if path.suffix in ("", ".png"))
         assert len(everything) == 4
         with pytest.warns(UserWarning, match="3 pictures were drawn by a former run"):
-            assert find_images(everything, recursive=False) == photos
+            assert list(find_images(everything, recursive=False)) == photos
         with pytest.raises(ImageError, match="drawn by a former run"):
             find_images([str(tmp_path / "new" / "overlays")], recursive=False)
 
@@ -282,15 +291,18 @@ def test_large_images_are_drawn_at_a_bounded_size(model: FeatureExtractor, tmp_p
     assert [row.score for row in found.rows] == [prediction.score for prediction in model.score(files)]
 
 
-def test_the_worst_are_those_of_the_highest_scores(tmp_path: Path) -> None:
+def test_the_worst_are_those_of_the_highest_scores(model: FeatureExtractor, tmp_path: Path) -> None:
     scores = [3.0, 1.0, 3.0, 2.0, *[0.5] * 12, 9.0]
-    worst = Worst()
-    for number, score in enumerate(scores):
-        worst.add(score, Image.new("RGB", (480, 100), (number, 0, 0)))
-    worst.save(tmp_path / "worst.png")
+
+    def engine(files: Iterable[str], _: Terms) -> Generator[Outcome]:
+        for number, file in enumerate(files):
+            picture = encoded(Image.new("RGB", (480, 100), (number, 0, 0)), ".png", pnginfo=mark())
+            yield Outcome(ImageRow(file, scores[number]), picture)
+
+    inspect(model, [f"{number}.png" for number in range(len(scores))], tmp_path / "out", engine=engine)
     order = sorted(range(len(scores)), key=lambda number: (-scores[number], number))[:12]
     expected = contact_sheet([Image.new("RGB", (480, 100), (n, 0, 0)) for n in order], columns=4, tile_width=480)
-    with Image.open(tmp_path / "worst.png") as sheet:
+    with Image.open(tmp_path / "out" / "worst.png") as sheet:
         assert sheet.tobytes() == expected.tobytes()
 
 
@@ -305,13 +317,6 @@ def test_names_that_are_not_utf8_are_escaped_and_can_be_read_back(model: Feature
     table = (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8")
     assert "caf\\udce9.png" in table and found.score is not None
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == 1
-
-
-def test_a_file_that_is_named_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_photos(tmp_path / "new", range(3))
-    monkeypatch.chdir(tmp_path)
-    found = find_images(["new/001.png", "new", "./new/001.png", str(tmp_path / "new" / "002.png")], recursive=False)
-    assert found == ["new/001.png", "new/000.png", "new/002.png"]
 
 
 def test_folders_that_are_no_products_are_passed_over(tmp_path: Path) -> None:
@@ -344,3 +349,138 @@ def test_large_images_fit_into_memory(tmp_path: Path, sizes: list[tuple[int, int
     *_, done, megabytes = result.stdout.split()
     assert int(done) == 0 and len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
     assert len(sizes) < 3 or float(megabytes) < 1500
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of a result, without what says how long it took."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files["summary.json"] = re.sub(rb'"seconds_per_image": [\d.e-]+', b"", files["summary.json"])
+    return files
+
+
+class TestResume:
+    """A run that is continued ends with the bytes of one that was not cut short."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[str]:
+        files = [str(path) for path in write_photos(tmp_path / "new", range(20, 25))]
+        Path(files[3]).write_bytes(b"no image")
+        return [files[0], str(tmp_path / "good" / "001.png"), *files[1:], "gone.png"]
+
+    @staticmethod
+    def cut(model: FeatureExtractor, after: int, computed: list[str]) -> Any:
+        """An engine that fails after so many images."""
+
+        def engine(files: Iterable[str], terms: Terms) -> Generator[Outcome]:
+            for outcome in outcomes(model, files, terms):
+                if len(computed) == after:
+                    raise KeyboardInterrupt
+                computed.append(outcome.row.file)
+                yield outcome
+
+        return engine
+
+    @pytest.mark.parametrize("former", [False, True])
+    @pytest.mark.parametrize("after", [0, 1, 3, 4, 6])
+    def test_bytes_are_those_of_one_run(
+        self, model: FeatureExtractor, files: list[str], tmp_path: Path, former: bool, after: int
+    ) -> None:
+        inspect(model, files, tmp_path / "whole", batch_size=2)
+        out, computed = tmp_path / "out", list[str]()
+        if former:
+            inspect(model, files[:1], out)
+            before = contents(out)
+        with pytest.raises(KeyboardInterrupt):
+            inspect(model, files, out, batch_size=2, resume=True, engine=self.cut(model, after, computed))
+        begun = out / ".adfeatures-new" if former else out
+        lines = (begun / "scores.jsonl").read_text().splitlines()
+        assert computed == files[:after] == [json.loads(line)["file"] for line in lines]
+        if former:
+            assert {name: contents(out)[name] for name in before} == before
+        # A kill may come within a row, before its twin, or after its picture.
+        with open(begun / "scores.jsonl", "a") as table, open(begun / ".adfeatures-begun.jsonl", "a") as own:
+            table.write('{"file": "0')
+            own.write(f"{after}")
+        computed.clear()
+        found = inspect(model, files, out, batch_size=2, resume=True, engine=self.cut(model, 99, computed))
+        assert computed == files[after - after % 2 :], "finished batches are not computed again"
+        assert contents(out) == contents(tmp_path / "whole")
+        assert found.summary["scored_references"] == [files[1]] and len(found.rows) == 7
+
+    def test_a_complete_result_is_left_as_it_is(
+        self, model: FeatureExtractor, files: list[str], tmp_path: Path
+    ) -> None:
+        whole = inspect(model, files, tmp_path / "out")
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        again = inspect(model, files, tmp_path / "out", resume=True, engine=self.cut(model, 0, []))
+        assert again.summary == whole.summary and again.rows == whole.rows
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+        # Others, or more of them, are another run.
+        assert inspect(model, files[:2], tmp_path / "out", resume=True).summary["images"] == 2
+        assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) == 2
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"batch_size": 3}, "a run with batch_size 2, and this one has 3"),
+            ({"batch_size": 2, "threshold": 5.0}, "a run with threshold .*, and this one has 5.0"),
+        ],
+    )
+    def test_other_options_or_images_are_refused(
+        self, model: FeatureExtractor, files: list[str], tmp_path: Path, options: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            inspect(model, files, tmp_path / "out", batch_size=2, engine=self.cut(model, 4, []))
+        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        with pytest.raises(InputError, match=reason):
+            inspect(model, files, tmp_path / "out", resume=True, **options)
+        with pytest.raises(InputError, match=r"a row of .*020\.png, and this run has .*gone\.png in its place"):
+            inspect(model, files[::-1], tmp_path / "out", batch_size=2, resume=True)
+        with pytest.raises(InputError, match=r"this run has nothing in its place"):
+            inspect(model, files[:3], tmp_path / "out", batch_size=2, resume=True)
+        assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        # What has come meanwhile is scored after the others.
+        assert inspect(model, [*files, "late.png"], tmp_path / "out", batch_size=2, resume=True).rows[-1].error
+
+    def test_a_plain_run_begins_anew(self, model: FeatureExtractor, files: list[str], tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            inspect(model, files[::-1], tmp_path / "out", resume=True, engine=self.cut(model, 4, []))
+        inspect(model, files, tmp_path / "out")
+        inspect(model, files, tmp_path / "whole")
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reading_ahead_changes_nothing(model: FeatureExtractor, tmp_path: Path, workers: int) -> None:
+    files = [str(path) for path in write_photos(tmp_path / "new", range(20, 29))]
+    Path(files[4]).write_bytes(b"no image")
+    terms = Terms(None, 1.0, (0.0, 2.0), 2, workers, True)
+    found = list(outcomes(model, files, terms))
+    assert [outcome.row.file for outcome in found] == files and found[4].picture is None
+    for batch in range(0, 9, 2):
+        for outcome, (expected, _) in zip(
+            found[batch : batch + 2], score_photos(model, files[batch : batch + 2], [None] * 2, 2, 2048), strict=True
+        ):
+            if isinstance(expected, ImageError):
+                assert outcome.row.score is outcome.map is None
+            else:
+                assert outcome.row.score == expected.score and outcome.map is not None
+                assert np.array_equal(expected.map, outcome.map)
+
+
+def test_parquet_holds_the_same_rows(model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    files = [*(str(path) for path in write_photos(tmp_path / "new", range(20, 25))), "=gone.png"]
+    monkeypatch.setattr(results, "_ROWS", 4)
+    found = inspect(model, files, tmp_path / "out")
+    rows = parquet.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert rows == [asdict(row) for row in found.rows] and rows[-1]["score"] is None
+    assert parquet.ParquetFile(tmp_path / "out" / "scores.parquet").num_row_groups == 2
+
+
+def test_without_pyarrow_there_is_no_parquet(
+    model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "find_spec", lambda _: None)
+    inspect(model, [str(path) for path in write_photos(tmp_path / "new", range(20, 21))], tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.parquet").exists()

@@ -149,6 +149,17 @@ WRITERS: dict[str, Callable[..., Path]] = {
 }
 
 
+def write_manifest(root: Path, **columns: Callable[[Path], str]) -> Path:
+    """A table of a tree in the manner of MVTec AD, ``all.csv``; further columns are made of each image's path there."""
+    lines = [",".join(["image", "mask", "product", *columns])]
+    for image in sorted(path.relative_to(root) for path in root.glob("*/t*/*/*.png")):
+        product, _, kind, _ = image.parts
+        mask = "" if kind == "good" else f"{product}/ground_truth/{kind}/{image.stem}_mask.png"
+        lines.append(",".join([image.as_posix(), mask, product, *(column(image) for column in columns.values())]))
+    (root / "all.csv").write_text("\n".join(lines))
+    return root / "all.csv"
+
+
 def rows(root: Path, items: Sequence[Item]) -> list[tuple[str | None, int, str | None, str]]:
     """Items as (image, label, mask, defect) with paths relative to the root."""
     short = [

@@ -22,7 +22,7 @@ from helpers.hub_server import HubServer
 from helpers.published import as_published
 from helpers.ranks import run_ranks
 from helpers.real_iad_tree import write_real_iad
-from helpers.trees import write_btad, write_mvtec
+from helpers.trees import write_btad, write_manifest, write_mvtec
 from PIL import Image, ImageOps
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -237,6 +237,25 @@ class TestNumbers:
         }
         assert all(set(paths) == train for paths in record["retrieved"].values())
 
+    def test_a_manifest_is_evaluated_as_the_folder_that_it_lists(
+        self, run: Evaluate, root: Path, tmp_path: Path
+    ) -> None:
+        table = write_manifest(
+            root,
+            split=lambda image: image.parts[1],
+            view=lambda image: f"side {int(image.stem) % 2}",
+            part=lambda image: f"{image.parent.name} {int(image.stem) // 2}",
+        )
+        assert run(method="patchcore", dataset="manifest", root=table, shots=1, draws=2) == 0
+        assert run(method="patchcore", dataset="folder", output=tmp_path / "folder") == 0
+        for record in records(tmp_path / "run", features="raw"):
+            (same,) = records(tmp_path / "folder", features="raw", product=record["product"])
+            assert {name: record["metrics"][name] for name in same["metrics"]} == pytest.approx(same["metrics"])
+            assert set(record["views"]) == {"side 0", "side 1"} and 0 <= record["metrics"]["part_auroc"] <= 1
+        (drawn,) = records(tmp_path / "run", features="pretrained", product="bottle", draw=1)
+        # The second draw of each side: images 2 and 3.
+        assert [Path(entry["file"]).name for entry in drawn["references"]] == ["002.png", "003.png"]
+
     def test_oracle_is_the_best_of_all_epochs(self, run: Evaluate, tmp_path: Path) -> None:
         assert run(method="cflow", epochs=3, oracle=True, products="bottle") == 0
         for record in records(tmp_path / "run"):
@@ -307,6 +326,27 @@ class TestMethodFromOutside:
         monkeypatch.delitem(sys.modules, "outside")
         assert run(method="feature_norm", products="bottle") == 0
         assert "## Brightness" in (tmp_path / "run/results.md").read_text()
+
+    def test_its_faults_are_its_own(self, run: Evaluate, outside: Path, tmp_path: Path) -> None:
+        faults = {
+            "Keyed": "def fit(self, loader): {}['recipe']",
+            "Greedy": "def __init__(self, extractor, needed): pass",
+            "Triple": "def predict(self, loader): return 1, 2, 3",
+        }
+        outside.write_text(
+            OUTSIDE + "".join(f"\nclass {name}(Brightness):\n    {fault}\n" for name, fault in faults.items())
+        )
+        methods = [f"outside:{name}" for name in faults]
+        assert run(method=[*methods, "feature_norm"], products="bottle") == 1
+        errors = {record["method"]: record.get("error", "") for record in records(tmp_path / "run", features="raw")}
+        assert errors.pop("feature_norm") == ""
+        assert [errors[method].partition(":")[0] for method in methods] == ["KeyError", "TypeError", "TypeError"]
+
+    def test_settings_of_any_type_are_recorded(self, run: Evaluate, outside: Path, tmp_path: Path) -> None:
+        outside.write_text(OUTSIDE.replace("level=0", "level=0, kind=Exception"))
+        assert run(method="outside:Brightness", products="bottle") == 0
+        (found,) = records(tmp_path / "run", features="raw")
+        assert found["settings"] == {"level": 0, "kind": "<class 'Exception'>"}
 
     def test_what_cannot_be_found(self, run: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
         for method, text in (

@@ -18,7 +18,7 @@ import torch
 from helpers.full_disk import full_disk
 from helpers.ranks import ROOT, run_ranks
 from helpers.real_iad_tree import write_real_iad
-from helpers.trees import write_mvtec
+from helpers.trees import write_manifest, write_mvtec
 from PIL import Image
 
 import adfeatures
@@ -27,6 +27,9 @@ from adfeatures.errors import AdfeaturesError, CheckpointError, ImageError, Inpu
 from training.data import mvtec, real_iad
 from training.data.fingerprint import Fingerprint
 from training.data.items import Item
+from training.evaluation.model import load_model
+from training.evaluation.product_features import FeatureKind, projected_features
+from training.evaluation.raw_features import RawFeatures
 from training.pretrain import main, pretrain
 from training.pretraining.config import PretrainConfig
 from training.pretraining.curves import read_log
@@ -62,7 +65,7 @@ def config(tree: Path, output: Path, **changes: Any) -> PretrainConfig:
 def arguments(given: PretrainConfig) -> list[str]:
     options = []
     for name, value in vars(given).items():
-        if value not in (None, ()):
+        if value not in (None, (), False):
             options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return options
 
@@ -308,17 +311,42 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     assert refused.returncode and "on 2 processes, now there are 4" in refused.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The angle loss was 0")
+def test_ablations(tree: Path, tmp_path: Path) -> None:
+    """One loss alone, and no residuals: such weights are evaluated as they were trained, and make no model."""
+    ablations: dict[str, dict[str, Any]] = {
+        "angle": {"losses": "angle"},
+        "norm": {"losses": "norm"},
+        "none": {"no_residual": True},
+    }
+    folders = {
+        name: pretrain(config(tree, tmp_path / name, max_steps=2, validation="held_out", **changes), CPU)
+        for name, changes in ablations.items()
+    }
+    for name, other in (("angle", "norm"), ("norm", "angle")):
+        assert any(line.get(name) for line in steps(folders[name]))
+        assert not any(line.get(other) for line in steps(folders[name]))
+    last = folders["none"] / "checkpoint_last.safetensors"
+    with pytest.raises(CheckpointError, match="trained without residuals, for an ablation"):
+        adfeatures.create_model(weights=last)
+    model = load_model(str(last), ("patchcore",))
+    (weights,) = model.weights.values()
+    assert not weights.takes_residuals and weights.projector is not None
+    raw = RawFeatures(model, tmp_path / "cache")
+    batch = {"image": torch.rand(2, 3, 32, 32), "path": [None, None]}
+    found = projected_features(raw, FeatureKind("squash", "squash", "", 0)).extractor(batch)
+    for level, expected in zip(found, weights.projector(model.backbone(batch["image"])), strict=True):
+        torch.testing.assert_close(level, expected)
+    with pytest.raises(InputError, match="leave out centers and pool"):
+        config(tree, tmp_path, no_residual=True, pool=4)
+
+
 @pytest.mark.parametrize("data", ["folder", "manifest"])
 def test_own_data(tmp_path: Path, data: str) -> None:
     root = write_mvtec(tmp_path / "own", ("nut", "bolt"), good=5, test_good=3, bad=4, size=(40, 40))
     if data == "manifest":
-        rows = ["image,mask,product"]
-        for image in sorted(path.relative_to(root) for path in root.glob("*/t*/*/*.png")):
-            product, _, kind, name = image.parts
-            mask = "" if kind == "good" else f"{product}/ground_truth/{kind}/{Path(name).stem}_mask.png"
-            rows.append(f"{image.as_posix()},{mask},{product}")
-        root = root / "all.csv"
-        root.write_text("\n".join(rows))
+        root = write_manifest(root)
     given = {**FAST, "data": data, "root": str(root), "output": str(tmp_path / "run"), "validation": "held_out"}
     folder = pretrain(PretrainConfig(**given), CPU)
     assert any("loss" in line for line in steps(folder))
@@ -424,6 +452,29 @@ def test_precision(tree: Path, tmp_path: Path, precision: str) -> None:
     assert {value.dtype for value in (*state["projector"].values(), *moments)} == {expected}
     exact = pretrain(config(tree, tmp_path / "exact", max_steps=2), CPU)
     assert [line["loss"] for line in steps(folder)] == pytest.approx([line["loss"] for line in steps(exact)], rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_published_recipe_is_of_bfloat16_and_of_the_middle_of_images(tmp_path: Path) -> None:
+    whole = write_real_iad(tmp_path / "whole", ("bottle_cap",), ok=1, ng=1, views=3, size=(300, 224))
+    middle = shutil.copytree(whole, tmp_path / "middle")
+    for path in [*middle.rglob("*.jpg"), *middle.rglob("*.png")]:
+        with Image.open(path) as image:
+            image.crop((38, 0, 262, 224)).save(
+                path, **({"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {})
+            )
+    names = {"backbone": "resnet10t", "backbone_weights": "random", "levels": (1, 2), "shots": (1,), "max_steps": 1}
+    given = {**names, "held_out": 0.0, "batch_size": 2, "img_size": (), "precision": None, "recipe": "published"}
+    runs = [pretrain(config(root, tmp_path / f"run{root.name}", **given), CPU) for root in (whole, middle)]
+    state = torch.load(runs[0] / "state.pt", weights_only=True)
+    moments = [value for entry in state["optimizer"]["state"].values() for key, value in entry.items() if key != "step"]
+    assert {value.dtype for value in (*state["projector"].values(), *moments)} == {torch.bfloat16}
+    (step,), (same,) = (steps(folder) for folder in runs)
+    assert step["norm"] == pytest.approx(same["norm"], rel=0.02)
+    header = load_checkpoint(runs[0] / "checkpoint_last.safetensors").metadata
+    assert json.loads(header["training"])["recipe"] == "published"
+    with pytest.raises(InputError, match="recipe was 'published', is 'sound'"):
+        pretrain(config(whole, runs[0], **{**given, "recipe": "sound", "precision": "bfloat16"}), CPU)
 
 
 def test_accumulation_trains_on_micro_batches(tree: Path, tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from ..data.fingerprint import digests
 from ..data.image_cache import ImageCache
 from ..data.images import ImageLoader
 from ..data.items import ANOMALOUS, NORMAL, Item
+from ..data.transforms import two_views
 from ..distributed import cores
 from ..pretraining.config import PretrainConfig
-from ..pretraining.dataset import PretrainingDataset, StepSampler, augmentation, collate
+from ..pretraining.dataset import PretrainingDataset, StepSampler, collate, view_statistics
 from ..pretraining.step import encode_images, prepared, train_step
 
 ENCODERS, PRECISIONS = ("dinov2_base", "dinov2_large"), ("float32", "autocast", "bfloat16")
@@ -88,8 +89,7 @@ def make_datasets(items: list[Item], side: int, folder: str) -> tuple[Pretrainin
     cache = ImageCache(Path(folder, "cache"), transform, digests(files, cores()))
     cache.fill(items, cores())
     pool = [item for item in items if item.label == NORMAL]
-    views = augmentation(PretrainConfig.view_statistics, entry)
-    make = partial(PretrainingDataset, items, pool, views, transform, shots=(1,))
+    make = partial(PretrainingDataset, items, pool, two_views, transform, shots=(1,))
     return make(cache), make(None)
 
 
@@ -119,15 +119,15 @@ def stepping(
     """Seconds of a step from the cache and from files, waiting included."""
     entry = BACKBONES[name]
     backbone = create_backbone(name, img_size=sizes.side, embed_dim=sizes.width, depth=sizes.depth)
-    backbone.to(device)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    backbone.to(device, dtype)
     config = PretrainConfig(precision=precision)
     projector = ResidualProjector(backbone.channels, num_keys=sizes.keys)
-    projector.to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    projector.to(device, dtype)
     optimizer = torch.optim.Adam(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    views = augmentation(config.view_statistics, entry)  # For its statistics.
     encoders = [
         partial(encode_images, statistics=statistics, backbone=backbone, device=device, precision=precision)
-        for statistics in ((views.mean, views.std), entry.normalization)
+        for statistics in (view_statistics(config.view_statistics, entry), entry.normalization)
     ]
     centers = [torch.zeros(channels, device=device) for channels in backbone.channels]
     if device.type == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from adfeatures.catalog import unknown
 from adfeatures.errors import UnknownNameError
 
-from . import btad, folder, mpdd, mvtec, mvtec3d, real_iad, visa
+from . import btad, folder, manifest, mpdd, mvtec, mvtec3d, real_iad, visa
 from .tree import Tree
 
 DATASETS: dict[str, Tree] = {
@@ -16,6 +16,7 @@ DATASETS: dict[str, Tree] = {
     "mpdd": mpdd.TREE,
     "real_iad": real_iad.TREE,
     "folder": folder.TREE,
+    "manifest": manifest.TREE,
 }
 
 

@@ -80,7 +80,7 @@ def recognize(root: StrPath) -> str:
         InputError: If it is none; the message names a folder close by that is one.
     """
     root = Path(root)
-    if not os.path.isdir(root):
+    if not os.path.exists(root):
         raise InputError(f"There is no folder {root}.")
     if name := _recognized(root):
         return name
@@ -151,7 +151,7 @@ def _check_product(tree: Tree, root: StrPath, product: str, folder: Path) -> Ite
         yield from _check_labels([item.label for item in of_split], folder / split, split)
         items += of_split
     yield from _check_files(items, product)
-    if complete:
+    if complete and tree.folders:
         yield from _check_left_over(items)
 
 

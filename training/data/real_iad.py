@@ -108,6 +108,11 @@ def split_by_sample(items: Sequence[Item], fraction: float, seed: int = 0) -> tu
     return parts
 
 
+def default_split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """What ``training.pretrain`` by default trains on, and what it holds out."""
+    return split_by_sample(items, fraction=0.1, seed=42)
+
+
 def _is_ok(item: Item) -> bool:
     return item.defect == GOOD
 
@@ -217,7 +222,7 @@ class RealIAD(Tree):
         check_split(split)
         items = read(root, products)
         if self.lists is None:
-            train, held_out = split_by_sample(items, fraction=0.1, seed=42)
+            train, held_out = default_split(items)
             return held_out if split == "test" else reference_pool(train)
         names = dict.fromkeys(item.product for item in items)
         return [item for name in names for item in split_items(self.lists, name, split, items)]

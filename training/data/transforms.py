@@ -50,33 +50,17 @@ class MaskTransform:
         return torch.from_numpy(defect.astype(np.uint8))[None]
 
 
-@dataclass(frozen=True)
-class TwoViews:
-    """Two color-augmented views of an image for the angle loss (paper section 3.3).
+def two_views(image: Image.Image, seed: int) -> np.ndarray:
+    """Two color-augmented views (2, H, W, 3) uint8 of an RGB image for the angle loss (paper section 3.3).
 
-    Both are the whole image at the size of the network, each with its own color jitter, grayscale and blur as in SimCLR
-    (Chen et al., 2020). Nothing moves, so that one mask serves both. The blur is Pillow's, its radius the standard
-    deviation in pixels.
+    Each has its own color jitter, grayscale and blur as in SimCLR (Chen et al., 2020). Nothing moves, so that one mask
+    serves both. The blur is Pillow's, its radius the standard deviation in pixels.
 
-    Attributes:
-        img_size: Height and width in pixels.
-        mean: Of each channel, for values in [0, 1].
-        std: Of each channel, for values in [0, 1].
+    Equal seeds give equal views; torch's own generators stay as they are.
     """
-
-    img_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
-        """The views (2, H, W, 3) uint8 of an RGB image, to be normalized on the device.
-
-        Equal seeds give equal views; torch's own generators stay as they are.
-        """
-        resized = F.resize(image, list(self.img_size), F.InterpolationMode.BICUBIC)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-            return np.stack([np.asarray(_augment(resized)) for _ in range(2)])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        return np.stack([np.asarray(_augment(image)) for _ in range(2)])
 
 
 def _blur(image: Image.Image) -> Image.Image:

@@ -37,7 +37,7 @@ class EvaluationConfig:
         "predict(loader), which returns training.methods.base.Predictions",
     )
     dataset: str = option(REQUIRED, "what root holds", tuple(DATASETS))
-    root: str = option(REQUIRED, "folder of the data set")
+    root: str = option(REQUIRED, "folder of the data set (for a manifest: the CSV file)")
     products: tuple[str, ...] = option((), "products to evaluate; the default is all")
     split: str | None = option(
         None,

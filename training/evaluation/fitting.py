@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adfeatures.errors import InputError
+
 from ..data.images import ImageDataset, ImageLoader, loader
 from ..data.items import Item
 from ..methods import Method
@@ -23,9 +25,12 @@ def settings(
     """All settings of a method: what it takes by default, and what follows from the evaluation.
 
     Warns where GLASS has to do without textures or foreground masks that the original has.
+
+    Raises:
+        InputError: If its line in the table of methods names settings that an evaluation or its class does not have.
     """
-    parameters = inspect.signature(method.create).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    parameters = inspect.signature(method.create).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     offered = {
         "level_reference": "test" if config.protocol == ORIGINAL else "train",
         "adapter": features == RAW,
@@ -35,6 +40,13 @@ def settings(
         "textures": config.textures,
         "foregrounds": config.foregrounds,
     }
+    lacks = {name for name in method.takes if name not in offered}
+    lacks |= {name for name in (*method.takes, method.epochs) if name is not None and name not in parameters}
+    if lacks:
+        raise InputError(
+            f"METHODS says that {method.create.__name__} takes {', '.join(sorted(lacks))}, which it or the evaluation "
+            f"does not have. An evaluation has {', '.join(offered)}."
+        )
     own: dict[str, Any] = {name: offered[name] for name in method.takes}
     if method.epochs is not None and config.epochs is not None:
         own[method.epochs] = config.epochs

@@ -31,7 +31,7 @@ class ProjectorWeights(NamedTuple):
     Without a projector there is None, and the fingerprint and the file are "". ``stored`` are metrics in the file, and
     ``selected_by`` says by which method on which data they were measured, "" where that is not known. ``trained_on``
     are the images that the projector was trained on, or the title of the data set of which it was trained on all; None
-    where that is not known.
+    where that is not known. ``takes_residuals`` is False where it projects features as they are.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ProjectorWeights(NamedTuple):
     stored: dict[str, float]
     selected_by: str = ""
     trained_on: Fingerprint | str | None = None
+    takes_residuals: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,8 @@ def _weights(
         # The authors' files do not say it.
         selected_by = f"AUPRO of {SELECTED_BY[tag.rpartition('_')[2]]} on the test set of MVTec AD"
         trained_on = catalog.MODELS[arch].tags[tag].training_data
-    return ProjectorWeights(
-        name, projector, fingerprint, trained.source, trained.checkpoint.metrics, selected_by, trained_on
-    )
+    facts = (trained.source, trained.checkpoint.metrics, selected_by, trained_on, trained.takes_residuals)
+    return ProjectorWeights(name, projector, fingerprint, *facts)
 
 
 def _trained_on(trained: TrainedWeights) -> Fingerprint | str | None:

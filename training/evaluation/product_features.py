@@ -142,6 +142,14 @@ def residual_features(
     return ProductFeatures(kept, kind, weights.name, files, frozenset(single), remove=kept.remove)
 
 
+def projected_features(raw: RawFeatures, kind: FeatureKind) -> ProductFeatures:
+    """Features that a projector makes of raw ones, without references: an ablation of the paper."""
+    weights = raw.model.weights[kind.tag or ""]
+    assert weights.projector is not None
+    project = torch.no_grad()(weights.projector)
+    return ProductFeatures(lambda batch: project(raw.of(kind.images)(batch)), kind, weights.name)
+
+
 def retrieved_features(raw: RawFeatures, kind: FeatureKind, product: Product) -> ProductFeatures:
     """Projected residuals of a product against references retrieved for each image from all training images."""
     weights, scorer = raw.model.weights[kind.tag or ""], raw.model.scorer

@@ -169,8 +169,8 @@ def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write plain values, atomically; NaN becomes null."""
-    write_text(path, dumps(value, indent=1) + "\n")
+    """Write plain values, atomically; NaN becomes null, and what else a method from outside has among them, text."""
+    write_text(path, dumps(value, indent=1, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from ..data.draws import draw_references, given_references
 from ..data.images import loader
 from ..data.items import Item
 from ..data.protocol import original_geometry
-from ..methods import find_method
+from ..methods import METHODS, find_method
 from ..methods.base import Predictions
 from . import pictures
 from .config import ORIGINAL, RETRIEVED, EvaluationConfig
@@ -32,6 +32,7 @@ from .product_features import (
     FeatureKind,
     ProductFeatures,
     listed_features,
+    projected_features,
     residual_features,
     retrieved_features,
 )
@@ -174,6 +175,8 @@ class Evaluation:
     def _features(self, kind: FeatureKind, products: Sequence[Product]) -> ProductFeatures:
         if kind.tag is None:
             return ProductFeatures(self.raw.of(kind.images), kind)
+        if not self.model.weights[kind.tag].takes_residuals:
+            return projected_features(self.raw, kind)
         if kind.draw is None and self.config.reference_lists is not None:
             (product,) = products
             lists = listed_references(self.config.reference_lists, self.config.dataset, self._folder(product), product)
@@ -200,12 +203,18 @@ class Evaluation:
         noticed: list[str],
         step: Callable[[], T],
     ) -> T | None:
-        """Take a step; its warnings come to those ``noticed``, its failure to the records, and then there is None."""
+        """Take a step; its warnings come to those ``noticed``, its failure to the records, and then there is None.
+
+        The code of a method from outside may fail in any way.
+        """
+        failures = FAILURES if {combination.base for combination in combinations} <= set(METHODS) else (Exception,)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 value = step()
-            except FAILURES as error:
+            except failures as error:
+                if isinstance(error, AdfeaturesError) and not isinstance(error, FAILURES):
+                    raise
                 for combination, product in itertools.product(combinations, products):
                     self.results.fail(product.name, error, combination)
                 return None

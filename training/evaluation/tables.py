@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite, nan
 from statistics import fmean, stdev
 
-from adfeatures.inspection import csv_cell
+from adfeatures.results import csv_cell
 
 from ..methods import METHODS, title_of
 from ..metrics import Metrics

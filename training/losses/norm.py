@@ -20,7 +20,12 @@ _NORMS = {
 
 
 def norm_loss(
-    features: Tensor, labels: Tensor, radius: float = 0.4, margin: float = 0.75, pseudo_huber: str = "code"
+    features: Tensor,
+    labels: Tensor,
+    radius: float = 0.4,
+    margin: float = 0.75,
+    pseudo_huber: str = "code",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Pull the norms A of normal features between two radii, push anomalous ones beyond the outer one plus a margin.
 
@@ -37,9 +42,11 @@ def norm_loss(
         margin: Distance between the outer radius and the bound of anomalous features.
         pseudo_huber: A = sqrt(norm + 1) - 1, with the norm itself ("code", which made the published weights) or squared
             ("paper").
+        dtype: Precision to compute in; the default is float32, or that of the features where it is higher. In bfloat16
+            each operation is rounded as in the published training, where norms below 1 are multiples of 1/128.
 
     Returns:
-        The loss, a scalar >= 0, computed in float32 for every lower precision.
+        The loss, a scalar >= 0, of that precision.
 
     Raises:
         InputError: For shapes that do not agree.
@@ -51,28 +58,31 @@ def norm_loss(
         )
     if pseudo_huber not in _NORMS:
         raise UnknownNameError(unknown("pseudo_huber", pseudo_huber, _NORMS))
+    dtype = dtype or torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
-        norms = _NORMS[pseudo_huber](features.to(torch.promote_types(features.dtype, torch.float32)))
-        # sqrt(norms + 1) - 1 without the cancellation of small norms.
-        norms = norms / ((norms + 1).sqrt() + 1)
-        anomalous = labels > 0
-        limits = torch.where(anomalous, OUTER_FRACTION * norms.detach(), radius)
+        norms = _NORMS[pseudo_huber](features.to(dtype))
+        # sqrt(norms + 1) - 1; the cancellation of small norms is a part of what the published training computes.
+        norms = (norms + 1).sqrt() - 1 if dtype == torch.bfloat16 else norms / ((norms + 1).sqrt() + 1)
+        anomalous, exact = labels > 0, norms.detach().to(torch.promote_types(dtype, torch.float32))
+        limits = torch.where(anomalous, OUTER_FRACTION * exact, radius)
         outer = torch.cat([limits, limits.new_full((1,), radius)]).min()
         inner, bound = INNER_FRACTION * outer, outer + margin
         return (
-            _mean_excess(norms - outer, ~anomalous)
-            + _mean_excess(inner - norms, ~anomalous)
-            + _mean_excess(bound - norms, anomalous)
+            _mean_excess(norms, outer, ~anomalous)
+            + _mean_excess(inner, norms, ~anomalous)
+            + _mean_excess(bound, norms, anomalous)
         )
 
 
-def _mean_excess(excess: Tensor, members: Tensor) -> Tensor:
-    """Mean of exp(x) softplus(x) over the members with x > 0; 0 where there are none.
+def _mean_excess(high: Tensor, low: Tensor, members: Tensor) -> Tensor:
+    """Mean of exp(x) softplus(x) over the members with x = high - low > 0; 0 where there are none.
 
-    No synchronization with the device.
+    Where the norms are bfloat16, their bounds are float32. No synchronization with the device.
     """
-    counted = members & (excess > 0)
+    wide, dtype = torch.promote_types(high.dtype, low.dtype), torch.result_type(high, low)
+    counted = members & (high > low)
     # Not counted ones may be of any size.
-    excess = torch.where(counted, excess, 0)
+    excess = torch.where(counted, (high.to(wide) - low.to(wide)).to(dtype), 0)
     costs = excess.detach().clamp_max(STEEPEST).exp() * F.softplus(excess)
-    return torch.where(counted, costs, 0).sum() / counted.sum().clamp_min(1)
+    total = torch.where(counted, costs, 0).sum(dtype=wide)
+    return (total / counted.sum().clamp_min(1)).to(dtype)

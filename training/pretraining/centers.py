@@ -27,12 +27,11 @@ from ..console import progress
 from ..data.image_cache import ImageCache
 from ..data.images import ImageLoader
 from ..data.items import NORMAL, Item, items_digest
-from ..data.real_iad import reference_pool
 from ..distributed import world_size
 from .config import CentersConfig
 from .dataset import Draw, PretrainingDataset, collate
 from .frozen_backbone import FrozenBackbone
-from .inputs import Inputs, files_digests, filled_cache
+from .inputs import Inputs
 from .residuals import batch_residuals
 
 FORMAT = "adfeatures-centers"
@@ -40,7 +39,7 @@ FORMAT = "adfeatures-centers"
 SAVE_EVERY = 50
 _ADVICE = (
     "Compute them with: python -m training.centers "
-    "and the same --backbone, --backbone-weights, --levels, --img-size and --bit-depth."
+    "and the same --recipe, --backbone, --backbone-weights, --levels, --img-size and --bit-depth."
 )
 
 
@@ -48,20 +47,10 @@ def centers_of(config: CentersConfig, device: torch.device) -> list[Tensor]:
     """What a config asks for; errors as of ``compute_centers`` and ``Inputs``."""
     with only_run_for(config.output):
         inputs = Inputs(config, device)
-        found = files_digests(inputs.train, config.workers, masks=True) if config.cache is not None else {}
-        cache = filled_cache(config.cache, inputs.backbone.transform, inputs.train, found, config.workers)
-        return compute_centers(config, inputs.backbone, inputs.train, inputs.normal, cache)
+        return compute_centers(config, inputs.backbone, inputs.train, inputs.normal, inputs.cache)
 
 
-def find_centers(
-    path: str | None,
-    folder: Path,
-    backbone: FrozenBackbone,
-    train: Sequence[Item],
-    seed: int,
-    workers: int,
-    cache: ImageCache | None = None,
-) -> list[Tensor]:
+def find_centers(path: str | None, folder: Path, inputs: Inputs, seed: int) -> list[Tensor]:
     """The centers for a pretraining, on the device of the backbone.
 
     They are those of a file or, without a path, of the folder of the run, where a single process computes them.
@@ -72,16 +61,16 @@ def find_centers(
     """
     file = Path(path or folder / "centers.safetensors")
     if path is None and world_size() == 1:
-        config = CentersConfig(output=str(file), seed=seed, workers=workers)
-        centers = compute_centers(config, backbone, train, reference_pool(train), cache)
+        config = CentersConfig(output=str(file), seed=seed, workers=inputs.workers)
+        centers = compute_centers(config, inputs.backbone, inputs.train, inputs.normal, inputs.cache)
     elif file.exists():
-        centers = load_centers(file, backbone)
+        centers = load_centers(file, inputs.backbone)
     else:
         raise InputError(
             f"There are no centers {file}. "
             "Run python -m training.centers in one process first, then give --centers FILE."
         )
-    return [center.to(backbone.device) for center in centers]
+    return [center.to(inputs.backbone.device) for center in centers]
 
 
 def compute_centers(
@@ -112,14 +101,10 @@ def compute_centers(
         CheckpointError: If the output or the state beside it comes from another call.
         AdfeaturesError: If features are not finite, or a file cannot be written.
     """
-    normal, transform, output = (
-        [item for item in items if item.label == NORMAL],
-        backbone.transform,
-        Path(config.output),
-    )
+    normal, output = [item for item in items if item.label == NORMAL], Path(config.output)
     if not normal:
         raise InputError("There are no normal images to compute centers from.")
-    dataset = PretrainingDataset(normal, pool, _plain, transform, cache=cache, shots=(config.shots,))
+    dataset = PretrainingDataset(normal, pool, _plain, backbone.transform, cache=cache, shots=(config.shots,))
     draws = _draws(len(normal), config)
     facts = {
         **_origin(backbone),
@@ -193,6 +178,7 @@ def _origin(backbone: FrozenBackbone) -> dict[str, str]:
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "bit_depth": str(backbone.bit_depth),
+        "preset": backbone.preset,
     }
 
 
@@ -226,8 +212,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if any(level.ndim != 1 or not level.is_floating_point() for level in checkpoint.state_dict.values()):
         raise CheckpointError(f"{path} holds no centers, which have one dimension. {_ADVICE}")
     tensors = sorted(checkpoint.state_dict.items(), key=lambda entry: (len(entry[0]), entry[0]))
-    # Earlier versions knew no other bit depth.
-    return dict(tensors), {"bit_depth": "16", **checkpoint.metadata}
+    # Earlier versions knew no other bit depth, and no other geometry.
+    return dict(tensors), {"bit_depth": "16", "preset": "squash", **checkpoint.metadata}
 
 
 def _resumed(path: Path, facts: Mapping[str, str]) -> tuple[list[Tensor], dict[str, str]]:
@@ -251,7 +237,7 @@ def _read_centers(path: Path, wanted: Mapping[str, str]) -> list[Tensor]:
         if found.get(key) != value and not (
             key == "weights" and set(_fact(path, found, key, list[str])) & set(json.loads(value))
         ):
-            short = key in ("backbone", "levels", "img_size", "bit_depth")
+            short = key in ("backbone", "levels", "img_size", "bit_depth", "preset")
             differences.append(f"{key} {found.get(key)}, not {value}" if short else f"other {key}")
     if differences:
         raise CheckpointError(f"{path} holds centers of other features: {'; '.join(differences)}. {_ADVICE}")

@@ -18,6 +18,18 @@ from ..console import check_choices, option
 from ..data import DATASETS
 from ..distributed import cores
 
+SOUND, PUBLISHED = "sound", "published"
+# What the published weights were made with, where another form can be asked for.
+_PUBLISHED_FORMS = {
+    "precision": "bfloat16",
+    "anchors": "both",
+    "pseudo_huber": "code",
+    "view_statistics": "original",
+    "pool": None,
+    "losses": "both",
+    "no_residual": False,
+}
+_PUBLISHED_SIDE = 224
 # What may differ between a run and its resumption, because it changes no number.
 FREE = (
     "output", "root", "validation_root", "backbone_weights", "centers", "filter_list",
@@ -30,6 +42,11 @@ class InputsConfig:
     """The images and the frozen backbone, which the pretraining and its centers take alike."""
 
     output: str = option("runs/pretrain", "folder of the run; a run that is there is resumed")
+    recipe: str = option(
+        SOUND,
+        "published: as the published weights were made, with 224 x 224 pixels cut from the middle of images",
+        (SOUND, PUBLISHED),
+    )
     # Data
     data: str = option("real_iad", "what root holds", ("real_iad", "folder", "manifest"))
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
@@ -61,11 +78,23 @@ class InputsConfig:
             raise InputError(f"bit_depth must be 9 to 16, got {self.bit_depth}.")
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
+        if self.recipe == PUBLISHED and self.img_size and set(self.img_size) != {_PUBLISHED_SIDE}:
+            raise InputError(
+                f"The recipe published is made for {_PUBLISHED_SIDE} x {_PUBLISHED_SIDE} pixels, not {self.img_size}: "
+                "leave out --img-size, or --recipe."
+            )
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Input height and width in pixels, None for the backbone's."""
+        if self.recipe == PUBLISHED:
+            return _PUBLISHED_SIDE, _PUBLISHED_SIDE
         return (self.img_size[0], self.img_size[-1]) if self.img_size else None
+
+    @property
+    def preset(self) -> str:
+        """The geometry of images and masks, of `adfeatures.images.PRESETS`."""
+        return "resize224_crop224" if self.recipe == PUBLISHED else "squash"
 
     def _check_numbers(self, *names: str, positive: bool = False) -> None:
         for name in names:
@@ -112,6 +141,8 @@ class PretrainConfig(InputsConfig):
     milestones: tuple[int, ...] = option((7, 9), "epochs after which the learning rate falls to a tenth")
     lr: float = option(1e-4, "learning rate of Adam")
     weight_decay: float = option(5e-4, "L2 penalty in the gradient")
+    losses: str = option("both", "an ablation of the paper: one loss alone", ("both", "angle", "norm"))
+    no_residual: bool = option(False, "an ablation of the paper: project features, not their residuals")
     temperature: float = option(0.15, "of the angle loss")
     anchors: str = option("both", "views that are anchors of the angle loss (the paper: first)", ("both", "first"))
     radius: float = option(0.4, "largest radius of the norm loss")
@@ -122,8 +153,9 @@ class PretrainConfig(InputsConfig):
         "original", "of the augmented views: original is CLIP's for DINOv2 as well", ("original", "backbone")
     )
     precision: str = option(
-        "autocast",
-        "autocast: float32 weights, bfloat16 products; bfloat16: weights and moments too, as the original",
+        None,
+        "autocast: float32 weights, bfloat16 products; bfloat16: everything, as in the published training; "
+        "the default is autocast, or what the recipe has",
         ("autocast", "float32", "bfloat16"),
     )
     max_steps: int | None = option(None, "stop after so many steps")
@@ -146,13 +178,24 @@ class PretrainConfig(InputsConfig):
     save_every: int = option(500, "steps between two checkpoints to resume from")
 
     def __post_init__(self) -> None:
+        if self.precision is None:
+            precision = _PUBLISHED_FORMS["precision"] if self.recipe == PUBLISHED else "autocast"
+            object.__setattr__(self, "precision", precision)
         super().__post_init__()
+        for name, form in _PUBLISHED_FORMS.items() if self.recipe == PUBLISHED else ():
+            if (value := getattr(self, name)) != form:
+                raise InputError(
+                    f"The recipe published has {form or 'no'} {name}, not {value}: "
+                    f"leave out --{name.replace('_', '-')}, or --recipe."
+                )
         self._check_numbers("num_heads", "num_keys", "batch_size", "accumulate", "epochs", "max_steps", positive=True)
         self._check_numbers("temperature", "save_every", "validation_images", positive=True)
         self._check_numbers("lr", "weight_decay", "radius", "margin")
         if not self.shots or min(self.shots) < 1 or (self.pool is not None and self.pool < 1):
             raise InputError(f"shots and pool count reference images, at least 1; got {self.shots} and {self.pool}.")
         self._check_numbers("validation_shots", "eval_every", positive=True)
+        if self.no_residual and (self.centers or self.pool):
+            raise InputError("Without residuals there are no references and no centers: leave out centers and pool.")
         if self.validation in DATASETS and self.validation_root is None:
             title = DATASETS[self.validation].title
             raise InputError(f"validation={self.validation} needs validation_root, the folder of {title}.")

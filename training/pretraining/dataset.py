@@ -28,7 +28,7 @@ from adfeatures.images import ImageTransform
 from ..data.image_cache import ImageCache
 from ..data.images import different_sizes, read_mask
 from ..data.items import Item
-from ..data.transforms import MaskTransform, TwoViews
+from ..data.transforms import MaskTransform
 from ..distributed import rank, world_size
 from .config import PretrainConfig
 
@@ -48,10 +48,12 @@ def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
     return [items[index] for index in sorted(chosen)]
 
 
-def augmentation(statistics: str, entry: catalog.Backbone) -> TwoViews:
-    """Two views with the statistics of a backbone or, as the published weights were made, CLIP's for DINOv2 too."""
-    original = statistics == "original" and entry.family == "dinov2"
-    return TwoViews(entry.img_size, *(catalog.OPENAI_CLIP if original else entry.normalization))
+def view_statistics(kind: str, entry: catalog.Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for the augmented views of a backbone.
+
+    They are its own or, for the kind "original", CLIP's for DINOv2 too, as the published weights were made.
+    """
+    return catalog.OPENAI_CLIP if kind == "original" and entry.family == "dinov2" else entry.normalization
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ class FrozenBackbone:
         module: Maps images (B, 3, H, W) to one map (B, C_l, h_l, w_l) per level.
         entry: Its description, with the levels and the input size in use.
         bit_depth: Bits in use, 9 to 16, of the 16-bit images that it is shown.
+        preset: Their geometry, one of `adfeatures.images.PRESETS`.
     """
 
     name: str
     module: Encoder
     entry: catalog.Backbone
     bit_depth: int = 16
+    preset: str = "squash"
 
     @cached_property
     def fingerprint(self) -> list[str]:
@@ -43,14 +45,16 @@ class FrozenBackbone:
     @property
     def identity(self) -> list[Any]:
         """What features depend on besides the images."""
-        facts = [self.name, self.fingerprint, self.entry.blocks, self.entry.img_size]
-        # Earlier versions knew no other bit depth.
-        return facts if self.bit_depth == 16 else [*facts, self.bit_depth]
+        facts: list[Any] = [self.name, self.fingerprint, self.entry.blocks, self.entry.img_size]
+        # Earlier versions knew no other bit depth, and no other geometry.
+        facts += [] if self.bit_depth == 16 else [self.bit_depth]
+        return facts if self.preset == "squash" else [*facts, self.preset]
 
     @property
     def transform(self) -> ImageTransform:
         """The way from an image to its input, without augmentation."""
-        return build_transform(self.entry.img_size, *self.entry.normalization, bit_depth=self.bit_depth)
+        (mean, std), bits = self.entry.normalization, self.bit_depth
+        return build_transform(self.entry.img_size, mean, std, preset=self.preset, bit_depth=bits)
 
     def read(self, path: str) -> Tensor:
         """An image file at the size of the input, (H, W, 3) uint8."""
@@ -70,4 +74,4 @@ def load_frozen_backbone(config: InputsConfig, device: torch.device) -> FrozenBa
     module, entry = load_backbone(
         config.backbone, weights=config.backbone_weights, img_size=config.size, levels=config.levels or None
     )
-    return FrozenBackbone(config.backbone, module.to(device), entry, config.bit_depth)
+    return FrozenBackbone(config.backbone, module.to(device), entry, config.bit_depth, config.preset)

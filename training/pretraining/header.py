@@ -6,13 +6,19 @@ import json
 
 from adfeatures import catalog
 from adfeatures.projector import ResidualProjector
+from adfeatures.trained import NO_RESIDUAL
 
 from ..data.fingerprint import TRAINED_ON, Fingerprint
 from .frozen_backbone import FrozenBackbone
 
 
 def checkpoint_header(
-    backbone: FrozenBackbone, projector: ResidualProjector, title: str | None, trained_on: Fingerprint
+    backbone: FrozenBackbone,
+    projector: ResidualProjector,
+    title: str | None,
+    trained_on: Fingerprint,
+    *,
+    no_residual: bool = False,
 ) -> dict[str, str]:
     """The metadata of a projector that was trained on a backbone, with images of a data set that is known or not."""
     name, entry = f"adpretrain_{backbone.name}", backbone.entry
@@ -29,6 +35,8 @@ def checkpoint_header(
         facts = {key: getattr(entry, key) for key in ("timm_name", "blocks", "channels", "reductions")}
         facts["mean"], facts["std"] = entry.normalization
         header["backbone"] = json.dumps(facts)
+    if no_residual:
+        header[NO_RESIDUAL] = "yes"
     if title is not None:
         header["training_data"] = title
     return header

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import torch
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
-from adfeatures.images import ImageTransform
 
 from ..data import folder, real_iad
 from ..data.fingerprint import digests
@@ -32,6 +31,7 @@ class Inputs:
         held_out: What is kept for validation.
         title: "Real-IAD" where all images are of it; other data may come in the same layout.
         backbone: The backbone, on the device.
+        workers: Processes that read images.
 
     Raises:
         UnknownNameError: For a product that the data do not have.
@@ -46,6 +46,29 @@ class Inputs:
         known = config.data == "real_iad" and {item.product for item in self.train} <= set(real_iad.PRODUCTS)
         self.title = real_iad.TREE.title if known else None
         self.backbone = load_frozen_backbone(config, device)
+        self.workers, self._cache_folder = config.workers, config.cache
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of the images to train on and, for the cache, of their masks, by path. All ranks share the work.
+
+        Files that cannot be read are left out.
+        """
+        files = [item.image for item in self.train]
+        if self._cache_folder is not None:
+            files += [item.mask for item in self.train if item.mask is not None]
+        shares = gather_objects(digests(files[rank() :: world_size()], self.workers))
+        return {path: digest for share in shares for path, digest in share.items()}
+
+    @cached_property
+    def cache(self) -> ImageCache | None:
+        """The cache with all images to train on, if there is to be one; errors as of ``ImageCache``."""
+        if self._cache_folder is None:
+            return None
+        cache = ImageCache(self._cache_folder, self.backbone.transform, self.digests)
+        # One process works for all of its machine.
+        cache.fill(self.train, self.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        return cache
 
 
 def read_split(config: InputsConfig) -> tuple[list[Item], list[Item]]:
@@ -59,28 +82,6 @@ def read_split(config: InputsConfig) -> tuple[list[Item], list[Item]]:
     }
     items = readers[config.data](config.root, config.products or None)
     return real_iad.split_by_sample(items, config.held_out, config.seed)
-
-
-def files_digests(items: Sequence[Item], workers: int, *, masks: bool) -> dict[str, str]:
-    """The SHA-256 of the images of items and, if asked for, of their masks, by their paths. The ranks share the files.
-
-    Files that cannot be read are left out.
-    """
-    files = [path for item in items for path in (item.image, item.mask if masks else None) if path is not None]
-    shares = gather_objects(digests(files[rank() :: world_size()], workers))
-    return {path: digest for share in shares for path, digest in share.items()}
-
-
-def filled_cache(
-    place: str | None, transform: ImageTransform, items: Sequence[Item], found: Mapping[str, str], workers: int
-) -> ImageCache | None:
-    """The cache in a folder, with all of the items, if there is to be one; errors as of ``ImageCache``."""
-    if place is None:
-        return None
-    cache = ImageCache(place, transform, found)
-    # One process works for all of its machine.
-    cache.fill(items, workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return cache
 
 
 def _read_folder(root: str, products: Sequence[str] | None) -> list[Item]:

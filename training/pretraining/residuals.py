@@ -18,7 +18,8 @@ QUERIES_PER_CHUNK = 1024
 def batch_residuals(features: Sequence[Tensor], references: Sequence[Tensor]) -> list[Tensor]:
     """Features minus, per patch, the reference patch of highest cosine similarity among those of the same image.
 
-    ``adfeatures.ReferenceBank`` does the same for one bank; here are as many banks as images.
+    ``adfeatures.ReferenceBank`` does the same for one bank; here are as many banks as images. Similarities are computed
+    in float32, but those of bfloat16 features in bfloat16, as the published training does: near ties fall otherwise.
 
     Args:
         features: Maps of the queries, one (B, C_l, h_l, w_l) per level.
@@ -41,11 +42,13 @@ def batch_residuals(features: Sequence[Tensor], references: Sequence[Tensor]) ->
 def _residuals(level: Tensor, bank: Tensor) -> Tensor:
     queries = level.flatten(2).transpose(1, 2)
     rows = bank.transpose(1, 2).flatten(2).transpose(1, 2)
-    # The length of the query does not change which row is nearest, so only the rows are normalized.
-    units = F.normalize(rows.float(), dim=2).transpose(1, 2)
+    if level.dtype == torch.bfloat16:
+        directions, units = F.normalize(queries, dim=2), F.normalize(rows, dim=2).transpose(1, 2)
+    else:
+        # The length of the query does not change which row is nearest, so only the rows are normalized.
+        directions, units = queries.float(), F.normalize(rows.float(), dim=2).transpose(1, 2)
     with torch.autocast(level.device.type, enabled=False):
-        nearest = torch.cat(
-            [(chunk.float() @ units).argmax(dim=2) for chunk in queries.split(QUERIES_PER_CHUNK, dim=1)], dim=1
-        )
+        chunks = directions.split(QUERIES_PER_CHUNK, dim=1)
+        nearest = torch.cat([(chunk @ units).argmax(dim=2) for chunk in chunks], dim=1)
     matched = rows.gather(1, nearest[..., None].expand(-1, -1, rows.shape[2]))
     return (queries - matched).transpose(1, 2).unflatten(2, level.shape[2:])

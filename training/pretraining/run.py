@@ -24,7 +24,7 @@ from adfeatures.trained import PROJECTOR
 from ..data import DATASETS
 from ..distributed import barrier, rank, world_size
 from ..metrics import CRITERIA, SELECTED_BY
-from .config import PretrainConfig
+from .config import PUBLISHED, PretrainConfig
 from .curves import LOG
 from .validation import Scores
 
@@ -171,7 +171,8 @@ class TrainingRun:
                 name, value = f"checkpoints_{criterion.key}_{method}", found[criterion.key]
                 if value > self.best.get(name, 0.0):
                     self.best[name] = value
-                    selected = f"{criterion.title} of {SELECTED_BY[method]} on {self._validated_on}"
+                    how = "approximate " if criterion.key == "pro" and self._config.recipe == PUBLISHED else ""
+                    selected = f"{how}{criterion.title} of {SELECTED_BY[method]} on {self._validated_on}"
                     self._keep(name, selected, metrics)
 
     def keep_last(self) -> None:

@@ -49,7 +49,7 @@ def train_step(
         return {"skipped": 1.0}
     sums = {"angle": 0.0, "norm": 0.0}
     for number, micro in enumerate(_divide(tensors, config.accumulate), start=1):
-        first, second = view_residuals(micro, *encoders)
+        first, second = view_features(micro, encoders[0]) if config.no_residual else view_residuals(micro, *encoders)
         last = number == config.accumulate
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
@@ -66,6 +66,15 @@ def train_step(
         )
     optimizer.step()
     return {**sums, "loss": sums["angle"] + sums["norm"]}
+
+
+@torch.no_grad()
+def view_features(batch: dict[str, Tensor], encode: Encode) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Features of the first and of the second views, (B, C_l, h_l, w_l) per level, as they are."""
+    views = batch["views"]
+    features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
+    first, second = zip(*(level.unbind(1) for level in features), strict=True)
+    return first, second
 
 
 @torch.no_grad()
@@ -111,12 +120,12 @@ def losses(
     for one, other, center in zip(first, second, centers, strict=True):
         grid = (one.shape[2], one.shape[3])
         view1, view2 = (gather(level.permute(0, 2, 3, 1)).flatten(0, 2) for level in (one, other))
-        angle = angle + angle_loss(
-            view1, view2, angle_labels(masks, grid).flatten(), center, config.temperature, config.anchors
-        )
+        if config.losses != "norm":
+            labels = angle_labels(masks, grid).flatten()
+            angle = angle + angle_loss(view1, view2, labels, center, config.temperature, config.anchors)
         labels = norm_labels(masks, grid).flatten()
-        for view in (view1, view2):
-            norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber)
+        for view in (view1, view2) if config.losses != "angle" else ():
+            norm = norm + norm_loss(view, labels, config.radius, config.margin, config.pseudo_huber, view.dtype)
     return angle, norm
 
 
@@ -133,13 +142,15 @@ def encode_images(
     Args:
         images: The images, anywhere.
         statistics: Mean and standard deviation of each channel, for values in [0, 1].
-        backbone: The backbone, on the device.
+        backbone: The backbone, on the device. The maps have the precision of its weights.
         device: Where to compute.
-        precision: The maps are bfloat16 for "bfloat16", else float32.
+        precision: Products are of bfloat16 for "autocast".
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
-        maps = backbone(normalized(images.to(device, non_blocking=True), *statistics))
-    return [level.to(torch.bfloat16 if precision == "bfloat16" else torch.float32) for level in maps]
+    dtype = next(backbone.parameters()).dtype
+    inputs = normalized(images.to(device, non_blocking=True), *statistics).to(dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+        maps = backbone(inputs)
+    return [level.to(dtype) for level in maps]
 
 
 def prepared(batch: Mapping[str, Any], store: ReferenceStore | None, pinned: bool) -> dict[str, Any]:

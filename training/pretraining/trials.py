@@ -11,7 +11,7 @@ from ..data import DATASETS
 from ..data.draws import given_references
 from ..data.items import ANOMALOUS, NORMAL, Item, rank
 from ..data.protocol import original_geometry
-from .config import PretrainConfig
+from .config import PUBLISHED, PretrainConfig
 from .inputs import Inputs
 
 REFERENCES_PER_VIEW = 8
@@ -26,6 +26,7 @@ class Trial:
         train: Normal images for methods that need some.
         test: Normal and anomalous images.
         presets: Geometry of these images and of the references, see ``adfeatures.create_transform``.
+        original_aupro: Whether AUPRO is the published code's approximation.
     """
 
     product: str
@@ -33,6 +34,7 @@ class Trial:
     train: Sequence[Item]
     test: Sequence[Item]
     presets: tuple[str, str] = ("squash", "squash")
+    original_aupro: bool = False
 
 
 def validation_trials(config: PretrainConfig, inputs: Inputs) -> list[Trial]:
@@ -48,8 +50,10 @@ def validation_trials(config: PretrainConfig, inputs: Inputs) -> list[Trial]:
     if name == "held_out":
         name, limit = "real_iad", config.validation_images
         trials = held_out_trials(inputs.normal, inputs.held_out, limit, config.seed, shots)
+        trials = [replace(trial, presets=(config.preset, config.preset)) for trial in trials]
     else:
         trials = data_set_trials(name, str(config.validation_root), inputs.backbone.entry.img_size, shots)
+    trials = [replace(trial, original_aupro=config.recipe == PUBLISHED) for trial in trials]
     if folder is None:
         return trials
     with_given = []

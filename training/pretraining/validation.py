@@ -19,6 +19,7 @@ from torch import Tensor
 from adfeatures.errors import ImageError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.images import ImageTransform
+from adfeatures.predictor import Products
 from adfeatures.projector import ResidualProjector
 
 from .. import metrics
@@ -48,6 +49,7 @@ def validate(
     *,
     methods: Sequence[str] = tuple(SELECTED_BY),
     workers: int = 0,
+    no_residual: bool = False,
 ) -> Scores:
     """Means over the products of image AUROC, pixel AUROC and AUPRO, as "img", "pix" and "pro", for each method.
 
@@ -60,6 +62,7 @@ def validate(
         trials: What to evaluate on; several processes share them.
         methods: Which of ``metrics.SELECTED_BY``.
         workers: Processes that read images.
+        no_residual: Whether features are projected as they are.
 
     Raises:
         ImageError: For a mask that does not fit, or where image after image cannot be read. Single ones are replaced,
@@ -67,9 +70,9 @@ def validate(
     """
     mean, std = backbone.entry.normalization
     # One of its own for each validation: in it the projector is frozen, and training needs the memory back.
-    extractor = FeatureExtractor(
+    extractor = (_FeatureExtractorWithoutResiduals if no_residual else FeatureExtractor)(
         backbone.module,
-        None if projector is None else copy.deepcopy(projector).float(),
+        None if projector is None else copy.deepcopy(projector).to(next(backbone.module.parameters())),
         name="validation",
         img_size=backbone.entry.img_size,
         pretrained_cfg={"mean": mean, "std": std},
@@ -81,6 +84,11 @@ def validate(
         method: {criterion.key: _mean(each[method][criterion.key] for each in by_product) for criterion in CRITERIA}
         for method in methods
     }
+
+
+class _FeatureExtractorWithoutResiduals(FeatureExtractor):
+    def residuals(self, x: Tensor, product: Products = None) -> list[Tensor]:
+        return self.backbone_features(x)
 
 
 def _evaluate(
@@ -104,6 +112,8 @@ def _evaluate(
         predictions = _SELECTORS[name](features).fit(train).predict(_collecting(truths, test))
         masks, labels = map(torch.cat, zip(*truths, strict=True))
         found = metrics.evaluate(predictions.maps, masks, labels, predictions.scores)
+        if trial.original_aupro:
+            found = replace(found, aupro=metrics.aupro_original(predictions.maps, masks))
         scores[name] = {criterion.key: float(getattr(found, criterion.field)) for criterion in CRITERIA}
     return scores
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.models import photo
 from helpers.real_iad_tree import write_real_iad
-from helpers.trees import WRITERS, write_mvtec
+from helpers.trees import WRITERS, write_manifest, write_mvtec
 from PIL import Image, ImageOps
 
 from adfeatures.errors import InputError, UnknownNameError
@@ -33,14 +33,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / name, dataset(name).products, good=2, test_good=1, bad=1, size=(12, 12))
     write_real_iad(root / "real_iad", real_iad.PRODUCTS, ok=1, ng=1, views=2, defects=("HS",), size=(12, 12))
     write_mvtec(root / "folder", ("shaft", "gear"), good=2, test_good=1, bad=1, size=(12, 12))
+    write_manifest(root / "folder", split=lambda image: image.parts[1])
     return root
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_nothing_is_said_of_a_whole_set_and_it_is_recognized(whole: Path, name: str) -> None:
-    assert checks.recognize(whole / name) == name
-    assert checks.check(whole / name) == checks.check(whole / name, name) == []
-    text, code = checks.report(whole / name)
+    root = whole / "folder/all.csv" if name == "manifest" else whole / name
+    assert checks.recognize(root) == name
+    assert checks.check(root) == checks.check(root, name) == []
+    text, code = checks.report(root)
     assert code == 0 and DATASETS[name].title in text and text.endswith("Nothing is missing or misnamed.")
 
 
@@ -236,7 +238,7 @@ def test_the_checker_names_three_of_many_files(whole: Path, tmp_path: Path) -> N
     assert problem.text.count("mask expected in") == 3
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "manifest"])
 def test_the_checker_answers_a_wrong_root_with_the_right_one(whole: Path, tmp_path: Path, name: str) -> None:
     # The folders of other tests lie beside tmp_path, and the search looks two folders up.
     root = shutil.copytree(whole / name, tmp_path / "home" / "user" / "downloads" / name)
@@ -250,6 +252,18 @@ def test_the_checker_answers_a_wrong_root_with_the_right_one(whole: Path, tmp_pa
         for wrong in (root / product, next(path for path in (root / product).iterdir() if path.is_dir())):
             with pytest.raises(InputError, match=f"Give {root} instead"):
                 checks.check(wrong)
+
+
+def test_a_manifest_is_checked_and_what_it_leaves_out_is_not_missed(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path, ("shaft",), good=2, test_good=1, bad=1, size=(12, 12))
+    table = write_manifest(root, split=lambda image: image.parts[1])
+    shutil.copy(root / "shaft/train/good/000.png", root / "shaft/train/good/unlisted.png")
+    assert checks.check(table) == []
+    gray(root / "shaft/ground_truth/broken/000_mask.png", (5, 5))
+    assert "5 x 5" in checks.check(table)[0].text
+    table.write_text(table.read_text().replace(",test", ",tset"))
+    with pytest.raises(InputError, match="the split is 'tset'; it must be train or test"):
+        checks.check(table)
 
 
 def test_the_checker_refuses_what_is_no_data_set(tmp_path: Path) -> None:

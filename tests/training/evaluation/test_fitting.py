@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers.trees import write_mvtec
 
+from adfeatures.errors import InputError
 from training.data import dataset
 from training.data.items import Item
 from training.evaluation.config import EvaluationConfig
@@ -49,6 +51,13 @@ def test_epochs(model: EvaluatedModel) -> None:
         default = defaults_of(name)[setting]
         assert settings(METHODS[name], "raw", config(), model, "squash", [])[setting] == default
         assert settings(METHODS[name], "raw", config(epochs=3), model, "squash", [])[setting] == 3
+
+
+@pytest.mark.parametrize("wrong", [{"takes": ("recipe",)}, {"takes": ("mean",)}, {"epochs": "rounds"}])
+def test_settings_that_are_not_there_are_named(model: EvaluatedModel, wrong: dict[str, Any]) -> None:
+    method = dataclasses.replace(METHODS["padim"], **wrong)
+    with pytest.raises(InputError, match="says that PaDiM takes (recipe|mean|rounds), which it or the evaluation"):
+        settings(method, "raw", config(), model, "squash", ["bottle"])
 
 
 def test_glass_takes_geometry_and_folders(model: EvaluatedModel, tmp_path: Path) -> None:

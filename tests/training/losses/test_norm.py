@@ -94,6 +94,44 @@ def test_bfloat16_is_stable_under_autocast() -> None:
     assert_near(loss, plain_norm_loss(features, MASK, 0.4, 0.75, False).float(), 1e-5)
 
 
+def published_norm_loss(features: Tensor, labels: Tensor) -> Tensor:
+    """As the published training computes it: every operation in the precision of the features, the radii exact."""
+    norms = (features.norm(dim=1) + 1).sqrt() - 1
+    normal, hidden = norms[labels == 0], norms[labels == 1]
+    outer = min(0.9 * hidden.min().item(), 0.4) if len(hidden) else 0.4
+    inner, bound = 0.99 * outer, outer + 0.75
+    loss = torch.zeros((), dtype=features.dtype)
+    for excess in (normal[normal > outer] - outer, inner - normal[normal < inner], bound - hidden[hidden < bound]):
+        if len(excess):
+            loss = loss + (torch.nn.functional.softplus(excess) * excess.detach().exp()).mean()
+    return loss
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.sampled_from([0.0, 0.01, 0.1, 0.3, 1, 10]))
+def test_in_bfloat16_it_is_the_published_one(seed: int, count: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = (torch.randn(count, 6, generator=generator) * scale).bfloat16()
+    labels = torch.randint(2, (count,), generator=generator)
+    ours, plain = (features.clone().requires_grad_() for _ in range(2))
+    loss, expected = norm_loss(ours, labels, dtype=torch.bfloat16), published_norm_loss(plain, labels)
+    assert loss.dtype == torch.bfloat16
+    # On a CPU torch.mean rounds the sum and the quotient, here and on a GPU the quotient alone: once for each set.
+    torch.testing.assert_close(loss, expected, rtol=2**-7, atol=0)
+    (loss + 0 * ours.sum()).backward()
+    (expected + 0 * plain.sum()).backward()
+    torch.testing.assert_close(gradient(ours), gradient(plain), rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pseudo_huber", ["code", "paper"])
+@pytest.mark.parametrize("norm", [8000, 1e6])
+def test_in_bfloat16_large_features_stay_finite(norm: float, pseudo_huber: str) -> None:
+    features = (torch.nn.functional.normalize(FEATURES, dim=1) * norm).bfloat16().requires_grad_()
+    loss = norm_loss(features, MASK, pseudo_huber=pseudo_huber, dtype=torch.bfloat16)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(gradient(features)).all()
+
+
 @pytest.mark.parametrize("pseudo_huber", ["code", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", [1, 100, 8000, 1e6])

@@ -250,6 +250,8 @@ def test_centers_of_other_features_are_refused(tmp_path: Path, backbone: FrozenB
         CheckpointError, match=r"features: backbone tiny, not dinov2_base\. Compute .*training\.centers"
     ):
         load_centers(path, replace(backbone, name="dinov2_base"))
+    with pytest.raises(CheckpointError, match="features: preset squash, not resize224_crop224. .*--recipe"):
+        load_centers(path, replace(backbone, preset="resize224_crop224"))
     with pytest.raises(CheckpointError, match="features: other weights"):
         load_centers(path, tiny_backbone(seed=1))
     # Weights in half precision are the same ones.

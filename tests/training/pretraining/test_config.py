@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -31,16 +32,18 @@ def parse(config: type, arguments: list[str]) -> Any:
     return from_options(parser.parse_args(arguments), config)
 
 
-def other_value(field: dataclasses.Field[Any]) -> Any:
+def other_value(field: dataclasses.Field[Any], default: Any) -> Any:
     if field.metadata["choices"]:
-        return next(choice for choice in field.metadata["choices"] if choice not in (field.default, "mvtec"))
+        return next(choice for choice in field.metadata["choices"] if choice not in (default, "mvtec"))
     return {"output": "other.safetensors", "bit_depth": 12}.get(field.name, VALUES[str(field.type)])
 
 
 @pytest.mark.parametrize("config", [PretrainConfig, CentersConfig])
 def test_every_field_can_be_given(config: type) -> None:
     assert parse(config, []) == config()
-    wanted = {field.name: other_value(field) for field in dataclasses.fields(config)}
+    # These two contradict some of the others, and are tried by themselves.
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("recipe", "no_residual")]
+    wanted = {field.name: other_value(field, getattr(config(), field.name)) for field in fields}
     assert all(value != getattr(config(), name) for name, value in wanted.items())
     arguments = []
     for name, value in wanted.items():
@@ -50,6 +53,56 @@ def test_every_field_can_be_given(config: type) -> None:
     assert {name: type(getattr(found, name)) for name in wanted} == {
         name: type(value) for name, value in wanted.items()
     }
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, CentersConfig])
+def test_the_published_recipe_has_a_precision_and_a_geometry(config: type) -> None:
+    found = parse(config, ["--recipe", "published"])
+    assert found == config(recipe="published") != config()
+    assert config(recipe="published", img_size=(224,)).size == (224, 224)
+    assert (found.size, found.preset) == ((224, 224), "resize224_crop224")
+    assert (config().size, config().preset) == (None, "squash")
+    with pytest.raises(InputError, match=r"224 x 224 pixels, not \(224, 280\): leave out --img-size, or --recipe"):
+        config(recipe="published", img_size=(224, 280))
+
+
+def test_the_published_recipe_is_of_bfloat16() -> None:
+    assert [PretrainConfig(recipe=name).precision for name in ("sound", "published")] == ["autocast", "bfloat16"]
+    assert PretrainConfig(recipe="published", precision="bfloat16", batch_size=4) == PretrainConfig(
+        recipe="published", batch_size=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precision": "float32"}, "has bfloat16 precision, not float32: leave out --precision, or --recipe"),
+        ({"precision": "autocast"}, "has bfloat16 precision, not autocast"),
+        ({"anchors": "first"}, "has both anchors, not first"),
+        ({"pseudo_huber": "paper"}, "has code pseudo_huber, not paper: leave out --pseudo-huber"),
+        ({"view_statistics": "backbone"}, "has original view_statistics, not backbone"),
+        ({"losses": "norm"}, "has both losses, not norm"),
+        ({"no_residual": True}, "has no no_residual, not True: leave out --no-residual"),
+        ({"pool": 4}, "has no pool, not 4: leave out --pool"),
+    ],
+)
+def test_what_contradicts_the_published_recipe_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"The recipe published {message}"):
+        PretrainConfig(recipe="published", **values)
+
+
+def test_a_run_of_another_recipe_is_another_run() -> None:
+    sound, published = PretrainConfig(precision="bfloat16"), PretrainConfig(recipe="published")
+    assert published.changed_since(json.loads(sound.to_text())) == ["recipe was 'sound', is 'published'"]
+    assert published.changed_since(json.loads(published.to_text())) == []
+    # Runs of earlier versions say nothing of a recipe.
+    earlier = {name: value for name, value in json.loads(sound.to_text()).items() if name != "recipe"}
+    assert sound.changed_since(earlier) == []
+    assert published.changed_since(earlier) == ["recipe was 'sound', is 'published'"]
+
+
+def test_an_ablation_is_asked_for_by_a_flag() -> None:
+    assert parse(PretrainConfig, ["--no-residual"]) == PretrainConfig(no_residual=True) != PretrainConfig()
 
 
 def test_whole_numbers_are_numbers_where_a_float_is_meant() -> None:
@@ -64,7 +117,8 @@ def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> Non
     for field in dataclasses.fields(PretrainConfig):
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         assert f"--{field.name.replace('_', '-')}" in text
-        assert f"(default: {'-' if default in (None, '') else default})" in text
+        # A flag is off by default, and argparse says nothing of it.
+        assert field.type == "bool" or f"(default: {'-' if default in (None, '') else default})" in text
 
 
 def test_the_learning_rate_is_that_of_torch() -> None:
@@ -125,7 +179,9 @@ def test_senseless_values_of_centers_are_refused(values: dict[str, Any], message
         CentersConfig(**values)
 
 
-@pytest.mark.parametrize("name", ["data", "anchors", "pseudo_huber", "view_statistics", "precision", "validation"])
+@pytest.mark.parametrize(
+    "name", ["data", "anchors", "pseudo_huber", "view_statistics", "precision", "validation", "recipe"]
+)
 def test_values_that_are_no_choice_are_refused_in_python_too(name: str) -> None:
     values: dict[str, Any] = {name: "none at all"}
     with pytest.raises(UnknownNameError, match=f"{name} 'none at all'"):

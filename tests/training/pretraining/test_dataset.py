@@ -6,12 +6,14 @@ import math
 import pickle
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import torch
+from helpers.models import photo
 from helpers.real_iad_tree import SIZE, write_real_iad
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,13 +21,13 @@ from PIL import Image
 
 from adfeatures.catalog import BACKBONES
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import build_transform, read_image
+from adfeatures.images import PRESETS, build_transform
 from training.data import real_iad
 from training.data.fingerprint import digests
 from training.data.image_cache import ImageCache
 from training.data.images import ImageLoader
-from training.data.items import NORMAL, Item
-from training.data.transforms import TwoViews
+from training.data.items import ANOMALOUS, NORMAL, Item
+from training.data.transforms import two_views
 from training.pretraining import dataset as module
 from training.pretraining.config import PretrainConfig
 from training.pretraining.dataset import (
@@ -33,14 +35,15 @@ from training.pretraining.dataset import (
     Draw,
     PretrainingDataset,
     StepSampler,
-    augmentation,
     choose_pool,
     collate,
+    view_statistics,
 )
 
+Statistics: TypeAlias = "tuple[float, ...]"
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
 PRODUCTS = ("bottle_cap", "pcb")
-VIEWS, REFERENCE = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD)
+REFERENCE = build_transform(IMG_SIZE, MEAN, STD)
 
 
 def resized(item: Item) -> np.ndarray:
@@ -50,7 +53,7 @@ def resized(item: Item) -> np.ndarray:
 def make(items: list[Item], pool: list[Item] | None = None, **settings: Any) -> PretrainingDataset:
     """A data set of small images; groups are small on purpose, so that the warning of it is of no interest."""
     return PretrainingDataset(
-        items, real_iad.reference_pool(items) if pool is None else pool, VIEWS, REFERENCE, shots=[1], **settings
+        items, real_iad.reference_pool(items) if pool is None else pool, two_views, REFERENCE, shots=[1], **settings
     )
 
 
@@ -156,11 +159,11 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
     ],
 )
 def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_asked_for(
-    backbone: str, original: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]
+    backbone: str, original: tuple[Statistics, Statistics], own: tuple[Statistics, Statistics]
 ) -> None:
     entry = BACKBONES[backbone]
-    assert augmentation(PretrainConfig().view_statistics, entry) == TwoViews(entry.img_size, *original)
-    assert augmentation("backbone", entry) == TwoViews(entry.img_size, *own)
+    assert view_statistics(PretrainConfig().view_statistics, entry) == original
+    assert view_statistics("backbone", entry) == own
 
 
 def group(product: str, view: str, count: int) -> list[Item]:
@@ -190,12 +193,47 @@ def test_an_element_holds_the_files_that_it_names(items: list[Item]) -> None:
     for index, item in enumerate(items):
         element = data[Draw(index, 3, seed=index)]
         assert element["path"] == item.image and element["label"] == item.label
-        assert np.array_equal(element["views"], VIEWS(read_image(item.image), index))
+        assert np.array_equal(element["views"], two_views(Image.fromarray(resized(item)), index))
         assert element["mask"].shape == (1, *IMG_SIZE) and element["mask"].dtype == np.uint8
         expected = np.zeros(IMG_SIZE, bool)
         if item.mask is not None:
             expected = np.asarray(Image.open(item.mask).resize(IMG_SIZE[::-1], Image.Resampling.NEAREST)) > 0
         assert np.array_equal(element["mask"][0], expected)
+
+
+def test_views_masks_and_references_have_the_geometry_of_the_recipe(tmp_path: Path) -> None:
+    """From files and from one folder of caches alike; the oracle is plain Pillow."""
+    picture, drawn = photo(0, (300, 260)), Image.new("L", (300, 260))
+    drawn.paste(255, (30, 20, 90, 150))
+    picture.save(tmp_path / "a.png")
+    drawn.save(tmp_path / "mask.png")
+    normal = Item(str(tmp_path / "a.png"), NORMAL, "nut")
+    items = [normal, replace(normal, label=ANOMALOUS, mask=str(tmp_path / "mask.png"))]
+    files = digests([normal.image, str(tmp_path / "mask.png")])
+
+    def expected(image: Image.Image, preset: str, resample: Image.Resampling) -> Image.Image:
+        if preset == "squash":
+            return image.resize((224, 224), resample)
+        side = int(preset[6:9])
+        left, top = round((side * 300 // 260 - 224) / 2), (side - 224) // 2
+        return image.resize((side * 300 // 260, side), resample).crop((left, top, left + 224, top + 224))
+
+    caches = []
+    for preset in PRESETS:
+        transform = build_transform((224, 224), MEAN, STD, preset=preset)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* images are cached anew")
+            caches.append(cache := ImageCache(tmp_path / "cache", transform, files))
+            cache.fill(items)
+        square = expected(picture, preset, Image.Resampling.BICUBIC)
+        for place in (None, cache):
+            data = PretrainingDataset(items, items[:1], two_views, transform, place, shots=(1,))
+            element = data[Draw(1, 1, seed=3)]
+            assert np.array_equal(element["views"], two_views(square, 3))
+            assert np.array_equal(element["references"][0], np.asarray(square))
+            mask = np.asarray(expected(drawn, preset, Image.Resampling.NEAREST)) > 0
+            assert mask.any() and np.array_equal(element["mask"][0], mask)
+    assert len({cache.file for cache in caches}) == len(PRESETS)
 
 
 def test_references_are_normal_images_of_the_same_product_and_view(items: list[Item]) -> None:
@@ -286,13 +324,13 @@ def test_a_group_without_references_is_refused(items: list[Item]) -> None:
 def test_few_references_are_warned_of_once(items: list[Item]) -> None:
     pool = real_iad.reference_pool(items)
     with pytest.warns(UserWarning, match="than 8 references") as caught:
-        data = PretrainingDataset(items, pool, VIEWS, REFERENCE)
+        data = PretrainingDataset(items, pool, two_views, REFERENCE)
         assert data[Draw(0, 8, 0)]["references"].shape[0] == 8
     assert len(caught) == 1
     assert all(f"{product} {view} (4)" in str(caught[0].message) for product in PRODUCTS for view in ("C1", "C2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PretrainingDataset(items, pool, VIEWS, REFERENCE, shots=(1, 4))
+        PretrainingDataset(items, pool, two_views, REFERENCE, shots=(1, 4))
 
 
 @pytest.fixture

@@ -51,3 +51,12 @@ def test_the_bit_depth_is_that_of_what_is_read(tmp_path: Path) -> None:
         assert torch.equal(backbone.read(str(tmp_path / "deep.png")), expected[..., None].expand(-1, -1, 3))
         identities.add(str(backbone.identity))
     assert len(identities) == 2
+
+
+def test_the_published_recipe_cuts_the_middle_out() -> None:
+    given: dict[str, Any] = {"backbone": "resnet10t", "backbone_weights": "random"}
+    whole = load_frozen_backbone(PretrainConfig(**given, img_size=(224,)), CPU)
+    middle = load_frozen_backbone(PretrainConfig(**given, recipe="published"), CPU)
+    image = photo(0, (300, 224))
+    assert torch.equal(middle.transform(image), whole.transform(image.crop((38, 0, 262, 224))))
+    assert middle.entry == whole.entry and middle.identity == [*whole.identity, "resize224_crop224"]

@@ -48,6 +48,23 @@ def test_the_nearest_is_that_of_the_formula() -> None:
                 torch.testing.assert_close(found[image, :, y, x], query - rows[torch.stack(cosines).argmax()])
 
 
+def test_features_in_bfloat16_are_matched_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the published training does: rows and similarities are rounded, and of equal ones the first is taken."""
+    monkeypatch.setattr(module, "QUERIES_PER_CHUNK", 50)
+    torch.manual_seed(2)
+    level = torch.randn(2, 8, 12, 12)
+    references = (0.9 * level[:, None] + 0.3 * torch.randn(2, 3, 8, 12, 12)).bfloat16()
+    level = level.bfloat16()
+    (found,) = batch_residuals([level], [references])
+    (exact,) = batch_residuals([level.float()], [references.float()])
+    assert found.dtype == torch.bfloat16 and not torch.equal(found, exact.bfloat16())
+    for image in range(2):
+        queries, rows = level[image].flatten(1).T, references[image].permute(0, 2, 3, 1).flatten(0, 2)
+        similarities = F.normalize(queries, dim=1) @ F.normalize(rows, dim=1).T
+        first = [int((row == row.max()).nonzero()[0]) for row in similarities]
+        assert torch.equal(found[image].flatten(1).T, queries - rows[first])
+
+
 def test_references_that_do_not_fit() -> None:
     with pytest.raises(InputError, match="do not fit"):
         batch_residuals([torch.randn(2, 4, 3, 3)], [torch.randn(2, 0, 4, 3, 3)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -56,6 +57,49 @@ def test_ten_steps_are_the_original_ones() -> None:
     for name, final in expected.items():
         if name.startswith("final."):
             assert_near(projector.state_dict()[name.removeprefix("final.")], final, 1e-3)
+
+
+@pytest.mark.slow
+def test_three_steps_in_bfloat16_are_the_published_ones() -> None:
+    """Matching, projector, losses and Adam, all in bfloat16.
+
+    Beside sums in another order, attention is fused here, and the gradients of both views are rounded once.
+    """
+    projector = ResidualProjector([32] * 4)
+    shapes = {key: list(tensor.shape) for key, tensor in projector.state_dict().items()}
+    projector.load_state_dict(fill(shapes, "train16.projector."))
+    projector.bfloat16()
+    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
+    optimizer = torch.optim.Adam(projector.parameters(), lr=1e-4, weight_decay=5e-4, fused=False)
+    centers = [value(f"train16.center.{level}", (32,), 0.1) for level in LEVELS]
+    config, found = PretrainConfig(recipe="published"), []
+    for step in range(3):
+        first = [value(f"train16.{step}.f1.{level}", (4, 32, 16, 16)) for level in LEVELS]
+        views, references = [], []
+        for level, one in enumerate(first):
+            other = one + value(f"train16.{step}.f2.{level}", (4, 32, 16, 16), 0.3)
+            near = 0.8 * one[:, None] + value(f"train16.{step}.refs.{level}", (4, 4, 32, 16, 16), 0.5)
+            views.append(torch.stack([one, other], dim=1).flatten(0, 1).bfloat16())
+            references.append(near.flatten(0, 1).bfloat16())
+        # In the place of images come as many numbers, and of their encoding the features.
+        batch = {"views": torch.zeros(4, 2, 1), "references": torch.zeros(16, 1), "label": torch.tensor([0, 1, 0, 1])}
+        batch |= {"mask": original_masks(step), "reference_indices": torch.arange(16).view(4, 4)}
+        encoders = (Mock(return_value=views), Mock(return_value=references))
+        values = train_step(projector, optimizer, batch, encoders, centers, config)
+        found.append([values["angle"], values["norm"]])
+    expected = golden("training_bf16")
+    off = (torch.tensor(found) / expected["losses"] - 1).abs()
+    assert off[0].max() < 1e-3 and off.max() < 2e-3
+    updates = [
+        torch.cat([(weights[name].float() - before[name].float()).flatten() for name in before if name[:2] == "l1"])
+        for weights in (
+            projector.state_dict(),
+            {name.removeprefix("weights."): tensor for name, tensor in expected.items()},
+        )
+    ]
+    ours, theirs = updates
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9995
+    torch.testing.assert_close(ours.norm(), theirs.norm(), rtol=1e-2, atol=0)
 
 
 RANKS = """

@@ -13,6 +13,7 @@ import pytest
 from helpers.real_iad_tree import write_real_iad
 from helpers.trees import write_mvtec, write_visa
 
+from adfeatures.catalog import BACKBONES
 from adfeatures.errors import InputError
 from training.data import mvtec, visa
 from training.data.items import ANOMALOUS, NORMAL, Item
@@ -158,3 +159,17 @@ def test_given_references_serve_all_views(tmp_path: Path) -> None:
     drawn = validation_trials(replace(given, validation_references=None), inputs)
     assert drawn == held_out_trials(train, held_out, given.validation_images, given.seed, shots=2)
     assert validation_trials(replace(given, validation="none"), inputs) == []
+
+
+def test_the_published_recipe_has_its_geometry_and_its_aupro(mvtec_root: Path) -> None:
+    held_out = [item for label in (NORMAL, ANOMALOUS) for item in images("nut", "C1", label, range(20, 23))]
+    entry = replace(BACKBONES["dinov2_base"], img_size=(224, 224))
+    inputs: Any = SimpleNamespace(normal=images("nut", "C1", NORMAL, range(9)), held_out=held_out)
+    inputs.backbone = SimpleNamespace(entry=entry)
+    for recipe, preset in (("sound", "squash"), ("published", "resize224_crop224")):
+        (trial,) = validation_trials(PretrainConfig(recipe=recipe), inputs)
+        assert trial.presets == (preset, preset) and trial.original_aupro == (recipe == "published")
+        given = PretrainConfig(recipe=recipe, validation="mvtec", validation_root=str(mvtec_root))
+        for trial in validation_trials(given, inputs):
+            assert trial.presets == ("resize256_crop224", "resize224_crop224")
+            assert trial.original_aupro == (recipe == "published")

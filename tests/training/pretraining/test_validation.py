@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from training.data import real_iad
 from training.data.images import ImageDataset
 from training.data.items import Item
 from training.data.transforms import MaskTransform
-from training.metrics import SELECTED_BY
+from training.metrics import SELECTED_BY, aupro_original
 from training.pretraining import validation as module
 from training.pretraining.frozen_backbone import FrozenBackbone
 from training.pretraining.trials import Trial, held_out_trials
@@ -88,6 +89,16 @@ def test_scores_are_those_of_each_image_against_the_references_of_its_view(trial
         pixel.append(roc_auc_score(masks.ravel(), maps.ravel()))
     assert found["img"] == pytest.approx(np.mean(image), abs=1e-6)
     assert found["pix"] == pytest.approx(np.mean(pixel), abs=1e-4)
+
+
+def test_the_approximate_aupro_is_that_of_the_published_code(trials: list[Trial]) -> None:
+    scores = []
+    for original in (True, False):
+        score, projector = make([replace(trial, original_aupro=original) for trial in trials], methods=("norm",))
+        scores.append(score(projector)["norm"])
+    found, exact = scores
+    expected = fmean(aupro_original(*naive_feature_norm(trial)) for trial in trials)
+    assert found == {**exact, "pro": pytest.approx(expected, abs=1e-3)} and found["pro"] != exact["pro"]
 
 
 def test_processes_share_the_trials(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,12 +152,6 @@ def rgb(color: Color) -> Map:
     return color if color.ndim == 3 else color.reshape(-1, 1, 1)
 
 
-def mix(first: Color, second: Color, share: Map) -> Map:
-    """Colors (3, H, W) between two, by the share (0 to 1) of the second."""
-    start = rgb(first)
-    return start + share * (rgb(second) - start)
-
-
 def jitter(rng: Rng, color: Color, amount: float = 0.06) -> Map:
     """A color (3, 1, 1) of another batch: a little lighter or darker, a little off in hue."""
     return rgb(color) * rgb(np.exp(amount * (rng.standard_normal() + 0.4 * rng.standard_normal(3))))

@@ -15,15 +15,13 @@ from adfeatures.errors import InputError, UnknownNameError
 
 from .camera import OVERSAMPLING, Relief, View, develop, expose
 from .canvas import Builder, Part
-from .cloth import CLOTH
 from .defects import DEFECTS
-from .electronics import ELECTRONICS
 from .goods import GOODS
 from .hardware import HARDWARE
 from .shapes import Map, Rng
-from .textures import TEXTURES
+from .sheets import SHEETS
 
-_KINDS = ({**CLOTH, **TEXTURES}, HARDWARE, {**ELECTRONICS, **GOODS})
+_KINDS = (SHEETS, HARDWARE, GOODS)
 _ROWS = zip_longest(*(kind.items() for kind in _KINDS))
 # Of each kind in turn, so that the first few are already unlike each other.
 BUILDERS: dict[str, Builder] = dict(pair for row in _ROWS for pair in row if pair is not None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from training.data.synthetic.canvas import Part, jitter, mix, rgb
+from training.data.synthetic.canvas import Part, jitter, rgb
 from training.data.synthetic.shapes import box, disc
 
 
@@ -91,9 +91,6 @@ def test_solids_have_their_volume_and_holes_go_down_to_the_floor() -> None:
 def test_colors_are_grays_triples_or_pictures() -> None:
     picture = np.random.default_rng(1).random((3, 4, 5), dtype=np.float32)
     assert [rgb(color).shape for color in (0.5, (0.1, 0.2, 0.3), picture)] == [(1, 1, 1), (3, 1, 1), (3, 4, 5)]
-    share = np.linspace(0, 1, 20, dtype=np.float32).reshape(4, 5)
-    mixed = mix((0.2, 0.4, 0.6), picture, share)
-    np.testing.assert_allclose(mixed[1], 0.4 * (1 - share) + picture[1] * share, atol=1e-6)
 
 
 def test_another_batch_is_as_much_off_as_asked() -> None:

@@ -17,7 +17,6 @@ from training.data.synthetic.hardware import (
     SCALE,
     bushed_flange,
     finish,
-    lying,
     placed,
     table,
     turning,
@@ -35,18 +34,18 @@ def drawn(builder: Builder, size: int = 160, missing: int | None = None) -> Part
 def test_objects_lie_within_the_picture_and_are_possible(name: str) -> None:
     part = drawn(HARDWARE[name], 96)
     check_possible(part)
-    assert part.surface == (name == "riveted_sheet")
+    assert not part.surface
     rim = np.ones(part.shape, bool)
     rim[3:-3, 3:-3] = False
-    assert (part.body[rim] == part.surface).all() and part.body.mean() > 0.05
+    assert not part.body[rim].any() and part.body.mean() > 0.05
 
 
 def test_the_table_is_what_is_there_without_the_product() -> None:
     part = Part.blank(120)
-    window = table(part, np.random.default_rng(0), (0.2, 0.4, 0.6), 0.5, rough=0.002, gloss=0.3)
+    window = table(part, np.random.default_rng(0), (0.2, 0.4, 0.6), 0.5)
     np.testing.assert_array_equal(part.floor, part.maps)
-    assert not part.body.any() and (part.gloss == np.float32(0.3)).all()
-    assert part.height.std() == pytest.approx(0.002, rel=0.2)
+    assert not part.body.any() and (part.gloss == np.float32(0.1)).all()
+    assert part.height.std() == pytest.approx(0.0007, rel=0.2)
     assert (part.color[2] > part.color[1]).all() and (part.color[1] > part.color[0]).all()
     # All of the canvas is in the window, whose lengths are SCALE as long.
     assert window.shape == part.shape and window.texel == pytest.approx(part.texel / SCALE)
@@ -90,42 +89,17 @@ def test_marks_of_the_lathe_are_circles() -> None:
     assert height.std() > 0.005
 
 
-def test_a_turned_body_is_as_wide_and_tall_as_its_profile() -> None:
-    part = Part.blank(400)
-    cover = lying(part, ((-0.5, 0.1), (0.5, 0.2)), (0.5, 0.5, 0.5))
-    # A trapezoid, and a texel of color around it.
-    assert (part.height > 0.05).mean() * 4 == pytest.approx(0.3, rel=0.03)
-    middle = np.abs(part.x[0]).argmin()
-    column = np.abs(part.y[:, middle]) < 0.14
-    expected = 0.5 * 0.2 + np.sqrt(0.15**2 - part.y[column, middle] ** 2)
-    np.testing.assert_allclose(part.height[column, middle], expected, atol=0.005)
-    np.testing.assert_array_equal(cover, part.body)
-
-
-def test_a_thread_has_its_pitch_between_start_and_end() -> None:
-    plain, threaded = Part.blank(600), Part.blank(600)
-    for part, thread in ((plain, ()), (threaded, (-0.4, 0.6, 0.08, 0.05))):
-        lying(part, ((-0.8, 0.2), (0.8, 0.2)), 0.5, thread=thread)
-    axis = 300
-    depth = (plain.height - threaded.height)[axis]
-    assert np.abs(depth[part.x[axis] < -0.4]).max() < 1e-6 and np.abs(depth[part.x[axis] > 0.6]).max() < 1e-6
-    inner = depth[np.abs(part.x[axis] - 0.1) < 0.4]
-    turns = np.abs(np.fft.rfft(inner - inner.mean())).argmax()
-    assert turns == pytest.approx(0.8 / 0.08, abs=1) and inner.max() == pytest.approx(0.05, abs=0.005)
-
-
-@pytest.mark.parametrize(("name", "teeth"), [("gear", 22), ("plastic_gear", 16)])
-def test_a_gear_has_its_teeth_evenly_around(name: str, teeth: int) -> None:
-    part = drawn(HARDWARE[name], 300)
-    assert part.pieces.count == teeth
+def test_a_gear_has_its_teeth_evenly_around() -> None:
+    part = drawn(HARDWARE["gear"], 300)
+    assert part.pieces.count == 22
     row, column = ndimage.center_of_mass(part.body)
     angles = np.linspace(0, 2 * math.pi, 720, endpoint=False)
     radius = 0.70 * SCALE / part.texel
     around = ndimage.map_coordinates(part.body, [row + radius * np.sin(angles), column + radius * np.cos(angles)])
-    assert np.abs(np.fft.rfft(around))[1:200].argmax() + 1 == teeth
-    broken = drawn(HARDWARE[name], 300, missing=3)
+    assert np.abs(np.fft.rfft(around))[1:200].argmax() + 1 == 22
+    broken = drawn(HARDWARE["gear"], 300, missing=3)
     lost = part.body.sum() - broken.body.sum()
-    assert 0 < lost * part.texel**2 < 2 * math.pi * 0.7 / teeth * 0.2
+    assert 0 < lost * part.texel**2 < 2 * math.pi * 0.7 / 22 * 0.2
 
 
 def test_a_nut_looks_the_same_after_a_sixth_of_a_turn() -> None:
@@ -144,23 +118,9 @@ def test_a_nut_looks_the_same_after_a_sixth_of_a_turn() -> None:
     assert turned(60) < 0.2 * turned(30)
 
 
-def test_washers_are_rings_and_one_is_split() -> None:
-    flat, spring = drawn(HARDWARE["washer"], 300), drawn(HARDWARE["spring_washer"], 300)
-    area = math.pi * (0.70**2 - 0.29**2) * SCALE**2 / 4
-    assert flat.body.mean() == pytest.approx(area, rel=0.05)
-    # The hole of one is apart from the ground around it, that of the other is not.
-    joined = []
-    for part in (flat, spring):
-        row, column = (round(at) for at in ndimage.center_of_mass(part.body))
-        ground, _ = ndimage.label(part.body < 0.5)
-        joined.append(ground[row, column] == ground[0, 0])
-    assert joined == [False, True]
-
-
 def test_pieces_are_what_can_be_missing() -> None:
     counts = {name: drawn(builder, 64).pieces.count for name, builder in HARDWARE.items()}
-    expected = {"bearing": 9, "bracket": 4, "flange": 6, "heat_sink": 9, "riveted_sheet": 18}
-    assert {name: count for name, count in counts.items() if count} == {**expected, "gear": 22, "plastic_gear": 16}
+    assert counts == {"hex_nut": 0, "gear": 22}
 
 
 def test_one_screw_of_the_sample_is_of_another_kind() -> None:

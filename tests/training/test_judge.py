@@ -1,0 +1,56 @@
+"""The command that judges: what it writes and prints, what stops it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import judge
+from training.judging.packages import PACKAGES
+from training.judging.protocol import Size
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_it_writes_what_every_contender_is_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judge, "fetch", lambda folder: None)
+    monkeypatch.setattr(judge, "QUICK", Size(references=3, good=2, bad=2, draws={1: 1, 2: 2}))
+    options = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "judged"), "--quick"]
+    assert judge.main([*options, "--model", "residual_lite.in1k_v1", "--products", "rendered_denim"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name} {package.version}: {package.license}" in said for name, package in PACKAGES.items())
+    written = (tmp_path / "judged/results.md").read_text()
+    assert said.endswith(written) and "**2 references, 2 draws**" in written
+    rows = list(csv.DictReader((tmp_path / "judged/results.csv").open()))
+    contenders = ["residual_lite.in1k_v1", "raw residual norm", "cosine matching", "PatchCore"]
+    assert [row["contender"] for row in rows] == contenders * 3
+    assert all(0 <= float(row["image_auroc"]) <= 1 for row in rows)
+
+
+def test_what_it_does_not_know_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--photographs", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
+    for arguments, message in (
+        (["--products", "coin"], "Did you mean 'coins'"),
+        (["--products", "gravel"], "Unknown development product 'gravel'"),
+        (["--model", "residual_light"], "Did you mean 'residual_lite'"),
+    ):
+        assert judge.main([*folders, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error and error.count("training.judge: error:") == 1
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    (tmp_path / "b").write_text("in the way")
+    assert judge.main(folders) == 2
+    assert "b cannot be used as a folder" in capsys.readouterr().err

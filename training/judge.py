@@ -1,0 +1,74 @@
+"""Judge the embedded default: ``python -m training.judge --photographs DIR --output DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from adfeatures import list_models
+from adfeatures.catalog import unknown
+from adfeatures.checkpoints import atomic_path
+from adfeatures.errors import UnknownNameError
+
+from .console import run
+from .judging.contenders import Contender, Coreset, Model, Plain, Remembered
+from .judging.packages import PACKAGES, Photographs, fetch, ready
+from .judging.products import SETS, pictures
+from .judging.protocol import FULL, QUICK, Result, judged
+from .judging.tables import as_csv, as_markdown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
+    models = list_models("residual_lite*", pretrained=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.judge",
+        description="Judge models of the catalog on photographs and rendered parts with drawn defects, beside raw "
+        "residuals, cosine matching and PatchCore on the features of the first model.",
+    )
+    parser.add_argument("--photographs", type=Path, required=True, help="folder to keep the fetched packages in")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write results.md and results.csv to")
+    parser.add_argument("--model", nargs="+", default=models, metavar="NAME", help=f"(default: {' '.join(models)})")
+    parser.add_argument(
+        "--set", choices=SETS, default="development", help="products to choose by, or those of the final judgment"
+    )
+    parser.add_argument("--products", nargs="+", metavar="NAME", help="some of the set alone (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
+    options = parser.parse_args(arguments)
+    return run("judge", lambda: _judge(options))
+
+
+def _judge(options: argparse.Namespace) -> None:
+    table = SETS[options.set]
+    for name in options.products or ():
+        if name not in table:
+            raise UnknownNameError(unknown(f"{options.set} product", name, table))
+    memory: dict[str, Remembered] = {}
+    models = [Model(name, memory) for name in options.model]
+    ready(options.output)
+    fetch(options.photographs)
+    for name, package in PACKAGES.items():
+        print(f"{name} {package.version}: {package.license}")
+    contenders: list[Contender] = [*models, Plain(models[0]), Coreset(models[0])]
+    size = QUICK if options.quick else FULL
+    results: list[Result] = []
+    for name in options.products or table:
+        start = time.perf_counter()
+        photographs = Photographs(options.photographs)
+        shown = pictures(name, photographs, references=size.references, good=size.good, bad=size.bad)
+        results += judged(name, shown, contenders, size)
+        for backbone in memory.values():
+            backbone.forget()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    tables = as_markdown(results, baseline=models[0].name)
+    for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
+        with atomic_path(options.output / file) as path:
+            path.write_text(text, encoding="utf-8")
+    print(tables, end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
