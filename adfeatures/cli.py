@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--bank", required=True, metavar="FILE", help="bank to write, ending in .safetensors")
     fit.add_argument("--normals", metavar="DIR", help="further normal images to take the threshold from")
     fit.add_argument("--coreset", type=float, metavar="FRACTION", help="fraction of the patches to keep, in (0, 1]")
+    fit.add_argument(
+        "--rotations", type=int, default=1, metavar="N", help="match with the references turned N times, for free poses"
+    )
     _add_model_options(fit)
     _add_image_options(fit)
 
@@ -140,7 +143,10 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
     command.add_argument(
-        "--quantile", type=float, help="fraction of normal images that should stay below the threshold (0.99)"
+        "--quantile",
+        type=float,
+        help="fraction of normal images that should stay below the threshold (0.95; 0.99 "
+        "in models other than residual_lite.in1k_v2)",
     )
     command.add_argument(
         "--bit-depth",
@@ -237,6 +243,7 @@ def _fit(options: argparse.Namespace) -> int:
 
 def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
     from .detectors import model_of, set_references
+    from .scoring import expectation
     from .sources import list_images
 
     model = model_of(options, options.model)
@@ -246,13 +253,14 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
         product_folders=options.product_folders,
         recursive=options.recursive,
         coreset=options.coreset,
+        rotations=options.rotations,
     )
     normals = list_images(options.normals, recursive=options.recursive) if options.normals else None
     if normals and len(model.references) > 1:
         raise InputError("--normals can be used with one product only. Fit a bank for each product instead.")
     for product, bank in model.references.items():
         if normals or bank.num_images > 1:
-            model.fit_threshold(_quantile(options), normals=normals, product=product)
+            model.fit_threshold(options.quantile, normals=normals, product=product)
     model.save_references(options.bank)
     facts = {
         product: {
@@ -260,6 +268,7 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
             "threshold": bank.threshold,
             "quantile": bank.quantile,
             "normal_scores": len(bank.record.normal_scores),
+            "expect": expectation(bank.quantile, len(bank.record.normal_scores)) if bank.quantile else None,
         }
         for product, bank in model.references.items()
     }
@@ -347,12 +356,6 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
     for error in summary["errors"]:
         print(f"adfeatures: not scored: {error}", file=sys.stderr)
     return NOTHING_DONE if not summary["scored"] else SOME_FAILED if summary["failed"] else DONE
-
-
-def _quantile(options: argparse.Namespace) -> float:
-    from .predictor import QUANTILE
-
-    return QUANTILE if options.quantile is None else options.quantile
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .bank_files import check_maker, load_banks
+from .bank_files import load_banks, maker
 from .errors import ImageError, InputError
 from .extractor import FeatureExtractor
 from .factory import create_model
@@ -59,19 +60,19 @@ def model_of_bank(options: argparse.Namespace) -> FeatureExtractor:
     """The model of a bank, with the bank."""
     banks = load_banks(options.bank)
     bank = next(iter(banks.values()))
-    _check_bank(bank, options)
-    model = model_of(options, options.model or bank.model, bank.record.img_size)
+    model = model_of(options, _check_bank(bank, options), bank.record.img_size)
     model.hold_references(banks, options.bank)
     return model
 
 
-def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> None:
-    check_maker(bank, options.model, options.bank)
+def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> str | None:
+    """The model of a bank."""
     if options.bit_depth not in (None, bank.record.bit_depth):
         raise InputError(
             f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
             f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
         )
+    return maker(bank, options.model, options.bank)
 
 
 def model_of(
@@ -91,14 +92,15 @@ def model_of(
 
 
 def set_references(
-    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, coreset: float | None = None
+    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, **options: Any
 ) -> None:
     """Set the references of one product, or with ``product_folders`` of one product for each sub-folder.
 
     Sub-folders without images are passed over with a warning, hidden ones and those of file systems without one.
+    Further options are those of ``FeatureExtractor.set_references``.
     """
     if not product_folders:
-        model.set_references(list_images(folder, recursive=recursive), coreset=coreset)
+        model.set_references(list_images(folder, recursive=recursive), **options)
         return
     folders = sorted(
         path
@@ -116,4 +118,4 @@ def set_references(
         except ImageError as error:
             warnings.warn(f"{path} is no product: {error}", stacklevel=2)
         else:
-            model.set_references(images, product=path.name, coreset=coreset)
+            model.set_references(images, product=path.name, **options)

@@ -168,6 +168,7 @@ def _facts(model: FeatureExtractor, product: str | None) -> dict[str, Any]:
         "std": list(model.pretrained_cfg["std"]),
         "num_images": bank.num_images,
         "top": model.top,
+        "tail": model.tail,
         "color_scale": color_scale(bank.threshold, model.top),
         "fingerprint": weights_fingerprint(model.state_dict()),
     }

@@ -23,6 +23,7 @@ from .references import ReferenceBank, residuals_of_images
 from .scoring import AnomalyMap, CosineRingScorer, FeatureNormScorer, Scorer
 
 DEFAULT_PRODUCT = "default"
+MAX_ROTATIONS = 64
 
 
 class FeatureExtractor(nn.Module):
@@ -171,7 +172,9 @@ class FeatureExtractor(nn.Module):
         """The reference banks by product; "default" where no product was named."""
         return dict(self._banks)
 
-    def set_references(self, images: Images, product: str | None = None, *, coreset: float | None = None) -> None:
+    def set_references(
+        self, images: Images, product: str | None = None, *, coreset: float | None = None, rotations: int = 1
+    ) -> None:
         """Take normal images as the references of a product, in place of those it had.
 
         Args:
@@ -179,18 +182,24 @@ class FeatureExtractor(nn.Module):
             product: Name of the product, where the model shall hold several.
             coreset: Fraction of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many
                 references.
+            rotations: Match images also with the references turned by every so many-th part of a full turn, for parts
+                that lie in any pose. Setting them takes so many times longer, and none can be added later.
 
         Raises:
             ImageError: For a file that cannot be read or a folder without images.
-            InputError: For no images, a wrong shape or NaN.
+            InputError: For no images, a wrong shape or NaN, or rotations below 1.
         """
-        full = predictor.bank_of(self, images, self.bit_depth)
-        bank = full if coreset is None else full.coreset(coreset)
+        if not 1 <= rotations <= MAX_ROTATIONS:
+            raise InputError(f"rotations must lie in 1 to {MAX_ROTATIONS}, got {rotations}.")
+        full, *turned = predictor.banks_of(self, images, self.bit_depth, rotations=rotations)
+        bank = full.with_turned(turned) if turned else full
+        bank = bank if coreset is None else bank.coreset(coreset)
+        self.scorer.prepare(bank)
         left_out: Iterable[list[Tensor]] = bank.leave_one_out(full=full) if bank.num_images > 1 else ()
-        if coreset is not None:
+        if bank is not full:
             left_out = list(left_out)
         bank.scales = self.scorer.scales(left_out, len(bank.rows))
-        if coreset is not None:  # Later its images are not whole any more.
+        if bank is not full:  # Later its images are not whole any more.
             bank.record.normal_scores = scoring.image_scores(
                 left_out, bank.scales, self.scorer, self._project, self.backbone.reductions[0]
             )
@@ -202,7 +211,8 @@ class FeatureExtractor(nn.Module):
         if name not in self._banks:
             return self.set_references(images, product)
         bank = self._banks[name]
-        both = bank.extended(predictor.bank_of(self, images, bank.record.bit_depth, bank.record.known))
+        both = bank.extended(predictor.banks_of(self, images, bank.record.bit_depth, bank.record.known)[0])
+        self.scorer.prepare(both)
         both.scales = self.scorer.scales(both.leave_one_out(), len(both.rows))
         self._banks[name] = both
 
@@ -246,10 +256,10 @@ class FeatureExtractor(nn.Module):
             ReferencesError: For banks of another model, other weights or another input size.
         """
         fingerprint = weights_fingerprint(self.state_dict())
+        like = next(self.parameters())
         for bank in banks.values():
             self._check_bank(bank, source, fingerprint)
-            bank.rows = [self.as_input(rows) for rows in bank.rows]
-            bank.image_of_row = [images.to(bank.rows[0].device) for images in bank.image_of_row]
+            bank.apply(lambda tensor: tensor.to(like if tensor.is_floating_point() else like.device))
         self._banks = dict(banks)
 
     def _check_bank(self, bank: ReferenceBank, source: str, fingerprint: Sequence[str]) -> None:
@@ -356,12 +366,14 @@ class FeatureExtractor(nn.Module):
         return predictor.predict(self, images, product, batch_size)
 
     def fit_threshold(
-        self, quantile: float = predictor.QUANTILE, *, normals: Images | None = None, product: str | None = None
+        self, quantile: float | None = None, *, normals: Images | None = None, product: str | None = None
     ) -> float:
         """Set the threshold of a product to a quantile of the scores of normal images.
 
         Args:
-            quantile: Fraction of normal images that should stay below, in (0, 1].
+            quantile: Fraction of normal images that should stay below, in (0, 1]. The default is that of
+                ``scoring.QUANTILES``. Scorers with the tail "lognormal" predict from few images what the next ones will
+                score, others take the quantile of these scores.
             normals: Normal images that are not references. The default scores every reference against the others.
             product: Whose threshold, where several products are held.
 
@@ -381,6 +393,11 @@ class FeatureExtractor(nn.Module):
     def top(self) -> float:
         """Top of the color scale of maps where no threshold gives one."""
         return self.scorer.top
+
+    @property
+    def tail(self) -> scoring.Tail:
+        """How thresholds are taken from the scores of normal images."""
+        return self.scorer.tail
 
     # Module behavior
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import catalog, predictor
 from .backbones import Encoder, StateDict, create_backbone
-from .bank_files import check_maker, load_banks
+from .bank_files import load_banks, maker
 from .catalog import find_model
 from .checkpoints import AnyPath
 from .errors import InputError
@@ -26,7 +26,7 @@ from .predictor import Images
 from .projector import ResidualProjector
 from .references import ReferenceBank
 from .resolve import BackboneSpec, ModelSpec, Weights, resolve_backbone, resolve_model
-from .scoring import CosineRingScorer, FeatureNormScorer, Scorer
+from .scoring import CosineRingScorer, FeatureNormScorer, LocalCosineScorer, Scorer
 from .trained import TrainedWeights
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ def create_model(
     register_with_timm()
     banks = _banks(references)
     for bank in banks.values():
-        check_maker(bank, name, str(references))
+        made_by = maker(bank, name, str(references))
+        name = made_by if weights is None else name
     spec = resolve_model(
         name,
         weights=weights,
@@ -84,7 +85,7 @@ def create_model(
         name=spec.name,
         img_size=entry.img_size,
         pretrained_cfg=timm_cfg(spec.arch, spec.tag, entry),
-        scorer=create_scorer(spec.arch),
+        scorer=create_scorer(spec.arch, spec.tag),
         out_indices=out_indices,
     )
     if banks:
@@ -181,10 +182,13 @@ def create_transform(
     return build_transform(entry.img_size, *entry.normalization, preset=preset)
 
 
-def create_scorer(arch: str) -> Scorer:
-    """How a model of the catalog scores."""
+def create_scorer(arch: str, tag: str | None) -> Scorer:
+    """How a model of the catalog scores; one without a tag as its default tag."""
     model = catalog.MODELS[arch]
-    return FeatureNormScorer() if model.scoring == "feature_norm" else CosineRingScorer(model.typical_distances)
+    if model.scoring == "feature_norm":
+        return FeatureNormScorer()
+    facts = model.tags[tag or str(model.default_tag)]
+    return (LocalCosineScorer if facts.local else CosineRingScorer)(facts.typical_distances)
 
 
 def _banks(references: Images | None) -> dict[str, ReferenceBank]:

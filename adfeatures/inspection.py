@@ -24,7 +24,7 @@ from .documents import dumps, parse, read_document
 from .errors import ImageError, InputError
 from .images import read_image
 from .overlays import contact_sheet, encoded, overlay, save_picture, tile
-from .predictor import BATCH_SIZE, Detector, ensure_threshold, score_photos
+from .predictor import BATCH_SIZE, Detector, ensure_threshold, score_photos, warn_of_drift
 from .results import SUMMARY, ImageRow, Results, mark, write_parquet, write_summary, writing_to
 from .scoring import color_scale
 from .worklist import Worklist
@@ -143,6 +143,7 @@ def inspect(
                     results.save(outcome.picture, name)
                 append(outcome.row, outcome.is_reference)
                 maps += [] if outcome.map is None else [outcome.map]
+        warn_of_drift(model.bank(product), (row.score for row in results.rows() if row.score is not None))
         summary = facts | _counts(results, work)
         summary["seconds_per_image"] = (time.perf_counter() - started) / max(len(work) - before, 1)
         write_parquet(results)

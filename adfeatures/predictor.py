@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import ImageError, InputError
 from .images import ImageSource, ImageTransform, build_transform
 from .references import BankRecord, ReferenceBank
-from .scoring import AnomalyMap, normal_quantile, outliers
+from .scoring import QUANTILES, AnomalyMap, Tail, outliers, threshold_of
 from .sources import Photo, image_sources, name_of, read_distinct, read_photo
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"
 
 PRESET = "squash"
-QUANTILE = 0.99
 # Images per forward pass where the caller does not say.
 BATCH_SIZE = 8
 # Thresholds below this fraction of the color scale are those of copies, not of other good parts.
 _NEAR_ZERO = 0.01
+# Fewer photos may all be bad.
+_MANY = 10
 
 
 class Detector(Protocol):
@@ -57,6 +58,10 @@ class Detector(Protocol):
     @property
     def top(self) -> float:
         """Top of the color scale of maps where no threshold gives one."""
+
+    @property
+    def tail(self) -> Tail:
+        """How thresholds are taken from the scores of normal images."""
 
     @property
     def references(self) -> dict[str, ReferenceBank]:
@@ -119,26 +124,52 @@ def bit_depth_of(model: Detector, product: str | None) -> int:
     return depths.pop()
 
 
-def bank_of(model: FeatureExtractor, images: Images, bit_depth: int, known: Collection[str] = ()) -> ReferenceBank:
-    """The bank of normal images. Arguments, warnings and errors as of ``normal_photos``.
+def banks_of(
+    model: FeatureExtractor, images: Images, bit_depth: int, known: Collection[str] = (), rotations: int = 1
+) -> list[ReferenceBank]:
+    """The bank of normal images, and those of the same images turned by each further part of a full turn.
+
+    Arguments, warnings and errors as of ``normal_photos``.
 
     Raises:
         InputError: If no image is left.
     """
     preset = None if isinstance(images, Tensor) else PRESET
     record = BankRecord(model=model.name, img_size=model.img_size, preset=preset, bit_depth=bit_depth)
-    maps = []
+    maps: list[list[list[Tensor]]] = [[] for _ in range(rotations)]
     for batch in normal_photos(model, images, bit_depth, known):
-        maps.append(model.backbone_features(model.as_input(torch.stack([photo.x for photo in batch]))))
+        for number, of_turn in enumerate(maps):
+            turned = [turn(photo.x, number / rotations, photo.size) for photo in batch]
+            of_turn.append(model.backbone_features(model.as_input(torch.stack(turned))))
         record.files += [name_of(photo.source) for photo in batch]
         record.sha256s += [photo.sha256 for photo in batch]
         record.pixels += [photo.pixels for photo in batch]
-    if not maps:
+    if not maps[0]:
         which = "are left that are not references already" if known else "were given"
         raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
-    bank = ReferenceBank.from_features([torch.cat(level) for level in zip(*maps, strict=True)])
-    bank.record = record
-    return bank
+    banks = []
+    for of_turn in maps:
+        banks.append(ReferenceBank.from_features([torch.cat(level) for level in zip(*of_turn, strict=True)]))
+    banks[0].record = record
+    return banks
+
+
+def turn(x: Tensor, turns: float, size: tuple[int, int]) -> Tensor:
+    """A transformed image (3, H, W) turned clockwise by a part of a full turn, mirrored beyond its borders.
+
+    Args:
+        x: The image, squashed or not.
+        turns: 0 to 1; 0 gives the image itself.
+        size: Height and width of the photo before it was squashed, in which the turn is a turn.
+    """
+    if turns == 0:
+        return x
+    (height, width), angle = size, 2 * math.pi * turns
+    cosine, sine = math.cos(angle), math.sin(angle)
+    # Coordinates go from -1 to 1 along either side.
+    theta = torch.tensor([[cosine, sine * height / width, 0], [-sine * width / height, cosine, 0]])
+    grid = F.affine_grid(theta[None], [1, *x.shape], align_corners=False).to(x)
+    return F.grid_sample(x[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
 def normal_photos(
@@ -191,6 +222,9 @@ def predict(model: Detector, images: Images, product: Products, batch_size: int)
         if isinstance(result, ImageError):
             raise result
         predictions.append(result)
+    for name in dict.fromkeys(products):
+        own = [prediction.score for prediction, other in zip(predictions, products, strict=True) if other == name]
+        warn_of_drift(model.bank(name), own)
     return predictions
 
 
@@ -263,12 +297,12 @@ def ensure_threshold(model: Detector, product: str | None) -> None:
     """Fit the threshold of a product, unless it has one or a single reference can give none."""
     bank = model.bank(product)
     if bank.threshold is None and (bank.num_images > 1 or bank.record.normal_scores):
-        fit_threshold(model, QUANTILE, None, product)
+        fit_threshold(model, None, None, product)
 
 
-def fit_threshold(model: Detector, quantile: float, normals: Images | None, product: str | None) -> float:
+def fit_threshold(model: Detector, quantile: float | None, normals: Images | None, product: str | None) -> float:
     """See ``FeatureExtractor.fit_threshold``."""
-    bank, quantile = model.bank(product), float(quantile)
+    bank, quantile = model.bank(product), float(QUANTILES[model.tail] if quantile is None else quantile)
     record = bank.record
     if normals is not None:
         scores = _scores_of(model, normals, product)
@@ -278,9 +312,9 @@ def fit_threshold(model: Detector, quantile: float, normals: Images | None, prod
             number = bank.left_out[index]
             name = (record.files[number] if record.files else "") or number
             warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
-    threshold = normal_quantile(scores, quantile)
+    threshold = threshold_of(scores, quantile, model.tail)
     record.threshold, record.quantile, record.normal_scores = threshold, quantile, scores
-    if len(scores) * (1 - quantile) < 1:
+    if model.tail == "empirical" and len(scores) * (1 - quantile) < 1:
         warnings.warn(
             f"{len(scores)} normal images cannot pin down the {quantile:g} quantile: "
             f"expect about one false alarm in {len(scores) + 1} good images.",
@@ -293,6 +327,19 @@ def fit_threshold(model: Detector, quantile: float, normals: Images | None, prod
             stacklevel=3,
         )
     return threshold
+
+
+def warn_of_drift(bank: ReferenceBank, scores: Iterable[float]) -> None:
+    """Warn once where many photos all score above all normal ones: not every part is bad all of a sudden."""
+    normal, count, lowest = bank.record.normal_scores, 0, math.inf
+    for score in scores:
+        count, lowest = count + 1, min(lowest, score)
+    if count >= _MANY and normal and lowest > max(normal):
+        warnings.warn(
+            f"All {count} photos score above every normal one. Unless all of them show defects, lighting, focus "
+            "or position have changed: set that right, or fit new references.",
+            stacklevel=3,
+        )
 
 
 def _far_below(model: Detector, threshold: float, product: str | None) -> bool:

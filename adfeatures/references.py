@@ -13,13 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coreset import greedy_coreset
 from .errors import CheckpointError, InputError, ReferencesError
+from .matching import as_maps, farthest_rows, image_of_each_patch, nearest_rows, tokens_of
 
-# One block of similarities, 1024 x 2048, stays in the processor's cache: larger ones are slower, and the whole matrix
-# may not fit at all.
-QUERIES_PER_CHUNK = 1024
-ROWS_PER_CHUNK = 2048
 # Leave-one-out over a large bank costs the square of its images, and this many already give a stable quantile.
 LEAVE_ONE_OUT_IMAGES = 64
 
@@ -78,6 +74,8 @@ class ReferenceBank:
         grids: Per level the height and width of the maps.
         num_images: Number of reference images.
         scales: What the model's scorer took from the images, None where it takes nothing.
+        kept: Per level the indices of the rows that images are matched with, (M_l,) int32; None for all.
+        units: Per level the lengths (M_l,) that residuals against these rows are multiples of; None for 1.
         record: How the bank was made. Its files, sha256s, model, threshold and quantile are attributes of the bank too.
     """
 
@@ -87,6 +85,8 @@ class ReferenceBank:
     num_images: int
     scales: Tensor | None = None
     record: BankRecord = field(default_factory=BankRecord)
+    kept: list[Tensor] | None = None
+    units: list[Tensor] | None = None
 
     @classmethod
     def from_features(cls, features: Sequence[Tensor]) -> ReferenceBank:
@@ -109,7 +109,7 @@ class ReferenceBank:
                 level.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).flatten(0, 2)
                 for level in features
             ],
-            image_of_row=[_image_of_each_patch(level, range(count)) for level in features],
+            image_of_row=[image_of_each_patch(level, range(count)) for level in features],
             grids=[(level.shape[2], level.shape[3]) for level in features],
             num_images=count,
         )
@@ -173,17 +173,45 @@ class ReferenceBank:
             InputError: For maps of other channels than the bank's.
             ReferencesError: Where nothing is left to match with.
         """
-        found, expected = [level.shape[1] for level in features], [rows.shape[1] for rows in self.rows]
-        if found != expected:
-            raise InputError(f"The bank holds levels of {expected} channels, got features of {found}.")
+        places = self._places(features, exclude)
         return [
-            self._match_level(level, index, self._excluded(level.shape[0], exclude))
-            for index, level in enumerate(features)
+            as_maps(self._matchable(index)[0][place].to(level.dtype), level)
+            for index, (level, place) in enumerate(zip(features, places, strict=True))
         ]
 
     def residuals(self, features: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
-        """Features minus their matched rows (equation 1 of the paper). Arguments, shapes and errors as in ``match``."""
-        return [level - matched for level, matched in zip(features, self.match(features, exclude), strict=True)]
+        """Features minus their matched rows (equation 1 of the paper), in units of these rows where the bank has any.
+
+        Arguments, shapes and errors as in ``match``.
+        """
+        residuals = []
+        for index, (level, place) in enumerate(zip(features, self._places(features, exclude), strict=True)):
+            residual = level - as_maps(self._matchable(index)[0][place].to(level.dtype), level)
+            if self.units is not None:
+                residual = residual / as_maps(self.units[index][place, None].to(level.dtype), level)
+            residuals.append(residual)
+        return residuals
+
+    def own_distances(self) -> list[Tensor]:
+        """Cosine distances (M_l,) of the rows that images are matched with to those of other images, the nearest."""
+        distances = []
+        for index in range(len(self.rows)):
+            rows, owners = self._matchable(index)
+            nearest = rows[nearest_rows(rows, rows, owners, owners)]
+            distances.append((1 - F.cosine_similarity(rows.float(), nearest.float())).clamp_min(0))
+        return distances
+
+    def reduce(self, most: int, seed: int = 0) -> None:
+        """Match images with at most so many rows of each level, drawn at random; all rows stay in the bank.
+
+        At least twice the patches of an image are taken, so that no image holds all of them. A draw treats all images
+        alike, so that a reference that is left out scores as a new image does; a coreset would not.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        self.kept = []
+        for rows, (height, width) in zip(self.rows, self.grids, strict=True):
+            drawn = torch.randperm(len(rows), generator=generator)[: max(most, 2 * height * width)]
+            self.kept.append(drawn.sort().values.int().to(rows.device))
 
     def features(self) -> list[Tensor]:
         """The feature maps of the references, one (K, C_l, h_l, w_l) per level.
@@ -239,6 +267,20 @@ class ReferenceBank:
             record=record,
         )
 
+    def with_turned(self, turned: Sequence[ReferenceBank]) -> ReferenceBank:
+        """A bank with the rows of turned copies of its images too, each counted to its image, without threshold.
+
+        Such a bank has more rows than its images have patches, so that it is not ``complete``.
+        """
+        banks = [self, *turned]
+        return ReferenceBank(
+            rows=[torch.cat(level) for level in zip(*(bank.rows for bank in banks), strict=True)],
+            image_of_row=[torch.cat(level) for level in zip(*(bank.image_of_row for bank in banks), strict=True)],
+            grids=self.grids,
+            num_images=self.num_images,
+            record=self.record.undecided(),
+        )
+
     def coreset(self, fraction: float, seed: int = 0) -> ReferenceBank:
         """A smaller bank without threshold or scales: the rows that a greedy k-center search picks.
 
@@ -254,7 +296,7 @@ class ReferenceBank:
         if not 0 < fraction <= 1:
             raise InputError(f"The coreset fraction must lie in (0, 1], got {fraction}.")
         generator = torch.Generator().manual_seed(seed)
-        kept = [_farthest_rows(rows, fraction, generator) for rows in self.rows]
+        kept = [farthest_rows(rows, fraction, generator) for rows in self.rows]
         return ReferenceBank(
             rows=[rows[k] for rows, k in zip(self.rows, kept, strict=True)],
             image_of_row=[owners[k] for owners, k in zip(self.image_of_row, kept, strict=True)],
@@ -266,6 +308,7 @@ class ReferenceBank:
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a device or dtype move to every tensor, as ``nn.Module._apply`` does."""
         self.rows, self.image_of_row = [fn(rows) for rows in self.rows], [fn(owners) for owners in self.image_of_row]
+        self.kept, self.units = ([fn(own) for own in part] if part else None for part in (self.kept, self.units))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to a safetensors file, atomically."""
@@ -305,20 +348,30 @@ class ReferenceBank:
             raise ReferencesError("With a single reference image nothing is left to match it with. Add a second one.")
         return excluded
 
-    def _match_level(self, level: Tensor, index: int, excluded: Sequence[int | None] | None) -> Tensor:
-        rows, owners, queries = self.rows[index], self.image_of_row[index], _tokens(level)
+    def _matchable(self, index: int) -> tuple[Tensor, Tensor]:
+        """The rows of a level that images are matched with, and the image of each."""
+        if self.kept is None:
+            return self.rows[index], self.image_of_row[index]
+        return self.rows[index][self.kept[index]], self.image_of_row[index][self.kept[index]]
+
+    def _places(self, features: Sequence[Tensor], exclude: Exclude) -> list[Tensor]:
+        """Per level the place (B * h * w,) of the nearest row of every patch among those that can be matched."""
+        found, expected = [level.shape[1] for level in features], [rows.shape[1] for rows in self.rows]
+        if found != expected:
+            raise InputError(f"The bank holds levels of {expected} channels, got features of {found}.")
+        return [
+            self._places_of_level(level, index, self._excluded(level.shape[0], exclude))
+            for index, level in enumerate(features)
+        ]
+
+    def _places_of_level(self, level: Tensor, index: int, excluded: Sequence[int | None] | None) -> Tensor:
+        rows, owners = self._matchable(index)
         if excluded is not None and any(bool(owners.eq(image).all()) for image in set(excluded) if image is not None):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
-        # A compiled graph takes any number of images, and so no fixed number of chunks.
-        chunks = (queries,) if torch.compiler.is_compiling() else queries.split(QUERIES_PER_CHUNK)
-        if excluded is None:
-            barred: Sequence[Tensor | None] = [None] * len(chunks)
-        else:
-            # No row is of image -1, so nothing is barred from the images that exclude none.
-            images = [-1 if image is None else image for image in excluded]
-            barred = _image_of_each_patch(level, images).split(QUERIES_PER_CHUNK)
-        nearest = torch.cat([_nearest(chunk, rows, owners, own) for chunk, own in zip(chunks, barred, strict=True)])
-        return rows[nearest].to(level.dtype).unflatten(0, (level.shape[0], *level.shape[2:])).permute(0, 3, 1, 2)
+        # No row is of image -1, so nothing is barred from the images that exclude none.
+        images = [-1 if image is None else image for image in excluded or ()]
+        barred = image_of_each_patch(level, images) if images else None
+        return nearest_rows(tokens_of(level), rows, owners, barred)
 
 
 def residuals_of_images(
@@ -344,41 +397,3 @@ def residuals_of_images(
         for level, of_members in zip(residuals, found, strict=True):
             level[members] = of_members
     return residuals
-
-
-def _nearest(queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | None) -> Tensor:
-    """Index (Q,) of the row of highest cosine similarity to each query, rows of its barred image left out."""
-    queries = queries.float()
-    best = torch.full(queries.shape[:1], -torch.inf, device=queries.device)
-    nearest = torch.zeros(queries.shape[:1], dtype=torch.long, device=queries.device)
-    for start in range(0, len(rows), ROWS_PER_CHUNK):
-        chunk = rows[start : start + ROWS_PER_CHUNK].float()
-        # The length of the query does not change which row is nearest, so only the rows are normalized.
-        with torch.autocast(queries.device.type, enabled=False):
-            similarity = queries @ F.normalize(chunk, dim=1).T
-        if barred is not None:
-            similarity.masked_fill_(owners[start : start + ROWS_PER_CHUNK] == barred[:, None], -torch.inf)
-        value, index = similarity.max(dim=1)
-        better = value > best
-        best = torch.where(better, value, best)
-        nearest = torch.where(better, index + start, nearest)
-    return nearest
-
-
-def _farthest_rows(rows: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Indices of a fraction of the rows, each the farthest from those before it, in ascending order."""
-    count = max(1, round(fraction * len(rows)))
-    start = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
-    # Between vectors of unit length, Euclidean distances are ordered as cosine distances are.
-    chosen = greedy_coreset(F.normalize(rows.float(), dim=1), count, start)
-    return torch.cat([start, chosen[chosen != start][: count - 1]]).sort().values
-
-
-def _tokens(level: Tensor) -> Tensor:
-    """Maps (B, C, h, w) as patches (B * h * w, C)."""
-    return level.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _image_of_each_patch(level: Tensor, image_of_each_map: Sequence[int]) -> Tensor:
-    patches = level.shape[2] * level.shape[3]
-    return torch.tensor(image_of_each_map, dtype=torch.int32, device=level.device).repeat_interleave(patches)

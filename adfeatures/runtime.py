@@ -21,7 +21,7 @@ from .documents import Size, check, parse
 from .errors import CheckpointError, InputError, ReferencesError, UnknownNameError
 from .image_files import MAX_PIXELS
 from .references import ReferenceBank
-from .scoring import AnomalyMap
+from .scoring import AnomalyMap, Tail
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
@@ -45,6 +45,7 @@ class ExportFacts(RecordFacts):
         input: Kind of its input, float32 or uint8.
         mean: Of each channel, for values in [0, 1]; ``std`` likewise.
         top: Top of the color scale where no threshold gives one.
+        tail: How thresholds are taken from the scores of normal images, in the words of ``scoring``.
         color_scale: Values of the map that its first and last color stand for.
     """
 
@@ -58,6 +59,7 @@ class ExportFacts(RecordFacts):
     std: tuple[_Positive, _Positive, _Positive]
     top: _Positive
     color_scale: tuple[float, float]
+    tail: Tail = "empirical"
 
 
 class Session(Protocol):
@@ -149,7 +151,7 @@ class ExportedModel:
     def _read(self, values: Mapping[str, Any]) -> None:
         facts: ExportFacts = check(values, ExportFacts)
         self.name, self._product, self.img_size, self.top = facts.model, facts.product, facts.img_size, facts.top
-        self.bit_depth, self.max_pixels = facts.bit_depth, MAX_PIXELS
+        self.tail, self.bit_depth, self.max_pixels = facts.tail, facts.bit_depth, MAX_PIXELS
         self.pretrained_cfg: dict[str, Any] = {"mean": facts.mean, "std": facts.std}
         self._uint8 = facts.input == "uint8"
         self._bank = ReferenceBank([], [], [], facts.num_images, record=facts.record())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError, ReferencesError
+
+if TYPE_CHECKING:
+    from .references import ReferenceBank
 
 # From residuals of all levels to features of all levels.
 Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
@@ -26,6 +29,15 @@ SIGMA = 4.0
 RINGS = 3
 # The cosine distance of opposite features.
 MAX_DISTANCE = 2
+
+
+# How a threshold is taken from the scores of normal images: their own quantile, or that of the score of a next one.
+Tail: TypeAlias = Literal["empirical", "lognormal"]
+# The quantile where none is asked for.
+QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.95}
+# The standard deviation of the logarithms of normal scores as development products show it, and how many scores that
+# knowledge is worth.
+SPREAD, SPREAD_WORTH = 0.15, 8
 
 
 class AnomalyMap(NamedTuple):
@@ -40,9 +52,14 @@ class Scorer(Protocol):
 
     Attributes:
         top: Top of the fixed color scale of maps where no threshold gives one.
+        tail: How thresholds are taken from the scores of normal images.
     """
 
     top: float
+    tail: Tail
+
+    def prepare(self, bank: ReferenceBank) -> None:
+        """Let a new bank match images as the scorer needs it."""
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The features to compare, of maps of the backbone (B, C_l, h_l, w_l)."""
@@ -74,6 +91,10 @@ class FeatureNormScorer:
 
     # Training pushes anomalous patches above 0.4 + 0.75.
     top = 1.15
+    tail: Tail = "empirical"
+
+    def prepare(self, bank: ReferenceBank) -> None:
+        """Nothing: images are matched with all rows."""
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The maps as they are."""
@@ -99,9 +120,13 @@ class CosineRingScorer:
 
     # A multiple of what normal patches show.
     top = 4.0
+    tail: Tail = "empirical"
 
     def __init__(self, typical: Sequence[Sequence[float]] | None = None) -> None:
         self.typical = typical
+
+    def prepare(self, bank: ReferenceBank) -> None:
+        """Nothing: images are matched with all rows."""
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Features of unit length per patch."""
@@ -128,6 +153,32 @@ class CosineRingScorer:
         of_levels = torch.stack(of_images, dim=1)
         distances = [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
         return fuse(distances, size, sigma)
+
+
+class LocalCosineScorer(CosineRingScorer):
+    """Cosine distances between means of neighboring patches, in units of what is normal where they match.
+
+    Some patches of good parts are alike in all of them, others never twice the same. So the distance to a row of the
+    bank counts by (own / mean of own)^EXPONENT, at least FLOOR before the power, where own is the distance of that row
+    to those of the other reference images. At most ROWS rows of a level are matched with, whatever the number of
+    references.
+    """
+
+    tail: Tail = "lognormal"
+    CELLS, ROWS, EXPONENT, FLOOR = 3, 4096, 0.35, 0.25
+
+    def prepare(self, bank: ReferenceBank) -> None:
+        """Reduce what images are matched with, and learn what is normal there."""
+        bank.reduce(self.ROWS)
+        if bank.num_images > 1:
+            own = [level / level.mean().clamp_min(torch.finfo(level.dtype).eps) for level in bank.own_distances()]
+            # Distances are half the squares of residuals.
+            bank.units = [level.clamp_min(self.FLOOR) ** (self.EXPONENT / 2) for level in own]
+
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Means of CELLS x CELLS patches, fewer at the border, of unit length."""
+        means = (F.avg_pool2d(level, self.CELLS, 1, self.CELLS // 2, count_include_pad=False) for level in maps)
+        return [F.normalize(level, dim=1) for level in means]
 
 
 def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
@@ -266,6 +317,47 @@ def normal_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> fl
     if not values.size or not np.isfinite(values).all():
         raise InputError("A threshold needs at least one normal image, and finite scores.")
     return float(np.quantile(values, quantile))
+
+
+def threshold_of(scores: Sequence[float] | np.ndarray, quantile: float, tail: Tail) -> float:
+    """The threshold that the given fraction of normal images stays below. Errors as of the two ways to take it."""
+    return (normal_quantile if tail == "empirical" else predictive_quantile)(scores, quantile)
+
+
+def expectation(quantile: float, count: int) -> str:
+    """In words, what a threshold that was taken from so many normal images lets expect."""
+    return f"about 1 in {1 / max(1 - quantile, 1e-6):.0f} good parts flagged, from {count} photos"
+
+
+def predictive_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -> float:
+    """The threshold that the score of a next normal image stays below with a probability, from few scores.
+
+    The logarithms of scores are taken as normally distributed, with a prior on their variance (scaled inverse
+    chi-squared, SPREAD and SPREAD_WORTH) and none on their mean, so that the next one follows Student's t.
+
+    Raises:
+        InputError: For a quantile outside (0, 1), no scores, or scores that are not finite.
+    """
+    largest = normal_quantile(scores, 1)
+    if not 0 < quantile < 1:
+        raise InputError(
+            f"The quantile must lie between 0 and 1, got {quantile}: no threshold is sure to be kept. Give 0.99, say."
+        )
+    if largest == 0:
+        return 0.0
+    logs = np.log(np.maximum(np.asarray(scores, dtype=np.float64), 1e-3 * largest))
+    freedom = SPREAD_WORTH + len(logs) - 1
+    variance = (SPREAD_WORTH * SPREAD**2 + np.square(logs - logs.mean()).sum()) / freedom
+    return float(np.exp(logs.mean() + _student(quantile, freedom) * np.sqrt(variance * (1 + 1 / len(logs)))))
+
+
+def _student(quantile: float, freedom: int) -> float:
+    """The quantile of Student's t, whose density over the angle atan(t / sqrt(freedom)) is cos^(freedom - 1)."""
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 100_001)
+    density = np.cos(angles).clip(0) ** (freedom - 1)
+    below = np.cumsum((density[1:] + density[:-1]) / 2)
+    angle = np.interp(quantile * below[-1], np.concatenate([[0], below]), angles)
+    return float(np.sqrt(freedom) * np.tan(angle))
 
 
 def outliers(scores: Sequence[float] | np.ndarray) -> list[int]:

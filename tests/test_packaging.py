@@ -70,7 +70,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     metadata = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")
     licenses = {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"}
     package = {file for file in tracked() if file.startswith("adfeatures/")}
-    assert {"adfeatures/py.typed", f"adfeatures/assets/{adfeatures.DEFAULT_MODEL}.safetensors"} <= package
+    assert {"adfeatures/py.typed", "adfeatures/assets/residual_lite.in1k_v1.safetensors"} <= package
     assert sum(name.startswith("adfeatures/assets/samples/references/") for name in package) == 8
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted(names) == sorted(package | licenses | {f"{info}/{name}" for name in metadata})

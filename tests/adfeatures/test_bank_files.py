@@ -277,3 +277,35 @@ def test_files_of_a_newer_version(saved: Path) -> None:
     save_file(tensors, saved, {**metadata, "version": "2"})
     with pytest.raises(CheckpointError, match="newer version of adfeatures"):
         load_banks(saved)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("kept.0", torch.tensor([-1, 0], dtype=torch.int32)),
+        ("kept.0", torch.tensor([0, 10**6], dtype=torch.int32)),
+        ("kept.0", torch.zeros(0, dtype=torch.int32)),
+        ("kept.0", torch.zeros(2)),
+        ("units.0", torch.zeros(1)),
+        ("units.0", torch.full((2,), float("nan"))),
+        ("units.0", torch.tensor([1.0, -1.0])),
+        ("units.1", None),
+    ],
+)
+def test_what_images_are_matched_with_is_checked(name: str, content: Tensor | None, tmp_path: Path) -> None:
+    bank = full_bank()
+    bank.kept = [torch.tensor([0, 1], dtype=torch.int32) for _ in bank.rows]
+    bank.units = [torch.tensor([1.0, 2.0]) for _ in bank.rows]
+    path = tmp_path / "bank.safetensors"
+    bank.save(path)
+    assert_same(ReferenceBank.load(path), bank)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: text for key, text in file.metadata().items() if key != "sha256"}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if content is None:
+        del tensors[f"0.{name}"]
+    else:
+        tensors[f"0.{name}"] = content
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match="damaged"):
+        ReferenceBank.load(path)

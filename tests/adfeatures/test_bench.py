@@ -28,6 +28,7 @@ TINY = BenchSizes(
     grid=2,
     batches=(1, 2),
     references=2,
+    many=3,
     matching=(6, 40),
     bank=(5, 300),
     photo=(64, 48),
@@ -116,10 +117,12 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         "adpretrain_dinov2_base, batch 1",
     ]
     expected += [
-        f"adpretrain_dinov2_base: {s}"
+        f"adpretrain_dinov2_base, 2 references: {s}"
         for s in ("decode and transform", "backbone", "matching", "projector", "map", "all stages")
     ]
-    expected += ["residual_lite: backbone", "matching 6 x 40 rows of 64", "peak of a process: projector, batch 2"]
+    for count in (2, 3):
+        expected += [f"residual_lite: setting {count} references", f"residual_lite, {count} references: all stages"]
+    expected += ["matching 6 x 40 rows of 64", "peak of a process: projector, batch 2"]
     expected += ["peak of a process: extractor, batch 2", "beyond the bank: 5 x 300 rows of 64"]
     for what in expected:
         assert any(row.startswith(what) for row in rows), what

@@ -30,10 +30,11 @@ def test_models_refer_to_what_is_there(name: str) -> None:
     model = MODELS[name]
     assert not model.backbone or model.backbone in catalog.BACKBONES
     assert model.scoring in ("feature_norm", "residual")
-    assert (model.scoring == "residual") == (model.typical_distances is not None)
     assert model.default_tag is None or model.default_tag in model.tags
     for tag in model.tags.values():
-        assert all(getattr(tag, field.name) for field in dataclasses.fields(tag) if field.name != "hub_file")
+        optional = ("hub_file", "local", "typical_distances")
+        assert all(getattr(tag, field.name) for field in dataclasses.fields(tag) if field.name not in optional)
+        assert (model.scoring == "residual") == (tag.typical_distances is not None)
     facts = catalog.describe(name)
     assert facts["model"] == (f"{name}.{model.default_tag}" if model.tags else name)
 

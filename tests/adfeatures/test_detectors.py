@@ -41,11 +41,11 @@ def test_contradictions(options: str, reason: str) -> None:
 def test_the_model_is_that_of_the_bank(bank: str) -> None:
     given = _parser().parse_args(["score", "--output", "out", "--bank", bank, "--max-pixels", "1000", "new"])
     model = model_of_bank(given)
-    assert model.name == "residual_lite.in1k_v1" and model.max_pixels == 1000 and len(model.references) == 1
+    assert model.name == "residual_lite.in1k_v2" and model.max_pixels == 1000 and len(model.references) == 1
     assert not model_of(given, None).references
     given = _parser().parse_args(["score", "--output", "out", "--bank", bank, "--bit-depth", "12", "new"])
     with pytest.raises(InputError, match="made of images of 16 bits.*fit --bit-depth 12"):
         model_of_bank(given)
     given = _parser().parse_args(["score", "--output", "out", "--bank", bank, "--model", "adpretrain_clip_base", "new"])
-    with pytest.raises(ReferencesError, match="made with residual_lite.in1k_v1, not with adpretrain_clip_base"):
+    with pytest.raises(ReferencesError, match="made with residual_lite.in1k_v2, not with adpretrain_clip_base"):
         detector_of(given)

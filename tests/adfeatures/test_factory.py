@@ -20,12 +20,13 @@ from safetensors.torch import load, save
 import adfeatures
 from adfeatures import catalog
 from adfeatures.checkpoints import save_checkpoint
-from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
+from adfeatures.errors import CheckpointError, DownloadError, InputError, ReferencesError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.factory import load_backbone
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 from adfeatures.resolve import convert_checkpoint
+from adfeatures.scoring import CosineRingScorer, LocalCosineScorer
 
 REPOSITORY = Path(__file__).parents[2]
 REPO = "xcyao00/ADPretrain"
@@ -298,7 +299,10 @@ class TestTimm:
 
     def test_lists_and_preprocessing(self) -> None:
         assert timm.list_models("adpretrain*") == adfeatures.list_models("adpretrain*")
-        assert set(timm.list_models("residual_lite*", pretrained=True)) == {"residual_lite.in1k_v1"}
+        assert set(timm.list_models("residual_lite*", pretrained=True)) == {
+            "residual_lite.in1k_v1",
+            "residual_lite.in1k_v2",
+        }
         model = timm.create_model("residual_lite", pretrained=True)
         picture = photo(1, (300, 200))
         theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -323,7 +327,7 @@ class TestTimm:
 
     def test_unknown_tags_and_arguments_are_refused(self) -> None:
         with pytest.raises(UnknownNameError, match="in1k_v1"):
-            timm.create_model("residual_lite.in1k_v2", pretrained=True)
+            timm.create_model("residual_lite.in1k_v9", pretrained=True)
         with pytest.raises(TypeError, match="drop_rate"):
             timm.create_model("residual_lite", drop_rate=0.1)
 
@@ -592,3 +596,31 @@ def test_noncommercial_weights_are_announced(
     with caplog.at_level(logging.WARNING):
         factory.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")
     assert "CC-BY-NC-4.0" in caplog.text
+
+
+class TestTagsOfTheDefault:
+    """Each tag scores in its own way, and a bank names its own."""
+
+    @pytest.mark.parametrize(
+        ("name", "scorer", "tail"),
+        [
+            ("residual_lite", LocalCosineScorer, "lognormal"),
+            ("residual_lite.in1k_v2", LocalCosineScorer, "lognormal"),
+            ("residual_lite.in1k_v1", CosineRingScorer, "empirical"),
+        ],
+    )
+    def test_scorers(self, name: str, scorer: type, tail: str) -> None:
+        model = adfeatures.create_model(name)
+        assert type(model.scorer) is scorer and model.tail == tail
+
+    def test_a_bank_of_the_first_tag_makes_the_first_model(self, tmp_path: Path) -> None:
+        write_photos(tmp_path / "good", range(3))
+        first = adfeatures.create_model("residual_lite.in1k_v1", references=tmp_path / "good")
+        assert first.bank().kept is None and first.bank().units is None
+        first.save_references(tmp_path / "part.safetensors")
+        for name in (None, "residual_lite", "residual_lite.in1k_v1"):
+            model = adfeatures.create_model(name, references=tmp_path / "part.safetensors")
+            assert model.name == "residual_lite.in1k_v1" and model.threshold() == first.threshold()
+            assert model.score(photo(9))[0].score == first.score(photo(9))[0].score
+        with pytest.raises(ReferencesError, match="made with residual_lite.in1k_v1, not with residual_lite.in1k_v2"):
+            adfeatures.create_model("residual_lite.in1k_v2", references=tmp_path / "part.safetensors")

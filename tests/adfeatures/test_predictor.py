@@ -18,7 +18,7 @@ import adfeatures
 from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.images import ImageSource
-from adfeatures.predictor import Prediction, score_photos
+from adfeatures.predictor import Prediction, score_photos, turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
@@ -124,7 +124,7 @@ def test_a_backbone_without_projector_scores_by_itself() -> None:
 
 def test_a_bank_of_before_gives_the_scores_of_before() -> None:
     """The file and the numbers were made by the last commit before banks had a record of their own."""
-    model = adfeatures.create_model(img_size=(64, 96))
+    model = adfeatures.create_model("residual_lite.in1k_v1", img_size=(64, 96))
     model.load_references(FOLDER / "bank_of_before.safetensors")
     expected = {"nut": (0.9939777255, 1.0084012747), "bolt": (0.9640356898, 1.0009042025)}
     for product, scores in expected.items():
@@ -335,3 +335,46 @@ class TestWrongImages:
                 call(photo(2))
         model.max_pixels += 1
         assert model.score(photo(2))[0].score == model.score(photo(2))[0].score > 0
+
+
+class TestTurns:
+    def test_a_quarter_is_that_of_the_pixels(self) -> None:
+        x = torch.randn(3, 8, 8)
+        assert turn(x, 0, (8, 8)) is x
+        torch.testing.assert_close(turn(x, 0.25, (8, 8)), x.rot90(-1, (1, 2)), atol=1e-5, rtol=0)
+
+    def test_a_squashed_photo_turns_as_the_photo(self) -> None:
+        """A wide photo, squashed to a square: what is a circle in the photo stays one."""
+        y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+        circle = torch.exp(-((2 * x) ** 2 + y**2) / 0.05).expand(3, -1, -1)
+        assert (turn(circle, 0.125, (32, 64)) - circle).abs().mean() < 0.1 * circle.mean()
+        assert (turn(circle, 0.125, (64, 64)) - circle).abs().mean() > 0.3 * circle.mean()
+
+    def test_references_in_another_pose_match(self) -> None:
+        model = tiny_extractor()
+        normals = torch.stack([adfeatures.create_transform(model)(photo(seed)) for seed in range(3)])
+        model.set_references(normals, rotations=4)
+        turned = torch.stack([turn(x, 0.25, (56, 56)) for x in normals])
+        assert float(model.residuals(turned)[0].abs().max()) < 1e-4
+        assert len(model.bank().record.normal_scores) == 3 and model.fit_threshold() > 0
+        model.set_references(normals)
+        assert float(model.residuals(turned)[0].abs().max()) > 1e-2
+
+    @pytest.mark.parametrize("rotations", [0, -1, 65])
+    def test_unreasonable_numbers(self, rotations: int) -> None:
+        with pytest.raises(InputError, match="rotations must lie in 1 to 64"):
+            tiny_extractor().set_references([photo(0)], rotations=rotations)
+
+
+def test_many_photos_above_all_normal_ones_are_told_of_once() -> None:
+    model = FeatureExtractor(tiny_extractor().backbone, None, name="lite", img_size=(56, 56), pretrained_cfg=CFG)
+    model.set_references([photo(seed) for seed in range(4)])
+    model.bank().record.normal_scores, model.bank().threshold = [1e-3], 1e-3
+    others = [photo(seed) for seed in range(10, 20)]
+    with pytest.warns(UserWarning, match="lighting, focus or position") as warned:
+        model.score(others)
+    assert len(warned) == 1
+    for scored in (others[:9], [*others, photo(0)]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.score(scored)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adfeatures import references
+from adfeatures import matching, references
 from adfeatures.errors import InputError, ReferencesError
 from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
 
@@ -94,8 +94,8 @@ def test_matching_is_brute_force(
 ) -> None:
     queries, kept, exclude, barred, chunks = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(references, "QUERIES_PER_CHUNK", chunks[0])
-        patch.setattr(references, "ROWS_PER_CHUNK", chunks[1])
+        patch.setattr(matching, "QUERIES_PER_CHUNK", chunks[0])
+        patch.setattr(matching, "ROWS_PER_CHUNK", chunks[1])
         bank = ReferenceBank.from_features(kept)
         found = bank.match(queries, exclude)
         residuals = bank.residuals(queries, exclude)
@@ -108,8 +108,8 @@ def test_matching_is_brute_force(
 @pytest.mark.parametrize("best", [0, 1, 3, 4, 5, 7, 8, 10, 11])
 @pytest.mark.parametrize("query", [0, 2, 3, 5, 6])
 def test_chunk_boundaries(best: int, query: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "QUERIES_PER_CHUNK", 3)
-    monkeypatch.setattr(references, "ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr(matching, "QUERIES_PER_CHUNK", 3)
+    monkeypatch.setattr(matching, "ROWS_PER_CHUNK", 4)
     rows, queries = value("boundaries.rows", (12, 8)), value("boundaries.queries", (7, 8))
     rows[best] = queries[query] * 0.1
     bank = ReferenceBank.from_features([rows.T.reshape(1, 8, 3, 4)])
@@ -195,8 +195,8 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("exclude", [None, 1])
 def test_nothing_as_large_as_the_bank_is_made(exclude: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "QUERIES_PER_CHUNK", 16)
-    monkeypatch.setattr(references, "ROWS_PER_CHUNK", 32)
+    monkeypatch.setattr(matching, "QUERIES_PER_CHUNK", 16)
+    monkeypatch.setattr(matching, "ROWS_PER_CHUNK", 32)
     bank = ReferenceBank.from_features([value("memory", (4, 8, 32, 32)).half()])
     query = value("memory.query", (1, 8, 8, 8)).half()
     with _Largest() as largest:
@@ -490,3 +490,45 @@ def test_coreset_of_a_single_image_cannot_leave_it_out() -> None:
 def test_coreset_refuses_fractions(fraction: float) -> None:
     with pytest.raises(InputError, match="fraction"):
         full_bank().coreset(fraction)
+
+
+# What images are matched with
+
+
+def test_reduced_banks_keep_all_rows_and_match_with_some() -> None:
+    bank = ReferenceBank.from_features(maps("references", count=4))
+    everything = bank.match(maps("queries", count=2))
+    bank.reduce(10**6)
+    for found, expected in zip(bank.match(maps("queries", count=2)), everything, strict=True):
+        assert torch.equal(found, expected)
+    bank.reduce(1)
+    assert bank.complete and bank.kept is not None
+    for kept, rows, (height, width), found in zip(
+        bank.kept, bank.rows, bank.grids, bank.match(maps("queries", count=2)), strict=True
+    ):
+        assert len(kept) == min(len(rows), 2 * height * width) and bool((kept.diff() > 0).all())
+        matched = found.permute(0, 2, 3, 1).flatten(0, 2)
+        assert (matched[:, None] == rows[kept][None]).all(dim=2).any(dim=1).all()
+    again = [kept.clone() for kept in bank.kept]
+    bank.reduce(1)
+    assert all(torch.equal(one, other) for one, other in zip(again, bank.kept, strict=True))
+
+
+def test_residuals_are_in_units_of_the_matched_rows() -> None:
+    features = maps("references", count=3)
+    bank = ReferenceBank.from_features(features)
+    plain = bank.residuals(maps("queries", count=2))
+    bank.units = [torch.full((len(rows),), 2.0 + level) for level, rows in enumerate(bank.rows)]
+    for level, (found, expected) in enumerate(zip(bank.residuals(maps("queries", count=2)), plain, strict=True)):
+        assert_near(found, expected / (2 + level), 1e-6)
+
+
+def test_turned_copies_belong_to_the_images_that_they_are_of() -> None:
+    upright, turned = (ReferenceBank.from_features(maps(name, count=3)) for name in ("references", "queries"))
+    bank = upright.with_turned([turned])
+    assert not bank.complete and bank.num_images == 3
+    with pytest.raises(ReferencesError, match="whole"):
+        bank.extended(upright)
+    for residuals in bank.leave_one_out(full=upright):
+        assert all(level.abs().amax(dim=(1, 2, 3)).min() > 0 for level in residuals)
+    assert all(float(level.abs().max()) == 0 for level in bank.residuals(maps("queries", count=3)))

@@ -9,6 +9,7 @@ from helpers.golden_values import assert_near, fill, golden, shapes, value
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
+from scipy.stats import t as student_t
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -351,3 +352,75 @@ def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() 
     scorer: scoring.Scorer = scoring.FeatureNormScorer()
     assert scorer.features(maps)[0] is maps[0] and scorer.scales([maps], 1) is None
     assert_near(scorer.maps(maps, [None] * 2, (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0)
+
+
+def test_local_cosine_is_the_plain_formula() -> None:
+    """Means of 3 x 3 patches, and distances in powers of what the matched rows differ from other images by."""
+    scorer, maps = scoring.LocalCosineScorer(), [torch.randn(4, 6, 9, 8)]
+    (found,) = scorer.features(maps)
+    for y, x in np.ndindex(9, 8):
+        window = maps[0][:, :, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean(dim=(2, 3))
+        assert_near(found[:, :, y, x], window / window.norm(dim=1, keepdim=True), 1e-5)
+    bank = bank_of([found])
+    scorer.prepare(bank)
+    (query,) = scorer.features([torch.randn(2, 6, 9, 8)])
+    rows = found.permute(0, 2, 3, 1).flatten(0, 2)
+    similarity = (rows @ rows.T).view(len(rows), 4, 72)
+    similarity[torch.arange(len(rows)), torch.arange(len(rows)) // 72] = -1
+    own = 1 - similarity.flatten(1).amax(dim=1)
+    best, place = torch.einsum("bchw,nc->bhwn", query, rows).max(dim=3)
+    expected = (1 - best) / (own / own.mean()).clamp_min(0.25)[place] ** 0.35
+    assert_near(scoring.cosine_distances(bank.residuals([query])[0]), expected, 1e-3)
+
+
+def test_local_cosine_of_copies_and_of_one_image_is_finite() -> None:
+    scorer = scoring.LocalCosineScorer(((0.4, 0.3, 0.2, 0.1),))
+    (level,) = scorer.features([torch.randn(1, 6, 8, 8)])
+    for copies in (1, 3):
+        bank = bank_of([level.expand(copies, -1, -1, -1)])
+        scorer.prepare(bank)
+        bank.scales = scorer.scales(bank.leave_one_out() if copies > 1 else (), 1)
+        assert scorer.maps(bank.residuals([level]), [bank.scales], (16, 16), 1.0).isfinite().all()
+
+
+# Thresholds that predict
+
+
+@given(
+    st.lists(st.floats(0.5, 2), min_size=1, max_size=20),
+    st.floats(0.5, 0.999),
+)
+def test_predictive_quantile_is_that_of_students_t(values: list[float], quantile: float) -> None:
+    logs, worth = np.log(values), scoring.SPREAD_WORTH
+    freedom = worth + len(logs) - 1
+    variance = (worth * scoring.SPREAD**2 + len(logs) * logs.var()) / freedom
+    expected = student_t(freedom, logs.mean(), np.sqrt(variance * (1 + 1 / len(logs)))).ppf(quantile)
+    assert scoring.predictive_quantile(values, quantile) == pytest.approx(np.exp(expected), rel=1e-3)
+
+
+def test_predictive_quantile_keeps_its_promise_where_scores_are_as_the_model_says() -> None:
+    rng = np.random.default_rng(0)
+    for count in (4, 8, 16, 64):
+        above = []
+        for _ in range(300):
+            spread = scoring.SPREAD / np.sqrt(rng.chisquare(scoring.SPREAD_WORTH) / scoring.SPREAD_WORTH)
+            threshold = scoring.predictive_quantile(np.exp(rng.normal(1, spread, count)), 0.95)
+            above.append(np.mean(np.exp(rng.normal(1, spread, 200)) > threshold))
+        assert 0.025 < np.mean(above) < 0.1
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0, -1.0, 2.0, float("nan")])
+def test_predictive_quantile_refuses(quantile: float) -> None:
+    with pytest.raises(InputError, match="quantile"):
+        scoring.predictive_quantile([0.5, 0.6], quantile)
+    with pytest.raises(InputError, match="finite scores"):
+        scoring.predictive_quantile([0.5, quantile * float("inf")], 0.9)
+
+
+def test_predictive_quantile_of_copies_is_zero_and_of_one_copy_among_others_finite() -> None:
+    assert scoring.predictive_quantile([0.0, 0.0], 0.97) == 0
+    assert 1 < scoring.predictive_quantile([0.0, 1.0, 1.1], 0.97) < float("inf")
+
+
+def test_expectation_in_words() -> None:
+    assert scoring.expectation(0.97, 8) == "about 1 in 33 good parts flagged, from 8 photos"

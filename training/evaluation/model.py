@@ -134,7 +134,7 @@ def load_model(
         img_size=spec.backbone.entry.img_size,
         mean=mean,
         std=std,
-        scorer=create_scorer(spec.arch),
+        scorer=create_scorer(spec.arch, spec.tag),
         fingerprint=weights_fingerprint(backbone.state_dict())[0],
         weights=found,
         tags=tags,
