@@ -463,8 +463,8 @@ def test_the_published_recipe_is_of_bfloat16_and_of_the_middle_of_images(tmp_pat
             image.crop((38, 0, 262, 224)).save(
                 path, **({"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {})
             )
-    names = {"backbone": "resnet10t", "backbone_weights": "random", "levels": (1, 2), "shots": (1,), "max_steps": 1}
-    given = {**names, "held_out": 0.0, "batch_size": 2, "img_size": (), "precision": None, "recipe": "published"}
+    names = {"backbone": "resnet10t", "backbone_weights": "random", "levels": (3, 4), "shots": (1,), "max_steps": 1}
+    given = {**names, "held_out": 0.0, "batch_size": 6, "img_size": (), "precision": None, "recipe": "published"}
     runs = [pretrain(config(root, tmp_path / f"run{root.name}", **given), CPU) for root in (whole, middle)]
     state = torch.load(runs[0] / "state.pt", weights_only=True)
     moments = [value for entry in state["optimizer"]["state"].values() for key, value in entry.items() if key != "step"]
