@@ -9,6 +9,7 @@ from adfeatures.factory import (  # noqa: F401
     adpretrain_imagebind_huge,
     adpretrain_timm,
     residual_lite,
+    residual_timm,
 )
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors", "PIL", "numpy"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -22,12 +22,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import catalog
-from .checkpoints import AnyPath, is_finite, load_checkpoint
+from .checkpoints import AnyPath, is_finite, of_prefix, read_state
 from .errors import CheckpointError, InputError, UnknownNameError
 
 StateDict = Mapping[str, Tensor]
-# Prefix of the keys in files of ours, which may hold a projector too.
-BACKBONE = "backbone."
 
 
 @dataclass(frozen=True)
@@ -100,24 +98,27 @@ class VisionTransformer(Encoder):
         """
         grid = check_images(x, self.patch_size)
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], dim=1)
-        tokens, maps = self.norm_pre(tokens + self._position(grid)), []
+        tokens, maps = self.norm_pre(tokens + resized_positions(self.pos_embed, grid, self.family == "dinov2")), []
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in self.levels:
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
         return maps
 
-    def _position(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding for a grid: each family resizes its own way, and features depend on it."""
-        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
-        if grid == (side, side):
-            return self.pos_embed
-        patches = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # DINOv2's offset of 0.1 makes the sampling positions differ from those of a resize by size.
-        factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-        target: dict[str, Any] = {"scale_factor": factors} if self.family == "dinov2" else {"size": grid}
-        patches = F.interpolate(patches, **target, mode="bicubic", antialias=False)
-        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+def resized_positions(positions: Tensor, grid: tuple[int, int], of_dino: bool) -> Tensor:
+    """Position embeddings (1, 1 + h * w, C), class token first, for a grid; features depend on how this is done.
+
+    DINO and DINOv2 add 0.1 to the grid, so that the sampling positions differ from those of a resize by size.
+    """
+    side = int((positions.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return positions
+    patches = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+    target: dict[str, Any] = {"scale_factor": factors} if of_dino else {"size": grid}
+    patches = F.interpolate(patches, **target, mode="bicubic", antialias=False)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
 class EfficientNet(Encoder):
@@ -154,7 +155,6 @@ def create_backbone(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
-    source: str | None = None,
 ) -> Encoder:
     """Build a frozen encoder in eval mode.
 
@@ -167,7 +167,6 @@ def create_backbone(
         embed_dim: Width, where it differs from that of the architecture.
         depth: Number of blocks of the architecture the weights come from, where it differs.
         num_heads: Attention heads, where they differ.
-        source: What error messages call the weights. The default is their path.
 
     Returns:
         A module that maps (B, 3, H, W) to a list of (B, C_l, h_l, w_l).
@@ -184,22 +183,49 @@ def create_backbone(
     if entry.family == "efficientnet":
         if tuple(levels or entry.blocks) != entry.blocks or (embed_dim or depth or num_heads) is not None:
             raise InputError(f"{arch} is convolutional: levels, embed_dim, depth and num_heads cannot be changed.")
-        backbone: Encoder = EfficientNet(entry)
-        depth = max(entry.blocks)
     else:
-        embed_dim, depth = embed_dim or entry.channels[0], depth or max(entry.blocks)
+        depth = depth or max(entry.blocks)
         levels = check_levels(levels or tuple(depth * i // 4 for i in (1, 2, 3, 4)), depth)
-        num_heads = num_heads or max(embed_dim // _FAMILIES[entry.family].heads_width, 1)
-        if embed_dim % num_heads:
-            raise InputError(f"{num_heads} attention heads do not divide a width of {embed_dim}.")
-        backbone = VisionTransformer(entry.family, entry.patch_size, embed_dim, num_heads, levels)
-    if weights is not None:
-        own, source = read_state(weights, source)
+        entry = with_levels(entry, levels, embed_dim or entry.channels[0])
+    return build_encoder(entry, *read_state(weights), depth=depth or max(entry.blocks), num_heads=num_heads)
+
+
+def build_encoder(
+    entry: catalog.Backbone, state: StateDict | None, source: str, *, depth: int, num_heads: int | None = None
+) -> Encoder:
+    """Build the frozen encoder of a description, in eval mode.
+
+    Args:
+        entry: The description, with levels that were checked.
+        state: Weights as of ``create_backbone``.
+        source: What error messages call the weights.
+        depth: Number of blocks of the architecture that the weights come from.
+        num_heads: Attention heads, where they are not those of the family.
+
+    Raises:
+        InputError: For heads that do not divide the width.
+        CheckpointError: For weights that are not exactly those of the architecture.
+    """
+    if entry.family == "efficientnet":
+        backbone: Encoder = EfficientNet(entry)
+    else:
+        width = entry.channels[0]
+        num_heads = num_heads or max(width // _FAMILIES[entry.family].heads_width, 1)
+        if width % num_heads:
+            raise InputError(f"{num_heads} attention heads do not divide a width of {width}.")
+        backbone = VisionTransformer(entry.family, entry.patch_size, width, num_heads, entry.blocks)
+    if state is not None:
         # Blocks that the architecture has but the levels do not need are left out, not those of a deeper model.
-        spare = tuple(f"blocks.{i}." for i in range(max(backbone.levels), depth))
-        state = {key: value for key, value in _to_timm_keys(own, entry.family).items() if not key.startswith(spare)}
-        load_strictly(backbone, state, source)
+        spare = tuple(f"blocks.{i}." for i in range(max(entry.blocks), depth))
+        own = {key: value for key, value in _to_timm_keys(state, entry.family).items() if not key.startswith(spare)}
+        load_strictly(backbone, own, source)
     return backbone.requires_grad_(False).eval()
+
+
+def with_levels(entry: catalog.Backbone, levels: tuple[int, ...], width: int) -> catalog.Backbone:
+    """The description of a transformer with other levels, and the width that they have."""
+    count = len(levels)
+    return replace(entry, blocks=levels, channels=(width,) * count, reductions=(entry.patch_size,) * count)
 
 
 def check_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -273,11 +299,6 @@ _BLOCK_KEYS = (
 UNUSED = re.compile(r"(norm|fc_norm|head|head_drop)\..*|mask_token")
 
 
-def of_prefix(state: StateDict, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin with a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def _to_timm_keys(state: StateDict, family: str) -> dict[str, Tensor]:
     if family == "clip":
         state = of_prefix(state, "visual.") or state
@@ -304,18 +325,6 @@ def _rename(key: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, name in _BLOCK_KEYS:
         key = re.sub(pattern, name, key)
     return key
-
-
-def read_state(weights: AnyPath | StateDict, source: str | None = None) -> tuple[StateDict, str]:
-    """The weights of a backbone, of a file that may hold a projector beside them, and what messages call them.
-
-    Raises:
-        CheckpointError: For a file that is missing, damaged or unsafe.
-    """
-    if isinstance(weights, Mapping):
-        return weights, source or "the given state dict"
-    state = load_checkpoint(weights).state_dict
-    return of_prefix(state, BACKBONE) or state, source or str(weights)
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:

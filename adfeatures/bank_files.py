@@ -107,7 +107,7 @@ def maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str])
     Raises:
         ReferencesError: Otherwise.
     """
-    if bank.model and name not in (None, bank.model, bank.model.partition(".")[0]):
+    if bank.model and name is not None and not f"{bank.model}.".startswith(f"{name}."):
         raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
     return bank.model or name
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import UnknownNameError
+from .errors import InputError, UnknownNameError
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -88,7 +88,7 @@ class Model:
     """A backbone with a way to turn residuals into features and scores.
 
     Attributes:
-        backbone: Name in BACKBONES, "" where the file of the weights says which backbone it belongs to.
+        backbone: Name in BACKBONES; "" where the file of the weights, or without a projector the tag, says which it is.
         scoring: "feature_norm" (norm of the projected residual) or "residual" (cosine distance, no projector).
         tags: Published weights by tag, the default first; none where the weights must be given.
     """
@@ -101,6 +101,11 @@ class Model:
     def default_tag(self) -> str | None:
         """The tag that is meant where none is named, None where there are none."""
         return next(iter(self.tags), None)
+
+    @property
+    def any_backbone(self) -> bool:
+        """Whether the tag names the backbone: one of BACKBONES or of timm, as ``NAME`` or ``NAME@3,6`` with levels."""
+        return not self.backbone and self.scoring == "residual"
 
 
 _DINOV2: dict[str, Any] = {
@@ -186,6 +191,9 @@ def _adpretrain(backbone: str, folder: str) -> Model:
     return Model(backbone, "feature_norm", tags={"realiad_norm": norm, "realiad_angle": angle})
 
 
+OF_ANY_BACKBONE = "residual_timm"
+
+
 def _lite(**scoring: Any) -> Tag:
     return Tag(
         hub_file=None,
@@ -207,6 +215,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
         "adpretrain_imagebind_huge": _adpretrain("imagebind_huge", "imagebind"),
         "adpretrain_efficientnet_lite": Model(backbone="efficientnet_lite", scoring="feature_norm"),
         "adpretrain_timm": Model(backbone="", scoring="feature_norm"),
+        OF_ANY_BACKBONE: Model(backbone="", scoring="residual"),
         "residual_lite": Model(
             backbone="efficientnet_lite",
             scoring="residual",
@@ -259,13 +268,31 @@ def find_model(name: str) -> tuple[str, str | None]:
         )
     if arch not in MODELS:
         raise UnknownNameError(unknown("model", arch, MODELS))
-    if tag and tag not in MODELS[arch].tags:
+    if tag and tag not in MODELS[arch].tags and not MODELS[arch].any_backbone:
         raise UnknownNameError(unknown_tag(arch, tag))
     return arch, tag or None
 
 
-def describe(name: str) -> dict[str, object]:
-    """The facts of a model as plain values, for people and for JSON.
+def with_backbone(name: str | None, backbone: str) -> str:
+    """The name of a model with the backbone that was chosen for it. The default is cosine residuals on that backbone.
+
+    Raises:
+        UnknownNameError: For an unknown model.
+        InputError: For a model that has another backbone.
+    """
+    arch, tag = find_model(name or OF_ANY_BACKBONE)
+    if not MODELS[arch].any_backbone:
+        raise InputError(
+            f"{arch} has a backbone of its own: leave out backbone {backbone!r}, or name {OF_ANY_BACKBONE}."
+        )
+    (known, _, levels), (asked, _, chosen) = (tag or backbone).partition("@"), backbone.partition("@")
+    if not f"{known}.".startswith(f"{asked}.") or chosen not in ("", levels):
+        raise InputError(f"{name} has the backbone {tag}, not {backbone}: leave out one of them.")
+    return f"{arch}.{tag or backbone}"
+
+
+def describe(name: str, backbone: Backbone | None = None) -> dict[str, object]:
+    """The facts of a model, and of the backbone that its tag names, as plain values, for people and for JSON.
 
     Raises:
         UnknownNameError: For an unknown name or tag.
@@ -273,7 +300,7 @@ def describe(name: str) -> dict[str, object]:
     arch, tag_name = find_model(name)
     model = MODELS[arch]
     tag_name = tag_name or model.default_tag
-    tag, backbone = model.tags.get(tag_name or ""), BACKBONES.get(model.backbone)
+    tag, backbone = model.tags.get(tag_name or ""), backbone or BACKBONES.get(model.backbone)
     facts: dict[str, object] = {
         "model": f"{arch}.{tag_name}" if tag_name else arch,
         "tags": list(model.tags),
@@ -291,12 +318,12 @@ def describe(name: str) -> dict[str, object]:
             "origin": tag.origin,
         }
     if backbone is None:
-        of_timm = "a model of timm: the header of the weights file says which, with its levels and preprocessing"
-        return facts | {"backbone": of_timm}
+        told = "--backbone" if model.any_backbone else "the header of the weights file"
+        return facts | {"backbone": f"a model of timm: {told} says which, with its levels and preprocessing"}
     mean, std = backbone.normalization
     by_hand = f"{backbone.original_file}, to be given as a path"
     return facts | {
-        "backbone": model.backbone,
+        "backbone": model.backbone or tag_name,
         "levels": backbone.blocks,
         "channels": backbone.channels,
         "reductions": backbone.reductions,
@@ -312,6 +339,8 @@ def describe(name: str) -> dict[str, object]:
 
 def must_be_given(arch: str) -> str:
     """What to do about a model that has no published weights."""
+    if MODELS[arch].any_backbone:
+        return f"{arch} has no weights but its backbone's, which a path, hf-hub:owner/repo or local-dir:/folder names"
     return (
         f"{arch} has no published weights: give those that you trained as weights=PATH, hf-hub:owner/repo or "
         "local-dir:/folder"

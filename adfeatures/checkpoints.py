@@ -25,8 +25,8 @@ AnyPath: TypeAlias = "str | os.PathLike[str]"
 
 _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
-# Those that torch can compare and convert: not complex numbers, bits, or two numbers in a byte.
-PLAIN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|float(16|32|64|8_\w+)|bfloat16)")
+# Prefix of the keys of a backbone in files of ours, which may hold a projector too.
+BACKBONE = "backbone."
 # Names of the folders that ``atomic_path`` writes in.
 TEMPORARY = re.compile(r"\..*\.adfeatures-[0-9a-f]{8}", re.DOTALL)
 
@@ -75,6 +75,25 @@ def load_checkpoint(path: AnyPath) -> Checkpoint:
     if sum(getattr(tensor, "nbytes", 0) for tensor in state_dict.values()) > 4 * path.stat().st_size + (64 << 20):
         raise CheckpointError(f"{path}: its tensors share so much that they are more than four times as large as it.")
     return Checkpoint(_checked(path, state_dict), _numbers(path, metrics), metadata)
+
+
+def read_state(weights: AnyPath | Mapping[str, Tensor] | None) -> tuple[Mapping[str, Tensor] | None, str]:
+    """The weights of a backbone, of a file that may hold a projector beside them, and what messages call them.
+
+    Raises:
+        CheckpointError: For a file that is missing, damaged or unsafe.
+    """
+    if weights is None:
+        return None, ""
+    if isinstance(weights, Mapping):
+        return weights, "the given state dict"
+    state = load_checkpoint(weights).state_dict
+    return of_prefix(state, BACKBONE) or state, str(weights)
+
+
+def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def regular_file(path: AnyPath, error: type[AdfeaturesError] = CheckpointError) -> Path:
@@ -316,6 +335,8 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_odd(tensor: Tensor) -> bool:
+    from .pickles import PLAIN_DTYPE
+
     return tensor.is_meta or tensor.is_quantized or tensor.is_nested or not PLAIN_DTYPE.fullmatch(str(tensor.dtype))
 
 

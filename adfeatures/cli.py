@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model; or versions")
     info.add_argument("model", nargs="?", help="without it: the versions that are installed, for bug reports")
+    info.add_argument("--backbone", metavar="NAME", help="backbone of residual_timm")
 
     download = _command(
         commands, "download", _download, "fetch and verify the weights of a model, for use without a network"
@@ -133,6 +134,9 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 
 def _add_weights_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help=f"model to use (default: that of the bank, else {catalog.DEFAULT_MODEL})")
+    command.add_argument(
+        "--backbone", metavar="NAME", help="backbone of residual_timm: any ViT or pyramid CNN of timm; NAME@3,6: levels"
+    )
     command.add_argument("--weights", help="trained weights: a tag, a path, hf-hub:owner/repo or local-dir:/path")
     command.add_argument("--backbone-weights", help="weights of the backbone, likewise")
 
@@ -183,7 +187,19 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    _print(_versions() if options.model is None else catalog.describe(options.model), options.json)
+    if options.model is None and options.backbone is None:
+        _print(_versions(), options.json)
+        return DONE
+    name, backbone = options.model, None
+    if options.backbone is not None:
+        name = catalog.with_backbone(name, options.backbone)
+    arch, tag = catalog.find_model(name)
+    if tag and catalog.MODELS[arch].any_backbone:
+        from .resolve import chosen_backbone
+
+        tag, found = chosen_backbone(tag)
+        name, backbone = f"{arch}.{tag}", found.entry
+    _print(catalog.describe(name, backbone), options.json)
     return DONE
 
 

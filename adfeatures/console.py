@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 # As shells report a program that a closed pipe, or Ctrl-C, has ended.
@@ -52,9 +53,17 @@ def _interrupts() -> Iterator[None]:
             os.write(2, b"Interrupted again: ended at once. The next run clears away what is half written.\n")
         os._exit(INTERRUPTED)
 
-    def interrupt(*_: object) -> None:
+    def interrupt(_: object, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is swallowed.__code__:  # Where it would be swallowed too.
+                once_more()
+                return
+            frame = frame.f_back
         signal.signal(signal.SIGINT, end)
         raise KeyboardInterrupt
+
+    def once_more() -> None:
+        threading.Timer(0.1, os.kill, (process, signal.SIGINT)).start()
 
     def swallowed(unraisable: Any) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
@@ -62,7 +71,7 @@ def _interrupts() -> Iterator[None]:
             return
         # It came while an object was being deleted, where exceptions have no effect: once more, a little later.
         signal.signal(signal.SIGINT, interrupt)
-        threading.Timer(0.1, os.kill, (process, signal.SIGINT)).start()
+        once_more()
 
     signal.signal(signal.SIGINT, interrupt)
     before, sys.unraisablehook = sys.unraisablehook, swallowed

@@ -48,8 +48,9 @@ def _check_runtime(options: argparse.Namespace, runtime: str, exported: bool) ->
         raise InputError(f"torch runs no {options.bank}. Name the bank that it was made of, or --runtime onnx.")
     if runtime == "torch" and options.dtype == "bfloat16":
         raise InputError("torch computes in float32 here. For bfloat16 take --runtime openvino.")
-    if exported and (options.weights or options.backbone_weights):
-        raise InputError(f"The weights are inside of {options.bank}: leave out --weights and --backbone-weights.")
+    if exported and (options.weights or options.backbone_weights or options.backbone):
+        advice = "leave out --weights, --backbone-weights and --backbone"
+        raise InputError(f"The weights are inside of {options.bank}: {advice}.")
     if runtime != "torch":
         if options.device not in (None, "cpu"):
             raise InputError(f"{runtime} runs on the CPU here: leave out --device.")
@@ -79,7 +80,13 @@ def model_of(
     options: argparse.Namespace, name: str | None, img_size: tuple[int, int] | None = None
 ) -> FeatureExtractor:
     """A model without references, on the device and with the limits that were asked for."""
-    model = create_model(name, weights=options.weights, backbone_weights=options.backbone_weights, img_size=img_size)
+    model = create_model(
+        name,
+        weights=options.weights,
+        backbone_weights=options.backbone_weights,
+        backbone=options.backbone,
+        img_size=img_size,
+    )
     if options.bit_depth is not None:
         model.bit_depth = options.bit_depth
     if options.max_pixels is not None:

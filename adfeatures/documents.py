@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from itertools import chain
-from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .checkpoints import AnyPath, regular_file
 from .errors import InputError
@@ -102,6 +102,8 @@ def check(value: Any, kind: Any, name: str = "it") -> Any:
         found, (low, high) = check(value, arguments[0], name), arguments[1]
         if low <= found <= high:
             return found
+    if origin is Literal and value in arguments:
+        return value
     if origin in (Union, types.UnionType):
         return None if value is None else check(value, arguments[0], name)
     if origin is list and isinstance(value, list):
@@ -149,6 +151,8 @@ def _described(kind: Any) -> str:
         return arguments[1]
     if origin is Annotated:
         return f"{_described(arguments[0])} from {arguments[1][0]:,} to {arguments[1][1]:,}"
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
     if origin is tuple:
         return f"[{', '.join(map(_described, arguments))}]"
     return _WORDS.get(origin or kind) or str(kind.__name__)

@@ -10,14 +10,15 @@ from typing import Any
 
 import timm
 from PIL import Image
+from timm.layers import register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from . import catalog, predictor
-from .backbones import Encoder, StateDict, create_backbone
+from .backbones import Encoder, StateDict, build_encoder
 from .bank_files import load_banks, maker
 from .catalog import find_model
-from .checkpoints import AnyPath
+from .checkpoints import AnyPath, read_state
 from .errors import InputError
 from .extractor import FeatureExtractor
 from .image_files import IMAGE_SUFFIXES
@@ -38,6 +39,7 @@ def create_model(
     pretrained: bool = True,
     weights: Weights = None,
     backbone_weights: Weights = None,
+    backbone: str | None = None,
     references: Images | None = None,
     img_size: int | tuple[int, int] | None = None,
     out_indices: Sequence[int] | None = None,
@@ -52,6 +54,9 @@ def create_model(
         weights: Trained weights: a tag, a path, "hf-hub:owner/repo[@revision][:path/in/repo]" or "local-dir:/path". Of
             a model without projector they are the weights of its backbone.
         backbone_weights: Weights of the backbone in the same forms, or "random".
+        backbone: Backbone of ``residual_timm``, the default with it: any vision transformer or convolutional pyramid of
+            timm, such as "vit_small_patch14_dinov2.lvd142m", or one of ``catalog.BACKBONES``. "NAME@3,6" chooses
+            levels, blocks or stages counted from 1.
         references: Normal images, a folder of them, or a file made by ``save_references``.
         img_size: Input size in pixels, one side or (H, W), in multiples of the patch. The default is that of the
             weights' header, else the catalog's.
@@ -74,6 +79,7 @@ def create_model(
         name,
         weights=weights,
         backbone_weights=backbone_weights,
+        backbone=backbone,
         pretrained=pretrained,
         img_size=img_size,
         cache_dir=cache_dir,
@@ -130,15 +136,13 @@ def load_backbone(
 
 def build_backbone(spec: BackboneSpec) -> Encoder:
     """The frozen encoder that a description is of. Its own module, of timm, is used up by that."""
-    source, weights = None, spec.weights
-    if isinstance(weights, TrainedWeights):
-        source, weights = weights.source, weights.backbone
+    weights = spec.weights
     if weights is not None and "NC" in spec.entry.license.upper():
         _logger.warning("The weights of %s are licensed %s: not for commercial use.", spec.name, spec.entry.license)
+    state, source = (weights.backbone, weights.source) if isinstance(weights, TrainedWeights) else read_state(weights)
     if spec.encoder is None:
-        entry = spec.entry
-        return create_backbone(spec.name, weights=weights, img_size=entry.img_size, levels=entry.blocks, source=source)
-    spec.encoder.load(weights, source)
+        return build_encoder(spec.entry, state, source, depth=max(catalog.BACKBONES[spec.name].blocks))
+    spec.encoder.load(state, source)
     return spec.encoder.requires_grad_(False).eval()
 
 
@@ -176,17 +180,18 @@ def create_transform(
         return predictor.transform_for(model, predictor.bit_depth_of(model, product), preset)
     arch, _ = find_model(model)
     if not catalog.MODELS[arch].backbone:
-        where = "stands in the header of its weights"
-        raise InputError(f"The preprocessing of {arch} {where}: give the created model, not its name.")
+        raise InputError(f"The preprocessing of {arch} depends on its backbone: give the created model, not its name.")
     entry = catalog.BACKBONES[catalog.MODELS[arch].backbone]
     return build_transform(entry.img_size, *entry.normalization, preset=preset)
 
 
 def create_scorer(arch: str, tag: str | None) -> Scorer:
-    """How a model of the catalog scores; one without a tag as its default tag."""
+    """How a model of the catalog scores; one without a tag as its default tag, any backbone as the embedded default."""
     model = catalog.MODELS[arch]
     if model.scoring == "feature_norm":
         return FeatureNormScorer()
+    if model.any_backbone:
+        return LocalCosineScorer()
     facts = model.tags[tag or str(model.default_tag)]
     return (LocalCosineScorer if facts.local else CosineRingScorer)(facts.typical_distances)
 
@@ -217,12 +222,12 @@ def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, A
         "num_classes": 0,
     }
     if tag:
-        weights = catalog.MODELS[arch].tags[tag]
+        weights = catalog.MODELS[arch].tags.get(tag, entry)
         cfg |= {"license": weights.license, "origin_url": weights.origin}
         if weights.hub_file:
             cfg["hf_hub_id"], cfg["hf_hub_filename"] = weights.hub_file
-        else:
-            cfg["file"] = str(catalog.ASSETS / str(entry.asset))
+        elif entry.asset:
+            cfg["file"] = str(catalog.ASSETS / entry.asset)
     return cfg
 
 
@@ -232,8 +237,10 @@ def timm_cfg(arch: str, tag: str | None, entry: catalog.Backbone) -> dict[str, A
 def register_with_timm() -> None:
     """Make every model known to timm: ``timm.create_model(name, ...)`` then returns the same extractor.
 
-    Doing it twice does no harm.
+    ``timm.models.create_feature_extractor`` then takes an extractor within a user's model as one node. Doing it twice
+    does no harm.
     """
+    register_notrace_module(FeatureExtractor)
     for arch in catalog.MODELS:
         if not timm.is_model(arch):
             register_model(globals()[arch])
@@ -297,6 +304,9 @@ adpretrain_efficientnet_lite = _entry_point(
 )
 adpretrain_timm = _entry_point(
     "adpretrain_timm", "A projector that you trained on a backbone of timm, which the header of ``weights`` names."
+)
+residual_timm = _entry_point(
+    "residual_timm", "Cosine residuals of any backbone of timm, no projector: ``backbone`` names it."
 )
 residual_lite = _entry_point(
     "residual_lite", "The embedded default: cosine residuals of EfficientNet-Lite, no projector, no download."

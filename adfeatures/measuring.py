@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TypeVar
 
 import torch
@@ -22,11 +23,15 @@ T = TypeVar("T")
 REST = 0.2
 NOT_MEASURED = "not measured: " + ("Windows counts no peak" if sys.platform == "win32" else "process died")
 _PER_SECOND = {"s": 1, "ms": 1000}
+_CPU = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of a table: the ratio is naive over ours, above 1 where ours is better; None was not measured."""
+    """One line of a table: the ratio is naive over ours, above 1 where ours is better; None was not measured.
+
+    ``spread`` holds the quartiles between which the middle half lies: of the ratios, or of ours where it runs alone.
+    """
 
     what: str
     unit: str
@@ -34,6 +39,7 @@ class Measurement:
     naive: float | None = None
     ratio: float | None = None
     note: str = ""
+    spread: tuple[float, float] | None = None
 
     @classmethod
     def of_runs(
@@ -42,22 +48,36 @@ class Measurement:
         """Medians of the seconds of runs, in ``unit`` ("s" or "ms"), and the median of the ratios of paired runs."""
         scale = _PER_SECOND[unit]
         if not naive:
-            return cls(what, unit, scale * median(ours), note=note)
-        ratio = median(theirs / own for own, theirs in zip(ours, naive, strict=True))
-        return cls(what, unit, scale * median(ours), scale * median(naive), ratio, note)
+            runs = [scale * own for own in ours]
+            return cls(what, unit, median(runs), note=note, spread=_quartiles(runs))
+        ratios = [theirs / own for own, theirs in zip(ours, naive, strict=True)]
+        medians = scale * median(ours), scale * median(naive), median(ratios)
+        return cls(what, unit, *medians, note, _quartiles(ratios))
 
     def __str__(self) -> str:
         decimals = 3 if self.unit == "s" else 1
         ours, naive = ("-" if value is None else f"{value:,.{decimals}f}" for value in (self.ours, self.naive))
         ratio = "-" if self.ratio is None else f"{self.ratio:.2f}"
-        return _line(f"{self.what}, {self.unit}", ours, naive, ratio, self.note)
+        of = decimals if self.ratio is None else 2
+        spread = "-" if self.spread is None else " to ".join(f"{value:,.{of}f}" for value in self.spread)
+        return _line(f"{self.what}, {self.unit}", ours, naive, ratio, spread, self.note)
 
 
-def _line(what: str, ours: str, naive: str, ratio: str, note: str) -> str:
-    return f"{what:<62}{ours:>9}{naive:>10}{ratio:>7}  {note}".rstrip()
+def _quartiles(values: Sequence[float]) -> tuple[float, float] | None:
+    """The first and the third, None of a single value."""
+    if len(values) < 2:
+        return None
+    first, _, third = quantiles(values, method="inclusive")
+    return first, third
 
 
-HEADER = _line("what", "ours", "naive", "ratio", "(ratio: naive / ours; MB: 10^6 bytes)")
+def _line(what: str, ours: str, naive: str, ratio: str, spread: str, note: str) -> str:
+    return f"| {what:<62} | {ours:>9} | {naive:>9} | {ratio:>6} | {spread:>16} | {note} |"
+
+
+HEADER = _line("what", "ours", "naive", "ratio", "middle half", "ratio: naive / ours; MB: 10^6 bytes")
+# What Markdown has between the header and the rows.
+RULE = f"|{'-' * 64}|{'-' * 10}:|{'-' * 10}:|{'-' * 7}:|{'-' * 17}:|---|"
 
 
 def compare(
@@ -87,9 +107,17 @@ def seconds(function: Callable[[], object]) -> float:
 def timed(function: Callable[[], T]) -> tuple[float, T]:
     """Seconds that one call takes, and what it returns."""
     time.sleep(REST)
+    _finish()
     start = time.perf_counter()
     result = function()
+    _finish()
     return time.perf_counter() - start, result
+
+
+def _finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def in_child(function: Callable[..., T], *arguments: object) -> T | None:
@@ -116,8 +144,23 @@ def peak_megabytes() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def machine() -> dict[str, str | int | float | None]:
-    """What the figures depend on."""
+def machine(device: str = "cpu") -> dict[str, str | int | float | None]:
+    """What the figures depend on. ``bfloat16`` says whether the device computes in it by instructions of its own."""
     threads, processors = torch.get_num_threads(), os.cpu_count()
     load = {"load": round(os.getloadavg()[0], 1)} if hasattr(os, "getloadavg") else {}
-    return {"torch": torch.__version__, "device": "cpu", "threads": threads, "processors": processors, **load}
+    if device == "cpu":
+        lines = _CPU.read_text().splitlines() if _CPU.exists() else []
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        hardware = facts.get("model name") or platform.processor() or platform.machine()
+        fast = bool({"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()))
+    else:
+        hardware, fast = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    return {
+        "torch": torch.__version__,
+        "device": device,
+        "threads": threads,
+        "processors": processors,
+        "hardware": hardware,
+        "bfloat16": "yes" if fast else "no",
+        **load,
+    }

@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 from torch import Tensor
 
-from .checkpoints import PLAIN_DTYPE
-
 Operations: TypeAlias = Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]
 
+# Those that torch can compare and convert: not complex numbers, bits, or two numbers in a byte.
+PLAIN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|float(16|32|64|8_\w+)|bfloat16)")
 # What may be read beyond the size of a file, since its texts may be compressed. Those of CLIP have 3 MB.
 _SPARE_BYTES = 64 << 20
 # Those of ImageBind, with 1.2 billion parameters, have 30,000.

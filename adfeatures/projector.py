@@ -147,6 +147,7 @@ class _LevelProjector(nn.Module):
     def _attention(self) -> _CrossAttention:
         return cast(_Layer, self.layers[0]).cross_attn
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _LevelProjector:
         # A move to another device or dtype lets go of the memory held here.
         self._frozen = None
@@ -189,6 +190,8 @@ class ResidualProjector(nn.Module):
         num_keys: Learnable references per level.
     """
 
+    # Ordinary parameters even where all else is made in inference mode, whose tensors do not count their changes.
+    @torch.inference_mode(False)
     def __init__(self, channels: Sequence[int], num_heads: int = 16, num_keys: int = 2048) -> None:
         super().__init__()
         self.channels = tuple(channels)

@@ -352,7 +352,8 @@ class ReferenceBank:
         """The rows of a level that images are matched with, and the image of each."""
         if self.kept is None:
             return self.rows[index], self.image_of_row[index]
-        return self.rows[index][self.kept[index]], self.image_of_row[index][self.kept[index]]
+        kept = self.kept[index].long()  # ONNX takes no other indices.
+        return self.rows[index][kept], self.image_of_row[index][kept]
 
     def _places(self, features: Sequence[Tensor], exclude: Exclude) -> list[Tensor]:
         """Per level the place (B * h * w,) of the nearest row of every patch among those that can be matched."""

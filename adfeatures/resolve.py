@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from . import catalog, hub
-from .backbones import StateDict, check_levels, check_size
+from .backbones import StateDict, check_levels, check_size, with_levels
 from .checkpoints import AnyPath, Checkpoint, convert
 from .errors import InputError, UnknownNameError
 from .timm_backbones import TimmBackbone, find_timm
@@ -79,13 +79,14 @@ def resolve_model(
     *,
     weights: Weights = None,
     backbone_weights: Weights = None,
+    backbone: str | None = None,
     pretrained: bool = True,
     img_size: int | tuple[int, int] | None = None,
     cache_dir: AnyPath | None = None,
 ) -> ModelSpec:
     """Find out what a model is made of, fetching what is not there. Arguments and errors as in ``create_model``."""
-    arch, tag, weights = _asked(name, weights)
-    if arch and weights is None:
+    arch, tag, weights = _asked(name if backbone is None else catalog.with_backbone(name, backbone), weights)
+    if arch and weights is None and not catalog.MODELS[arch].any_backbone:
         # Nothing is fetched before it is known that all can be had.
         model = catalog.MODELS[arch]
         if not model.tags and (pretrained or not model.backbone):
@@ -103,9 +104,12 @@ def resolve_model(
             backbone_weights = trained.source
             trained = None
     assert arch is not None
-    backbone = describe_backbone(arch, trained, img_size)
+    if catalog.MODELS[arch].any_backbone:
+        tag, found = chosen_backbone(tag, img_size)
+    else:
+        found = describe_backbone(arch, trained, img_size)
     source = _backbone_source(trained, backbone_weights, pretrained)
-    return ModelSpec(arch, tag, replace(backbone, weights=_find_weights(backbone, source, cache_dir)), trained)
+    return ModelSpec(arch, tag, replace(found, weights=_find_weights(found, source, cache_dir)), trained)
 
 
 def resolve_backbone(
@@ -117,7 +121,8 @@ def resolve_backbone(
     cache_dir: AnyPath | None = None,
 ) -> BackboneSpec:
     """Find a backbone and its weights. Arguments and errors as in ``load_backbone``."""
-    backbone = _sized(_find_backbone(name, levels), img_size)
+    found = _find_backbone(name, levels)
+    backbone = _sized(found, img_size)
     return replace(backbone, weights=_find_weights(backbone, weights, cache_dir))
 
 
@@ -139,6 +144,26 @@ def find_trained(
     return TrainedWeights.read(hub.resolve(weights, candidates=candidates, cache_dir=cache_dir))
 
 
+def chosen_backbone(tag: str | None, img_size: int | tuple[int, int] | None = None) -> tuple[str, BackboneSpec]:
+    """The full tag of a tag that names a backbone, and that backbone without its weights.
+
+    Raises:
+        UnknownNameError: For an unknown backbone.
+        InputError: For none, or levels or an input size that it cannot have.
+    """
+    if not tag:
+        example = f'create_model("{catalog.OF_ANY_BACKBONE}", backbone="vit_small_patch14_dinov2.lvd142m")'
+        raise InputError(f"{catalog.OF_ANY_BACKBONE} needs a backbone: {example}, or --backbone in the command.")
+    name, at, chosen = tag.partition("@")
+    try:
+        levels = tuple(map(int, chosen.split(","))) if at else None
+    except ValueError:
+        raise InputError(f"The levels of {tag!r} must be whole numbers from 1, such as {name}@3,6.") from None
+    backbone = _find_backbone(name, levels, of_authors=True)
+    full = name if backbone.encoder is None else str(backbone.entry.timm_name)
+    return full + at + ",".join(map(str, levels or ())), _sized(backbone, img_size)
+
+
 def describe_backbone(
     arch: str, trained: TrainedWeights | None, img_size: int | tuple[int, int] | None = None
 ) -> BackboneSpec:
@@ -154,7 +179,8 @@ def describe_backbone(
     name = catalog.MODELS[arch].backbone
     facts: _BackboneFacts | None = trained.fact("backbone", _BackboneFacts) if trained else None
     if trained is None or (name and facts is None):
-        return _sized(_find_backbone(name, None), img_size, trained)
+        backbone = _find_backbone(name, None)
+        return _sized(backbone, img_size, trained)
     if facts is None:
         raise trained.header_error(f"its header must describe the backbone of {arch}.")
     try:
@@ -185,6 +211,9 @@ def published_files(name: str, cache_dir: AnyPath | None = None) -> tuple[list[P
     model = catalog.MODELS[arch]
     trained = _hub_file(arch, tag)
     files = [hub.resolve(catalog.place(*trained), cache_dir=cache_dir)] if trained else []
+    if model.any_backbone:
+        _, backbone = chosen_backbone(tag)
+        return [_published(backbone.name, backbone.entry, cache_dir)], ""
     missing = "" if model.tags else f"{catalog.must_be_given(arch)}."
     try:
         if model.backbone:
@@ -253,16 +282,14 @@ def _backbone_source(trained: TrainedWeights | None, weights: Weights, pretraine
     return None if pretrained else RANDOM
 
 
-def _find_backbone(name: str, levels: Sequence[int] | None) -> BackboneSpec:
+def _find_backbone(name: str, levels: Sequence[int] | None, of_authors: bool = False) -> BackboneSpec:
     if name not in catalog.BACKBONES:
-        return BackboneSpec(name, *find_timm(name, levels))
+        return BackboneSpec(name, *find_timm(name, levels, of_authors))
     entry = catalog.BACKBONES[name]
     if levels is not None and tuple(levels) != entry.blocks:
         if entry.family == "efficientnet":
             raise InputError(f"{name} is convolutional: its levels cannot be changed.")
-        levels, count = check_levels(levels, max(entry.blocks)), len(levels)
-        channels, reductions = entry.channels[:1] * count, entry.reductions[:1] * count
-        entry = replace(entry, blocks=levels, channels=channels, reductions=reductions)
+        entry = with_levels(entry, check_levels(levels, max(entry.blocks)), entry.channels[0])
     return BackboneSpec(name, entry)
 
 

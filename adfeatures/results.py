@@ -31,7 +31,8 @@ FILES = (SUMMARY, TABLE, LINES, "scores.parquet", "worst.png", "demo.png")
 BEGUN = ".adfeatures-begun.jsonl"
 # By this mark an overlay is known to be one.
 SOFTWARE = "adfeatures score"
-_ROWS = 100_000
+# Rows of a piece of the Parquet file, which are held in memory together.
+_ROWS = 2000
 
 
 @dataclass(frozen=True)

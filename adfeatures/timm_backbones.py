@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
@@ -13,11 +15,13 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entr
 from torch import Tensor, nn
 
 from . import catalog
-from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly, of_prefix, read_state
-from .checkpoints import AnyPath
+from .backbones import UNUSED, Encoder, StateDict, check_images, check_levels, load_strictly, resized_positions
+from .checkpoints import of_prefix
 from .errors import CheckpointError, InputError, UnknownNameError
 
 _PYRAMID = (4, 8, 16)
+# Those with registers were made with a resize like timm's.
+_OF_DINO = re.compile(r"vit_[a-z]+_patch14_dinov2\..*|vit_\w+_224\.dino")
 _TIMM = "https://github.com/huggingface/pytorch-image-models"
 
 
@@ -44,17 +48,20 @@ class TimmBackbone(Encoder):
         self.reductions = tuple(int(stages[index]["reduction"]) for index in self._indices)
         self.patch_size = max(self.reductions)
 
-    def load(self, weights: AnyPath | StateDict | None, source: str | None = None) -> None:
+    def resize_as_dino(self) -> None:
+        """Resize position embeddings as DINO and DINOv2 do it, where timm has a way of its own."""
+        self.model._pos_embed = partial(_add_positions, self.model)
+
+    def load(self, state: StateDict | None, source: str = "the given state dict") -> None:
         """Take weights, and let go of what the levels do not need.
 
         Args:
-            weights: File or state dict with timm's keys, or with others that timm converts. None leaves random weights.
-            source: What error messages call the weights. The default is their path.
+            state: Weights with timm's keys, or with others that timm converts. None leaves random weights.
+            source: What error messages call the weights.
 
         Raises:
             CheckpointError: For weights that are not exactly those of the architecture.
         """
-        state, source = (None, "") if weights is None else read_state(weights, source)
         native = None if state is None else _native(state, self.model, self.arch, source)
         whole = self.model.state_dict().keys()
         self.model.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
@@ -103,12 +110,15 @@ class TimmBackbone(Encoder):
             raise InputError(f"{problem}. Choose another backbone.")
 
 
-def find_timm(name: str, levels: Sequence[int] | None = None) -> tuple[catalog.Backbone, TimmBackbone]:
+def find_timm(
+    name: str, levels: Sequence[int] | None = None, of_authors: bool = False
+) -> tuple[catalog.Backbone, TimmBackbone]:
     """Describe a timm model as a backbone, which only the model itself can do; it is returned without trained weights.
 
     Args:
         name: Name of a timm model, with or without ``.tag``.
         levels: Blocks or stages, counted from 1. For the default see ``TimmBackbone``.
+        of_authors: Resize position embeddings as the authors of the weights do it, where that is not timm's way.
 
     Raises:
         UnknownNameError: For an unknown model or tag, with the closest known ones.
@@ -123,6 +133,9 @@ def find_timm(name: str, levels: Sequence[int] | None = None) -> tuple[catalog.B
     if tag and tag not in tags:
         raise UnknownNameError(catalog.unknown(f"tag of {arch}", tag, tags))
     cfg, backbone = get_pretrained_cfg(name), TimmBackbone(arch, levels)
+    as_dino = of_authors and _OF_DINO.fullmatch(f"{arch}.{cfg.tag}") is not None
+    if as_dino:
+        backbone.resize_as_dino()
     page = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else _TIMM
     entry = catalog.Backbone(
         family="timm",
@@ -136,10 +149,16 @@ def find_timm(name: str, levels: Sequence[int] | None = None) -> tuple[catalog.B
         original_file="pytorch_model.bin",
         license=cfg.license or "see the model's page",
         origin=cfg.origin_url or page,
-        notes="Position embeddings are resized the way timm does.",
+        notes=f"Position embeddings are resized the way {'DINOv2' if as_dino else 'timm'} does.",
         img_size=tuple(side // backbone.patch_size * backbone.patch_size for side in cfg.input_size[1:]),
     )
     return entry, backbone
+
+
+def _add_positions(model: Any, patches: Tensor) -> Tensor:
+    """Class token and patches (B, h, w, C) with their positions."""
+    tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches.flatten(1, 2)], dim=1)
+    return tokens + resized_positions(model.pos_embed, (patches.shape[1], patches.shape[2]), of_dino=True)
 
 
 def _build(arch: str) -> Any:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import catalog
-from .backbones import BACKBONE, check_fit, load_strictly, of_prefix
-from .checkpoints import Checkpoint, load_checkpoint
+from .backbones import check_fit, load_strictly
+from .checkpoints import BACKBONE, Checkpoint, load_checkpoint, of_prefix
 from .documents import DocumentError, Size, parse
 from .errors import CheckpointError, UnknownNameError
 from .projector import ResidualProjector

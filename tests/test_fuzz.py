@@ -167,7 +167,7 @@ def documents(folder: Path) -> list[Target]:
     prints = Fingerprint([f"{number:064x}" for number in (1 << 250, 5 << 240, 77)]).to_text()
     center = {"center.1": torch.ones(3), "center.2": torch.ones(2)}
     entry = SimpleNamespace(channels=(3, 2), normalization=((0.5,) * 3, (1.0,) * 3), blocks=(1, 2), img_size=(8, 8))
-    backbone = cast(Any, SimpleNamespace(entry=entry, name="b", fingerprint=["ab"], bit_depth=16))
+    backbone = cast(Any, SimpleNamespace(entry=entry, name="b", fingerprint=["ab"], bit_depth=16, preset="squash"))
     save_checkpoint(folder / "c.safetensors", center, metadata=_origin(backbone))
     buffer = io.BytesIO()
     np.save(buffer, np.ones((2, 3), np.float32))

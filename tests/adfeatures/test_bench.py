@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +42,12 @@ WIDTHS = [(32, 48, 64), (20, 21, 23)]
 @pytest.fixture(autouse=True)
 def without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "REST", 0)
+
+
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a minute; tests marked ``gpu`` and ``release`` do it."""
+    monkeypatch.setattr(bench, "_compiled", lambda function, device: function)
 
 
 @pytest.fixture
@@ -102,57 +110,146 @@ def test_a_model_without_projector_has_no_published_form() -> None:
         naive_features(ours, torch.randn(1, 3, 56, 56))
 
 
+STAGES = ("decode", "transform", "backbone", "match", "project", "score", "all stages")
+
+
 @pytest.mark.slow
-def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    monkeypatch.setattr(bench, "QUICK", TINY)
+@pytest.mark.usefixtures("threads", "not_compiled")
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "QUICK", replace(TINY, repeats=2))
     assert bench.main(["--quick", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}, device cpu, threads 1, processors ")
-    assert "quick run" in lines[1] and "300 rows" in lines[1]
-    header, rows = lines[2], lines[3:]
-    assert header.split()[:4] == ["what", "ours", "naive", "ratio"]
-    expected = [
-        "projector, 4 levels of 64, batch 1",
-        "projector, 4 levels of 64, batch 2",
-        "adpretrain_dinov2_base, batch 1",
-    ]
-    expected += [
-        f"adpretrain_dinov2_base, 2 references: {s}"
-        for s in ("decode and transform", "backbone", "matching", "projector", "map", "all stages")
-    ]
-    for count in (2, 3):
-        expected += [f"residual_lite: setting {count} references", f"residual_lite, {count} references: all stages"]
-    expected += ["matching 6 x 40 rows of 64", "peak of a process: projector, batch 2"]
-    expected += ["peak of a process: extractor, batch 2", "beyond the bank: 5 x 300 rows of 64"]
-    for what in expected:
-        assert any(row.startswith(what) for row in rows), what
-    end = header.index(" ratio") + len(" ratio")
-    assert all(row[end - 1] != " " and row[end : end + 2].strip() == "" for row in rows), "the columns are not aligned"
+    assert "hardware" in lines[0] and "quick run in float32" in lines[1] and "300 rows" in lines[1]
+    assert lines[2] == "" and lines[3:5] == [measuring.HEADER, measuring.RULE]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[5:]]
+    assert all(len(row) == 6 for row in rows)
+    found = {row[0]: row for row in rows}
+    model = "adpretrain_dinov2_base"
+    compared = [f"projector, 4 levels of 64, batch {batch}, ms" for batch in (1, 2)]
+    compared += [f"{model}, batch 1, {kind}, ms" for kind in ("torch", "torch.compile", "onnx", "openvino")]
+    compared += [f"residual_lite, batch 1, {kind}, ms" for kind in ("torch.compile", "onnx", "openvino")]
+    compared += ["matching 6 x 40 rows of 64, ms"]
+    stages = [f"{model}, 2 references: {stage}, ms" for stage in STAGES]
+    default = [stage for stage in STAGES if stage != "project"]
+    setting = [f"residual_lite: setting {count} references, ms" for count in (2, 3)]
+    several, many = ([f"residual_lite, {count} references: {stage}, ms" for stage in default] for count in (2, 3))
+    alone = [f"start of Python, {bench.START}, s", "beyond the bank: 5 x 300 rows of 64, MB"]
+    peaks = [f"peak of a process: {what}, batch 2, torch, MB" for what in ("projector", "extractor")]
+    of_default = [setting[0], *several, setting[1], *many]
+    assert list(found) == [*compared[:-1], *stages, *of_default, compared[-1], alone[0], *peaks, alone[1]]
+    for what in compared:
+        assert min(float(cell.replace(",", "")) for cell in found[what][1:4]) > 0, what
+        assert " to " in found[what][4] and "largest difference" in found[what][5], what
+    for what in (*stages, *several, *many, alone[0]):
+        assert (
+            float(found[what][1].replace(",", "")) > 0 and found[what][2:4] == ["-", "-"] and " to " in found[what][4]
+        )
+    assert "images a second" in found[f"{model}, batch 1, torch, ms"][5]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", bench.RUNTIMES)
+@pytest.mark.parametrize(
+    ("build", "other"),
+    [(bench.build_extractor, bench.NAIVE), (bench.build_default, bench.EAGER)],
+    ids=["model", "default"],
+)
+def test_exported_forms_agree(kind: str, build: Callable[[BenchSizes], FeatureExtractor], other: str) -> None:
+    with torch.no_grad():
+        ours, theirs = (bench.extractor_form(TINY, 1, of, build)() for of in (kind, other))
+    torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_that_of_ours_alone(not_compiled: None) -> None:
+    sizes = replace(TINY, dtype="bfloat16")
+    for form in (bench.projector_form, bench.extractor_form):
+        with torch.no_grad():
+            exact, half, naive = form(TINY, 2, "torch")(), form(sizes, 2, "torch")(), form(sizes, 2, bench.NAIVE)()
+        torch.testing.assert_close(tuple(naive), tuple(exact), rtol=1e-4, atol=1e-5)
+        for a, b in zip(half, naive, strict=True):
+            assert not torch.equal(a.float(), b)
+            torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
+def test_what_cannot_run_here_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with torch.no_grad():
+        sizes = replace(TINY, dtype="bfloat16")
+        rows = [bench._attempt("what", sizes, 1, kind, bench.build_extractor, list, "") for kind in bench.RUNTIMES]
+    assert [row.ours for row in rows] == [None, None]
+    assert "onnx does not compute in bfloat16" in rows[0].note and "pip install" in rows[1].note
+    with pytest.raises(SystemExit), monkeypatch.context() as without:
+        without.setattr(torch.cuda, "is_available", lambda: False)
+        bench.main(["--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("not_compiled")
 def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "in_child", lambda function, *arguments: None)
     monkeypatch.setattr(bench, "FULL", TINY)
+    monkeypatch.setattr(bench, "RUNTIMES", ())
+    monkeypatch.setattr(bench, "START", "pass")
     assert bench.main(["--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     rows = {row["what"]: row for row in printed["rows"]}
     assert printed["run"] == "full" and printed["sizes"]["keys"] == 24 and printed["threads"] == torch.get_num_threads()
     compared = rows["projector, 4 levels of 64, batch 2"]
     assert min(compared["ours"], compared["naive"], compared["ratio"]) > 0 and "largest difference" in compared["note"]
-    died = rows["peak of a process: projector, batch 2"]
+    died = rows["peak of a process: projector, batch 2, torch"]
     assert died["ours"] is died["naive"] is died["ratio"] is None and died["note"].startswith("not measured")
 
 
 @pytest.mark.skipif(not measuring.peak_megabytes(), reason="this system counts no peak")
-@pytest.mark.parametrize("forms", [bench.projector_forms, bench.extractor_forms])
-@pytest.mark.parametrize("index", [0, 1])
-def test_batches_have_a_peak(forms: Callable[[BenchSizes, int], Sequence[bench.Form]], index: int) -> None:
-    peak = bench.batch_peak(forms, TINY, index)
+@pytest.mark.parametrize("form", [bench.projector_form, bench.extractor_form])
+@pytest.mark.parametrize("kind", [bench.EAGER, bench.NAIVE])
+def test_batches_have_a_peak(form: Callable[[BenchSizes, int, str], bench.Form], kind: str) -> None:
+    peak = bench.batch_peak(form, TINY, 2, kind)
     assert peak is not None and peak > 50
 
 
 def test_both_forms_of_a_batch_agree() -> None:
-    for forms in (bench.projector_forms, bench.extractor_forms):
+    for form in (bench.projector_form, bench.extractor_form):
         with torch.no_grad():
-            ours, naive = (form() for form in forms(TINY, 2))
-        torch.testing.assert_close(naive, ours, rtol=1e-4, atol=1e-5)
+            ours, naive = (form(TINY, 2, kind)() for kind in (bench.EAGER, bench.NAIVE))
+        torch.testing.assert_close(tuple(naive), tuple(ours), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.release
+def test_compiled_form_agrees() -> None:
+    with torch.no_grad():
+        ours, naive = (bench.extractor_form(TINY, 2, kind)() for kind in (bench.COMPILED, bench.NAIVE))
+    torch.testing.assert_close(tuple(naive), tuple(ours), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [bench.projector_form, bench.extractor_form])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("kind", [bench.EAGER, bench.COMPILED])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_forms_agree_on_a_gpu(
+    form: Callable[[BenchSizes, int, str], bench.Form], dtype: str, bound: float, kind: str, batch: int
+) -> None:
+    sizes = replace(TINY, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        naive, run = form(sizes, batch, bench.NAIVE)(), form(sizes, batch, kind)
+        for _ in range(3):  # The first runs of a graph record it.
+            ours = [level.float().clone() for level in run()]
+    for a, b in zip(ours, naive, strict=True):
+        assert a.device.type == "cuda"
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound * b.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_table_of_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "QUICK", TINY)
+    monkeypatch.setattr(bench, "GPU_BATCHES", (1, 2))
+    assert bench.main(["--quick", "--device", "cuda", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    for batch in (1, 2):
+        for kind in (bench.EAGER, bench.COMPILED):
+            assert f"{bench.MODEL}, batch {batch}, {kind}, ms" in printed
+    for kind in (bench.EAGER, bench.COMPILED):
+        assert f"peak of a process: extractor, batch 2, {kind}, MB" in printed
+    assert printed.count("images a second") == 4 and "not measured" not in printed

@@ -8,19 +8,30 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 import adfeatures
 from adfeatures.demo import SAMPLES, run_demo
 from adfeatures.errors import AdfeaturesError
+from adfeatures.extractor import FeatureExtractor
 from adfeatures.sources import list_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_samples(tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, references = list_images(SAMPLES / "test", recursive=True), list_images(SAMPLES / "references")
+    encoded: list[int] = []
+    encode = FeatureExtractor.backbone_features
+
+    def counted(model: FeatureExtractor, x: Tensor) -> list[Tensor]:
+        encoded.append(len(x))
+        return encode(model, x)
+
+    monkeypatch.setattr(FeatureExtractor, "backbone_features", counted)
     summary = run_demo(tmp_path)
-    files = list_images(SAMPLES / "test", recursive=True)
+    assert sum(encoded) == len(files) + len(references), "each photo is looked at once"
     scores = [p.score for p in adfeatures.create_model(references=SAMPLES / "references").score(files)]
     defective = [path.parent.name != "good" for path in files]
     assert summary["image_auroc"] == pytest.approx(roc_auc_score(defective, scores))

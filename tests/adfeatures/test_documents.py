@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import pytest
@@ -150,3 +150,11 @@ def test_values_of_numpy_and_of_python() -> None:
 def test_what_is_written_holds_no_nan() -> None:
     text = dumps({"a": [math.nan, 1.5], "b": {"c": (math.inf, -math.inf)}, "d": None}, indent=1)
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": {"c": [None, None]}, "d": None}
+
+
+def test_one_of_some_words() -> None:
+    kind = Literal["empirical", "lognormal"]
+    assert check("lognormal", kind, "tail") == "lognormal"
+    for value in ("Lognormal", 1, None, ["empirical"]):
+        with pytest.raises(DocumentError, match="tail must be empirical or lognormal, not"):
+            check(value, kind, "tail")

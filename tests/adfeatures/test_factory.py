@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 from helpers.hub_server import HubServer
-from helpers.models import photo, write_photos
+from helpers.models import photo, tiny_extractor, write_photos
 from helpers.published import as_published
 from safetensors.torch import load, save
 
 import adfeatures
 from adfeatures import catalog
 from adfeatures.checkpoints import save_checkpoint
+from adfeatures.cli import main
 from adfeatures.errors import CheckpointError, DownloadError, InputError, ReferencesError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.factory import load_backbone
@@ -296,6 +297,21 @@ class TestTimm:
     def registered(self) -> None:
         adfeatures.register_with_timm()
         adfeatures.register_with_timm()
+
+    def test_traces_a_model_that_holds_an_extractor(self) -> None:
+        class Net(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.extractor = tiny_extractor()
+                self.extractor.set_references(torch.rand(3, 3, 56, 56))
+                self.head = torch.nn.Conv2d(self.extractor.num_features, 2, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(self.extractor(x)[-1])
+
+        net, x = Net().eval(), torch.rand(2, 3, 56, 56)
+        found = timm.models.create_feature_extractor(net, {"head": "head", "extractor": "maps"})(x)
+        torch.testing.assert_close(found, {"head": net(x), "maps": net.extractor(x)}, rtol=0, atol=0)
 
     def test_lists_and_preprocessing(self) -> None:
         assert timm.list_models("adpretrain*") == adfeatures.list_models("adpretrain*")
@@ -577,6 +593,117 @@ class TestLoadBackbone:
             load_backbone("dinov2_base", weights="random", img_size=225)
 
 
+class TestChosenBackbones:
+    """Cosine residuals on a backbone that is named."""
+
+    def test_scores_as_the_embedded_default(self) -> None:
+        torch.manual_seed(0)
+        references, x = torch.randn(3, 3, 64, 96), torch.randn(2, 3, 64, 96)
+        default = adfeatures.create_model(img_size=(64, 96))
+        chosen = adfeatures.create_model(backbone="efficientnet_lite", img_size=(64, 96))
+        for model in (default, chosen):
+            model.set_references(references)
+        for found, expected in zip(chosen.anomaly_map(x), default.anomaly_map(x), strict=True):
+            assert torch.equal(found, expected)
+        assert (chosen.fit_threshold(0.9), chosen.name) == (
+            default.fit_threshold(0.9),
+            "residual_timm.efficientnet_lite",
+        )
+
+    @pytest.mark.parametrize("backbone", ["test_vit@2,5", "test_resnet"])
+    def test_residuals_are_cosine_distances_of_the_features_of_timm(self, backbone: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        arch = backbone.partition("@")[0]
+        whole: Any = timm.create_model(arch, **({"dynamic_img_size": True} if "vit" in arch else {})).eval()
+        save_checkpoint(tmp_path / "mine.safetensors", whole.state_dict())
+        # A single one, since several weigh the distances.
+        references, x = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 64, 96)
+        model = adfeatures.create_model(backbone=backbone, weights=tmp_path / "mine.safetensors", img_size=(64, 96))
+        model.set_references(references)
+        indices = [level - 1 for level in model.levels]
+        with torch.no_grad():
+            normal, query = (
+                whole.forward_intermediates(images, indices=indices, norm=False, intermediates_only=True)
+                for images in (references, x)
+            )
+        for found, own, other in zip(model.residuals(x), query, normal, strict=True):
+            rows, patches = (
+                torch.nn.functional.avg_pool2d(level, 3, 1, 1, count_include_pad=False)[0].flatten(1).T
+                for level in (other, own)
+            )
+            lengths = patches.norm(dim=1)[:, None] * rows.norm(dim=1)
+            expected = 1 - (patches @ rows.T / lengths).amax(dim=1)
+            torch.testing.assert_close(found.square().sum(dim=1).flatten() / 2, expected, rtol=1e-3, atol=1e-5)
+        assert model.anomaly_map(x).maps.shape == (1, 64, 96)
+
+    def test_a_bank_is_of_its_backbone_and_its_levels(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        bank = tmp_path / "bank.safetensors"
+        save_checkpoint(tmp_path / "mine.safetensors", timm.create_model("test_vit").state_dict())
+        mine: dict[str, Any] = {"weights": tmp_path / "mine.safetensors", "img_size": (64, 96)}
+        model, x = adfeatures.create_model(backbone="test_vit@1,6", **mine), torch.randn(1, 3, 64, 96)
+        model.set_references(torch.randn(3, 3, 64, 96))
+        model.save_references(bank)
+        full = "residual_timm.test_vit.r160_in1k@1,6"
+        for name, backbone in ((full, None), ("residual_timm", "test_vit@1,6"), (None, "test_vit@1,6")):
+            other = adfeatures.create_model(name, backbone=backbone, references=bank, **mine)
+            assert torch.equal(other.anomaly_map(x).maps, model.anomaly_map(x).maps)
+        for backbone in ("test_vit@2,6", "test_vit", "test_resnet"):
+            with pytest.raises((ReferencesError, CheckpointError), match="residual_timm|does not"):
+                adfeatures.create_model(backbone=backbone, references=bank, **mine)
+        with pytest.raises(InputError, match="leave out one of them"):
+            adfeatures.create_model(backbone="test_vit@2,6", references=bank, pretrained=False)
+        with pytest.raises(ReferencesError, match="other weights"):
+            adfeatures.create_model(full, references=bank, pretrained=False, img_size=(64, 96))
+
+    def test_timm_and_torch_hub_reach_it(self) -> None:
+        adfeatures.register_with_timm()
+        models = [
+            timm.create_model("residual_timm", pretrained=False, backbone="test_resnet@2,3"),
+            timm.create_model("residual_timm.test_resnet@2,3", pretrained=False, features_only=True),
+            torch.hub.load(
+                str(REPOSITORY), "residual_timm", source="local", backbone="test_resnet@2,3", pretrained=False
+            ),
+        ]
+        for model in models:
+            assert (model.name, model.levels) == ("residual_timm.test_resnet.r160_in1k@2,3", (2, 3))
+            assert model.pretrained_cfg["hf_hub_id"] == "timm/test_resnet.r160_in1k"
+
+    def test_the_command_from_fit_to_score(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_photos(tmp_path / "good", range(3))
+        write_photos(tmp_path / "new", range(10, 12))
+        save_checkpoint(tmp_path / "mine.safetensors", timm.create_model("test_vit").state_dict())
+        weights, bank = (
+            ["--weights", str(tmp_path / "mine.safetensors")],
+            ["--bank", str(tmp_path / "bank.safetensors")],
+        )
+        fit = ["fit", "--references", str(tmp_path / "good"), "--backbone", "test_vit@2,5", *bank, *weights, "--json"]
+        assert main(fit) == 0
+        full = json.loads(capsys.readouterr().out)["model"]
+        assert full == "residual_timm.test_vit.r160_in1k@2,5"
+        for number, named in enumerate(
+            ([], ["--model", "residual_timm"], ["--model", full], ["--backbone", "test_vit@2,5"])
+        ):
+            output = ["--output", str(tmp_path / f"out{number}")]
+            assert main(["score", *bank, *weights, *named, *output, str(tmp_path / "new")]) == 0
+        assert (tmp_path / "out0/scores.csv").read_bytes() == (tmp_path / "out3/scores.csv").read_bytes()
+        for wrong in (["--backbone", "test_vit@2,6"], ["--model", "residual_lite"], ["--backbone", "test_resnet"]):
+            assert (
+                main(["score", *bank, *weights, *wrong, "--output", str(tmp_path / "no"), str(tmp_path / "new")]) == 2
+            )
+            assert "residual_timm.test_vit.r160_in1k@2,5" in capsys.readouterr().err
+
+    def test_info_says_what_was_chosen(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for asked in (["residual_timm", "--backbone", "test_vit@2,5"], ["residual_timm.test_vit.r160_in1k@2,5"]):
+            assert main(["info", *asked, "--json"]) == 0
+            facts = json.loads(capsys.readouterr().out)
+            assert facts["model"] == "residual_timm.test_vit.r160_in1k@2,5" and facts["levels"] == [2, 5]
+            assert facts["backbone_weights"] == "hf-hub:timm/test_vit.r160_in1k:model.safetensors"
+            assert facts["backbone_license"] == "apache-2.0" and facts["img_size"] == [160, 160]
+        assert main(["info", "residual_timm"]) == 0 and "--backbone says which" in capsys.readouterr().out
+        assert main(["info", "residual_lite", "--backbone", "test_vit"]) == 2
+
+
 def test_hubconf_has_one_entry_per_model() -> None:
     text = (REPOSITORY / "hubconf.py").read_text()
     assert len(text) < 1024
@@ -591,7 +718,7 @@ def test_noncommercial_weights_are_announced(
 ) -> None:
     from adfeatures import factory
 
-    monkeypatch.setattr(factory, "create_backbone", lambda *args, **kwargs: torch.nn.Identity())
+    monkeypatch.setattr(factory, "build_encoder", lambda *args, **kwargs: torch.nn.Identity())
     torch.save({"stands": torch.ones(1)}, tmp_path / "imagebind_huge.pth")
     with caplog.at_level(logging.WARNING):
         factory.load_backbone("imagebind_huge", weights=tmp_path / "imagebind_huge.pth")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from adfeatures import measuring
-from adfeatures.measuring import HEADER, Measurement, compare, in_child, machine, peak_megabytes, seconds, timed
+from adfeatures.measuring import HEADER, RULE, Measurement, compare, in_child, machine, peak_megabytes, seconds, timed
 
 
 def test_compared_functions_give_medians(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +21,7 @@ def test_compared_functions_give_medians(monkeypatch: pytest.MonkeyPatch) -> Non
     row = compare("what", lambda: calls.append("ours"), lambda: calls.append("naive"), note="a note")
     assert (row.ours, row.naive, row.ratio) == (2, 6, 2)  # the ratios are 2, 10 and 1
     assert calls == ["ours", *["ours", "naive"] * 3]
-    assert row.unit == "s" and row.note == "pairs 3; a note"
+    assert row.unit == "s" and row.note == "pairs 3; a note" and row.spread == (1.5, 6)
 
 
 def test_a_limit_ends_a_comparison_after_the_pair_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +29,7 @@ def test_a_limit_ends_a_comparison_after_the_pair_it_is_in(monkeypatch: pytest.M
     calls: list[str] = []
     row = compare("what", lambda: calls.append("ours"), lambda: calls.append("naive"), repeats=9, limit=0, unit="ms")
     assert calls == ["ours", "ours", "naive"]
-    assert row.unit == "ms" and row.note == "pairs 1"
+    assert row.unit == "ms" and row.note == "pairs 1" and row.spread is None
 
 
 def test_medians_of_runs() -> None:
@@ -36,23 +37,28 @@ def test_medians_of_runs() -> None:
     assert (row.what, row.unit, row.note) == ("what", "ms", "a note")
     assert (row.ours, row.naive, row.ratio) == pytest.approx((200, 400, 3))  # the ratios are 3, 1 and 5
     alone = Measurement.of_runs("what", [1, 5, 2])
-    assert alone == Measurement("what", "s", 2)
+    assert alone == Measurement("what", "s", 2, spread=(1.5, 3.5))
 
 
-def test_rows_are_aligned_with_the_header() -> None:
+def test_rows_make_an_aligned_table_of_markdown() -> None:
     rows = [
-        Measurement("of a few", "ms", 1234.56, 2.0, 0.123, "a note"),
+        Measurement("of a few", "ms", 1234.56, 2.0, 0.123, "a note", (0.1, 0.25)),
         Measurement("of seconds", "s", 1234.5678, 2.0, 10.0),
+        Measurement("alone", "ms", 12.0, spread=(1234.5, 1300)),
         Measurement("not measured", "MB", None, note="another"),
     ]
-    cells = [str(row).split() for row in rows]
-    assert cells[0] == ["of", "a", "few,", "ms", "1,234.6", "2.0", "0.12", "a", "note"]
-    assert cells[1] == ["of", "seconds,", "s", "1,234.568", "2.000", "10.00"]
-    assert cells[2] == ["not", "measured,", "MB", "-", "-", "-", "another"]
-    assert HEADER.split()[:4] == ["what", "ours", "naive", "ratio"]
-    end = HEADER.index("ratio") + len("ratio")
-    for row in map(str, rows):
-        assert row[end - 1] != " " and row[end : end + 2].strip() == ""
+    lines = [HEADER, RULE, *map(str, rows)]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0][:5] == ["what", "ours", "naive", "ratio", "middle half"]
+    assert all(set(cell) <= set("-:") and len(cell) >= 3 for cell in cells[1])
+    assert cells[2:] == [
+        ["of a few, ms", "1,234.6", "2.0", "0.12", "0.10 to 0.25", "a note"],
+        ["of seconds, s", "1,234.568", "2.000", "10.00", "-", ""],
+        ["alone, ms", "12.0", "-", "-", "1,234.5 to 1,300.0", ""],
+        ["not measured, MB", "-", "-", "-", "-", "another"],
+    ]
+    bars = [[place for place, letter in enumerate(line) if letter == "|"][:5] for line in lines]
+    assert all(own == bars[0] for own in bars)
 
 
 def test_timed_returns_what_the_function_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +87,16 @@ def test_machine_names_what_figures_depend_on() -> None:
     facts = machine()
     assert list(facts)[:4] == ["torch", "device", "threads", "processors"]
     assert facts["threads"] == torch.get_num_threads() and facts["torch"] == torch.__version__
+    assert facts["hardware"] and facts["bfloat16"] in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fpu avx512_bf16", "yes"), ("amx_tile amx_bf16", "yes"), ("fpu avx2 bf16_not", "no")]
+)
+def test_machine_says_whether_it_computes_in_bfloat16(
+    flags: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nmodel name\t: Some CPU @ 2: fast\nflags\t\t: {flags}\n\n")
+    monkeypatch.setattr(measuring, "_CPU", file)
+    assert (machine()["hardware"], machine()["bfloat16"]) == ("Some CPU @ 2: fast", expected)

@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.golden_values import FOLDER, assert_near, fill, golden, shapes, value
+from helpers.models import tiny_extractor
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from adfeatures.backbones import load_strictly
 from adfeatures.checkpoints import load_checkpoint
 from adfeatures.errors import CheckpointError, InputError
+from adfeatures.extractor import FeatureExtractor
 from adfeatures.projector import ResidualProjector, linear
 
 CHANNELS = (16, 20, 24)
@@ -454,6 +456,42 @@ def test_weights_made_in_inference_mode() -> None:
         _level(model).x_ref.mul_(1.5)
         assert_near(model(x), expected(model, x))
         assert not torch.equal(before[1], model(x)[1])
+
+
+@pytest.mark.parametrize("move", [lambda model: model, lambda model: model.double().float()], ids=["made", "moved"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_frozen_in_inference_mode(move: Callable[[ResidualProjector], ResidualProjector], trainable: bool) -> None:
+    """What is made or moved in inference mode keeps its keys and values, there and outside."""
+    with torch.inference_mode():
+        model, x = move(projector()).requires_grad_(trainable), residuals()
+        calls = counted(model)
+        found = [model(x), model(x)]
+    with torch.no_grad():
+        found += [model(x), model(residuals())]
+    for maps in found:
+        assert_near(maps, expected(model, x))
+    assert calls == ["l1_proj", "l2_proj", "l3_proj"]
+
+
+def test_an_extractor_made_in_inference_mode_is_frozen() -> None:
+    x = torch.rand(2, 3, 56, 56)
+
+    def made() -> FeatureExtractor:
+        torch.manual_seed(0)
+        model = tiny_extractor()
+        model.set_references(torch.rand(3, 3, 56, 56))
+        return model
+
+    wanted = made()(x)
+    with torch.inference_mode():
+        model = made()
+        assert model.projector is not None
+        calls = counted(model.projector)
+        found = [model(x), model(x)]
+    found.append(model(x))
+    for maps in found:
+        assert_near(maps, wanted, 0)
+    assert len(calls) == len(model.levels)
 
 
 def test_inference_mode_then_gradients() -> None:

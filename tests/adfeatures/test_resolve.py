@@ -16,7 +16,7 @@ from helpers.published import as_published
 import adfeatures
 from adfeatures import catalog
 from adfeatures.checkpoints import load_checkpoint, save_checkpoint
-from adfeatures.errors import CheckpointError, InputError, UnknownNameError
+from adfeatures.errors import CheckpointError, DownloadError, InputError, UnknownNameError
 from adfeatures.projector import ResidualProjector
 from adfeatures.resolve import (
     convert_checkpoint,
@@ -147,6 +147,68 @@ class TestBackbones:
         assert built == [arch]
         key = next(key for key in model.backbone.state_dict() if key.removeprefix("model.") in whole)
         assert torch.equal(model.backbone.state_dict()[key], whole[key.removeprefix("model.")])
+
+
+class TestChosenBackbones:
+    @pytest.mark.parametrize(
+        ("asked", "name", "levels"),
+        [
+            ({"name": "residual_timm", "backbone": "test_vit"}, "test_vit.r160_in1k", (1, 3, 4, 6)),
+            ({"backbone": "test_vit.r160_in1k"}, "test_vit.r160_in1k", (1, 3, 4, 6)),
+            ({"backbone": "test_vit@2, 5"}, "test_vit.r160_in1k@2,5", (2, 5)),
+            ({"name": "residual_timm.test_resnet@2,3"}, "test_resnet.r160_in1k@2,3", (2, 3)),
+            ({"name": "residual_timm.test_vit.r160_in1k", "backbone": "test_vit"}, "test_vit.r160_in1k", (1, 3, 4, 6)),
+            (
+                {"name": "residual_timm.test_vit.r160_in1k@2,5", "backbone": "test_vit@2,5"},
+                "test_vit.r160_in1k@2,5",
+                (2, 5),
+            ),
+            ({"backbone": "efficientnet_lite"}, "efficientnet_lite", (3, 4, 5)),
+        ],
+    )
+    def test_the_full_name_says_what_was_chosen(
+        self, asked: dict[str, Any], name: str, levels: tuple[int, ...]
+    ) -> None:
+        spec = resolve_model(**asked, pretrained=False)
+        assert (spec.name, spec.trained) == (f"residual_timm.{name}", None)
+        assert spec.backbone.entry.blocks == levels and spec.backbone.weights is None
+        assert resolve_model(spec.name, pretrained=False).backbone.entry == spec.backbone.entry
+
+    def test_where_the_weights_are(self, hub: HubServer, tmp_path: Path) -> None:
+        with pytest.raises(DownloadError, match=r"timm/test_vit\.r160_in1k"):
+            resolve_model(backbone="test_vit")
+        file = tmp_path / "mine.safetensors"
+        save_checkpoint(file, timm.create_model("test_vit").state_dict())
+        name = "residual_timm.test_vit"
+        for spec in (resolve_model(name, weights=file), resolve_model(name, backbone_weights=file)):
+            assert Path(str(spec.backbone.weights)) == file
+        hub.add("timm/test_vit.r160_in1k", "model.safetensors", file.read_bytes())
+        (fetched,), missing = published_files(name)
+        assert resolve_model(name).backbone.weights == fetched and not missing
+
+    @pytest.mark.parametrize(
+        ("asked", "error", "message"),
+        [
+            ({"name": "residual_timm"}, InputError, "needs a backbone: create_model"),
+            ({"backbone": "test_vjt"}, UnknownNameError, "Did you mean 'test_vit"),
+            ({"backbone": "test_vit.nothing"}, UnknownNameError, "tag of test_vit"),
+            ({"backbone": "test_vit@3,9"}, InputError, "from 1 to 6"),
+            ({"backbone": "test_vit@"}, InputError, "must be whole numbers from 1, such as test_vit@3,6"),
+            ({"backbone": "sequencer2d_s"}, InputError, "choose levels from 1 to 4"),
+            ({"backbone": "pit_ti_224"}, InputError, "so it cannot be used"),
+            ({"name": "residual_timm.test_vit", "backbone": "test_resnet"}, InputError, "leave out one"),
+            ({"name": "residual_timm.test_vit@2", "backbone": "test_vit@3"}, InputError, "leave out one"),
+            ({"name": "residual_lite", "backbone": "test_vit"}, InputError, "has a backbone of its own"),
+            ({"name": OWN, "backbone": "test_vit"}, InputError, "has a backbone of its own"),
+            ({"name": "residual_timm.test_vit", "weights": "in1k_v1"}, UnknownNameError, "a path, hf-hub:"),
+            ({"backbone": "adpretrain_timm"}, UnknownNameError, "Unknown backbone"),
+            ({"backbone": "efficientnet_lite@1,2"}, InputError, "convolutional"),
+            ({"backbone": "imagebind_huge", "pretrained": True}, InputError, "imagebind_huge.pth"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, asked: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            resolve_model(**{"pretrained": False, **asked})
 
 
 class TestFiles:

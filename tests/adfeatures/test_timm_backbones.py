@@ -12,7 +12,7 @@ import torch
 from helpers.golden_values import assert_near, fill, shapes, value
 from torch import Tensor, nn
 
-from adfeatures.backbones import StateDict
+from adfeatures.backbones import StateDict, VisionTransformer
 from adfeatures.errors import CheckpointError, InputError, UnknownNameError
 from adfeatures.resolve import resolve_backbone
 from adfeatures.timm_backbones import TimmBackbone, find_timm
@@ -123,6 +123,45 @@ def test_timm_backbones_read_what_they_write_and_what_timm_converts() -> None:
     openclip = {f"visual.trunk.{key}": tensor for key, tensor in state.items()}
     openclip["text.x"] = torch.ones(1)
     assert_near(loaded("test_vit", None, openclip, "open_clip")(x), expected, 0)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_224.dino"])
+def test_dino_resizes_its_positions_in_its_own_way(name: str) -> None:
+    entry, backbone = find_timm(name, (1, 2), of_authors=True)
+    backbone.load(None)
+    patch, side = backbone.patch_size, backbone.model.patch_embed.grid_size[0]
+    x = images(3 * patch, 5 * patch, batch=2)
+    seen: list[Tensor] = []
+    backbone.model.norm_pre.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    maps = backbone.eval()(x)
+    # The interpolation of the authors' own prepare_tokens, patches in the order of rows.
+    table = backbone.model.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    table = nn.functional.interpolate(table, scale_factor=(3.1 / side, 5.1 / side), mode="bicubic")
+    patches = nn.functional.conv2d(
+        x, backbone.model.patch_embed.proj.weight, backbone.model.patch_embed.proj.bias, patch
+    )
+    assert_near([seen[0][:, 1:]], [(patches + table).flatten(2).transpose(1, 2)])
+    first = backbone.model.cls_token + backbone.model.pos_embed[:, :1]
+    assert_near([seen[0][:, :1]], [first.expand(2, -1, -1)])
+    timms = TimmBackbone(name.partition(".")[0], (1, 2)).eval()
+    timms.load(backbone.state_dict())
+    assert (maps[0] - timms(x)[0]).abs().max() > 1e-3 * maps[0].abs().max()
+    assert "DINOv2" in entry.notes and "timm" in find_timm(name, (1,))[0].notes
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_224.augreg_in1k", "test_vit"])
+def test_others_resize_their_positions_as_timm_does(name: str) -> None:
+    entry, backbone = find_timm(name, (1,), of_authors=True)
+    assert "_pos_embed" not in vars(backbone.model) and "the way timm does" in entry.notes
+
+
+def test_dinov2_of_timm_is_dinov2_of_its_authors() -> None:
+    entry, backbone = find_timm("vit_small_patch14_dinov2", (1, 2), of_authors=True)
+    backbone.load(None)
+    ours = VisionTransformer("dinov2", 14, 384, 6, (1, 2)).eval()
+    ours.load_state_dict({key.removeprefix("model."): tensor for key, tensor in backbone.state_dict().items()})
+    x = images(42, 70)
+    assert_near(backbone.eval()(x), ours(x), 0)
 
 
 def test_no_weights_leave_those_of_the_levels_as_they_were() -> None:

@@ -88,7 +88,7 @@ def test_a_manifest_that_is_no_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """Fifty times the names, and rows that say that there is no such file."""
+    """Twenty thousand more names, and rows that say that there is no such file."""
     code = """
 import sys
 from adfeatures.inspection import inspect
@@ -106,6 +106,6 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
     command = [sys.executable, "-W", "ignore", "-c", code]
     peaks = [
         int(subprocess.run([*command, count, tmp_path], env=environment, capture_output=True, check=True).stdout)
-        for count in ("400", "20000")
+        for count in ("2500", "22500")
     ]
     assert peaks[1] - peaks[0] < 12_000, peaks  # KiB; the names and rows alone would take more

@@ -965,7 +965,7 @@ class TestOddFiles:
     ) -> None:
         def read(path: str, **options: Any) -> Image.Image:
             warnings.warn(f"{path} has two pages.", stacklevel=1)
-            return read_image(path, bit_depth=options["bit_depth"])
+            return read_image(path, **options)
 
         monkeypatch.setattr(images, "read_image", read)
         monkeypatch.setattr("adfeatures.images.read_image", read)

@@ -454,7 +454,7 @@ def test_precision(tree: Path, tmp_path: Path, precision: str) -> None:
     assert [line["loss"] for line in steps(folder)] == pytest.approx([line["loss"] for line in steps(exact)], rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_published_recipe_is_of_bfloat16_and_of_the_middle_of_images(tmp_path: Path) -> None:
     whole = write_real_iad(tmp_path / "whole", ("bottle_cap",), ok=1, ng=1, views=3, size=(300, 224))
     middle = shutil.copytree(whole, tmp_path / "middle")

@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(root: Path) -> tuple[RawFeatures, Product, Product, ProductFeatures]:
-    raw = RawFeatures(load_model("residual_lite", tuple(METHODS), img_size=SIZE), root / "cache")
+    raw = RawFeatures(load_model("residual_lite.in1k_v1", tuple(METHODS), img_size=SIZE), root / "cache")
     easy, control = products = [Product(name, dataset("folder"), root, raw) for name in ("easy", "control")]
     for product in products:
         raw.encode(product.train, "squash")
@@ -81,7 +81,9 @@ def test_method_finds_defects_and_nothing_else(
     assert [len([i for i in p.test if i.label == label]) for p in (easy, control) for label in (NORMAL, ANOMALOUS)] == [
         COUNT
     ] * 4
-    config = EvaluationConfig(model="residual_lite", dataset="folder", root="", output="", epochs=EPOCHS.get(method))
+    config = EvaluationConfig(
+        model="residual_lite.in1k_v1", dataset="folder", root="", output="", epochs=EPOCHS.get(method)
+    )
     entry = METHODS[method]
     chosen = settings(entry, PRETRAINED, config, raw.model, "squash", ["easy"])
     if method in EPOCHS:

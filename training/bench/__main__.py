@@ -11,7 +11,7 @@ from typing import Any
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
-from adfeatures.measuring import HEADER, machine
+from adfeatures.measuring import HEADER, RULE, machine
 
 from ..console import run
 from ..distributed import processes
@@ -46,7 +46,7 @@ def _print(names: Sequence[str], quick: bool, device: str | None) -> None:
 
 def _print_rows(names: Sequence[str], **settings: Any) -> None:
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(HEADER, flush=True)
+    print(f"\n{HEADER}\n{RULE}", flush=True)
     for name in names:
         for row in import_module(f"training.bench.{name}").rows(**settings):
             print(row, flush=True)

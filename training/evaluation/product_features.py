@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
+from adfeatures.scoring import Scorer
 
 from ..data.images import loader
 from ..data.items import Item
@@ -179,7 +180,7 @@ def listed_features(raw: RawFeatures, kind: FeatureKind, lists: Mapping[str, Seq
     def extract(batch: Batch) -> Sequence[Tensor]:
         known = (KnownImages(lists[path], raw.model.img_size) for path in batch["path"])
         maps = (_all_of(raw.of(kind.references), images) for images in known)
-        banks = [ReferenceBank.from_features(scorer.features(levels)) for levels in maps]
+        banks = [_prepared(levels, scorer) for levels in maps]
         residuals = residuals_of_images(scorer.features(raw.of(kind.images)(batch)), banks)
         return residuals if weights.projector is None else weights.projector(residuals)
 
@@ -200,6 +201,13 @@ def _bank(raw: RawFeatures, preset: str, items: Sequence[Item]) -> ReferenceBank
         if kept.setdefault(content_key(item.image), item) is not item:
             warnings.warn(f"The reference {item.image} is a copy of another one and is left out.", stacklevel=2)
     known = KnownImages(list(kept.values()), raw.model.img_size)
-    bank = ReferenceBank.from_features(raw.model.scorer.features(_all_of(raw.of(preset), known)))
+    bank = _prepared(_all_of(raw.of(preset), known), raw.model.scorer)
     bank.record = BankRecord(files=[item.image for item in kept.values()], sha256s=list(kept))
+    return bank
+
+
+def _prepared(maps: Sequence[Tensor], scorer: Scorer) -> ReferenceBank:
+    """The bank of references, of their maps from the backbone."""
+    bank = ReferenceBank.from_features(scorer.features(maps))
+    scorer.prepare(bank)
     return bank

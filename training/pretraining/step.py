@@ -71,9 +71,7 @@ def train_step(
 @torch.no_grad()
 def view_features(batch: dict[str, Tensor], encode: Encode) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Features of the first and of the second views, (B, C_l, h_l, w_l) per level, as they are."""
-    views = batch["views"]
-    features = [level.unflatten(0, views.shape[:2]) for level in encode(views.flatten(0, 1))]
-    first, second = zip(*(level.unbind(1) for level in features), strict=True)
+    first, second = zip(*(level.unbind(1) for level in _encoded(batch["views"], encode)), strict=True)
     return first, second
 
 
@@ -85,8 +83,7 @@ def view_residuals(
 
     Each reference is encoded once, however many images are compared with it.
     """
-    views = batch["views"]
-    features = [level.unflatten(0, views.shape[:2]) for level in encode_views(views.flatten(0, 1))]
+    features = _encoded(batch["views"], encode_views)
     used, places = batch["reference_indices"].unique(return_inverse=True)
     if "reference_maps" in batch:
         encoded = [level[used].to(features[0].dtype) for level in batch["reference_maps"]]
@@ -97,6 +94,11 @@ def view_residuals(
     tall = batch_residuals([level.transpose(1, 2).flatten(2, 3) for level in features], references)
     first, second = zip(*(level.unflatten(2, (2, -1)).unbind(2) for level in tall), strict=True)
     return first, second
+
+
+def _encoded(images: Tensor, encode: Encode) -> list[Tensor]:
+    """Maps (B, N, C_l, h_l, w_l) of the N images of each sample."""
+    return [level.unflatten(0, images.shape[:2]) for level in encode(images.flatten(0, 1))]
 
 
 def losses(

@@ -9,8 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from adfeatures import catalog
-from adfeatures.backbones import BACKBONE
-from adfeatures.checkpoints import Checkpoint
+from adfeatures.checkpoints import BACKBONE, Checkpoint
 from adfeatures.resolve import BackboneSpec
 
 from ..metrics import CRITERIA

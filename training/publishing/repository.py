@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from adfeatures import catalog, hub
-from adfeatures.backbones import BACKBONE
-from adfeatures.checkpoints import Checkpoint, atomic_path, save_checkpoint, sha256
+from adfeatures.checkpoints import BACKBONE, Checkpoint, atomic_path, save_checkpoint, sha256
 from adfeatures.documents import parse
 from adfeatures.errors import CheckpointError, InputError
 from adfeatures.factory import build_backbone, timm_cfg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adfeatures.measuring import HEADER, Measurement
+from adfeatures.measuring import HEADER, RULE, Measurement
 from training.bench import __main__ as entry
 from training.bench import aupro as bench
 
@@ -18,11 +18,11 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         ),
     )
     assert entry.main(["aupro", "--quick"]) == 0
-    machine, header, *lines = capsys.readouterr().out.splitlines()
-    assert machine.startswith("torch ") and header == HEADER
-    assert [line.split() for line in lines] == [
-        ["quick", "True,", "s", "0.500", "2.000", "4.00", "a", "note"],
-        ["alone,", "s", "1.000", "-", "-"],
+    machine, empty, header, rule, *lines = capsys.readouterr().out.splitlines()
+    assert machine.startswith("torch ") and empty == "" and (header, rule) == (HEADER, RULE)
+    assert [[cell.strip() for cell in line.split("|")] for line in lines] == [
+        ["", "quick True, s", "0.500", "2.000", "4.00", "-", "a note", ""],
+        ["", "alone, s", "1.000", "-", "-", "-", "", ""],
     ]
 
 

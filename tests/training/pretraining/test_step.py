@@ -100,6 +100,12 @@ def test_three_steps_in_bfloat16_are_the_published_ones() -> None:
     ours, theirs = updates
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9995
     torch.testing.assert_close(ours.norm(), theirs.norm(), rtol=1e-2, atol=0)
+    # Half of what lies between two numbers of 1/16 and more is above any update of this rate.
+    old, new = (
+        torch.cat([part[f"l{level + 1}_proj.x_ref"] for level in LEVELS]) for part in (before, projector.state_dict())
+    )
+    large, moved = old.abs() >= 1 / 16, new != old
+    assert large.any() and moved.any() and not moved[large].any()
 
 
 RANKS = """
