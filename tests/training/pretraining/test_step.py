@@ -235,17 +235,18 @@ def test_images_are_normalized_where_they_are_encoded(precision: str) -> None:
     transform = build_transform((16, 16), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27))
     photos = [photo(seed, (16, 16)) for seed in range(3)]
     seen: list[torch.Tensor] = []
-    backbone = torch.nn.Identity()
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    backbone = torch.nn.Conv2d(3, 8, 4, 4).to(dtype)
     backbone.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
     maps = encode_images(
         torch.from_numpy(np.stack([np.asarray(one) for one in photos])),
         (transform.mean, transform.std),
-        lambda images: [backbone(images)],  # type: ignore[arg-type]
+        torch.nn.Sequential(backbone, torch.nn.Unflatten(0, (1, -1))),
         torch.device("cpu"),
         precision,
     )
-    assert torch.equal(seen[0], torch.stack([transform(one) for one in photos]))
-    assert maps[0].dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    assert torch.equal(seen[0], torch.stack([transform(one) for one in photos]).to(dtype))
+    assert maps[0].dtype == dtype
 
 
 @pytest.mark.gpu
