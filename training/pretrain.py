@@ -73,10 +73,10 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         statistics = view_statistics(config.view_statistics, backbone.entry)
         sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
         no_residual, fly = config.no_residual, config.pool is None and not config.no_residual
-        dataset = PretrainingDataset(train, pool, two_views, backbone.transform, inputs.cache, fly, config.shots)
         trained_on = Fingerprint(inputs.digests[item.image] for item in train if item.image in inputs.digests)
         if run.is_new:
             check_trials(trials, trained_on)
+        dataset = PretrainingDataset(train, pool, two_views, backbone.transform, inputs.cache, fly, sampler.shots)
 
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)

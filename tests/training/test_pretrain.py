@@ -377,8 +377,11 @@ def test_a_validation_on_images_of_the_training_is_refused(tree: Path, tmp_path:
     found = load_checkpoint(folder / "checkpoint_last.safetensors").metadata["trained_on"]
     assert len(Fingerprint.from_text(found).known([item.image for item in list_train(tree)])) == len(list_train(tree))
     shutil.copy(seen, root / "part/test/good/000.png")
+    given = config(tree, tmp_path / "other", **changes, epochs=1, cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match="1 of the 3 images to validate on are trained on: .*good/000.png"):
-        pretrain(config(tree, tmp_path / "other", **changes, epochs=1), CPU)
+        pretrain(given, CPU)
+    # It is said before the cache is filled.
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_validation_comes_every_so_many_epochs_and_at_the_end(tree: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class ImageCache:
         place = self._places.get(self._key(item))
         if place is None:
             return None
-        row = _mapped(self.file, len(self._places), self._row_bytes)[place]
+        row = _mapped(self.file, self._count, self._row_bytes)[place]
         height, width, _ = self._shape
         mask = np.unpackbits(row[self._image_bytes :], count=height * width)
         return row[: self._image_bytes].reshape(self._shape), mask.reshape(1, height, width)
@@ -112,12 +112,15 @@ class ImageCache:
 
     def _open(self) -> None:
         """Find the rows that are whole: of a file that was cut short those before the cut."""
-        self._places: dict[bytes, int] = {}
+        # Another file may have come in the place of the one that is mapped.
+        _mapped.cache_clear()
+        self._count, self._places = 0, dict[bytes, int]()
         if self.file.exists() and self._keys.exists():
             keys = regular_file(self._keys, AdfeaturesError).read_bytes()
             whole = regular_file(self.file, AdfeaturesError).stat().st_size // self._row_bytes
-            count = min(len(keys) // _KEY_BYTES, whole)
-            self._places = {keys[at * _KEY_BYTES : (at + 1) * _KEY_BYTES]: at for at in range(count)}
+            self._count = min(len(keys) // _KEY_BYTES, whole)
+            # Of those that a lost power turned into zeros several may be equal.
+            self._places = {keys[at * _KEY_BYTES : (at + 1) * _KEY_BYTES]: at for at in range(self._count)}
 
     def _announce(self, items: Sequence[Item], missing: int) -> None:
         """Say what else the folder holds, and refuse to begin what cannot end."""
@@ -135,7 +138,7 @@ class ImageCache:
             raise OSError(f"{missing} images take {needed / _GIGABYTE:.1f} GB, {free / _GIGABYTE:.1f} GB are free")
 
     def _append(self, missing: Mapping[bytes, Item], workers: int) -> None:
-        count, items = len(self._places), list(missing.values())
+        items = list(missing.values())
         rows = in_parallel(partial(_row, self.transform), items, workers)
         keyed = zip(missing, progress(rows, total=len(items), desc="caching", unit="images"), strict=True)
         noticed: list[list[str]] = []
@@ -143,9 +146,9 @@ class ImageCache:
             path.touch()
         # Not through the memory map, which would end the process, instead of raising, on a full disk.
         with open(self.file, "r+b") as rows_file, open(self._keys, "r+b") as keys_file:
-            keys_file.truncate(count * _KEY_BYTES)
+            keys_file.truncate(self._count * _KEY_BYTES)
             keys_file.seek(0, os.SEEK_END)
-            rows_file.seek(count * self._row_bytes)
+            rows_file.seek(self._count * self._row_bytes)
             while together := list(islice(keyed, _WRITTEN_AT_ONCE)):
                 whole = [(key, row.tobytes()) for key, (row, _) in together if row is not None]
                 rows_file.write(b"".join(row for _, row in whole))
@@ -175,4 +178,9 @@ def _row(transform: ImageTransform, item: Item) -> tuple[np.ndarray | None, list
 @lru_cache
 def _mapped(file: Path, count: int, row_bytes: int) -> np.ndarray:
     """The rows of a file, mapped once in each process: a map that is sent to another one would be sent as a copy."""
-    return np.asarray(np.memmap(file, np.uint8, "r", shape=(count, row_bytes)))
+    try:
+        return np.asarray(np.memmap(file, np.uint8, "r", shape=(count, row_bytes)))
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"The cache {file} was removed or changed while in use: {error}. Start the same command again."
+        ) from error

@@ -19,7 +19,7 @@ from helpers.full_disk import full_disk
 from helpers.real_iad_tree import write_real_iad
 from PIL import Image
 
-from adfeatures.errors import AdfeaturesError
+from adfeatures.errors import AdfeaturesError, ImageError
 from adfeatures.images import ImageTransform, build_transform
 from adfeatures.locks import only_run_for
 from training.console import run
@@ -133,6 +133,13 @@ def test_other_images_masks_and_geometry_are_cached_anew_and_the_old_ones_named(
     assert len(list((tmp_path / "cache").glob("*.rows"))) == 3
 
 
+def test_a_cache_that_was_removed_is_not_remembered(tmp_path: Path, items: list[Item]) -> None:
+    half = len(items) // 2
+    for own in (items[:half], items[half:]):
+        check(filled(tmp_path / "cache", own), own)
+        shutil.rmtree(tmp_path / "cache")
+
+
 def test_another_pillow_caches_anew(tmp_path: Path, items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     first = filled(tmp_path, items)
     monkeypatch.setattr("PIL.__version__", "1.1.7")
@@ -182,6 +189,31 @@ def test_a_file_that_was_cut_short_is_completed(tmp_path: Path, items: list[Item
     cache.fill(items)
     check(cache, items)
     assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == whole
+
+
+def test_keys_that_a_lost_power_left_as_zeros_cost_their_rows_alone(tmp_path: Path, items: list[Item]) -> None:
+    file = filled(tmp_path, items).file
+    with open(file.with_suffix(".keys"), "r+b") as keys:
+        keys.seek(2 * 32)
+        keys.write(bytes(3 * 32))
+    with pytest.warns(UserWarning, match="3 images are cached anew"):
+        cache = filled(tmp_path, items)
+    check(cache, items)
+    assert cache.file.stat().st_size == (len(items) + 3) * ROW
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("left", [None, 5])
+def test_a_cache_that_is_lost_while_in_use_is_an_error(
+    tmp_path: Path, items: list[Item], workers: int, left: int | None
+) -> None:
+    cache = filled(tmp_path, items)
+    if left is None:
+        cache.file.unlink()
+    else:
+        os.truncate(cache.file, left)
+    with pytest.raises(ImageError, match=f"^The cache {cache.file} was removed or changed while in use.*Start"):
+        list(images.in_parallel(cache.get, items, workers))
 
 
 def test_a_full_disk_keeps_what_is_cached(tmp_path: Path, items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
