@@ -138,12 +138,12 @@ class BenchedStep:
 
 
 def rows(quick: bool = False, device: torch.device | None = None) -> Iterator[Measurement]:
-    """A whole step with references encoded on the fly and from a store, and where the time of each form goes.
+    """A whole step with references encoded on the fly and from a store, where the time of each form goes, and reading.
 
     With a device instead: whole steps of the command there, images from the cache and from files.
     """
     if device is not None:
-        yield from throughput.rows(device, quick)
+        yield from throughput.steps(device, quick)
         return
     sizes = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
@@ -157,6 +157,7 @@ def rows(quick: bool = False, device: torch.device | None = None) -> Iterator[Me
         yield Measurement.of_runs(f"{what} encoded", fly, naive, note=f"target 1.7; {note}")
         yield Measurement.of_runs(f"{what} of a pool of {sizes.pool}", stored, naive, note=f"target 3.0; {note}")
         yield from _split(step)
+    yield from throughput.readings(quick)
 
 
 def _split(step: BenchedStep) -> Iterator[Measurement]:

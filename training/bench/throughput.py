@@ -27,7 +27,7 @@ from ..data.items import ANOMALOUS, NORMAL, Item
 from ..data.transforms import two_views
 from ..distributed import cores
 from ..pretraining.config import PretrainConfig
-from ..pretraining.dataset import PretrainingDataset, StepSampler, collate, view_statistics
+from ..pretraining.dataset import Draw, PretrainingDataset, StepSampler, collate, view_statistics
 from ..pretraining.step import encode_images, prepared, train_step
 
 ENCODERS, PRECISIONS = ("dinov2_base", "dinov2_large"), ("float32", "autocast", "bfloat16")
@@ -50,17 +50,24 @@ class Sizes:
 FULL, QUICK = Sizes(), Sizes(batch=4, side=56, images=16, steps=1, keys=16, width=48, depth=24)
 
 
-def rows(device: torch.device, quick: bool = False) -> Iterator[Measurement]:
-    """Reading a sample of sources of two sizes; and a step of each encoder in each precision."""
+def readings(quick: bool = False) -> Iterator[Measurement]:
+    """Reading a sample, for sources of two sizes."""
     sizes = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         for source in (sizes.source, 4 * sizes.source):
-            items = write_images(Path(folder, str(source)), sizes.images // (source // sizes.source) ** 2, source)
-            yield reading(items, sizes.side, folder)
+            own = Path(folder, str(source))
+            items = write_images(own, sizes.images // (source // sizes.source) ** 2, source)
+            yield reading(items, sizes.side, own)
+
+
+def steps(device: torch.device, quick: bool = False) -> Iterator[Measurement]:
+    """A step of each encoder in each precision."""
+    sizes = QUICK if quick else FULL
+    with tempfile.TemporaryDirectory() as folder:
         items = write_images(Path(folder, "steps"), sizes.images, sizes.source)
         for name in ENCODERS:
             for precision in PRECISIONS:
-                yield stepping(items, name, precision, sizes, device, folder)
+                yield stepping(items, name, precision, sizes, device, Path(folder))
 
 
 def write_images(folder: Path, count: int, side: int) -> list[Item]:
@@ -81,40 +88,40 @@ def write_images(folder: Path, count: int, side: int) -> list[Item]:
     return items
 
 
-def make_datasets(items: list[Item], side: int, folder: str) -> tuple[PretrainingDataset, PretrainingDataset]:
+def make_datasets(items: list[Item], side: int, folder: Path) -> tuple[PretrainingDataset, PretrainingDataset]:
     """The same data from a filled cache, and from files."""
     entry = replace(BACKBONES[ENCODERS[0]], img_size=(side, side))
     transform = build_transform(entry.img_size, *entry.normalization)
     files = [path for item in items for path in (item.image, item.mask) if path is not None]
-    cache = ImageCache(Path(folder, "cache"), transform, digests(files, cores()))
+    cache = ImageCache(folder / "cache", transform, digests(files, cores()))
     cache.fill(items, cores())
     pool = [item for item in items if item.label == NORMAL]
     make = partial(PretrainingDataset, items, pool, two_views, transform, shots=(1,))
     return make(cache), make(None)
 
 
-def reading(items: list[Item], side: int, folder: str) -> Measurement:
+def reading(items: list[Item], side: int, folder: Path) -> Measurement:
     """Seconds of a core for a sample: two views, a mask, and the references as they are drawn."""
     cached, plain = make_datasets(items, side, folder)
+    views = partial(two_views, Image.fromarray(cached[Draw(0, 1, 0)]["references"][0]))
+    forms = (cached.__getitem__, plain.__getitem__, lambda draw: views(draw.seed))
     draws = [draw for batch in StepSampler(len(items), 4, seed=0) for draw in batch]
-    pairs = []
+    seconds = []
     for draw in draws:
-        taken = []
-        for dataset in (cached, plain):
-            dataset[draw]  # Files are in the memory of the system, as those of a cache are.
+        for form in forms:
+            form(draw)  # Files are in the memory of the system, as those of a cache are.
             start = time.process_time()
-            dataset[draw]
-            taken.append(time.process_time() - start)
-        pairs.append(taken)
-    ours, naive = map(sum, zip(*pairs, strict=True))
-    count, source = len(pairs), Image.open(items[0].image).width
-    note = f"samples a second and core {count / ours:.0f}, from files {count / naive:.0f}"
-    what = f"a sample of {source} px for {side} px, CPU time"
-    return Measurement(what, "ms", 1000 * ours / count, 1000 * naive / count, naive / ours, note)
+            form(draw)
+            seconds.append(time.process_time() - start)
+    ours, naive, augmenting = (sum(seconds[form :: len(forms)]) / len(draws) for form in range(len(forms)))
+    rates = (1 / ours, 1 / naive, 1 / augmenting)
+    note = "samples a second and core {:.0f}, from files {:.0f}, the two views alone {:.0f}".format(*rates)
+    what = f"a sample of {Image.open(items[0].image).width} px for {side} px, CPU time"
+    return Measurement(what, "ms", 1000 * ours, 1000 * naive, naive / ours, note)
 
 
 def stepping(
-    items: list[Item], name: str, precision: str, sizes: Sizes, device: torch.device, folder: str
+    items: list[Item], name: str, precision: str, sizes: Sizes, device: torch.device, folder: Path
 ) -> Measurement:
     """Seconds of a step from the cache and from files, waiting included."""
     entry = BACKBONES[name]
