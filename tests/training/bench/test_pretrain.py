@@ -39,7 +39,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["target" in row.note for row in rows] == [True, True, False, False, False, False, False]
     for row, source in zip(rows[5:], (32, 128), strict=True):
         assert row.what == f"a sample of {source} px for 28 px, CPU time"
-        rates = re.fullmatch(r"samples .* core (\d+), from files (\d+), the two views alone (\d+)", row.note)
+        rates = re.fullmatch(r"samples .* core (\d+), .* files \d+, .* alone \d+; 2 kB an image in the cache", row.note)
         assert rates is not None and row.ours is not None and int(rates[1]) == pytest.approx(1000 / row.ours, abs=1)
 
 
