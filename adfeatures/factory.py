@@ -10,8 +10,7 @@ from typing import Any
 
 import timm
 from PIL import Image
-from timm.layers import register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor
 
 from . import catalog, predictor

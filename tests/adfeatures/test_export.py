@@ -140,6 +140,20 @@ def test_files_of_every_family_in_both_runtimes(arch: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_cosine_residuals_of_any_backbone_of_timm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(backbone="test_vit@2,5", pretrained=False, img_size=(64, 96))
+    model.set_references(torch.randn(3, 3, 64, 96))
+    model.fit_threshold()
+    facts, x = export_onnx(model, tmp_path / "part.onnx"), torch.randn(2, 3, 64, 96)
+    assert facts["model"] == model.name and facts["tail"] == "lognormal"
+    for runtime in ("onnx", "openvino"):
+        exported = ExportedModel(tmp_path / "part.onnx", runtime)
+        assert_alike(exported.anomaly_map(x), model.anomaly_map(x))
+        assert exported.threshold() == model.threshold()
+
+
+@pytest.mark.slow
 def test_a_fixed_batch_takes_any_number_of_photos(tmp_path: Path) -> None:
     model, x = reduced("clip_base", 5)
     export_onnx(model, tmp_path / "model.onnx", batch_size=2)

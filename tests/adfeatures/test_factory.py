@@ -648,9 +648,14 @@ class TestChosenBackbones:
         for name, backbone in ((full, None), ("residual_timm", "test_vit@1,6"), (None, "test_vit@1,6")):
             other = adfeatures.create_model(name, backbone=backbone, references=bank, **mine)
             assert torch.equal(other.anomaly_map(x).maps, model.anomaly_map(x).maps)
-        for backbone in ("test_vit@2,6", "test_vit", "test_resnet"):
-            with pytest.raises((ReferencesError, CheckpointError), match="residual_timm|does not"):
-                adfeatures.create_model(backbone=backbone, references=bank, **mine)
+        for levels in ("@2,6", ""):
+            with pytest.raises(ReferencesError, match=f"made with {full}, not with {full.partition('@')[0]}{levels}"):
+                adfeatures.create_model(backbone=f"test_vit{levels}", references=bank, **mine)
+        save_checkpoint(tmp_path / "other.safetensors", timm.create_model("test_resnet").state_dict())
+        with pytest.raises(ReferencesError, match=f"made with {full}, not with residual_timm.test_resnet"):
+            adfeatures.create_model(
+                backbone="test_resnet", references=bank, weights=tmp_path / "other.safetensors", img_size=(64, 96)
+            )
         with pytest.raises(InputError, match="leave out one of them"):
             adfeatures.create_model(backbone="test_vit@2,6", references=bank, pretrained=False)
         with pytest.raises(ReferencesError, match="other weights"):

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.hub_server import HubServer
 from helpers.published import as_published
@@ -32,7 +33,7 @@ from adfeatures.backbones import EfficientNet
 from adfeatures.checkpoints import save_checkpoint
 from adfeatures.images import build_transform, read_image
 from adfeatures.projector import ResidualProjector
-from adfeatures.scoring import FeatureNormScorer
+from adfeatures.scoring import FeatureNormScorer, feature_norm_map
 from training import evaluate, metrics
 from training.data import dataset, images
 from training.data.images import ImageDataset
@@ -196,6 +197,33 @@ class TestNumbers:
         (found,) = records(tmp_path / "run", product="bottle", features="raw")
         assert found["metrics"]["image_auroc"] == pytest.approx(roc_auc_score(test["label"], scores), abs=1e-6)
         assert found["references"] == [] and found["weights"] is None and found["draw"] is None
+
+    def test_residuals_of_any_backbone_of_timm(self, run: Evaluate, root: Path, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        network: Any = timm.create_model("test_resnet").eval()
+        save_checkpoint(tmp_path / "mine.safetensors", network.state_dict())
+        name = "residual_timm.test_resnet@2"
+        assert run(model=name, backbone_weights=tmp_path / "mine.safetensors", products="bottle", shots=1) == 0
+        items = dataset("mvtec").find_items(root, "test", ["bottle"])
+        mean, std = network.default_cfg["mean"], network.default_cfg["std"]
+        transform = build_transform((SIZE, SIZE), mean, std)
+        images = [sorted((root / "bottle/train/good").iterdir())[0], *(Path(item.image) for item in items)]
+        with torch.no_grad():
+            (maps,) = network.forward_intermediates(
+                torch.stack([transform(read_image(image)) for image in images]), indices=[1], intermediates_only=True
+            )
+        means = torch.nn.functional.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        rows, *queries = torch.nn.functional.normalize(means, dim=1).flatten(2).permute(0, 2, 1)
+        nearest = torch.stack([rows[(own @ rows.T).argmax(dim=1)] for own in queries])
+        residuals = (torch.stack(queries) - nearest).permute(0, 2, 1).reshape(len(queries), *maps.shape[1:])
+        of_pixels = feature_norm_map([residuals], (SIZE, SIZE))
+        masks = [np.zeros((SIZE, SIZE)) if item.mask is None else np.asarray(Image.open(item.mask)) for item in items]
+        (found,) = records(tmp_path / "run", features="pretrained")
+        expected = roc_auc_score([item.label for item in items], of_pixels.amax(dim=(1, 2)))
+        assert found["metrics"]["image_auroc"] == pytest.approx(expected, abs=1e-6)
+        expected = roc_auc_score((np.array(masks) > 0).ravel(), of_pixels.flatten())
+        assert found["metrics"]["pixel_auroc"] == pytest.approx(expected, abs=1e-4)
+        assert "residual_timm.test_resnet.r160_in1k@2" in (tmp_path / "run/results.md").read_text()
 
     def test_means_and_differences(self, run: Evaluate, tmp_path: Path) -> None:
         assert run(draws=2) == 0

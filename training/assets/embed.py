@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adfeatures.backbones import create_backbone
 from adfeatures.catalog import ASSETS, BACKBONES
-from adfeatures.checkpoints import atomic_path, sha256
+from adfeatures.checkpoints import atomic_path, load_checkpoint, sha256
 from adfeatures.errors import CheckpointError
 
 from .. import console
@@ -99,7 +99,7 @@ def verify(asset: bytes, full: StateDict) -> list[float]:
 def build() -> bytes:
     """The bytes of the asset, verified against the original weights."""
     source = find_source()
-    original = torch.load(source, map_location="cpu", weights_only=True)
+    original = load_checkpoint(source).state_dict
     full = cut(rename(original, timm.create_model(ARCHITECTURE).state_dict()))
     model, tag = ASSET.stem.split(".")
     metadata = {

@@ -106,7 +106,7 @@ def stored_table(weights: Sequence[Mapping[str, Any]], records: Sequence[Record]
     """The metrics that the files of the weights hold beside those of the method that selected them, "" for none."""
     body = []
     for entry in weights:
-        took = {record["method"] for record in records if record["weights"] == entry["name"]}
+        took = {record["method"] for record in records if record.get("weights") == entry["name"]}
         took = {method for method in took if f" of {title(method)} on " in entry["selected_by"]}
         for line in (line for line in means if line.features == PRETRAINED and line.method in took):
             for criterion in (criterion for criterion in CRITERIA if criterion.stored in entry["stored"]):

@@ -42,9 +42,17 @@ class _Combined(TypedDict):
     draw: int | None
 
 
+class _Overlap(TypedDict):
+    test: tuple[int, int]
+
+
 class _Optional(TypedDict, total=False):
     oracle: _Metrics
+    views: dict[str, _Metrics]
     warnings: list[str]
+    curves: dict[str, list[float]]
+    weights: str | None
+    overlap: _Overlap | None
 
 
 class _Finished(_Combined, _Optional):

@@ -311,7 +311,7 @@ class Evaluation:
     def _mark(self, combination: Combination, record: Record | None) -> Record | None:
         """Mark what was found before there were marks, or before the weights were known to overlap."""
         if record is not None:
-            overlap = self._overlap(record["weights"], record["product"])
+            overlap = self._overlap(record.get("weights"), record["product"])
             if overlap is not None and record.get("overlap") is None:
                 record["overlap"] = overlap
                 self.results.write(combination, record)
@@ -322,7 +322,7 @@ class Evaluation:
         both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
         records = {other.features: self.results.read(product, other) for other in both}
         records |= {combination.features: new} if new is not None else {}
-        found = {features: record["curves"] for features, record in records.items() if record is not None}
+        found = {features: record.get("curves", {}) for features, record in records.items() if record is not None}
         path = self._curves_path(combination, product)
         pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)
 

@@ -27,7 +27,7 @@ from ..console import progress
 from ..data.image_cache import ImageCache
 from ..data.images import ImageLoader
 from ..data.items import NORMAL, Item, items_digest
-from ..distributed import world_size
+from ..distributed import agreed, rank
 from .config import CentersConfig
 from .dataset import Draw, PretrainingDataset, collate
 from .frozen_backbone import FrozenBackbone
@@ -53,24 +53,18 @@ def centers_of(config: CentersConfig, device: torch.device) -> list[Tensor]:
 def find_centers(path: str | None, folder: Path, inputs: Inputs, seed: int) -> list[Tensor]:
     """The centers for a pretraining, on the device of the backbone.
 
-    They are those of a file or, without a path, of the folder of the run, where a single process computes them.
+    They are those of a file or, without a path, of the folder of the run, where one process computes them for all.
 
     Raises:
-        InputError: If they are needed by several processes and there are none.
-        CheckpointError: If those of the file are of other features.
+        CheckpointError: If there is no such file, or those of the file are of other features.
+        AdfeaturesError: As of ``compute_centers``.
     """
-    file = Path(path or folder / "centers.safetensors")
-    if path is None and world_size() == 1:
-        config = CentersConfig(output=str(file), seed=seed, workers=inputs.workers)
-        centers = compute_centers(config, inputs.backbone, inputs.train, inputs.normal, inputs.cache)
-    elif file.exists():
-        centers = load_centers(file, inputs.backbone)
-    else:
-        raise InputError(
-            f"There are no centers {file}. "
-            "Run python -m training.centers in one process first, then give --centers FILE."
-        )
-    return [center.to(inputs.backbone.device) for center in centers]
+    if path is None:
+        config = CentersConfig(output=str(folder / "centers.safetensors"), seed=seed, workers=inputs.workers)
+        given = inputs.backbone, inputs.train, inputs.normal, inputs.cache
+        agreed(lambda: compute_centers(config, *given) if rank() == 0 else None)
+        path = config.output
+    return [center.to(inputs.backbone.device) for center in load_centers(path, inputs.backbone)]
 
 
 def compute_centers(

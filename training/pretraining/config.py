@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adfeatures.errors import InputError
+from adfeatures.images import PRESETS
 
 from ..console import check_choices, option
 from ..data import DATASETS
@@ -21,6 +22,7 @@ from ..distributed import cores
 SOUND, PUBLISHED = "sound", "published"
 # What the published weights were made with, where another form can be asked for.
 _PUBLISHED_FORMS = {
+    "preset": "resize224_crop224",
     "precision": "bfloat16",
     "anchors": "both",
     "pseudo_huber": "code",
@@ -29,7 +31,8 @@ _PUBLISHED_FORMS = {
     "losses": "both",
     "no_residual": False,
 }
-_PUBLISHED_SIDE = 224
+# What is cut from the middle of images by every preset but the first, which takes them whole.
+_CROPPED_SIDE = 224
 # What may differ between a run and its resumption, because it changes no number.
 FREE = (
     "output", "root", "validation_root", "backbone_weights", "centers", "filter_list",
@@ -58,6 +61,12 @@ class InputsConfig:
     backbone: str = option("dinov2_base", "name of a backbone of adfeatures, or of a timm ViT or CNN")
     backbone_weights: str | None = option(None, "file or place of its weights; the default is the published ones")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the backbone's")
+    preset: str = option(
+        None,
+        "geometry of images and masks: squashed whole, or resized by their shorter side and cropped to 224 x 224; "
+        "the default is squash, or what the recipe has",
+        PRESETS,
+    )
     levels: tuple[int, ...] = option((), "blocks or stages, counted from 1; the default is the backbone's")
     # Running
     seed: int = option(42, "of weights, order, augmentation and references")
@@ -70,7 +79,14 @@ class InputsConfig:
     device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
 
     def __post_init__(self) -> None:
+        self._default_of_recipe("preset", PRESETS[0])
         check_choices(self)
+        for name, form in _PUBLISHED_FORMS.items() if self.recipe == PUBLISHED else ():
+            if (value := getattr(self, name, form)) != form:
+                raise InputError(
+                    f"The recipe published has {form or 'no'} {name}, not {value}: "
+                    f"leave out --{name.replace('_', '-')}, or --recipe."
+                )
         self._check_numbers("workers", "seed")
         if not 0 <= self.held_out < 1:
             raise InputError(f"held_out must lie in [0, 1), got {self.held_out}.")
@@ -78,23 +94,23 @@ class InputsConfig:
             raise InputError(f"bit_depth must be 9 to 16, got {self.bit_depth}.")
         if len(self.img_size) > 2:
             raise InputError(f"img_size is one side or height and width, got {self.img_size}.")
-        if self.recipe == PUBLISHED and self.img_size and set(self.img_size) != {_PUBLISHED_SIDE}:
+        if self.preset != PRESETS[0] and self.img_size and set(self.img_size) != {_CROPPED_SIDE}:
             raise InputError(
-                f"The recipe published is made for {_PUBLISHED_SIDE} x {_PUBLISHED_SIDE} pixels, not {self.img_size}: "
-                "leave out --img-size, or --recipe."
+                f"The preset {self.preset} cuts out {_CROPPED_SIDE} x {_CROPPED_SIDE} pixels, not {self.img_size}: "
+                f"leave out --img-size, or --{'recipe' if self.recipe == PUBLISHED else 'preset'}."
             )
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Input height and width in pixels, None for the backbone's."""
-        if self.recipe == PUBLISHED:
-            return _PUBLISHED_SIDE, _PUBLISHED_SIDE
+        if self.preset != PRESETS[0]:
+            return _CROPPED_SIDE, _CROPPED_SIDE
         return (self.img_size[0], self.img_size[-1]) if self.img_size else None
 
-    @property
-    def preset(self) -> str:
-        """The geometry of images and masks, of `adfeatures.images.PRESETS`."""
-        return "resize224_crop224" if self.recipe == PUBLISHED else "squash"
+    def _default_of_recipe(self, name: str, sound: str) -> None:
+        """Fill in what was not asked for."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, _PUBLISHED_FORMS[name] if self.recipe == PUBLISHED else sound)
 
     def _check_numbers(self, *names: str, positive: bool = False) -> None:
         for name in names:
@@ -178,16 +194,8 @@ class PretrainConfig(InputsConfig):
     save_every: int = option(500, "steps between two checkpoints to resume from")
 
     def __post_init__(self) -> None:
-        if self.precision is None:
-            precision = _PUBLISHED_FORMS["precision"] if self.recipe == PUBLISHED else "autocast"
-            object.__setattr__(self, "precision", precision)
+        self._default_of_recipe("precision", "autocast")
         super().__post_init__()
-        for name, form in _PUBLISHED_FORMS.items() if self.recipe == PUBLISHED else ():
-            if (value := getattr(self, name)) != form:
-                raise InputError(
-                    f"The recipe published has {form or 'no'} {name}, not {value}: "
-                    f"leave out --{name.replace('_', '-')}, or --recipe."
-                )
         self._check_numbers("num_heads", "num_keys", "batch_size", "accumulate", "epochs", "max_steps", positive=True)
         self._check_numbers("temperature", "save_every", "validation_images", positive=True)
         self._check_numbers("lr", "weight_decay", "radius", "margin")
@@ -212,7 +220,7 @@ class PretrainConfig(InputsConfig):
     def changed_since(self, earlier: Mapping[str, Any]) -> list[str]:
         """What changes numbers and was otherwise in the config of an earlier run, for people."""
         # What an earlier version did not ask for was as it is now by default.
-        other = {**vars(PretrainConfig()), **earlier}
+        other = {**vars(PretrainConfig(recipe=earlier.get("recipe", SOUND))), **earlier}
         return [
             f"{name} was {other.get(name)!r}, is {value!r}"
             for name, value in json.loads(self.to_text()).items()

@@ -97,7 +97,8 @@ class TestResults:
         path.write_text(json.dumps(record))
         assert results.read("bottle", combination) == record
         changes: tuple[dict[str, Any], ...] = ({"metrics": 5}, {"metrics": {"aupro": "1"}}, {"draw": "0"},
-                   {"product": 3}, {"oracle": []}, {"warnings": [1]}, {"error": 3, "draw": "x"})  # fmt: skip
+                   {"product": 3}, {"oracle": []}, {"warnings": [1]}, {"error": 3, "draw": "x"}, {"weights": 1},
+                   {"views": {"C1": 2}}, {"curves": {"pixel": [None]}}, {"overlap": {"test": 3}})  # fmt: skip
         damaged = [{**record, **change} for change in changes]
         for text in ("{", "[]", "[" * 100_000, "{}", '{"error": "x"}', "NaN", *map(json.dumps, damaged)):
             path.write_text(text)

@@ -41,8 +41,8 @@ def other_value(field: dataclasses.Field[Any], default: Any) -> Any:
 @pytest.mark.parametrize("config", [PretrainConfig, CentersConfig])
 def test_every_field_can_be_given(config: type) -> None:
     assert parse(config, []) == config()
-    # These two contradict some of the others, and are tried by themselves.
-    fields = [field for field in dataclasses.fields(config) if field.name not in ("recipe", "no_residual")]
+    # These contradict some of the others, and are tried by themselves.
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("recipe", "preset", "no_residual")]
     wanted = {field.name: other_value(field, getattr(config(), field.name)) for field in fields}
     assert all(value != getattr(config(), name) for name, value in wanted.items())
     arguments = []
@@ -66,6 +66,15 @@ def test_the_published_recipe_has_a_precision_and_a_geometry(config: type) -> No
         config(recipe="published", img_size=(224, 280))
 
 
+@pytest.mark.parametrize("config", [PretrainConfig, CentersConfig])
+def test_images_can_be_cropped_in_any_recipe(config: type) -> None:
+    found = parse(config, ["--preset", "resize256_crop224"])
+    assert (found.size, found.preset, found.recipe) == ((224, 224), "resize256_crop224", "sound")
+    message = r"preset resize256_crop224 cuts out 224 x 224 pixels, not \(448,\): leave out --img-size, or --preset"
+    with pytest.raises(InputError, match=message):
+        config(preset="resize256_crop224", img_size=(448,))
+
+
 def test_the_published_recipe_is_of_bfloat16() -> None:
     assert [PretrainConfig(recipe=name).precision for name in ("sound", "published")] == ["autocast", "bfloat16"]
     assert PretrainConfig(recipe="published", precision="bfloat16", batch_size=4) == PretrainConfig(
@@ -76,6 +85,7 @@ def test_the_published_recipe_is_of_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"preset": "squash"}, "has resize224_crop224 preset, not squash: leave out --preset, or --recipe"),
         ({"precision": "float32"}, "has bfloat16 precision, not float32: leave out --precision, or --recipe"),
         ({"precision": "autocast"}, "has bfloat16 precision, not autocast"),
         ({"anchors": "first"}, "has both anchors, not first"),
@@ -93,12 +103,14 @@ def test_what_contradicts_the_published_recipe_is_refused(values: dict[str, Any]
 
 def test_a_run_of_another_recipe_is_another_run() -> None:
     sound, published = PretrainConfig(precision="bfloat16"), PretrainConfig(recipe="published")
-    assert published.changed_since(json.loads(sound.to_text())) == ["recipe was 'sound', is 'published'"]
+    changes = ["recipe was 'sound', is 'published'", "preset was 'squash', is 'resize224_crop224'"]
+    assert published.changed_since(json.loads(sound.to_text())) == changes
     assert published.changed_since(json.loads(published.to_text())) == []
-    # Runs of earlier versions say nothing of a recipe.
-    earlier = {name: value for name, value in json.loads(sound.to_text()).items() if name != "recipe"}
-    assert sound.changed_since(earlier) == []
-    assert published.changed_since(earlier) == ["recipe was 'sound', is 'published'"]
+    # Runs of earlier versions say nothing of a recipe, or of a preset, which was that of the recipe.
+    for run, missing in ((sound, ("recipe", "preset")), (sound, ("preset",)), (published, ("preset",))):
+        earlier = {name: value for name, value in json.loads(run.to_text()).items() if name not in missing}
+        assert run.changed_since(earlier) == []
+        assert (published if run == sound else sound).changed_since(earlier) != []
 
 
 def test_an_ablation_is_asked_for_by_a_flag() -> None:
