@@ -59,12 +59,12 @@ def find_centers(path: str | None, folder: Path, inputs: Inputs, seed: int) -> l
         CheckpointError: If there is no such file, or those of the file are of other features.
         AdfeaturesError: As of ``compute_centers``.
     """
+    file = Path(path or folder / "centers.safetensors")
     if path is None:
-        config = CentersConfig(output=str(folder / "centers.safetensors"), seed=seed, workers=inputs.workers)
+        config = CentersConfig(output=str(file), seed=seed, workers=inputs.workers)
         given = inputs.backbone, inputs.train, inputs.normal, inputs.cache
         agreed(lambda: compute_centers(config, *given) if rank() == 0 else None)
-        path = config.output
-    return [center.to(inputs.backbone.device) for center in load_centers(path, inputs.backbone)]
+    return [center.to(inputs.backbone.device) for center in load_centers(file, inputs.backbone)]
 
 
 def compute_centers(
