@@ -27,7 +27,7 @@ from adfeatures.images import ImageTransform
 from adfeatures.locks import only_run_for, refuse_links
 
 from ..console import progress
-from ..distributed import barrier, rank
+from ..distributed import agreed, rank
 from .images import ODD_MASKS, in_parallel, read_item, some, summarize
 from .items import Item
 from .transforms import MaskTransform
@@ -73,7 +73,7 @@ class ImageCache:
         return row[: self._image_bytes].reshape(self._shape), mask.reshape(1, height, width)
 
     def fill(self, items: Sequence[Item], workers: int = 0) -> None:
-        """Cache what is not there yet, on rank 0; the other ranks wait. An interrupted call resumes where it was.
+        """Cache what is not there yet, on rank 0; the others wait for it, or its error. A call resumes an earlier one.
 
         Images and masks that cannot be read, or do not fit each other, are left out: to use them is to hear of it.
 
@@ -81,21 +81,22 @@ class ImageCache:
             AdfeaturesError: If the folder cannot be written, the disk is full, or another run fills the same file.
             InputError: For a link in the place of a file.
         """
-        if rank() == 0 and self._missing(items):
-            refuse_links(self.file.parent, self.file.name, self._keys.name)
-            with only_run_for(self.file):
-                self._open()
-                missing = self._missing(items)
-                try:
-                    self._announce(items, len(missing))
-                    self._append(missing, workers)
-                except OSError as error:
-                    raise AdfeaturesError(
-                        f"Cannot write the cache {self.file}: {error}. What was cached is kept: free some space and "
-                        "start the same command again, or choose another --cache."
-                    ) from error
-        barrier()
+        agreed(lambda: self._fill(items, workers) if rank() == 0 and self._missing(items) else None)
         self._open()
+
+    def _fill(self, items: Sequence[Item], workers: int) -> None:
+        refuse_links(self.file.parent, self.file.name, self._keys.name)
+        with only_run_for(self.file):
+            self._open()
+            missing = self._missing(items)
+            try:
+                self._announce(items, len(missing))
+                self._append(missing, workers)
+            except OSError as error:
+                raise AdfeaturesError(
+                    f"Cannot write the cache {self.file}: {error}. What was cached is kept: free some space and "
+                    "start the same command again, or choose another --cache."
+                ) from error
 
     def _key(self, item: Item) -> bytes:
         digests = [self.digests.get(path) for path in (item.image, item.mask) if path is not None]

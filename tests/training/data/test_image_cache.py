@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,15 +300,17 @@ def test_ranks_wait_for_the_one_that_fills_it(
 ) -> None:
     waited: list[int] = []
 
-    def barrier() -> None:
+    def agreed(own: Callable[[], object]) -> None:
+        assert own() is None and not cache.file.exists()
         waited.append(1)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "barrier", lambda: None)
+            patch.setattr(module, "agreed", before)
             patch.setattr(module, "rank", lambda: 0)
             filled(tmp_path, items)
 
+    before = module.agreed
     monkeypatch.setattr(module, "rank", lambda: 1)
-    monkeypatch.setattr(module, "barrier", barrier)
+    monkeypatch.setattr(module, "agreed", agreed)
     cache = ImageCache(tmp_path, TRANSFORM, known(items))
     cache.fill(items)
     check(cache, items)
