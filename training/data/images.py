@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -255,6 +258,7 @@ class ImageLoader:
             # A seed for the workers is drawn in each pass, which must not move torch's own generator.
             generator=torch.Generator(),
             persistent_workers=keep and workers > 0,
+            worker_init_fn=_end_with_parent,
         )
 
     def __len__(self) -> int:
@@ -304,6 +308,17 @@ class _Indices(Sampler[Any]):
         return indices()
 
 
+def _end_with_parent(worker: int) -> None:
+    """Have this worker end when its parent was killed, although nobody empties the pipe that it may be writing to."""
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def _as_arrays(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry without tensors, which would travel through shared memory."""
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
@@ -321,6 +336,7 @@ def in_parallel(function: Callable[[S], T], values: Sequence[S], workers: int = 
                 # Where there is little to do it takes longer to start them.
                 num_workers=workers if len(chunks) > 1 else 0,
                 generator=torch.Generator(),
+                worker_init_fn=_end_with_parent,
             )
         )
 

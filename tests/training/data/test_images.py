@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import pickle
+import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,6 +278,36 @@ def test_reading_goes_on_while_a_batch_is_in_use() -> None:
 
 def _negative(value: int) -> int:
     return -value
+
+
+class _Large(Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": np.zeros(1 << 20, np.uint8)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed as POSIX has it")
+@pytest.mark.parametrize("what", ["loader", "calls"])
+def test_workers_end_with_a_process_that_was_killed(what: str) -> None:
+    """They write to pipes that are full, and nobody reads."""
+    end, own = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        large = _Large()
+        values = ImageLoader(large, [[number] for number in range(64)], workers=3)
+        for _ in values if what == "loader" else in_parallel(large.__getitem__, range(640), 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(own)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # Its end is that of the last process that holds the other one.
+    ended, _, _ = select.select([end], [], [], 60)
+    os.close(end)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    assert ended
 
 
 @pytest.mark.parametrize("workers", [0, 2])
