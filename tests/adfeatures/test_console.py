@@ -71,6 +71,8 @@ DELETE = """
 import os, signal, time
 from adfeatures.console import console
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background processes ignore it.
+
 class Slow:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

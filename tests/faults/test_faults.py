@@ -211,7 +211,7 @@ def test_four_at_once_make_one_result(data: Path, tmp_path: Path) -> None:
     _, *arguments = map(str, words("score", data, tmp_path / "run"))
     command = [sys.executable, "-m", "adfeatures", *arguments]
     four = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    errors = [process.communicate(timeout=100)[1] for process in four]
+    errors = [process.communicate(timeout=300)[1] for process in four]
     codes = [process.returncode for process in four]
     assert 0 in codes and set(codes) <= {0, 2}
     assert all(("Another run writes to" in error) == (code == 2) for code, error in zip(codes, errors, strict=True))
