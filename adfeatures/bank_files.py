@@ -18,7 +18,8 @@ from torch import Tensor
 from .checkpoints import atomic_path, is_finite, regular_file
 from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
-from .references import BankRecord, ReferenceBank
+from .records import BankRecord
+from .references import ReferenceBank
 from .scoring import MAX_DISTANCE, RINGS
 
 FORMAT, VERSION = "adfeatures-references", "1"
@@ -76,7 +77,7 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
         if bank.scales is not None:
             tensors[f"{number}.scales"] = bank.scales
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
-        facts.append(own | dataclasses.asdict(bank.record))
+        facts.append(own | bank.record.facts())
     check(facts, list[_Facts], "banks")
     content, text = {name: tensor.contiguous() for name, tensor in tensors.items()}, dumps(facts)
     metadata = {"format": FORMAT, "version": VERSION, "banks": text, "sha256": _digest(text, content)}

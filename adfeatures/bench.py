@@ -251,7 +251,7 @@ def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measu
     }
     if extractor.projector is not None:
         stages["project"] = extractor.projector
-    stages["score"] = lambda features: extractor.scorer.maps(features, [bank.scales], size, scoring.SIGMA).amax()
+    stages["score"] = lambda features: scoring.fuse(extractor.scorer.patch_scores(features, [bank.scales]), size).amax()
     taken: dict[str, list[float]] = {stage: [] for stage in stages}
     with tempfile.TemporaryDirectory() as folder:
         photo = _photo(Path(folder) / "photo.jpg", sizes.photo)

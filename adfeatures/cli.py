@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--batch-size", type=_positive, help="images per run (default: any number)")
     export.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
     _add_weights_options(export)
-    export.set_defaults(device="cpu", bit_depth=None, max_pixels=None)
+    export.set_defaults(device="cpu", bit_depth=None, max_pixels=None, tile=None, keep_aspect=False, roi=None)
 
     demo = _command(commands, "demo", _demo, "score the sample images of the package")
     demo.add_argument("--output", default="adfeatures-demo", metavar="DIR", help="folder for the results (%(default)s)")
@@ -147,6 +147,19 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
     command.add_argument(
+        "--tile",
+        type=_tiles,
+        metavar="SIZE[:OVERLAP]",
+        help="cut photos into squares of so many pixels, an eighth or so many shared; auto: as the shorter side of the "
+        "references, at most 4 times the model's input",
+    )
+    command.add_argument("--keep-aspect", action="store_true", help="pad photos, or small tiles, instead of squashing")
+    command.add_argument(
+        "--roi",
+        metavar="FILE",
+        help="mask image of the size of the photos, outside of which nothing counts; or a folder of PRODUCT.png",
+    )
+    command.add_argument(
         "--quantile",
         type=float,
         help="fraction of normal images that should stay below the threshold (0.95; 0.99 "
@@ -171,6 +184,16 @@ def _threshold(text: str) -> float:
         if 0 <= (value := float(text)) < float("inf"):
             return value
     raise argparse.ArgumentTypeError(f"{text} is not a score: give a number from 0")
+
+
+def _tiles(text: str) -> Any:
+    from .geometry import AUTO, Geometry
+
+    size, *overlap = text.split(":", 1)
+    try:
+        return Geometry(tile=AUTO if text == AUTO else int(size), overlap=int(overlap[0]) if overlap else None)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not SIZE, SIZE:OVERLAP or auto ({error})") from error
 
 
 def _positive(text: str) -> int:
@@ -258,19 +281,13 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
-    from .detectors import model_of, set_references
+    from .detectors import model_of, reading_of, set_references
     from .scoring import expectation
     from .sources import list_images
 
     model = model_of(options, options.model)
-    set_references(
-        model,
-        options.references,
-        product_folders=options.product_folders,
-        recursive=options.recursive,
-        coreset=options.coreset,
-        rotations=options.rotations,
-    )
+    further = reading_of(options) | {"coreset": options.coreset, "rotations": options.rotations}
+    set_references(model, options.references, **further)
     normals = list_images(options.normals, recursive=options.recursive) if options.normals else None
     if normals and len(model.references) > 1:
         raise InputError("--normals can be used with one product only. Fit a bank for each product instead.")
@@ -281,6 +298,7 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
     facts = {
         product: {
             "references": bank.num_images,
+            "geometry": str(bank.record.geometry),
             "threshold": bank.threshold,
             "quantile": bank.quantile,
             "normal_scores": len(bank.record.normal_scores),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from .bank_files import load_banks, maker
 from .errors import ImageError, InputError
 from .extractor import FeatureExtractor
 from .factory import create_model
+from .geometry import PLAIN, Geometry, Region
 from .predictor import Detector, fit_threshold
 from .references import ReferenceBank
 from .runtime import ExportedModel, in_runtime
@@ -37,7 +41,7 @@ def detector_of(options: argparse.Namespace) -> Detector:
         model = model_of_bank(options)
     else:
         model = model_of(options, options.model)
-        set_references(model, options.references, product_folders=options.product_folders, recursive=options.recursive)
+        set_references(model, options.references, **reading_of(options))
     if options.threshold is None and options.quantile is not None:
         fit_threshold(model, options.quantile, None, options.product)
     return model if runtime == "torch" else in_runtime(model, runtime, options.product, dtype)
@@ -73,6 +77,11 @@ def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> str | None:
             f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
             f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
         )
+    if options.tile or options.keep_aspect or options.roi:
+        raise InputError(
+            f"{options.bank} was made of {bank.record.geometry}, and others are cut alike. Leave out --tile, "
+            "--keep-aspect and --roi, or make it again with them: adfeatures fit"
+        )
     return maker(bank, options.model, options.bank)
 
 
@@ -98,16 +107,39 @@ def model_of(
         raise InputError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def reading_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How references are found and cut, as ``set_references`` takes it."""
+    return {
+        "product_folders": options.product_folders,
+        "recursive": options.recursive,
+        "geometry": partial(_geometry_of, options),
+    }
+
+
+def _geometry_of(options: argparse.Namespace, product: str | None) -> Geometry:
+    region = None
+    if options.roi is not None:
+        is_folder = product is not None and Path(options.roi).is_dir()
+        region = Region.read(Path(options.roi, f"{product}.png") if is_folder else options.roi)
+    return replace(options.tile or PLAIN, keep_aspect=options.keep_aspect, region=region)
+
+
 def set_references(
-    model: FeatureExtractor, folder: str, *, product_folders: bool, recursive: bool, **options: Any
+    model: FeatureExtractor,
+    folder: str,
+    *,
+    product_folders: bool,
+    recursive: bool,
+    geometry: Callable[[str | None], Geometry] = lambda _: PLAIN,
+    **options: Any,
 ) -> None:
     """Set the references of one product, or with ``product_folders`` of one product for each sub-folder.
 
     Sub-folders without images are passed over with a warning, hidden ones and those of file systems without one.
-    Further options are those of ``FeatureExtractor.set_references``.
+    Further options are those of ``FeatureExtractor.set_references``, where each product has its geometry.
     """
     if not product_folders:
-        model.set_references(list_images(folder, recursive=recursive), **options)
+        model.set_references(list_images(folder, recursive=recursive), geometry=geometry(None), **options)
         return
     folders = sorted(
         path
@@ -125,4 +157,4 @@ def set_references(
         except ImageError as error:
             warnings.warn(f"{path} is no product: {error}", stacklevel=2)
         else:
-            model.set_references(images, product=path.name, **options)
+            model.set_references(images, product=path.name, geometry=geometry(path.name), **options)

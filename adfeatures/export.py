@@ -17,13 +17,14 @@ model's input size, and this is all that a station needs:
     maps, scores = session.run(["map", "score"], {"image": np.asarray(photo)[None]})
     print(scores[0], "anomalous" if scores[0] > json.loads(facts["threshold"]) else "normal")
 
-It gives the scores of ``adfeatures score`` for 8-bit photos without transparency. The metadata also holds the color
+It gives the scores of ``adfeatures score`` for 8-bit photos without transparency, where these are squashed. The file of
+a bank of tiles, padded photos or a region of interest has a second input, ``counts``, without which it does not run, so
+that it cannot be fed whole photos; ``adfeatures score`` cuts them for it. The metadata also holds the color
 scale of the maps, the names and hashes of the references, and the hashes of the weights; all values but names are JSON.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import warnings
@@ -59,10 +60,10 @@ class _Station(nn.Module):
         self.model, self.product, self.uint8, self.features = model, product, uint8, features
         self.mean, self.std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, counts: Tensor | None = None) -> tuple[Tensor, ...]:
         if self.uint8:
             image = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        maps, scores = self.model.anomaly_map(image, self.product)
+        maps, scores = self.model.anomaly_map(image, self.product, counts=counts)
         return maps, scores, *(self.model(image, self.product) if self.features else ())
 
 
@@ -90,8 +91,8 @@ def export_onnx(
     """Write a model with the references of a product to an ONNX file, atomically.
 
     Inputs and outputs: ``image``, float32 (B, 3, H, W) as the model's transform gives it, or with ``uint8`` the resized
-    photos (B, H, W, 3); ``map``, float32 (B, H, W); ``score``, float32 (B,); and ``features_1``, ... of the levels that
-    ``forward`` gives.
+    photos (B, H, W, 3); where photos are cut ``counts``, bool (B, H, W), what counts of them; ``map``, float32
+    (B, H, W); ``score``, float32 (B,); and ``features_1``, ... of the levels that ``forward`` gives.
 
     Args:
         model: Extractor with references.
@@ -124,16 +125,20 @@ def export_onnx(
     image = torch.zeros(batch_size or 2, 3, height, width)
     if uint8:
         image = torch.zeros(batch_size or 2, height, width, 3, dtype=torch.uint8)
+    inputs: dict[str, Tensor] = {"image": image}
+    if not model.bank(product).record.geometry.is_plain:
+        inputs["counts"] = torch.ones(len(image), height, width, dtype=torch.bool)
+    batch = torch.export.Dim("batch", min=1)
     count = len(model.feature_info.out_indices) if features else 0
     station = _Station(model, product, uint8, features).eval()
     with torch.no_grad(), _quietly():
         try:
             program = torch.onnx.export(
                 station,
-                (image,),
-                input_names=["image"],
+                tuple(inputs.values()),
+                input_names=list(inputs),
                 output_names=["map", "score", *(f"features_{number}" for number in range(1, count + 1))],
-                dynamic_shapes=None if batch_size else {"image": {0: torch.export.Dim("batch", min=1)}},
+                dynamic_shapes=None if batch_size else {name: {0: batch} for name in inputs},
                 dynamo=True,
                 verbose=False,
             )
@@ -157,7 +162,7 @@ def export_onnx(
 def _facts(model: FeatureExtractor, product: str | None) -> dict[str, Any]:
     bank = model.bank(product)
     ensure_threshold(model, product)
-    return dataclasses.asdict(bank.record) | {
+    return bank.record.facts() | {
         "format": FORMAT,
         "version": VERSION,
         "adfeatures": __version__,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from . import predictor, scoring
+from . import fitting, predictor, scoring
 from .backbones import Encoder
 from .bank_files import load_banks, save_banks
 from .catalog import unknown
 from .checkpoints import weights_fingerprint
 from .errors import InputError, ReferencesError, UnknownNameError
+from .geometry import PLAIN, Geometry
 from .image_files import MAX_PIXELS
 from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
@@ -173,7 +174,13 @@ class FeatureExtractor(nn.Module):
         return dict(self._banks)
 
     def set_references(
-        self, images: Images, product: str | None = None, *, coreset: float | None = None, rotations: int = 1
+        self,
+        images: Images,
+        product: str | None = None,
+        *,
+        coreset: float | None = None,
+        rotations: int = 1,
+        geometry: Geometry = PLAIN,
     ) -> None:
         """Take normal images as the references of a product, in place of those it had.
 
@@ -184,26 +191,18 @@ class FeatureExtractor(nn.Module):
                 references.
             rotations: Match images also with the references turned by every so many-th part of a full turn, for parts
                 that lie in any pose. Setting them takes so many times longer, and none can be added later.
+            geometry: How photos are cut: into tiles, padded, to a region of interest; later ones as these. Where they
+                are, no references can be added later.
 
         Raises:
-            ImageError: For a file that cannot be read or a folder without images.
-            InputError: For no images, a wrong shape or NaN, or rotations below 1.
+            ImageError: For a file that cannot be read or cut, or a folder without images.
+            InputError: For no images, a wrong shape or NaN, rotations below 1, or tensors that should be cut.
         """
         if not 1 <= rotations <= MAX_ROTATIONS:
             raise InputError(f"rotations must lie in 1 to {MAX_ROTATIONS}, got {rotations}.")
-        full, *turned = predictor.banks_of(self, images, self.bit_depth, rotations=rotations)
-        bank = full.with_turned(turned) if turned else full
-        bank = bank if coreset is None else bank.coreset(coreset)
-        self.scorer.prepare(bank)
-        left_out: Iterable[list[Tensor]] = bank.leave_one_out(full=full) if bank.num_images > 1 else ()
-        if bank is not full:
-            left_out = list(left_out)
-        bank.scales = self.scorer.scales(left_out, len(bank.rows))
-        if bank is not full:  # Later its images are not whole any more.
-            bank.record.normal_scores = scoring.image_scores(
-                left_out, bank.scales, self.scorer, self._project, self.backbone.reductions[0]
-            )
-        self._banks[product or DEFAULT_PRODUCT] = bank
+        self._banks[product or DEFAULT_PRODUCT] = fitting.fit(
+            self, self._project, images, geometry=geometry, coreset=coreset, rotations=rotations
+        )
 
     def add_references(self, images: Images, product: str | None = None) -> None:
         """Add normal images to the references of a product. A threshold is taken anew when it is next needed."""
@@ -211,7 +210,8 @@ class FeatureExtractor(nn.Module):
         if name not in self._banks:
             return self.set_references(images, product)
         bank = self._banks[name]
-        both = bank.extended(predictor.banks_of(self, images, bank.record.bit_depth, bank.record.known)[0])
+        (added,) = fitting.encode(self, images, bank.record.bit_depth, bank.record.known)
+        both = bank.extended(added.full)
         self.scorer.prepare(both)
         both.scales = self.scorer.scales(both.leave_one_out(), len(both.rows))
         self._banks[name] = both
@@ -316,20 +316,28 @@ class FeatureExtractor(nn.Module):
     # Scores
 
     @torch.no_grad()
-    def anomaly_map(self, x: Tensor, product: Products = None, *, sigma: float = scoring.SIGMA) -> AnomalyMap:
+    def anomaly_map(
+        self,
+        x: Tensor,
+        product: Products = None,
+        *,
+        sigma: float = scoring.SIGMA,
+        counts: Tensor | None = None,
+    ) -> AnomalyMap:
         """Anomaly maps and scores of transformed images (B, 3, H, W), independent of the rest of the batch.
 
         Args:
             x: Transformed images.
             product: Whose references to use, as in ``forward``.
             sigma: Gaussian smoothing in input pixels.
+            counts: What counts of them, bool (B, H, W). The default is all; elsewhere the maps are 0.
 
         Returns:
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
         scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
-        residuals, size = self.residuals(x, product), (x.shape[2], x.shape[3])
-        maps = self.scorer.maps(self._project(residuals), scales, size, sigma)
+        patches = self.scorer.patch_scores(self._project(self.residuals(x, product)), scales)
+        maps = scoring.fuse(patches, (x.shape[2], x.shape[3]), sigma, counts)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()
@@ -349,7 +357,7 @@ class FeatureExtractor(nn.Module):
     def score(
         self, images: Images, product: Products = None, *, batch_size: int = predictor.BATCH_SIZE
     ) -> list[Prediction]:
-        """Score images as they are: read, squashed to the model's input size, mapped back to their own size.
+        """Score images as they are: read, squashed to the model's input size or cut as the references, mapped back.
 
         Args:
             images: Paths, PIL images or uint8 arrays, or a folder.

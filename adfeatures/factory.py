@@ -173,9 +173,12 @@ def create_transform(
 
     Raises:
         UnknownNameError: For an unknown model, preset or product.
-        InputError: For a name that does not tell, or several bit depths.
+        InputError: For a name that does not tell, several bit depths, or references that were cut.
     """
     if not isinstance(model, str):
+        for bank in [model.bank(product)] if product is not None else model.references.values():
+            if not bank.record.geometry.is_plain:
+                raise InputError(f"The references are of {bank.record.geometry}, which no transform makes: call score.")
         return predictor.transform_for(model, predictor.bit_depth_of(model, product), preset)
     arch, _ = find_model(model)
     if not catalog.MODELS[arch].backbone:

@@ -290,9 +290,7 @@ class ImageTransform:
 
     def of_rgb(self, rgb: Image.Image) -> Tensor:
         """Transform what ``read`` gave. Result and errors as in a call."""
-        import torch
-
-        return normalized(torch.from_numpy(np.array(self.resized(rgb))), self.mean, self.std)
+        return self.normalized(self.resized(rgb))
 
     def resized(self, rgb: Image.Image) -> Image.Image:
         """What ``read`` gave with the size and the geometry of an input, still in 8 bits. Errors as in a call."""
@@ -306,6 +304,12 @@ class ImageTransform:
                 f"{rgb.width} x {rgb.height} pixels are too long and narrow for {self.preset}; take the preset squash."
             )
         return F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
+
+    def normalized(self, rgb: Image.Image) -> Tensor:
+        """The pixels of an image in RGB as they are, as a float32 tensor (3, H, W)."""
+        import torch
+
+        return normalized(torch.from_numpy(np.array(rgb)), self.mean, self.std)
 
 
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat, tee
 from pathlib import Path
@@ -154,8 +154,10 @@ def inspect(
 def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[Outcome]:
     """Score files in this process, reading ahead of the model."""
     files, sources = tee(files)
+    geometry = model.bank(terms.product).record.geometry
     with ThreadPoolExecutor(terms.workers) as pool:
-        read = partial(_ahead, pool, terms.batch_size)
+        # Photos that are cut into tiles are held until they are scored.
+        read = partial(_ahead, pool, terms.batch_size if geometry.tile is None else terms.workers)
         found = score_photos(model, sources, repeat(terms.product), terms.batch_size, OVERLAY_SIDE, read)
         for file, (result, picture) in zip(files, found, strict=True):
             if isinstance(result, ImageError) or picture is None:
@@ -164,7 +166,8 @@ def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[O
             limit = terms.threshold
             decision = "" if limit is None else "anomalous" if result.score > limit else "normal"
             caption = f"{Path(file).name}   score {result.score:.3g}   {decision}".rstrip()
-            drawn = overlay(picture, result.map, scale=terms.scale, threshold=limit, caption=caption)
+            region = None if geometry.region is None else geometry.region.resized((picture.height, picture.width))
+            drawn = overlay(picture, result.map, scale=terms.scale, threshold=limit, caption=caption, region=region)
             yield Outcome(
                 ImageRow(file, result.score, limit, decision),
                 encoded(drawn, ".png", pnginfo=mark()),
@@ -203,8 +206,9 @@ def _facts(model: Detector, terms: Terms) -> dict[str, Any]:
                 "images": bank.num_images,
                 "quantile": bank.quantile,
                 "normal_scores": len(bank.record.normal_scores),
+                **({} if bank.record.geometry.is_plain else {"geometry": str(bank.record.geometry)}),
                 "files": bank.files,
-                "sha256": hashlib.sha256(dumps(asdict(bank.record)).encode()).hexdigest(),
+                "sha256": hashlib.sha256(dumps(bank.record.facts()).encode()).hexdigest(),
             }
             for product, bank in model.references.items()
         },

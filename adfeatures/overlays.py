@@ -27,7 +27,7 @@ _COLORS = (
 )
 # Grows slowly at first, so that normal regions look as they are.
 _OPACITY = (0.75 * 255 * _STEPS**1.5).round().astype(np.uint8)
-_INK = (40, 40, 40)
+_INK, _DIMMED = (40, 40, 40), (128, 128, 128)
 
 
 def colorize(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -66,6 +66,7 @@ def overlay(
     scale: tuple[float, float],
     threshold: float | None = None,
     caption: str | None = None,
+    region: np.ndarray | None = None,
 ) -> Image.Image:
     """Lay an anomaly map over its image, with a legend.
 
@@ -77,6 +78,7 @@ def overlay(
         scale: Values of the lowest and the highest color, see `colorize`.
         threshold: A line is drawn around the pixels above it, and a tick in the legend.
         caption: Text, wrapped where it is longer than the picture is wide. Letters that the font lacks are escaped.
+        region: What counts of the image, bool (H, W). The rest is dimmed.
 
     Returns:
         RGB image.
@@ -92,6 +94,8 @@ def overlay(
             f"The anomaly map is {levels.shape}, the image {picture.size[::-1]} (height, width); resize the map."
         )
     picture = Image.composite(Image.fromarray(_COLORS[levels]), picture, Image.fromarray(_OPACITY[levels]))
+    if region is not None:
+        picture.paste(Image.blend(picture, Image.new("RGB", picture.size, _DIMMED), 0.6), mask=Image.fromarray(~region))
     if threshold is not None:
         if not math.isfinite(threshold):
             raise InputError(f"The threshold is {threshold}; it must be finite.")

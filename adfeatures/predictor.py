@@ -6,23 +6,21 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from .errors import ImageError, InputError
+from .geometry import PLAIN, Geometry, View
 from .images import ImageSource, ImageTransform, build_transform
-from .references import BankRecord, ReferenceBank
+from .references import ReferenceBank
 from .scoring import QUANTILES, AnomalyMap, Tail, outliers, threshold_of
-from .sources import Photo, image_sources, name_of, read_distinct, read_photo
-
-if TYPE_CHECKING:
-    from .extractor import FeatureExtractor
+from .sources import Photo, image_sources, read_distinct, read_photo
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"
@@ -79,15 +77,15 @@ class Detector(Protocol):
     def as_input(self, x: Tensor) -> Tensor:
         """Transformed images as the model takes them."""
 
-    def anomaly_map(self, x: Tensor, product: Products = None) -> AnomalyMap:
-        """Maps and scores of a batch."""
+    def anomaly_map(self, x: Tensor, product: Products = None, *, counts: Tensor | None = None) -> AnomalyMap:
+        """Maps and scores of a batch, of what counts of it."""
 
 
 class Prediction(NamedTuple):
     """The score of one image.
 
     Attributes:
-        score: Image score, >= 0, without upper bound: the maximum of the smoothed map at the model's input size.
+        score: Image score, >= 0, without upper bound: the maximum of the smoothed maps at the model's input size.
         map: Anomaly map at the size of the original image, float32 (H, W).
         threshold: Score above which an image counts as anomalous, None with a single reference image.
         is_anomalous: The decision, None without a threshold.
@@ -124,69 +122,38 @@ def bit_depth_of(model: Detector, product: str | None) -> int:
     return depths.pop()
 
 
-def banks_of(
-    model: FeatureExtractor, images: Images, bit_depth: int, known: Collection[str] = (), rotations: int = 1
-) -> list[ReferenceBank]:
-    """The bank of normal images, and those of the same images turned by each further part of a full turn.
-
-    Arguments, warnings and errors as of ``normal_photos``.
-
-    Raises:
-        InputError: If no image is left.
-    """
-    preset = None if isinstance(images, Tensor) else PRESET
-    record = BankRecord(model=model.name, img_size=model.img_size, preset=preset, bit_depth=bit_depth)
-    maps: list[list[list[Tensor]]] = [[] for _ in range(rotations)]
-    for batch in normal_photos(model, images, bit_depth, known):
-        for number, of_turn in enumerate(maps):
-            turned = [turn(photo.x, number / rotations, photo.size) for photo in batch]
-            of_turn.append(model.backbone_features(model.as_input(torch.stack(turned))))
-        record.files += [name_of(photo.source) for photo in batch]
-        record.sha256s += [photo.sha256 for photo in batch]
-        record.pixels += [photo.pixels for photo in batch]
-    if not maps[0]:
-        which = "are left that are not references already" if known else "were given"
-        raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
-    banks = []
-    for of_turn in maps:
-        banks.append(ReferenceBank.from_features([torch.cat(level) for level in zip(*of_turn, strict=True)]))
-    banks[0].record = record
-    return banks
-
-
-def turn(x: Tensor, turns: float, size: tuple[int, int]) -> Tensor:
-    """A transformed image (3, H, W) turned clockwise by a part of a full turn, mirrored beyond its borders.
-
-    Args:
-        x: The image, squashed or not.
-        turns: 0 to 1; 0 gives the image itself.
-        size: Height and width of the photo before it was squashed, in which the turn is a turn.
-    """
-    if turns == 0:
-        return x
-    (height, width), angle = size, 2 * math.pi * turns
-    cosine, sine = math.cos(angle), math.sin(angle)
-    # Coordinates go from -1 to 1 along either side.
-    theta = torch.tensor([[cosine, sine * height / width, 0], [-sine * width / height, cosine, 0]])
-    grid = F.affine_grid(theta[None], [1, *x.shape], align_corners=False).to(x)
-    return F.grid_sample(x[None], grid, padding_mode="reflection", align_corners=False)[0]
-
-
 def normal_photos(
-    model: Detector, images: Images, bit_depth: int, known: Collection[str] = ()
+    model: Detector, images: Images, bit_depth: int, known: Collection[str] = (), geometry: Geometry = PLAIN
 ) -> Iterator[list[Photo]]:
     """Normal images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
 
     Raises:
-        ImageError: For a folder without images, or a file that cannot be read.
-        InputError: For tensors that are no transformed images.
+        ImageError: For a folder without images, or a file that cannot be read or cut.
+        InputError: For tensors that are no transformed images, or should be cut.
     """
     if isinstance(images, Tensor):
+        if not geometry.is_plain:
+            raise InputError("Transformed tensors cannot be cut any more. Give files, PIL images or arrays.")
         _check_transformed(model, images)
-        photos = [Photo(None, "", "", x, (x.shape[1], x.shape[2])) for x in images]
+        photos = [Photo(None, "", "", [View(x, None, (x.shape[1], x.shape[2]))], (0, 0)) for x in images]
         return (photos[start : start + BATCH_SIZE] for start in range(0, len(photos), BATCH_SIZE))
-    sources = image_sources(images)
-    return read_distinct(sources, transform_for(model, bit_depth), known, BATCH_SIZE)
+    return read_distinct(image_sources(images), transform_for(model, bit_depth), known, BATCH_SIZE, geometry)
+
+
+def view_batches(photos: Sequence[Photo], batch_size: int) -> Iterator[tuple[list[int], list[View]]]:
+    """The views of photos in batches, and the number of the photo of each."""
+    views = ((number, view) for number, photo in enumerate(photos) for view in photo.views)
+    while batch := list(islice(views, batch_size)):
+        yield [number for number, _ in batch], [view for _, view in batch]
+
+
+def stacked(views: Sequence[View]) -> tuple[Tensor, Tensor | None]:
+    """The model's input (B, 3, H, W) of views, and what counts of it, bool (B, H, W); None for all."""
+    x = torch.stack([view.x for view in views])
+    if all(view.counts is None for view in views):
+        return x, None
+    whole = torch.ones(x.shape[2:], dtype=torch.bool)
+    return x, torch.stack([whole if view.counts is None else view.counts for view in views])
 
 
 def _check_transformed(model: Detector, images: Tensor) -> None:
@@ -256,17 +223,26 @@ def score_photos(
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
     results = iter(mapped(partial(_read_or_refuse, model, side), sources, products))
-    while batch := list(islice(results, batch_size)):
-        yield from _score_batch(model, batch)
-        batch.clear()  # Its pictures are gone before the next are read.
+    batch: list[tuple[Photo | ImageError, str | None]] = []
+    number = 0
+    while read := list(islice(results, 1)):
+        batch += read
+        read.clear()
+        number += 1
+        # Photos of many views are scored one by one. Every so many begin anew, wherever a run is resumed.
+        views = sum(len(photo.views) if isinstance(photo, Photo) else 1 for photo, _ in batch)
+        if views >= batch_size or number % batch_size == 0:
+            yield from _score_batch(model, batch, batch_size)
+            batch.clear()  # Its pictures are gone before the next are read.
+    yield from _score_batch(model, batch, batch_size)
 
 
 def _score_batch(
-    model: Detector, batch: Sequence[tuple[Photo | ImageError, str | None]]
+    model: Detector, batch: Sequence[tuple[Photo | ImageError, str | None]], batch_size: int
 ) -> Iterator[tuple[Prediction | ImageError, Image.Image | None]]:
     photos = [photo for photo, _ in batch if isinstance(photo, Photo)]
     names = [name for photo, name in batch if isinstance(photo, Photo)]
-    predictions = iter(_predict_batch(model, photos, names) if photos else ())
+    predictions = iter(_predict_batch(model, photos, names, batch_size))
     for result, _ in batch:
         yield (next(predictions), result.picture) if isinstance(result, Photo) else (result, None)
 
@@ -274,23 +250,35 @@ def _score_batch(
 def _read_or_refuse(
     model: Detector, side: int | None, source: ImageSource, product: str | None
 ) -> tuple[Photo | ImageError, str | None]:
+    record = model.bank(product).record
     try:
-        return read_photo(source, transform_for(model, model.bank(product).record.bit_depth), side), product
+        return read_photo(source, transform_for(model, record.bit_depth), side, record.geometry), product
     except ImageError as error:
         return error, product
 
 
-def _predict_batch(model: Detector, photos: Sequence[Photo], products: Sequence[str | None]) -> Iterator[Prediction]:
-    x = model.as_input(torch.stack([photo.x for photo in photos]))
-    maps, scores = model.anomaly_map(x, products)
-    for photo, product, smoothed, score in zip(photos, products, maps, scores.tolist(), strict=True):
+def _predict_batch(
+    model: Detector, photos: Sequence[Photo], products: Sequence[str | None], batch_size: int
+) -> Iterator[Prediction]:
+    for number, views in groupby(_scored_views(model, photos, products, batch_size), itemgetter(0)):
+        _, maps, scores = zip(*views, strict=True)
+        photo, bank, score = photos[number], model.bank(products[number]), float(np.max(scores))
         if not math.isfinite(score):
             raise InputError(f"The score of {photo.source} is {score}: the model overflows, or the bank is damaged.")
-        bank = model.bank(product)
-        resized = F.interpolate(smoothed[None, None], size=photo.size, mode="bilinear", align_corners=False)
+        assert photo.cut is not None
         decision = None if bank.threshold is None else score > bank.threshold
         known = not bank.record.known.isdisjoint({photo.sha256, photo.pixels})
-        yield Prediction(score, resized[0, 0].cpu().numpy(), bank.threshold, decision, known)
+        yield Prediction(score, photo.cut.join(maps, photo.size), bank.threshold, decision, known)
+
+
+def _scored_views(
+    model: Detector, photos: Sequence[Photo], products: Sequence[str | None], batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[int, Tensor, float]]:
+    """The number of the photo of each view, its map and its score."""
+    for numbers, views in view_batches(photos, batch_size):
+        x, counts = stacked(views)
+        maps, scores = model.anomaly_map(model.as_input(x), [products[number] for number in numbers], counts=counts)
+        yield from zip(numbers, maps, scores.tolist(), strict=True)
 
 
 def ensure_threshold(model: Detector, product: str | None) -> None:
@@ -308,7 +296,9 @@ def fit_threshold(model: Detector, quantile: float | None, normals: Images | Non
         scores = _scores_of(model, normals, product)
     else:
         scores = record.normal_scores or model.leave_one_out_scores(product)
-        for index in outliers(scores) if not record.normal_scores else ():
+        # Those of a bank without whole images were taken when it was made.
+        is_new = not record.normal_scores or (record.threshold is None and len(scores) == len(bank.left_out))
+        for index in outliers(scores) if is_new else ():
             number = bank.left_out[index]
             name = (record.files[number] if record.files else "") or number
             warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
@@ -349,11 +339,11 @@ def _far_below(model: Detector, threshold: float, product: str | None) -> bool:
 
 
 def _scores_of(model: Detector, normals: Images, product: str | None) -> list[float]:
-    record = model.bank(product).record
     scores: list[float] = []
-    for batch in normal_photos(model, normals, record.bit_depth, record.known):
-        x = model.as_input(torch.stack([photo.x for photo in batch]))
-        scores += model.anomaly_map(x, product).scores.tolist()
+    record = model.bank(product).record
+    for batch in normal_photos(model, normals, record.bit_depth, record.known, record.geometry):
+        views = _scored_views(model, batch, [product] * len(batch))
+        scores += [float(np.max([score for _, _, score in own])) for _, own in groupby(views, itemgetter(0))]
     if not scores:
         raise InputError("No normal image is left that is not a reference. Give photos of other good parts.")
     return scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,53 +14,13 @@ from torch import Tensor
 
 from .errors import CheckpointError, InputError, ReferencesError
 from .matching import as_maps, farthest_rows, image_of_each_patch, nearest_rows, tokens_of
+from .records import BankRecord
 
 # Leave-one-out over a large bank costs the square of its images, and this many already give a stable quantile.
 LEAVE_ONE_OUT_IMAGES = 64
 
 # The reference image that a query must not be matched with: one for all, or one or None for each query.
 Exclude: TypeAlias = "int | Sequence[int | None] | None"
-
-
-@dataclass
-class BankRecord:
-    """How a bank was made, and what was decided with it.
-
-    Attributes:
-        files: File name of each image, "" where it did not come from a file.
-        sha256s: Hash of each image file, or of an image in memory, "" for tensors.
-        pixels: Hash of the pixels of each image, upright and in RGB, "" for tensors and in banks of earlier versions.
-        model: Name of the model that made the features.
-        fingerprint: Hashes of that model's weights.
-        img_size: Input height and width of that model.
-        preset: Preset of the transform, None where the images came as tensors.
-        bit_depth: Bits per channel that 16-bit images were read with, and images to be compared with these are.
-        threshold: Image score above which an image counts as anomalous.
-        quantile: Quantile of the scores of normal images that the threshold is.
-        normal_scores: Scores of the normal images that the threshold was taken from: these ones, each left out, or
-            others.
-    """
-
-    files: list[str] = field(default_factory=list)
-    sha256s: list[str] = field(default_factory=list)
-    pixels: list[str] = field(default_factory=list)
-    model: str | None = None
-    fingerprint: list[str] = field(default_factory=list)
-    img_size: tuple[int, int] | None = None
-    preset: str | None = None
-    bit_depth: int = 16
-    threshold: float | None = None
-    quantile: float | None = None
-    normal_scores: list[float] = field(default_factory=list)
-
-    @property
-    def known(self) -> set[str]:
-        """The hashes that the images are known by."""
-        return {*self.sha256s, *self.pixels} - {""}
-
-    def undecided(self) -> BankRecord:
-        """The same without the threshold and what it was taken from."""
-        return dataclasses.replace(self, threshold=None, quantile=None, normal_scores=[])
 
 
 @dataclass(eq=False)
@@ -89,8 +48,12 @@ class ReferenceBank:
     units: list[Tensor] | None = None
 
     @classmethod
-    def from_features(cls, features: Sequence[Tensor]) -> ReferenceBank:
+    def from_features(cls, features: Sequence[Tensor], images: Sequence[int] | None = None) -> ReferenceBank:
         """Make a bank of the feature maps of K normal images, one (K, C_l, h_l, w_l) per level.
+
+        Args:
+            features: The maps.
+            images: The image of each map, in ascending order, where these are of several views of an image.
 
         Raises:
             InputError: For no images, NaN, or levels with different numbers of images.
@@ -103,15 +66,16 @@ class ReferenceBank:
         if not all(torch.isfinite(level).all() for level in features):
             raise InputError("The reference features hold NaN or infinite values.")
         (count,) = counts
+        images = range(count) if images is None else images
         return cls(
             # A copy in every case: the caller's tensors may change later.
             rows=[
                 level.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).flatten(0, 2)
                 for level in features
             ],
-            image_of_row=[image_of_each_patch(level, range(count)) for level in features],
+            image_of_row=[image_of_each_patch(level, images) for level in features],
             grids=[(level.shape[2], level.shape[3]) for level in features],
-            num_images=count,
+            num_images=images[-1] + 1,
         )
 
     @property
@@ -147,9 +111,16 @@ class ReferenceBank:
 
     @property
     def complete(self) -> bool:
-        """Whether every patch of every image is still there, as after ``coreset`` it is not."""
+        """Whether every patch of every image is still there, as after ``coreset`` or of cut images it is not."""
         sizes = [self.num_images * height * width for height, width in self.grids]
-        return [len(rows) for rows in self.rows] == sizes
+        return self.record.geometry.is_plain and [len(rows) for rows in self.rows] == sizes
+
+    @property
+    def views_per_image(self) -> float:
+        """How many tiles the images were cut into on average, by the rows that are there; 1 of whole images."""
+        if self.record.geometry.tile is None:
+            return 1
+        return len(self.rows[0]) / (self.num_images * math.prod(self.grids[0]))
 
     @property
     def left_out(self) -> list[int]:
@@ -202,16 +173,20 @@ class ReferenceBank:
         return distances
 
     def reduce(self, most: int, seed: int = 0) -> None:
-        """Match images with at most so many rows of each level, drawn at random; all rows stay in the bank.
+        """Match images with at most so many rows of each level, drawn at random; a complete bank keeps the others too.
 
         At least twice the patches of an image are taken, so that no image holds all of them. A draw treats all images
         alike, so that a reference that is left out scores as a new image does; a coreset would not.
         """
-        generator = torch.Generator().manual_seed(seed)
-        self.kept = []
+        generator, kept = torch.Generator().manual_seed(seed), []
         for rows, (height, width) in zip(self.rows, self.grids, strict=True):
             drawn = torch.randperm(len(rows), generator=generator)[: max(most, 2 * height * width)]
-            self.kept.append(drawn.sort().values.int().to(rows.device))
+            kept.append(drawn.sort().values.int().to(rows.device))
+        if self.complete:
+            self.kept = kept
+        else:
+            small = self.of_rows(kept)
+            self.rows, self.image_of_row = small.rows, small.image_of_row
 
     def features(self) -> list[Tensor]:
         """The feature maps of the references, one (K, C_l, h_l, w_l) per level.
@@ -221,12 +196,20 @@ class ReferenceBank:
         """
         if not self.complete:
             raise ReferencesError(
-                "This bank is a coreset and holds no whole images. Set the references again without a coreset."
+                "This bank is a coreset, or of cut or turned images, and holds no whole ones. Set the references again "
+                "without a coreset, as whole photos."
             )
+        return self._maps()
+
+    def _maps(self) -> list[Tensor]:
         return [
-            rows.unflatten(0, (self.num_images, *grid)).permute(0, 3, 1, 2)
-            for rows, grid in zip(self.rows, self.grids, strict=True)
+            rows.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2) for rows, grid in zip(self.rows, self.grids, strict=True)
         ]
+
+    def views_of(self, images: Sequence[int]) -> list[tuple[int, int]]:
+        """The number of each map that this bank was made of, and its image, for these images."""
+        owners = self.image_of_row[0][:: math.prod(self.grids[0])].tolist()
+        return [(number, image) for image in images for number, owner in enumerate(owners) if owner == image]
 
     def leave_one_out(
         self, images: Sequence[int] | None = None, full: ReferenceBank | None = None
@@ -235,14 +218,24 @@ class ReferenceBank:
 
         Args:
             images: Which references. The default is all, or LEAVE_ONE_OUT_IMAGES evenly spaced ones of more.
-            full: Where the features of the references are; the default is this bank, which must be complete then.
+            full: Where the features of the references are, as ``from_features`` has made it. The default is this bank,
+                which must be complete then.
         """
-        features = (full or self).features()
-        if images is None:
-            images = self.left_out
-        for start in range(0, len(images), 8):
-            batch = list(images[start : start + 8])
-            yield self.residuals([level[batch] for level in features], exclude=batch)
+        features = self.features() if full is None else full._maps()
+        views = (full or self).views_of(self.left_out if images is None else images)
+        for start in range(0, len(views), 8):
+            numbers, owners = map(list, zip(*views[start : start + 8], strict=True))
+            yield self.residuals([level[numbers] for level in features], exclude=owners)
+
+    def of_rows(self, kept: Sequence[Tensor]) -> ReferenceBank:
+        """A bank of some of the rows per level, without threshold, scales and units."""
+        return ReferenceBank(
+            rows=[rows[k] for rows, k in zip(self.rows, kept, strict=True)],
+            image_of_row=[owners[k] for owners, k in zip(self.image_of_row, kept, strict=True)],
+            grids=self.grids,
+            num_images=self.num_images,
+            record=self.record.undecided(),
+        )
 
     def extended(self, other: ReferenceBank) -> ReferenceBank:
         """A bank of the images of both. Threshold and scales are those of neither, so they are dropped.
@@ -296,14 +289,7 @@ class ReferenceBank:
         if not 0 < fraction <= 1:
             raise InputError(f"The coreset fraction must lie in (0, 1], got {fraction}.")
         generator = torch.Generator().manual_seed(seed)
-        kept = [farthest_rows(rows, fraction, generator) for rows in self.rows]
-        return ReferenceBank(
-            rows=[rows[k] for rows, k in zip(self.rows, kept, strict=True)],
-            image_of_row=[owners[k] for owners, k in zip(self.image_of_row, kept, strict=True)],
-            grids=self.grids,
-            num_images=self.num_images,
-            record=self.record.undecided(),
-        )
+        return self.of_rows([farthest_rows(rows, fraction, generator) for rows in self.rows])
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a device or dtype move to every tensor, as ``nn.Module._apply`` does."""

@@ -73,8 +73,8 @@ class Session(Protocol):
     facts: Mapping[str, str]
     batch: int | None
 
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps (B, H, W) and scores (B,) of what the input of the file is."""
+    def run(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Maps (B, H, W) and scores (B,) of what the inputs of the file are."""
 
 
 class _OnnxRuntime:
@@ -87,8 +87,8 @@ class _OnnxRuntime:
         count = self._session.get_inputs()[0].shape[0]
         self.batch: int | None = count if isinstance(count, int) else None
 
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        maps, scores = self._session.run(["map", "score"], {"image": images})
+    def run(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        maps, scores = self._session.run(["map", "score"], inputs)
         return maps, scores
 
 
@@ -100,14 +100,14 @@ class _OpenVino:
         self.facts: Mapping[str, str] = {name: getattr(value, "value", value) for name, value in named.items()}
         if model.input(0).partial_shape[0].is_dynamic:
             # One photo at a time, so that it compiles for a fixed shape.
-            model.reshape([1, *list(model.input(0).partial_shape)[1:]])
+            model.reshape({own.any_name: [1, *list(own.partial_shape)[1:]] for own in model.inputs})
         self.batch: int | None = model.input(0).partial_shape[0].get_length()
         # Left to itself it takes bfloat16 where the processor has it, which moves scores visibly.
         settings = {"INFERENCE_PRECISION_HINT": DTYPES[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = core.compile_model(model, "CPU", settings)
 
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = self._compiled({"image": images})
+    def run(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        found = self._compiled(inputs)
         return found["map"], found["score"]
 
 
@@ -183,21 +183,30 @@ class ExportedModel:
         """Transformed images as they are."""
         return x
 
-    def anomaly_map(self, x: Tensor, product: Products = None) -> AnomalyMap:
+    def anomaly_map(self, x: Tensor, product: Products = None, *, counts: Tensor | None = None) -> AnomalyMap:
         """Maps and scores as those of ``FeatureExtractor.anomaly_map``, to 1e-4 of them in float32."""
         for name in {product} if product is None or isinstance(product, str) else set(product):
             self.bank(name)
+        size = x.shape[2:]
         if self._uint8:
             mean, std = (torch.tensor(self.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
             x = ((x * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        inputs = {"image": x}
+        if not self._bank.record.geometry.is_plain:
+            inputs["counts"] = torch.ones(len(x), *size, dtype=torch.bool) if counts is None else counts
         batch = self._session.batch or len(x)
-        maps, scores = zip(*(self._run(chunk, batch) for chunk in x.split(batch)), strict=True)
+        chunks = ({name: own[n : n + batch] for name, own in inputs.items()} for n in range(0, len(x), batch))
+        maps, scores = zip(*(self._run(chunk, batch) for chunk in chunks), strict=True)
         return AnomalyMap(torch.cat(maps), torch.cat(scores))
 
-    def _run(self, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        filled = torch.cat([x, x[-1:].expand(batch - len(x), *x.shape[1:])]).contiguous()
-        maps, scores = self._session.run(filled.numpy())
-        return torch.from_numpy(maps[: len(x)].copy()), torch.from_numpy(scores[: len(x)].copy())
+    def _run(self, inputs: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+        count = len(inputs["image"])
+        filled = {
+            name: torch.cat([x, x[-1:].expand(batch - count, *x.shape[1:])]).contiguous().numpy()
+            for name, x in inputs.items()
+        }
+        maps, scores = self._session.run(filled)
+        return torch.from_numpy(maps[:count].copy()), torch.from_numpy(scores[:count].copy())
 
 
 def in_runtime(model: FeatureExtractor, runtime: str, product: str | None, dtype: str) -> ExportedModel:

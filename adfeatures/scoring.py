@@ -64,25 +64,22 @@ class Scorer(Protocol):
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The features to compare, of maps of the backbone (B, C_l, h_l, w_l)."""
 
-    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> Tensor | None:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> Tensor | None:
         """What a bank keeps for the maps of later images.
 
         Args:
             left_out: Residuals of its images, each against the others alone, in batches of one (B, C_l, h_l, w_l) map
                 per level. None of a single image.
             levels: Number of levels.
+            counts: What counts of all these images, bool (K, H, W); None for all.
         """
 
-    def maps(
-        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
-    ) -> Tensor:
-        """Anomaly maps (B, H, W).
+    def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """Scores of patches, one (B, h_l, w_l) per level, of which ``fuse`` makes anomaly maps.
 
         Args:
             features: Residuals, projected where the model has a projector, one (B, C_l, h_l, w_l) per level.
             scales: Of the bank of each image, or of the one of all.
-            size: Height and width of the maps in pixels.
-            sigma: Gaussian smoothing in pixels of the maps.
         """
 
 
@@ -100,14 +97,12 @@ class FeatureNormScorer:
         """The maps as they are."""
         return list(maps)
 
-    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> None:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> None:
         """Nothing: training has given all norms one scale."""
 
-    def maps(
-        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
-    ) -> Tensor:
-        """See ``feature_norm_map``."""
-        return feature_norm_map(features, size, sigma)
+    def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """See ``patch_norms``."""
+        return [patch_norms(level) for level in features]
 
 
 class CosineRingScorer:
@@ -132,17 +127,15 @@ class CosineRingScorer:
         """Features of unit length per patch."""
         return [F.normalize(level, dim=1) for level in maps]
 
-    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int) -> Tensor:
+    def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> Tensor:
         """Typical distances (levels, RINGS + 1) of the images of the bank from each other, float32 on the CPU."""
         batches = [list(map(cosine_distances, residuals)) for residuals in left_out]
         if not batches:
             return torch.ones(levels, RINGS + 1) if self.typical is None else torch.tensor(self.typical)
-        return ring_scales([torch.cat(level) for level in zip(*batches, strict=True)]).cpu()
+        return ring_scales([torch.cat(level) for level in zip(*batches, strict=True)], counts).cpu()
 
-    def maps(
-        self, features: Sequence[Tensor], scales: Sequence[Tensor | None], size: tuple[int, int], sigma: float
-    ) -> Tensor:
-        """The distances divided by the scales of each image's bank, averaged over the levels and smoothed.
+    def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """The distances divided by the scales of each image's bank.
 
         Raises:
             ReferencesError: For a bank without scales, as a model with a projector makes it.
@@ -151,8 +144,7 @@ class CosineRingScorer:
         if len(of_images) != len(scales):
             raise ReferencesError("The bank was made by a model that scores otherwise. Set the references again.")
         of_levels = torch.stack(of_images, dim=1)
-        distances = [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
-        return fuse(distances, size, sigma)
+        return [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
 
 
 class LocalCosineScorer(CosineRingScorer):
@@ -161,15 +153,17 @@ class LocalCosineScorer(CosineRingScorer):
     Some patches of good parts are alike in all of them, others never twice the same. So the distance to a row of the
     bank counts by (own / mean of own)^EXPONENT, at least FLOOR before the power, where own is the distance of that row
     to those of the other reference images. At most ROWS rows of a level are matched with, whatever the number of
-    references.
+    references; of photos that are cut into more than TILES tiles as many more, up to MOST times.
     """
 
     tail: Tail = "lognormal"
     CELLS, ROWS, EXPONENT, FLOOR = 3, 4096, 0.35, 0.25
+    TILES, MOST = 12, 16
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Reduce what images are matched with, and learn what is normal there."""
-        bank.reduce(self.ROWS)
+        more = min(max(bank.views_per_image / self.TILES, 1), self.MOST)
+        bank.reduce(round(self.ROWS * more))
         if bank.num_images > 1:
             own = [level / level.mean().clamp_min(torch.finfo(level.dtype).eps) for level in bank.own_distances()]
             # Distances are half the squares of residuals.
@@ -188,7 +182,12 @@ def color_scale(threshold: float | None, top: float) -> tuple[float, float]:
 
 @torch.no_grad()
 def image_scores(
-    batches: Iterable[Sequence[Tensor]], scales: Tensor | None, scorer: Scorer, project: Project, reduction: int
+    batches: Iterable[Sequence[Tensor]],
+    scales: Tensor | None,
+    scorer: Scorer,
+    project: Project,
+    reduction: int,
+    counts: Tensor | None = None,
 ) -> list[float]:
     """Scores of images, of their residuals in batches.
 
@@ -198,11 +197,14 @@ def image_scores(
         scorer: How the model scores.
         project: From residuals of all levels to what the scorer takes.
         reduction: Input pixels per cell of the first level.
+        counts: What counts of all these images, bool (K, H, W); None for all.
     """
     scores: list[float] = []
     for residuals in batches:
         count, _, height, width = residuals[0].shape
-        maps = scorer.maps(project(residuals), [scales] * count, (height * reduction, width * reduction), SIGMA)
+        own = None if counts is None else counts[len(scores) : len(scores) + count]
+        patches = scorer.patch_scores(project(residuals), [scales] * count)
+        maps = fuse(patches, (height * reduction, width * reduction), SIGMA, own)
         scores += maps.amax(dim=(1, 2)).tolist()
     return scores
 
@@ -235,18 +237,21 @@ def cosine_distances(residuals: Tensor) -> Tensor:
     return residuals.float().square().sum(dim=1) / 2
 
 
-def ring_scales(distances: Sequence[Tensor]) -> Tensor:
+def ring_scales(distances: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
     """Typical leave-one-out distances (levels, RINGS + 1) of normal patches, interior last, from maps (K, h_l, w_l).
+
+    Patches of which nothing counts, by the pixels (K, H, W) that do, are left out.
 
     Zero padding makes the border of a map stand out: outer rings count by the square of their level over the
     interior's, never below 1.
     """
     scales = []
     for level in distances:
-        ring = _rings(level.shape[-2], level.shape[-1], level.device)
-        means = torch.stack(
-            [level[:, ring == r].mean() if (ring == r).any() else level.mean() for r in range(RINGS + 1)]
-        )
+        ring = _rings(level.shape[-2], level.shape[-1], level.device).expand_as(level)
+        if counts is not None:
+            counted = cells_of(counts.to(level.device), (level.shape[1], level.shape[2]))
+            level, ring = level[counted], ring[counted]
+        means = torch.stack([level[ring == r].mean() if (ring == r).any() else level.mean() for r in range(RINGS + 1)])
         interior = means[-1].clamp_min(torch.finfo(means.dtype).eps)
         scales.append(interior * (means / interior).square().clamp_min(1))
     return torch.stack(scales)
@@ -265,8 +270,24 @@ def _rings(height: int, width: int, device: torch.device) -> Tensor:
     return torch.minimum(rows[:, None], columns[None]).clamp_max(RINGS).to(device)
 
 
-def fuse(patch_scores: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA) -> Tensor:
-    """Upsample the scores (B, h_l, w_l) of each level to ``size``, average the levels and smooth: (B, H, W)."""
+def cells_of(counts: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The cells of a grid that hold a pixel which counts, bool (B, h, w), of the pixels (B, H, W) that do."""
+    return F.adaptive_max_pool2d(counts[:, None].float(), grid)[:, 0] > 0
+
+
+def fuse(
+    patch_scores: Sequence[Tensor], size: tuple[int, int], sigma: float = SIGMA, counts: Tensor | None = None
+) -> Tensor:
+    """Upsample the scores (B, h_l, w_l) of each level to ``size``, average the levels and smooth: (B, H, W).
+
+    With the pixels that count, bool (B, H, W), averages are over the cells that hold such ones, and 0 elsewhere.
+    """
+    if counts is not None:
+        counts = counts.to(patch_scores[0].device)
+        cells = [cells_of(counts, (level.shape[1], level.shape[2])).to(level.dtype) for level in patch_scores]
+        parts = fuse([level * own for level, own in zip(patch_scores, cells, strict=True)], size, sigma)
+        wholes = fuse(cells, size, sigma)
+        return torch.where(counts, parts / wholes.clamp_min(torch.finfo(wholes.dtype).eps), 0)
     levels = [
         F.interpolate(level[:, None], size=size, mode="bilinear", align_corners=True)[:, 0] for level in patch_scores
     ]

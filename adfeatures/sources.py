@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ImageError
-from .image_files import IMAGE_SUFFIXES
+from .geometry import PLAIN, Cut, Geometry, View, views_of
+from .image_files import IMAGE_SUFFIXES, open_image, refusing
 from .images import ImageSource, ImageTransform, hash_of_pixels, shrunk
 
 # What looks like a photo but is none of the formats, and what to do about it.
@@ -63,41 +64,67 @@ class Photo(NamedTuple):
         source: What the user gave, None for a transformed tensor.
         sha256: Hash of the image file, or of the shape and pixels of an image in memory; "" for a tensor.
         pixels: Hash of the shape and pixels, upright and in RGB: the same in whatever file they come; "" for a tensor.
-        x: The model's input (3, H, W).
+        views: What the model sees of it.
         size: Height and width of the map that is wanted.
+        cut: How the maps of the views become that one, None for a tensor.
         picture: The image itself, made smaller where it is large, where it was asked for.
     """
 
     source: ImageSource | None
     sha256: str
     pixels: str
-    x: Tensor
+    views: Sequence[View]
     size: tuple[int, int]
+    cut: Cut | None = None
     picture: Image.Image | None = None
 
 
-def read_photo(source: ImageSource, transform: ImageTransform, side: int | None = None) -> Photo:
+def read_photo(
+    source: ImageSource, transform: ImageTransform, side: int | None = None, geometry: Geometry = PLAIN
+) -> Photo:
     """Read an image for a model.
 
     Args:
         source: The image.
         transform: The model's.
         side: Longest side in pixels of picture and map. The default is no picture, and a map of the image's own size.
+        geometry: How it is cut.
 
     Raises:
-        ImageError: As `read_image`.
+        ImageError: As `read_image` and `views_of`.
     """
     file = hashlib.sha256()
     image = transform.read(source, file)
-    x, pixels = transform.of_rgb(image), hash_of_pixels(image)
+    with refusing(name_of(source) or "an image in memory"):
+        cut, views = views_of(image, transform, geometry)
+    pixels = hash_of_pixels(image)
     sha256 = file.hexdigest() if isinstance(source, (str, os.PathLike)) else hash_of_pixels(source)
     picture = None if side is None else shrunk(image, side)
     width, height = (picture or image).size
-    return Photo(source, sha256, pixels, x, (height, width), picture)
+    return Photo(source, sha256, pixels, views, (height, width), cut, picture)
+
+
+def size_of(source: ImageSource) -> tuple[int, int]:
+    """Height and width of an image in pixels, as they are stored.
+
+    Raises:
+        ImageError: For one that cannot be opened.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        with open_image(source) as image:
+            return image.height, image.width
+    with refusing("an image in memory"):
+        if isinstance(source, Image.Image):
+            return source.height, source.width
+        return source.shape[0], source.shape[1]
 
 
 def read_distinct(
-    sources: Iterable[ImageSource], transform: ImageTransform, known: Collection[str], batch_size: int
+    sources: Iterable[ImageSource],
+    transform: ImageTransform,
+    known: Collection[str],
+    batch_size: int,
+    geometry: Geometry = PLAIN,
 ) -> Iterator[list[Photo]]:
     """Read images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
 
@@ -105,21 +132,23 @@ def read_distinct(
         ImageError: As `read_image`.
     """
     seen, batch = set(known), []
-    small = torch.empty(0, 3 * _FIELDS**2)
+    small: dict[int, Tensor] = {}
     for source in sources:
-        photo, name = read_photo(source, transform), name_of(source) or "An image given in memory"
+        photo = read_photo(source, transform, geometry=geometry)
+        name = name_of(source) or "An image given in memory"
         if seen & {photo.pixels, photo.sha256}:
             # A copy would be found by its twin, and make every threshold too low.
             warnings.warn(f"{name} is a copy of another normal image and is left out.", stacklevel=2)
             continue
-        own = _small(photo.x, transform)
-        if len(small) and torch.cdist(own, small, p=torch.inf).min() < _ALIKE:
+        own = torch.cat([_small(view.x, transform) for view in photo.views], dim=1)
+        others = small.get(own.shape[1], own[:0])
+        if len(others) and torch.cdist(own, others, p=torch.inf).min() < _ALIKE:
             warnings.warn(
                 f"{name} is almost the same picture as another normal image, perhaps saved anew: that makes the "
                 "threshold too low. Give photos of different parts.",
                 stacklevel=2,
             )
-        small = torch.cat([small, own])
+        small[own.shape[1]] = torch.cat([others, own])
         seen.add(photo.pixels)
         batch.append(photo)
         if len(batch) == batch_size:

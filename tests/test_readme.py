@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from helpers.hub_server import HubServer
-from helpers.models import write_photos
+from helpers.models import photo, write_photos
 from helpers.published import as_published
+from PIL import Image
 from safetensors.torch import save
 
 import adfeatures
@@ -30,6 +31,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_input: None
     """A folder with the photos that the README speaks of."""
     write_photos(tmp_path / "good", range(8))
     write_photos(tmp_path / "new", range(20, 22))
+    Image.new("L", photo(0).size, "white").save(tmp_path / "mask.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

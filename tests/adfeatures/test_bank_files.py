@@ -19,7 +19,8 @@ from torch import Tensor
 
 from adfeatures.bank_files import load_banks, save_banks
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
-from adfeatures.references import BankRecord, ReferenceBank
+from adfeatures.records import BankRecord
+from adfeatures.references import ReferenceBank
 
 
 def assert_same(one: ReferenceBank, other: ReferenceBank) -> None:

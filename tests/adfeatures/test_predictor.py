@@ -17,8 +17,9 @@ from PIL import Image
 import adfeatures
 from adfeatures.errors import ImageError, InputError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
+from adfeatures.fitting import turn
 from adfeatures.images import ImageSource
-from adfeatures.predictor import Prediction, score_photos, turn
+from adfeatures.predictor import Prediction, score_photos
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
 

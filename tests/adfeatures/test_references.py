@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adfeatures import matching, references
 from adfeatures.errors import InputError, ReferencesError
-from adfeatures.references import BankRecord, ReferenceBank, residuals_of_images
+from adfeatures.geometry import PLAIN
+from adfeatures.records import BankRecord
+from adfeatures.references import ReferenceBank, residuals_of_images
 
 
 def brute_force(queries: Tensor, references: Tensor, barred: list[int | None], found: Tensor) -> None:
@@ -343,7 +345,7 @@ def test_from_features_refuses(features: list[Tensor]) -> None:
 
 def test_extended() -> None:
     features, more = maps("references"), maps("more", count=3)
-    first, second = full_bank(), ReferenceBank.from_features(more)
+    first, second = full_bank(geometry=PLAIN), ReferenceBank.from_features(more)
     second.record = BankRecord(
         model=first.model, files=["x", "y", "z"], sha256s=["7", "8", "9"], pixels=["a", "b", "c"]
     )
@@ -366,9 +368,9 @@ def test_extended() -> None:
 
 
 def test_extended_refuses_what_does_not_belong_together() -> None:
-    bank = full_bank()
+    bank = full_bank(geometry=PLAIN)
     for other in (
-        full_bank(model="another"),
+        full_bank(model="another", geometry=PLAIN),
         bank.coreset(0.5),
         ReferenceBank.from_features(maps("references", grids=((4, 3), (2, 3)))),
     ):
@@ -461,7 +463,7 @@ def test_coreset_depends_on_its_seed_only() -> None:
 
 
 def test_coreset_keeps_facts_and_drops_what_no_longer_holds() -> None:
-    bank = full_bank()
+    bank = full_bank(geometry=PLAIN)
     small = bank.coreset(0.25)
     assert [len(rows) for rows in small.rows] == [12, 6]
     assert (small.num_images, small.grids) == (bank.num_images, bank.grids)

@@ -16,6 +16,7 @@ from torch import Tensor
 from adfeatures import scoring
 from adfeatures.backbones import create_backbone
 from adfeatures.errors import InputError, ReferencesError
+from adfeatures.geometry import Geometry
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 
@@ -316,7 +317,7 @@ def test_cosine_rings_are_the_plain_formula() -> None:
     queries = scorer.features([torch.randn(2, 6, 9, 8), torch.randn(2, 5, 7, 7)])
     bank = bank_of(references)
     scales = scorer.scales(bank.leave_one_out(), 2)
-    found = scorer.maps(bank.residuals(queries), [scales] * 2, (36, 32), 0)
+    found = scoring.fuse(scorer.patch_scores(bank.residuals(queries), [scales] * 2), (36, 32), 0)
     expected = torch.zeros(2, 36, 32)
     for index, (query, reference) in enumerate(zip(queries, references, strict=True)):
         height, width = query.shape[2:]
@@ -339,19 +340,21 @@ def test_cosine_rings_of_one_image_take_the_typical_distances() -> None:
 def test_every_image_is_divided_by_the_scales_of_its_own_bank() -> None:
     scorer, residuals = scoring.CosineRingScorer(), [torch.randn(2, 6, 8, 8)]
     scales = [torch.rand(1, scoring.RINGS + 1) + 0.1 for _ in range(2)]
-    together = scorer.maps(residuals, scales, (16, 16), 2.0)
+    together = scoring.fuse(scorer.patch_scores(residuals, scales), (16, 16), 2.0)
     for index, own in enumerate(scales):
-        alone = scorer.maps([residuals[0][index : index + 1]], [own], (16, 16), 2.0)
+        alone = scoring.fuse(scorer.patch_scores([residuals[0][index : index + 1]], [own]), (16, 16), 2.0)
         assert_near(together[index : index + 1], alone, 1e-6)
     with pytest.raises(ReferencesError, match="scores otherwise"):
-        scorer.maps(residuals, [scales[0], None], (16, 16), 2.0)
+        scorer.patch_scores(residuals, [scales[0], None])
 
 
 def test_feature_norm_scorer_takes_maps_as_they_are_and_nothing_from_the_bank() -> None:
     maps = [torch.randn(2, 6, 4, 4)]
     scorer: scoring.Scorer = scoring.FeatureNormScorer()
     assert scorer.features(maps)[0] is maps[0] and scorer.scales([maps], 1) is None
-    assert_near(scorer.maps(maps, [None] * 2, (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0)
+    assert_near(
+        scoring.fuse(scorer.patch_scores(maps, [None] * 2), (8, 8), 1.0), scoring.feature_norm_map(maps, (8, 8), 1.0), 0
+    )
 
 
 def test_local_cosine_is_the_plain_formula() -> None:
@@ -380,7 +383,7 @@ def test_local_cosine_of_copies_and_of_one_image_is_finite() -> None:
         bank = bank_of([level.expand(copies, -1, -1, -1)])
         scorer.prepare(bank)
         bank.scales = scorer.scales(bank.leave_one_out() if copies > 1 else (), 1)
-        assert scorer.maps(bank.residuals([level]), [bank.scales], (16, 16), 1.0).isfinite().all()
+        assert scoring.fuse(scorer.patch_scores(bank.residuals([level]), [bank.scales]), (16, 16), 1.0).isfinite().all()
 
 
 # Thresholds that predict
@@ -424,3 +427,17 @@ def test_predictive_quantile_of_copies_is_zero_and_of_one_copy_among_others_fini
 
 def test_expectation_in_words() -> None:
     assert scoring.expectation(0.97, 8) == "about 1 in 33 good parts flagged, from 8 photos"
+
+
+def test_more_rows_for_photos_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many times more as the tiles of a photo are more than twelve, and never more than sixteen times."""
+    monkeypatch.setattr(scoring.LocalCosineScorer, "ROWS", 20)
+    for tiles, expected in ((5, 20), (12, 20), (30, 50), (400, 320)):
+        features = torch.randn(2 * tiles, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        bank = ReferenceBank.from_features([features], [0] * tiles + [1] * tiles)
+        bank.record.geometry = Geometry(tile=64)
+        scoring.LocalCosineScorer().prepare(bank)
+        assert len(bank.rows[0]) == min(expected, 8 * tiles) and bank.kept is None and bank.units is not None
+        bank = ReferenceBank.from_features([features])
+        scoring.LocalCosineScorer().prepare(bank)
+        assert bank.kept is not None and len(bank.kept[0]) == 20 and len(bank.rows[0]) == 8 * tiles

@@ -97,7 +97,7 @@ def test_photos_hold_what_a_model_needs(tmp_path: Path) -> None:
     assert whole.picture is None and whole.size == (60, 300)
     assert small.picture is not None and small.picture.size == (100, 20) and small.size == (20, 100)
     for found in (whole, small):
-        assert torch.equal(found.x, TRANSFORM(Image.open(path)))
+        assert torch.equal(found.views[0].x, TRANSFORM(Image.open(path)))
         assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert found.pixels == hash_of_pixels(Image.open(path).convert("RGB"))
     exact = read_photo(path, TRANSFORM, side=300).picture

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from helpers.golden_values import value
 from torch import Tensor
 
-from adfeatures.references import BankRecord, ReferenceBank
+from adfeatures.geometry import Geometry, Region
+from adfeatures.records import BankRecord
+from adfeatures.references import ReferenceBank
 
 
 def maps(
@@ -31,6 +34,7 @@ FACTS: dict[str, Any] = {
     "threshold": 0.1 + 0.2,
     "quantile": 0.99,
     "normal_scores": [1 / 3, 2 / 7, 1e-30],
+    "geometry": Geometry(64, 8, True, Region.read(np.eye(90, 120, dtype=np.uint8))),
 }
 
 

@@ -1,0 +1,151 @@
+"""From normal images to the reference bank of a product."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+from .geometry import PLAIN, Geometry, View
+from .predictor import BATCH_SIZE, PRESET, Images, normal_photos, stacked, view_batches
+from .records import BankRecord
+from .references import ReferenceBank
+from .scoring import Project, cells_of, image_scores
+from .sources import image_sources, name_of, size_of
+
+if TYPE_CHECKING:
+    from .extractor import FeatureExtractor
+
+
+class Encoded(NamedTuple):
+    """Normal images as the backbone shows them.
+
+    Attributes:
+        full: A bank of all patches of all views.
+        counts: What counts of these views, bool (K, H, W); None for all.
+    """
+
+    full: ReferenceBank
+    counts: Tensor | None
+
+    def bank(self) -> ReferenceBank:
+        """A bank of the patches that count."""
+        if self.counts is None:
+            return dataclasses.replace(self.full)
+        cells = [cells_of(self.counts, grid).flatten() for grid in self.full.grids]
+        rows = zip(cells, self.full.rows, strict=True)
+        return self.full.of_rows([own.nonzero()[:, 0].to(level.device) for own, level in rows])
+
+
+def fit(
+    model: FeatureExtractor,
+    project: Project,
+    images: Images,
+    *,
+    geometry: Geometry = PLAIN,
+    coreset: float | None = None,
+    rotations: int = 1,
+) -> ReferenceBank:
+    """See ``FeatureExtractor.set_references``; ``project`` takes residuals of all levels to what the scorer takes."""
+    if geometry.tile is not None and not isinstance(images, Tensor):
+        images = image_sources(images)
+        geometry = geometry.resolved(map(size_of, images), model.img_size)
+    upright, *turned = encode(model, images, model.bit_depth, geometry=geometry, rotations=rotations)
+    full = bank = upright.full
+    if turned or not geometry.is_plain:
+        bank = upright.bank()
+    if turned:
+        bank = bank.with_turned([own.bank() for own in turned])
+    if coreset is not None:
+        bank = bank.coreset(coreset)
+    model.scorer.prepare(bank)
+    views = full.views_of(bank.left_out) if bank.num_images > 1 else []
+    counts = None if upright.counts is None else upright.counts[[number for number, _ in views]]
+
+    def left_out() -> Iterator[Sequence[Tensor]]:
+        return bank.leave_one_out(full=full) if views else iter(())
+
+    bank.scales = model.scorer.scales(left_out(), len(bank.rows), counts)
+    if bank is not full:  # Later its images are not whole any more.
+        scores = image_scores(left_out(), bank.scales, model.scorer, project, model.backbone.reductions[0], counts)
+        of_images: dict[int, list[float]] = {}
+        for (_, image), score in zip(views, scores, strict=True):
+            of_images.setdefault(image, []).append(score)
+        bank.record.normal_scores = [float(np.max(own)) for own in of_images.values()]
+    return bank
+
+
+def encode(
+    model: FeatureExtractor,
+    images: Images,
+    bit_depth: int,
+    known: Collection[str] = (),
+    *,
+    geometry: Geometry = PLAIN,
+    rotations: int = 1,
+) -> list[Encoded]:
+    """Normal images, and the same images turned by each further part of a full turn.
+
+    Arguments, warnings and errors as of ``normal_photos``.
+
+    Raises:
+        InputError: If no image is left.
+    """
+    preset = None if isinstance(images, Tensor) else PRESET
+    record = BankRecord(
+        model=model.name, img_size=model.img_size, preset=preset, bit_depth=bit_depth, geometry=geometry
+    )
+    maps: list[list[list[Tensor]]] = [[] for _ in range(rotations)]
+    counts: list[list[Tensor]] = [[] for _ in range(rotations)]
+    owners: list[int] = []
+    for photos in normal_photos(model, images, bit_depth, known, geometry):
+        for numbers, views in view_batches(photos, BATCH_SIZE):
+            for number in range(rotations):
+                x, own = stacked([_turned(view, number / rotations) for view in views])
+                maps[number].append(model.backbone_features(model.as_input(x)))
+                counts[number] += [] if own is None else [own]
+            owners += [len(record.files) + number for number in numbers]
+        record.files += [name_of(photo.source) for photo in photos]
+        record.sha256s += [photo.sha256 for photo in photos]
+        record.pixels += [photo.pixels for photo in photos]
+    if not owners:
+        which = "are left that are not references already" if known else "were given"
+        raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
+    encoded = []
+    for of_turn, own_counts in zip(maps, counts, strict=True):
+        full = ReferenceBank.from_features([torch.cat(level) for level in zip(*of_turn, strict=True)], owners)
+        encoded.append(Encoded(full, torch.cat(own_counts) if own_counts else None))
+    encoded[0].full.record = record
+    return encoded
+
+
+def _turned(view: View, turns: float) -> View:
+    if turns == 0:
+        return view
+    counts = None if view.counts is None else turn(view.counts[None].float(), turns, view.size)[0] > 0.5
+    return View(turn(view.x, turns, view.size), counts, view.size)
+
+
+def turn(x: Tensor, turns: float, size: tuple[float, float]) -> Tensor:
+    """A transformed image (3, H, W) turned clockwise by a part of a full turn, mirrored beyond its borders.
+
+    Args:
+        x: The image, squashed or not.
+        turns: 0 to 1; 0 gives the image itself.
+        size: Height and width of the photo before it was squashed, in which the turn is a turn.
+    """
+    if turns == 0:
+        return x
+    (height, width), angle = size, 2 * math.pi * turns
+    cosine, sine = math.cos(angle), math.sin(angle)
+    # Coordinates go from -1 to 1 along either side.
+    theta = torch.tensor([[cosine, sine * height / width, 0], [-sine * width / height, cosine, 0]])
+    grid = F.affine_grid(theta[None], [1, *x.shape], align_corners=False).to(x)
+    return F.grid_sample(x[None], grid, padding_mode="reflection", align_corners=False)[0]
