@@ -290,27 +290,42 @@ class ImageTransform:
 
     def of_rgb(self, rgb: Image.Image) -> Tensor:
         """Transform what ``read`` gave. Result and errors as in a call."""
+        return self.normalized(self.resized(rgb))
+
+    def resized(self, rgb: Image.Image) -> Image.Image:
+        """What ``read`` gave with the size and the geometry of an input, still in 8 bits. Errors as in a call."""
         from torchvision.transforms import functional as F
 
         side = _SHORTER_SIDE.get(self.preset)
         if side is None:
-            rgb = F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
-        elif side**2 * max(rgb.size) > self.max_pixels * min(rgb.size):
+            return F.resize(rgb, list(self.img_size), F.InterpolationMode.BICUBIC)
+        if side**2 * max(rgb.size) > self.max_pixels * min(rgb.size):
             raise ImageError(
                 f"{rgb.width} x {rgb.height} pixels are too long and narrow for {self.preset}; take the preset squash."
             )
-        else:
-            rgb = F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
-        return self.normalized(rgb)
+        return F.center_crop(F.resize(rgb, side, F.InterpolationMode.BICUBIC), [224, 224])
 
     def normalized(self, rgb: Image.Image) -> Tensor:
         """The pixels of an image in RGB as they are, as a float32 tensor (3, H, W)."""
         import torch
-        from torchvision.transforms import functional as F
 
-        pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous().float().div(255)
-        tensor: Tensor = F.normalize(pixels, list(self.mean), list(self.std))
-        return tensor
+        return normalized(torch.from_numpy(np.array(rgb)), self.mean, self.std)
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels (..., H, W, 3) of 8 bits as float32 input (..., 3, H, W) of a model, with the same bits on any device.
+
+    Args:
+        pixels: From 0 to 255.
+        mean: Of each channel, for values in [0, 1].
+        std: Of each channel, for values in [0, 1].
+    """
+    from torchvision.transforms import functional as F
+
+    images = pixels.movedim(-1, -3).contiguous().float()
+    # By a tensor: CUDA multiplies by the rounded reciprocal of a number.
+    tensor: Tensor = F.normalize(images / images.new_tensor(255), list(mean), list(std))
+    return tensor
 
 
 def hash_of_pixels(image: Image.Image | np.ndarray) -> str:

@@ -6,8 +6,11 @@ import argparse
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from tqdm import tqdm
+from tqdm.auto import tqdm as tqdm_auto
 
 from adfeatures.catalog import unknown
 from adfeatures.cli import DONE, NOTHING_DONE
@@ -21,6 +24,12 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 # In the place of a default: the field has none, and its option must be given.
 REQUIRED: Any = dataclasses.MISSING
+_KILLED = (
+    "A process that reads images was ended from outside, perhaps for lack of memory. What was written before is kept; "
+    "the same command resumes from there, and fewer --workers take less memory."
+)
+# Seconds between two lines about progress, where there is no terminal.
+INTERVAL = 60
 
 
 def run(entry: str, function: Callable[[], int | None]) -> int:
@@ -41,6 +50,11 @@ def run(entry: str, function: Callable[[], int | None]) -> int:
             "interrupted. What was written before is kept; the same command resumes from there.",
             INTERRUPTED,
         )
+    except RuntimeError as error:
+        # From torch, in any line of this process: its handler of signals raises it.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        message, code = f"error: {_KILLED} ({error})", NOTHING_DONE
     print(f"training.{entry}: {message}", file=sys.stderr)
     return code
 
@@ -107,3 +121,24 @@ def from_options(options: argparse.Namespace, config: type[Config]) -> Config:
 def _shown(default: object) -> str:
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     return "-" if shown in (None, "") else str(shown)
+
+
+class _Lines(tqdm):
+    """A progress bar for logs: whole lines, of which the first comes after an interval and none at the end."""
+
+    monitor_interval = 0
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        form = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}"
+        super().__init__(*arguments, **settings, mininterval=INTERVAL, delay=INTERVAL, miniters=1, bar_format=form)
+
+    def display(self, *_: object, **__: object) -> None:
+        print(self, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        self.disable = True
+
+
+def progress(iterable: Iterable[Any] | None = None, **settings: Any) -> Any:
+    """The bar of tqdm, which takes the settings, on a terminal; a line a minute elsewhere."""
+    return (tqdm_auto if sys.stderr.isatty() else _Lines)(iterable, **settings)

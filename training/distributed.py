@@ -91,6 +91,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cores() -> int:
+    """Processors that this process may use: its share, where ``torchrun`` started several on this machine."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def barrier() -> None:
     """Wait for the other ranks."""
     if dist.is_initialized():

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from adfeatures import __version__
 
 from . import console
@@ -65,7 +63,7 @@ def evaluate_model(config: EvaluationConfig) -> int:
         if rank() == 0:
             evaluation.remove_leftovers()
         barrier()
-        for product in tqdm(products[rank() :: world_size()], desc="products", disable=None):
+        for product in console.progress(products[rank() :: world_size()], desc="products"):
             evaluation.evaluate_product(product)
         barrier()
         for combination in evaluation.jointly[rank() :: world_size()]:

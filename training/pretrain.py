@@ -24,18 +24,19 @@ from . import console
 from .data.fingerprint import Fingerprint
 from .data.images import ImageLoader
 from .data.items import items_digest
-from .distributed import gather_objects, only_command_in, processes, rank, world_size
+from .data.transforms import two_views
+from .distributed import only_command_in, processes, rank, world_size
 from .pretraining.centers import find_centers
 from .pretraining.checks import check_labels, check_masks, check_trials
 from .pretraining.config import PretrainConfig
 from .pretraining.curves import LOG
-from .pretraining.dataset import PretrainingDataset, StepSampler, augmentation, choose_pool
+from .pretraining.dataset import PretrainingDataset, StepSampler, choose_pool, collate, view_statistics
 from .pretraining.header import checkpoint_header
 from .pretraining.inputs import Inputs
 from .pretraining.loop import training_loop
 from .pretraining.reference_store import ReferenceStore
 from .pretraining.run import TrainingRun
-from .pretraining.step import encode_images, train_step
+from .pretraining.step import encode_images, prepared, train_step
 from .pretraining.trials import validation_trials
 from .pretraining.validation import validate
 
@@ -62,23 +63,20 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         train, pool, backbone = inputs.train, inputs.normal, inputs.backbone
         check_labels(train)
         if run.is_new and rank() == 0:
-            check_masks(train)
+            check_masks(train, inputs.workers)
+        trials = validation_trials(config, inputs)
         if config.pool is not None:
             pool = choose_pool(pool, config.pool, config.seed)
         run.depend_on("images", items_digest([*train, *pool]))
         run.depend_on("backbone weights", backbone.fingerprint[0])
 
-        views = augmentation(config.view_statistics, backbone.entry, backbone.preset)
-        no_residual, fly = config.no_residual, config.pool is None and not config.no_residual
-        dataset = PretrainingDataset(train, pool, views, backbone.transform, load_references=fly, shots=config.shots)
+        statistics = view_statistics(config.view_statistics, backbone.entry)
         sampler = StepSampler(len(train), config.batch_size, config.seed, config.shots, config.accumulate)
-        pinned = device.type == "cuda"
-        loader = ImageLoader(dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=pinned)
-        trials = validation_trials(config, inputs)
-        share = Fingerprint.of((item.image for item in train[rank() :: world_size()]), config.workers)
-        trained_on = Fingerprint.union(gather_objects(share))
+        no_residual, fly = config.no_residual, config.pool is None and not config.no_residual
+        trained_on = Fingerprint(inputs.digests[item.image] for item in train if item.image in inputs.digests)
         if run.is_new:
             check_trials(trials, trained_on)
+        dataset = PretrainingDataset(train, pool, two_views, backbone.transform, inputs.cache, fly, sampler.shots)
 
         torch.manual_seed(config.seed)
         projector = ResidualProjector(backbone.entry.channels, config.num_heads, config.num_keys)
@@ -88,19 +86,24 @@ def pretrain(config: PretrainConfig, device: torch.device) -> Path:
         optimizer = adam(projector.to(device, dtype).parameters(), fused=dtype == torch.float32)
         centers = [torch.zeros(count, device=device) for count in backbone.entry.channels]
         if not no_residual:
-            centers = find_centers(config.centers, run.folder, backbone, train, config.seed, config.workers)
+            centers = find_centers(config.centers, run.folder, inputs, config.seed)
         backbone.module.to(dtype)  # After the centers, which are of float32 features in the published training too.
         encode = partial(encode_images, backbone=backbone.module, device=device, precision=config.precision)
+        encode_views = partial(encode, statistics=statistics)
+        encode_references = partial(encode, statistics=backbone.entry.normalization)
         store = None
         if config.pool is not None:
             store = ReferenceStore(run.folder / REFERENCES, pool, json.dumps([*backbone.identity, config.precision]))
-            store.encode(backbone.read, encode)
+            store.encode(backbone.read, encode_references)
         digest = weights_fingerprint({f"center.{level}": center for level, center in enumerate(centers)})[0]
         run.depend_on("centers", digest)
+        prepare = partial(prepared, store=store, pinned=device.type == "cuda")
+        loader = ImageLoader(dataset, sampler, workers=inputs.workers, collate=collate, prepare=prepare)
         model = DistributedDataParallel(projector) if world_size() > 1 else projector
-        step = partial(train_step, model, optimizer, encode=encode, store=store, centers=centers, config=config)
+        encoders = (encode_views, encode_references)
+        step = partial(train_step, model, optimizer, encoders=encoders, centers=centers, config=config)
         validated = partial(validate, projector, backbone, trials, no_residual=no_residual)
-        score = partial(validated, workers=config.workers) if trials else None
+        score = partial(validated, workers=inputs.workers) if trials else None
         header = checkpoint_header(backbone, projector, inputs.title, trained_on, no_residual=no_residual)
         training_loop(run, projector, optimizer, header, step, score, loader, sampler, config)
     return run.folder

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from adfeatures.errors import InputError, UnknownNameError
-from training.console import REQUIRED, check_choices, option, run, run_config
+from training import console
+from training.console import REQUIRED, check_choices, option, progress, run, run_config
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,48 @@ def test_codes_of_functions_are_passed_on() -> None:
     # Any other error is a fault of the program, and shows where it happened.
     with pytest.raises(ZeroDivisionError):
         run("cook", lambda: 1 // 0)
+
+
+def test_without_a_terminal_progress_is_a_line_an_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "INTERVAL", 0)
+    assert list(progress(iter("ab"), total=2, desc="products", unit="parts", leave=False)) == ["a", "b"]
+    with progress(total=5, initial=3, desc="pretraining", unit="steps") as bar:
+        bar.update()
+        bar.set_postfix({"waiting": "0.1"}, refresh=False)
+        bar.update()
+    out, err = capsys.readouterr()
+    assert out == "" and "\r" not in err
+    lines = err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        *(f"products: {n} of 2 parts" for n in (0, 1, 2)),
+        *(f"pretraining: {n} of 5 steps" for n in (3, 4, 5)),
+    ]
+    assert lines[-1].endswith("left, waiting=0.1")
+
+
+def test_nothing_is_printed_before_a_minute_and_by_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(progress(range(1000), desc="quick"))
+    monkeypatch.setattr(console, "INTERVAL", 0)
+    list(progress(range(10), desc="another rank", disable=True))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert list(progress("ab", desc="letters")) == ["a", "b"]
+    assert "100%|" in capsys.readouterr().err
+
+
+def test_a_worker_that_was_killed_is_an_error_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def killed() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    assert run("cook", killed) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "perhaps for lack of memory" in error and "(pid 7)" in error
+    with pytest.raises(RuntimeError, match="another"):
+        run("cook", lambda: (_ for _ in ()).throw(RuntimeError("another")))

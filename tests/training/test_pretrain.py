@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from training.evaluation.raw_features import RawFeatures
 from training.pretrain import main, pretrain
 from training.pretraining.config import PretrainConfig
 from training.pretraining.curves import read_log
-from training.pretraining.dataset import StepSampler
+from training.pretraining.dataset import PretrainingDataset, StepSampler
 from training.pretraining.run import TrainingRun
+from training.pretraining.step import train_step
 
 CPU = torch.device("cpu")
 FAST: dict[str, Any] = {
@@ -74,7 +76,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def steps(folder: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_log(folder / "log.jsonl") if line["kind"] == "step"]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "waiting")} for line in lines]
 
 
 def test_a_run_leaves_checkpoints_log_and_curves(tree: Path, tmp_path: Path) -> None:
@@ -118,6 +120,45 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(tree: Path, tmp_p
     )
     assert steps(one) == steps(two) != steps(other)
     assert all(torch.equal(value, weights(two)[key]) for key, value in weights(one).items())
+
+
+def test_the_cache_changes_no_bit_of_a_run(tree: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"cache": str(tmp_path / "cache"), "max_steps": 3}
+    plain, cached = (
+        pretrain(config(tree, tmp_path / name, **changes), CPU)
+        for name, changes in (("plain", {"max_steps": 3}), ("cached", given))
+    )
+    assert list((tmp_path / "cache").glob("*.rows"))
+    assert steps(plain) == steps(cached)
+    for path in plain.glob("*.safetensors"):
+        one, other = load_checkpoint(path), load_checkpoint(cached / path.name)
+        assert all(torch.equal(value, other.state_dict[key]) for key, value in one.state_dict.items())
+    # A run may go on with or without it.
+    plain, cached = (
+        pretrain(config(tree, tmp_path / name, max_steps=5, **changes), CPU)
+        for name, changes in (("plain", {"cache": given["cache"]}), ("cached", {}))
+    )
+    assert steps(plain) == steps(cached) and len(steps(plain)) == 5
+
+
+def test_the_log_tells_waiting_from_computing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a reader and a step that take known times."""
+    read, step = PretrainingDataset._read, train_step
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.02)
+        return read(*arguments)
+
+    def thoughtfully(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(0.1)
+        return step(*arguments, **settings)
+
+    monkeypatch.setattr(PretrainingDataset, "_read", slowly)
+    monkeypatch.setattr("training.pretrain.train_step", thoughtfully)
+    folder = pretrain(config(tree, tmp_path / "run", max_steps=3, shots=(1,)), CPU)
+    for line in read_log(folder / "log.jsonl"):
+        # 8 images and a reference of each are read.
+        assert line["waiting"] >= 16 * 0.02 and line["seconds"] >= 0.1
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(
@@ -225,6 +266,17 @@ def launch(given: PretrainConfig, processes: int) -> subprocess.CompletedProcess
     return run_ranks(processes, "-m", "training.pretrain", *arguments(given))
 
 
+@pytest.mark.gpu
+def test_one_process_under_nccl_trains_as_one_without(tree: Path, tmp_path: Path) -> None:
+    one = pretrain(config(tree, tmp_path / "one", max_steps=3), torch.device("cuda"))
+    centers = str(one / "centers.safetensors")
+    done = launch(config(tree, tmp_path / "nccl", max_steps=3, centers=centers, device="cuda"), 1)
+    assert done.returncode == 0, done.stderr
+    for found, expected in zip(steps(tmp_path / "nccl"), steps(one), strict=True):
+        assert found.pop("kind") == expected.pop("kind") == "step"
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     changes = {"validation": "held_out", "pool": 2, "device": "cpu"}
@@ -233,7 +285,9 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     assert refused.returncode and "none.safetensors is not an existing file" in refused.stderr
     # In two goes, of which the first ends within an epoch.
     for stop in (3, None):
-        done = launch(config(tree, tmp_path / "two", max_steps=stop, **changes), 2)
+        # With the cache of images, which one process never had.
+        cache = str(tmp_path / "cache")
+        done = launch(config(tree, tmp_path / "two", max_steps=stop, cache=cache, **changes), 2)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done:") == 1
     two = tmp_path / "two"
@@ -323,8 +377,11 @@ def test_a_validation_on_images_of_the_training_is_refused(tree: Path, tmp_path:
     found = load_checkpoint(folder / "checkpoint_last.safetensors").metadata["trained_on"]
     assert len(Fingerprint.from_text(found).known([item.image for item in list_train(tree)])) == len(list_train(tree))
     shutil.copy(seen, root / "part/test/good/000.png")
+    given = config(tree, tmp_path / "other", **changes, epochs=1, cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match="1 of the 3 images to validate on are trained on: .*good/000.png"):
-        pretrain(config(tree, tmp_path / "other", **changes, epochs=1), CPU)
+        pretrain(given, CPU)
+    # It is said before the cache is filled.
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_validation_comes_every_so_many_epochs_and_at_the_end(tree: Path, tmp_path: Path) -> None:

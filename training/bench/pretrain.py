@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adfeatures.backbones import create_backbone
 from adfeatures.bench import naive_projection, naive_residuals
+from adfeatures.images import normalized
 from adfeatures.measuring import Measurement, seconds
 from adfeatures.projector import ResidualProjector
 
@@ -27,7 +28,8 @@ from ..losses import norm_loss
 from ..pretraining.config import PretrainConfig
 from ..pretraining.labels import angle_labels, norm_labels
 from ..pretraining.reference_store import ReferenceStore
-from ..pretraining.step import encode_images, losses, train_step, view_residuals
+from ..pretraining.step import encode_images, losses, prepared, train_step, view_residuals
+from . import throughput
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class StepSizes:
     repeats: int = 2
 
 
+STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FULL, QUICK = StepSizes(), StepSizes(width=192, depth=12, keys=1024, repeats=1)
 
 
@@ -74,24 +77,34 @@ class BenchedStep:
         self.centers = [torch.randn(channels) for channels in self.backbone.channels]
         mask = torch.zeros(sizes.batch, 1, sizes.side, sizes.side, dtype=torch.uint8)
         mask[::2, :, : sizes.side // 3, : sizes.side // 3] = 1
-        pool = torch.randn(sizes.pool, 3, sizes.side, sizes.side)
+        images = partial(torch.randint, 256, dtype=torch.uint8)
+        pool, views = (images((*count, sizes.side, sizes.side, 3)) for count in ((sizes.pool,), (sizes.batch, 2)))
         indices = torch.randint(sizes.pool, (sizes.batch, sizes.shots))
+        known, places = indices.unique(return_inverse=True)
         self.batch = {
-            "views": torch.randn(sizes.batch, 2, 3, sizes.side, sizes.side),
+            "views": views,
             "mask": mask,
             "label": torch.tensor([1, 0] * (sizes.batch // 2)),
-            "references": pool[indices],
-            "reference_indices": indices,
+            "references": pool[known],
+            "pool_indices": known,
+            "reference_indices": places,
         }
-        self.encode = partial(encode_images, backbone=self.backbone, device=torch.device("cpu"), precision="float32")
+        self.naive_batch = normalized(views, *STATISTICS), normalized(pool[indices], *STATISTICS)
+        self.encode = partial(
+            encode_images,
+            statistics=STATISTICS,
+            backbone=self.backbone,
+            device=torch.device("cpu"),
+            precision="float32",
+        )
         items = [Item(str(number), NORMAL, "product") for number in range(sizes.pool)]
         self.store = ReferenceStore(folder, items, "bench")
         self.store.encode(lambda number: pool[int(number)], self.encode)
 
     def ours(self, store: ReferenceStore | None = None) -> float:
         """Take a step, with references from the store if one is given, and return its loss."""
-        model, batch = self.projector, self.batch
-        return train_step(model, self.optimizer, batch, self.encode, store, self.centers, self.config)["loss"]
+        batch, encoders = prepared(self.batch, store, pinned=False), (self.encode, self.encode)
+        return train_step(self.projector, self.optimizer, batch, encoders, self.centers, self.config)["loss"]
 
     def naive(self) -> float:
         """The same in the published form."""
@@ -105,7 +118,7 @@ class BenchedStep:
     def naive_view_residuals(self) -> list[list[Tensor]]:
         """Residuals of both views, every image against its own references."""
         residuals = []
-        for views, references in zip(self.batch["views"], self.batch["references"], strict=True):
+        for views, references in zip(*self.naive_batch, strict=True):
             banks = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in self.backbone(references)]
             residuals.append(naive_residuals(self.backbone(views), banks))
         levels = [torch.stack(level, dim=1) for level in zip(*residuals, strict=True)]
@@ -124,8 +137,14 @@ class BenchedStep:
         return total
 
 
-def rows(quick: bool = False) -> Iterator[Measurement]:
-    """A whole step with references encoded on the fly and from a store, and where the time of each form goes."""
+def rows(quick: bool = False, device: torch.device | None = None) -> Iterator[Measurement]:
+    """A whole step with references encoded on the fly and from a store, where the time of each form goes, and reading.
+
+    With a device instead: whole steps of the command there, images from the cache and from files.
+    """
+    if device is not None:
+        yield from throughput.steps(device, quick)
+        return
     sizes = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         step = BenchedStep(sizes, folder)
@@ -138,11 +157,15 @@ def rows(quick: bool = False) -> Iterator[Measurement]:
         yield Measurement.of_runs(f"{what} encoded", fly, naive, note=f"target 1.7; {note}")
         yield Measurement.of_runs(f"{what} of a pool of {sizes.pool}", stored, naive, note=f"target 3.0; {note}")
         yield from _split(step)
+    yield from throughput.readings(quick)
 
 
 def _split(step: BenchedStep) -> Iterator[Measurement]:
     """Seconds of the two halves of a step."""
-    encode = partial(view_residuals, step.batch, step.encode)
+
+    def encode(store: ReferenceStore | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return view_residuals(prepared(step.batch, store, pinned=False), step.encode, step.encode)
+
     first, second = encode(step.store)
 
     def ours() -> None:

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from adfeatures.catalog import unknown
 from adfeatures.errors import ImageError, InputError
 from adfeatures.image_files import IMAGE_SUFFIXES
-from training.console import DONE, SOME_FAILED
+from training.console import DONE, SOME_FAILED, progress
+from training.distributed import cores
 
 from . import DATASETS, dataset
-from .images import noticing, read_item, shared_masks, some, summarize
+from .images import in_parallel, noticing, read_item, shared_masks, some, summarize
 from .items import ANOMALOUS, NORMAL, Item
 from .tree import StrPath, Tree, nearby, subfolders
 
@@ -175,14 +174,27 @@ def _check_files(items: Sequence[Item], product: str) -> Iterator[Problem]:
         if paths:
             yield Problem(f"{product} has {len(paths)} {kind}: {some(paths)}.")
     noticed: dict[Item, list[str]] = {}
-    for item, is_whole in tqdm(there.items(), desc=product, leave=False, disable=None):
-        try:
-            _, _, noticed[item] = read_item(item if is_whole else replace(item, mask=None))
-        except ImageError as error:
-            yield Problem(str(error))
+    looks = in_parallel(
+        _look, [item if is_whole else replace(item, mask=None) for item, is_whole in there.items()], cores()
+    )
+    for item, found in zip(
+        there, progress(looks, total=len(there), desc=product, unit="images", leave=False), strict=True
+    ):
+        if isinstance(found, ImageError):
+            yield Problem(str(found))
+        else:
+            noticed[item] = found
     for text in summarize(noticed, noticed.values()):
         yield Problem(f"{product} has {text}", serious=False)
     yield from map(Problem, shared_masks(items))
+
+
+def _look(item: Item) -> list[str] | ImageError:
+    """What is odd about an image and its mask, or why they cannot be read."""
+    try:
+        return read_item(item)[2]
+    except ImageError as error:
+        return error
 
 
 def _check_left_over(items: Sequence[Item]) -> Iterator[Problem]:

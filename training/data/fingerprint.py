@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypedDict
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import regular_file, sha256
 from adfeatures.documents import parse
 from adfeatures.errors import CheckpointError
+
+from ..console import progress
 
 # Entry of the header of a checkpoint that holds the fingerprint of the images that it was trained on.
 TRAINED_ON = "trained_on"
@@ -48,9 +49,7 @@ class Fingerprint:
     @classmethod
     def of(cls, paths: Iterable[str], workers: int = 0) -> Fingerprint:
         """Read files, by several threads. Those that cannot be read are left out: nothing was learned from them."""
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            digests = tqdm(pool.map(_digest, paths), desc="fingerprint", unit="image", leave=False, disable=None)
-            return cls(digest for digest in digests if digest is not None)
+        return cls(digests(paths, workers).values())
 
     @classmethod
     def union(cls, parts: Iterable[Fingerprint]) -> Fingerprint:
@@ -104,6 +103,14 @@ class Fingerprint:
         found = cls(())
         found._numbers = np.cumsum(differences.view(">u8")[:, 0].astype(np.uint64), dtype=np.uint64)
         return found
+
+
+def digests(paths: Iterable[str], workers: int = 0) -> dict[str, str]:
+    """The SHA-256 of files, read by several threads, by their paths. Those that cannot be read are left out."""
+    files = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = progress(pool.map(_digest, files), total=len(files), desc="fingerprint", unit="files", leave=False)
+        return {path: digest for path, digest in zip(files, found, strict=True) if digest is not None}
 
 
 def _number(digest: str) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain, islice
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
 
 from adfeatures.errors import ImageError
 from adfeatures.image_files import open_image
@@ -20,8 +25,15 @@ from adfeatures.images import ImageTransform, read_image
 from .items import Item
 from .transforms import MaskTransform
 
+S = TypeVar("S")
+T = TypeVar("T")
 # How many files a text names that many files share.
 NAMED = 3
+# Entries that each worker has made, or is making, before they are asked for.
+AHEAD = 4
+# Calls that a worker makes before it gives away what came of them.
+_CALLS = 16
+_END = object()
 # Above it a mask is bright, and far below it is what JPEG leaves around what is bright.
 _BRIGHT, _FAINT = 128, 32
 
@@ -200,17 +212,156 @@ class Shuffled(Sampler[int]):
         return self.size
 
 
-class ImageLoader(DataLoader[dict[str, Any]]):
-    """A loader whose workers' errors read as those of the main process, without the worker's traceback."""
+class Batches(Protocol):
+    """The indices of each batch: a list of lists, or a sampler of batches."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Sequence[Any]]: ...
+
+    def __len__(self) -> int: ...
+
+
+class ImageLoader:
+    """Batches of a data set, whose entries workers make while the batch before is in use.
+
+    Entries travel one by one, through pipes, and become batches in this process. So no more than `AHEAD` entries of
+    each worker and two batches are on the way, and none of it lies in shared memory, of which a container has little.
+    Errors of workers read as those of this process, without the worker's traceback.
+
+    Args:
+        dataset: What to load.
+        batches: The indices of each batch.
+        workers: Processes that make the entries; 0 makes them in this one, when they are asked for.
+        collate: Makes a batch of its entries.
+        prepare: Makes of each batch what is given in its place, before it is asked for where there are workers.
+        keep: Let the workers live on for the next pass.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, Any]],
+        batches: Batches,
+        *,
+        workers: int = 0,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = default_collate,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
+        keep: bool = False,
+    ) -> None:
+        self.dataset, self._batches, self._collate, self._prepare = dataset, batches, collate, prepare
+        self._indices = _Indices(batches)
+        self._entries: DataLoader[dict[str, Any]] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._indices,
+            collate_fn=_as_arrays,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+            # A seed for the workers is drawn in each pass, which must not move torch's own generator.
+            generator=torch.Generator(),
+            persistent_workers=keep and workers > 0,
+            worker_init_fn=_end_with_parent,
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        entries = iter(self._entries)  # Not in the thread, where it is not safe to fork.
+        batches = self._collated(entries, self._indices.lengths)
+        return ahead(batches) if self._entries.num_workers else batches
+
+    def _collated(self, entries: Iterator[dict[str, Any]], lengths: deque[int]) -> Iterator[dict[str, Any]]:
+        with _errors_of_workers():
+            try:
+                for first in entries:
+                    yield self._prepare(self._collate([first, *islice(entries, lengths.popleft() - 1)]))
+            finally:
+                del entries
+
+
+@contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Have an ImageError of a worker read as one of this process, and hold nothing."""
+    try:
+        yield
+    except ImageError as error:
+        # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is not
+        # theirs.
+        error.__traceback__ = None
+        raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
+
+
+class _Indices(Sampler[Any]):
+    """The indices of all batches one after the other; ``lengths`` are those of the batches that were begun."""
+
+    def __init__(self, batches: Iterable[Sequence[Any]]) -> None:
+        self.batches = batches
+        self.lengths: deque[int] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.lengths = lengths = deque[int]()
+
+        def indices() -> Iterator[Any]:
+            for batch in self.batches:
+                lengths.append(len(batch))
+                yield from batch
+
+        return indices()
+
+
+def _end_with_parent(worker: int) -> None:
+    """Have this worker end when its parent was killed, although nobody empties the pipe that it may be writing to."""
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
+def _as_arrays(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry without tensors, which would travel through shared memory."""
+    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
+
+
+def in_parallel(function: Callable[[S], T], values: Sequence[S], workers: int = 0) -> Iterator[T]:
+    """What a function makes of each of the values, in their order, in so many worker processes; 0 is in this one."""
+    chunks = [values[at : at + _CALLS] for at in range(0, len(values), _CALLS)]
+    with _errors_of_workers():
+        yield from chain.from_iterable(
+            DataLoader(
+                _Calls(function, chunks),
+                batch_size=None,
+                collate_fn=list,
+                # Where there is little to do it takes longer to start them.
+                num_workers=workers if len(chunks) > 1 else 0,
+                generator=torch.Generator(),
+                worker_init_fn=_end_with_parent,
+            )
+        )
+
+
+class _Calls(Dataset[list[Any]]):
+    def __init__(self, function: Callable[[Any], Any], chunks: Sequence[Sequence[Any]]) -> None:
+        self.function, self.chunks = function, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        return list(map(self.function, self.chunks[index]))
+
+
+def ahead(values: Iterator[T]) -> Iterator[T]:
+    """The same values, of which a thread makes the next one while one is in use."""
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+        following = thread.submit(next, values, _END)
         try:
-            yield from super().__iter__()
-        except ImageError as error:
-            # Its frames hold it and the workers: processes forked later would inherit these, and fail in ending what is
-            # not theirs.
-            error.__traceback__ = None
-            raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
+            while (value := following.result()) is not _END:
+                following = thread.submit(next, values, _END)
+                yield value  # type: ignore[misc]
+        finally:
+            del following  # An error would hold itself by it.
 
 
 def loader(
@@ -221,7 +372,7 @@ def loader(
     seed: int = 0,
     workers: int = 0,
     drop_last: bool = False,
-) -> DataLoader[dict[str, Any]]:
+) -> ImageLoader:
     """Load a data set in batches of the form that `training.methods.base` describes.
 
     The batches depend on neither the number of workers nor the state of torch's own generator.
@@ -234,14 +385,5 @@ def loader(
         workers: Processes that decode; 0 decodes in this one.
         drop_last: Leave out a last batch of fewer images.
     """
-    return ImageLoader(
-        dataset,
-        batch_size,
-        sampler=Shuffled(len(dataset), seed) if shuffle else SequentialSampler(dataset),  # type: ignore[arg-type]
-        num_workers=workers,
-        drop_last=drop_last,
-        # The loader draws a seed for its workers in each pass, which must not move the generator of the order or
-        # torch's own.
-        generator=torch.Generator().manual_seed(seed),
-        persistent_workers=workers > 0,
-    )
+    order = Shuffled(len(dataset), seed) if shuffle else SequentialSampler(dataset)  # type: ignore[arg-type]
+    return ImageLoader(dataset, BatchSampler(order, batch_size, drop_last), workers=workers, keep=True)

@@ -41,50 +41,26 @@ class MaskTransform:
 
     def __call__(self, mask: Image.Image) -> Tensor:
         """Transform a mask of 8 bits into uint8 (1, H, W): 1 where any color is above 0, else 0."""
-        mask = _resized(mask, self.img_size, self.preset, F.InterpolationMode.NEAREST)
+        if self.preset == "squash":
+            mask = F.resize(mask, list(self.img_size), F.InterpolationMode.NEAREST)
+        else:
+            shorter_side, side = map(int, re.findall(r"\d+", self.preset))
+            mask = F.center_crop(F.resize(mask, shorter_side, F.InterpolationMode.NEAREST), [side, side])
         defect = np.asarray(mask.convert("RGB")).any(axis=2)
         return torch.from_numpy(defect.astype(np.uint8))[None]
 
 
-@dataclass(frozen=True)
-class TwoViews:
-    """Two color-augmented views of an image for the angle loss (paper section 3.3).
+def two_views(image: Image.Image, seed: int) -> np.ndarray:
+    """Two color-augmented views (2, H, W, 3) uint8 of an RGB image for the angle loss (paper section 3.3).
 
-    Both are the image at the size of the network, each with its own color jitter, grayscale and blur as in SimCLR
-    (Chen et al., 2020). Nothing moves, so that one mask serves both. The blur is Pillow's, its radius the standard
-    deviation in pixels.
+    Each has its own color jitter, grayscale and blur as in SimCLR (Chen et al., 2020). Nothing moves, so that one mask
+    serves both. The blur is Pillow's, its radius the standard deviation in pixels.
 
-    Attributes:
-        img_size: Height and width in pixels.
-        mean: Of each channel, for values in [0, 1].
-        std: Of each channel, for values in [0, 1].
-        preset: One of `adfeatures.images.PRESETS`.
+    Equal seeds give equal views; torch's own generators stay as they are.
     """
-
-    img_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    preset: str = "squash"
-
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """The views (2, 3, H, W) float32 of an RGB image.
-
-        Equal seeds give equal views; torch's own generators stay as they are.
-        """
-        resized = _resized(image, self.img_size, self.preset, F.InterpolationMode.BICUBIC)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-            views = torch.stack([F.to_tensor(_augment(resized)) for _ in range(2)])
-        return F.normalize(views, list(self.mean), list(self.std))
-
-
-def _resized(
-    image: Image.Image, img_size: tuple[int, int], preset: str, interpolation: F.InterpolationMode
-) -> Image.Image:
-    if preset == "squash":
-        return F.resize(image, list(img_size), interpolation)
-    shorter_side, side = map(int, re.findall(r"\d+", preset))
-    return F.center_crop(F.resize(image, shorter_side, interpolation), [side, side])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        return np.stack([np.asarray(_augment(image)) for _ in range(2)])
 
 
 def _blur(image: Image.Image) -> Image.Image:

@@ -13,6 +13,7 @@ from ..console import REQUIRED, check_choices, option
 from ..data import DATASETS, dataset
 from ..data.real_iad import RealIAD
 from ..data.tree import Tree
+from ..distributed import cores
 from ..methods import METHODS, find_method
 
 SOUND, ORIGINAL = "sound", "original"
@@ -62,7 +63,7 @@ class EvaluationConfig:
     textures: str | None = option(None, "GLASS: folder of texture images (DTD); without it they are made")
     foregrounds: str | None = option(None, "GLASS: folder of foreground masks, <product>/<name of the training image>")
     cache: str | None = option(None, "folder of the features; the default is the folder cache in output")
-    workers: int = option(4, "processes that read images")
+    workers: int = option(cores(), "processes that read images; the default is one for each core")
     device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
 
     def __post_init__(self) -> None:

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from adfeatures.errors import InputError
 
-from ..data.images import ImageDataset, loader
+from ..data.images import ImageDataset, ImageLoader, loader
 from ..data.items import Item
 from ..methods import Method
 from .config import ORIGINAL, EvaluationConfig
@@ -65,7 +63,7 @@ def settings(
 
 def train_loader(
     method: Method, items: Sequence[Item], model: EvaluatedModel, preset: str, workers: int
-) -> DataLoader[Any]:
+) -> ImageLoader:
     """Batches of training images as a method takes them."""
     images = ImageDataset(items, model.transform(preset)) if method.images else KnownImages(items, model.img_size)
     return loader(

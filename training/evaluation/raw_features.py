@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from adfeatures.errors import InputError
 
+from ..console import progress
 from ..data.images import ImageDataset, loader, summarize
 from ..data.items import Item
 from ..methods.base import Batch
@@ -78,7 +78,7 @@ class RawFeatures:
     def _encoded(self, items: Sequence[Item], preset: str) -> Iterator[Batch]:
         if items:
             batches = loader(ImageDataset(items, self.model.transform(preset)), workers=self.workers)
-            for batch in tqdm(batches, desc="encoding", leave=False, disable=None):
+            for batch in progress(batches, desc="encoding", leave=False):
                 self.of(preset)(batch)
                 yield batch
 

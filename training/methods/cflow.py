@@ -9,11 +9,11 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
+from ..console import progress
 from .base import Batch, CountedLoader, Extractor, Loader, Predictions
 from .flows import ConditionalFlow, position_code
 from .trained import feature_maps, first_maps, gather, seeded
@@ -74,7 +74,7 @@ class CFLOW:
         optimizer = torch.optim.Adam(nn.ModuleList(self.flows).parameters(), lr=self.learning_rate)
         generator = torch.Generator().manual_seed(self.seed)
         steps = self.sub_epochs * len(loader)
-        for epoch in tqdm(range(self.meta_epochs), desc="CFLOW", leave=False, disable=None):
+        for epoch in progress(range(self.meta_epochs), desc="CFLOW", leave=False):
             batches = (batch for _ in range(self.sub_epochs) for batch in loader)
             for step, batch in enumerate(batches):
                 optimizer.param_groups[0]["lr"] = self._learning_rate(epoch, step / steps)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from adfeatures import scoring
 from adfeatures.errors import InputError
 
+from ..console import progress
 from .base import Batch, Extractor, Loader, Predictions
 from .glass_synthesis import DefectSynthesis
 from .patches import neighborhood_vectors
@@ -102,7 +102,7 @@ class GLASS:
             optimizers.append(torch.optim.Adam(self.adapt.parameters(), lr=self.learning_rate / 2, weight_decay=1e-5))
         generator = torch.Generator(device).manual_seed(self.seed)
         rng = np.random.default_rng(self.seed)
-        for epoch in tqdm(range(self.epochs), desc="GLASS", leave=False, disable=None):
+        for epoch in progress(range(self.epochs), desc="GLASS", leave=False):
             # Without an adapter the vectors of the training images never change.
             if epoch == 0 or self.adapter:
                 self.center = self._mean_vectors(loader)

@@ -14,10 +14,10 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from adfeatures.errors import InputError
 
+from ..console import progress
 from .base import Batch, Extractor, Loader, Predictions
 from .trained import feature_maps, first_maps, gather, seeded
 
@@ -87,7 +87,7 @@ class UniAD:
             optimizer, lambda ended: DECAY ** (max(ended - 1, 0) // DECAY_EVERY)
         )
         generator = torch.Generator().manual_seed(self.seed)
-        for epoch in tqdm(range(1, self.epochs + 1), desc="UniAD", leave=False, disable=None):
+        for epoch in progress(range(1, self.epochs + 1), desc="UniAD", leave=False):
             network.train()
             for batch in loader:
                 features = self._features(batch, network)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import load_checkpoint, regular_file, save_checkpoint
 from adfeatures.documents import DocumentError, parse
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
-from adfeatures.images import ImageTransform
+from adfeatures.images import normalized
 from adfeatures.locks import only_run_for
 
+from ..console import progress
+from ..data.image_cache import ImageCache
 from ..data.images import ImageLoader
 from ..data.items import NORMAL, Item, items_digest
-from ..data.real_iad import reference_pool
 from ..distributed import agreed, rank
 from .config import CentersConfig
-from .dataset import Draw, PretrainingDataset
+from .dataset import Draw, PretrainingDataset, collate
 from .frozen_backbone import FrozenBackbone
 from .inputs import Inputs
 from .residuals import batch_residuals
@@ -48,12 +47,10 @@ def centers_of(config: CentersConfig, device: torch.device) -> list[Tensor]:
     """What a config asks for; errors as of ``compute_centers`` and ``Inputs``."""
     with only_run_for(config.output):
         inputs = Inputs(config, device)
-        return compute_centers(config, inputs.backbone, inputs.train, inputs.normal)
+        return compute_centers(config, inputs.backbone, inputs.train, inputs.normal, inputs.cache)
 
 
-def find_centers(
-    path: str | None, folder: Path, backbone: FrozenBackbone, train: Sequence[Item], seed: int, workers: int
-) -> list[Tensor]:
+def find_centers(path: str | None, folder: Path, inputs: Inputs, seed: int) -> list[Tensor]:
     """The centers for a pretraining, on the device of the backbone.
 
     They are those of a file or, without a path, of the folder of the run, where one process computes them for all.
@@ -62,16 +59,20 @@ def find_centers(
         CheckpointError: If there is no such file, or those of the file are of other features.
         AdfeaturesError: As of ``compute_centers``.
     """
+    file = Path(path or folder / "centers.safetensors")
     if path is None:
-        config = CentersConfig(output=str(folder / "centers.safetensors"), seed=seed, workers=workers)
-        pool = reference_pool(train)
-        agreed(lambda: compute_centers(config, backbone, train, pool) if rank() == 0 else None)
-        path = config.output
-    return [center.to(backbone.device) for center in load_centers(path, backbone)]
+        config = CentersConfig(output=str(file), seed=seed, workers=inputs.workers)
+        given = inputs.backbone, inputs.train, inputs.normal, inputs.cache
+        agreed(lambda: compute_centers(config, *given) if rank() == 0 else None)
+    return [center.to(inputs.backbone.device) for center in load_centers(file, inputs.backbone)]
 
 
 def compute_centers(
-    config: CentersConfig, backbone: FrozenBackbone, items: Sequence[Item], pool: Sequence[Item]
+    config: CentersConfig,
+    backbone: FrozenBackbone,
+    items: Sequence[Item],
+    pool: Sequence[Item],
+    cache: ImageCache | None = None,
 ) -> list[Tensor]:
     """Mean residual of all patches of the normal images, summed in float64, kept in a file that says what it is of.
 
@@ -83,6 +84,7 @@ def compute_centers(
         backbone: The backbone, on the device to compute on.
         items: What to take the normal images from: all of label 0, of the NG tree of Real-IAD as well.
         pool: Normal images that serve as references, drawn with replacement.
+        cache: Where images are looked up before their files are read.
 
     Returns:
         (C_l,) float32 per level, on the CPU.
@@ -93,14 +95,10 @@ def compute_centers(
         CheckpointError: If the output or the state beside it comes from another call.
         AdfeaturesError: If features are not finite, or a file cannot be written.
     """
-    normal, transform, output = (
-        [item for item in items if item.label == NORMAL],
-        backbone.transform,
-        Path(config.output),
-    )
+    normal, output = [item for item in items if item.label == NORMAL], Path(config.output)
     if not normal:
         raise InputError("There are no normal images to compute centers from.")
-    dataset = PretrainingDataset(normal, pool, partial(_plain, transform), transform, shots=(config.shots,))
+    dataset = PretrainingDataset(normal, pool, _plain, backbone.transform, cache=cache, shots=(config.shots,))
     draws = _draws(len(normal), config)
     facts = {
         **_origin(backbone),
@@ -123,10 +121,9 @@ def compute_centers(
         ]:
             raise CheckpointError(f"{state} is damaged. Remove it to begin again.")
     batches = [draws[start : start + config.batch_size] for start in range(0, len(draws), config.batch_size)]
-    # A generator of its own, so that torch's is left as it is.
-    loader = ImageLoader(dataset, batch_sampler=batches[done:], num_workers=config.workers, generator=torch.Generator())
-    for batch in tqdm(loader, desc="centers", unit="batch", total=len(batches), initial=done, disable=None):
-        residuals = _residuals(backbone, batch["views"], batch["references"])
+    loader = ImageLoader(dataset, batches[done:], workers=config.workers, collate=collate)
+    for batch in progress(loader, desc="centers", unit="batches", total=len(batches), initial=done):
+        residuals = _residuals(backbone, batch)
         sums = [total + level.double().sum(dim=(0, 2, 3)).cpu() for total, level in zip(sums, residuals, strict=True)]
         patches = [count + level[:, 0].numel() for count, level in zip(patches, residuals, strict=True)]
         if not all(level.isfinite().all() for level in sums):
@@ -179,9 +176,9 @@ def _origin(backbone: FrozenBackbone) -> dict[str, str]:
     }
 
 
-def _plain(transform: ImageTransform, image: Image.Image, seed: int) -> Tensor:
-    """In the place of two augmented views: the image as it is, (3, H, W)."""
-    return transform.of_rgb(image)
+def _plain(image: Image.Image, seed: int) -> np.ndarray:
+    """In the place of two augmented views: the image as it is, (1, H, W, 3)."""
+    return np.asarray(image)[None]
 
 
 def _draws(count: int, config: CentersConfig) -> list[Draw]:
@@ -192,10 +189,11 @@ def _draws(count: int, config: CentersConfig) -> list[Draw]:
 
 
 @torch.no_grad()
-def _residuals(backbone: FrozenBackbone, images: Tensor, references: Tensor) -> list[Tensor]:
-    encoded = backbone.module(references.flatten(0, 1).to(backbone.device))
-    banks = [level.unflatten(0, references.shape[:2]) for level in encoded]
-    return batch_residuals(backbone.module(images.to(backbone.device)), banks)
+def _residuals(backbone: FrozenBackbone, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    pixels = (images.to(backbone.device) for images in (batch["views"].squeeze(1), batch["references"]))
+    images, references = (backbone.module(normalized(own, *backbone.entry.normalization)) for own in pixels)
+    places = batch["reference_indices"].to(backbone.device)
+    return batch_residuals(images, [level[places] for level in references])
 
 
 def _write(path: Path, name: str, levels: Sequence[Tensor], facts: Mapping[str, str]) -> None:

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from adfeatures.errors import InputError
 
+from ..console import progress
 from ..data.fingerprint import Fingerprint
-from ..data.images import ODD_MASKS, read_mask, shared_masks, some, summarize
+from ..data.images import ODD_MASKS, in_parallel, read_mask, shared_masks, some, summarize
 from ..data.items import ANOMALOUS, Item
 from .trials import Trial
 
@@ -40,7 +40,7 @@ def check_trials(trials: Sequence[Trial], trained_on: Fingerprint) -> None:
         )
 
 
-def check_masks(items: Sequence[Item]) -> None:
+def check_masks(items: Sequence[Item], workers: int = 0) -> None:
     """Read all masks, and warn of odd ones: black, inverted, gray as of JPEG, or of several images.
 
     Raises:
@@ -48,15 +48,19 @@ def check_masks(items: Sequence[Item]) -> None:
         ImageError: For a mask that cannot be read.
     """
     masks = {item: item.mask for item in items if item.mask is not None}
-    noticed, drawn = [], False
-    for path in tqdm(masks.values(), desc="masks", leave=False, disable=None):
-        pixels = np.asarray(read_mask(path))
-        drawn = drawn or bool(pixels.any())
-        noticed.append([kind for kind, is_odd in ODD_MASKS.items() if is_odd(pixels)])
-    if not drawn:
+    looks = in_parallel(_look, list(masks.values()), workers)
+    looks = progress(looks, total=len(masks), desc="masks", unit="masks", leave=False)
+    drawn, noticed = zip(*looks, strict=True)
+    if not any(drawn):
         raise InputError(
             f"All masks are black everywhere, so there is nothing to contrast: {some(list(masks.values()))}. "
             "Draw the defects in white."
         )
     for text in (*summarize(masks, noticed), *shared_masks(masks)):
         warnings.warn(f"In the training data: {text}", stacklevel=2)
+
+
+def _look(path: str) -> tuple[bool, list[str]]:
+    """Whether a mask shows anything, and what is odd about it."""
+    pixels = np.asarray(read_mask(path))
+    return bool(pixels.any()), [kind for kind, is_odd in ODD_MASKS.items() if is_odd(pixels)]

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from adfeatures import catalog
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import ImageTransform, read_image
+from adfeatures.images import ImageTransform
 
+from ..data.image_cache import ImageCache
 from ..data.images import different_sizes, read_mask
 from ..data.items import Item
-from ..data.transforms import MaskTransform, TwoViews
+from ..data.transforms import MaskTransform
 from ..distributed import rank, world_size
 from .config import PretrainConfig
 
@@ -48,10 +48,12 @@ def choose_pool(items: Sequence[Item], size: int, seed: int) -> list[Item]:
     return [items[index] for index in sorted(chosen)]
 
 
-def augmentation(statistics: str, entry: catalog.Backbone, preset: str = "squash") -> TwoViews:
-    """Two views with the statistics of a backbone or, as the published weights were made, CLIP's for DINOv2 too."""
-    original = statistics == "original" and entry.family == "dinov2"
-    return TwoViews(entry.img_size, *(catalog.OPENAI_CLIP if original else entry.normalization), preset)
+def view_statistics(kind: str, entry: catalog.Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for the augmented views of a backbone.
+
+    They are its own or, for the kind "original", CLIP's for DINOv2 too, as the published weights were made.
+    """
+    return catalog.OPENAI_CLIP if kind == "original" and entry.family == "dinov2" else entry.normalization
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ class StepSampler(Sampler[list[Draw]]):
 class PretrainingDataset(Dataset[dict[str, Any]]):
     """Images by ``Draw``, with two views, a mask, and normal images of the same product and view to compare with.
 
-    An element is a dict: ``views`` (2, 3, H, W) float32, ``mask`` (1, H, W) uint8 of 0 and 1, ``label`` and ``path`` of
-    the item, and ``references`` (shots, 3, H, W) float32 or ``reference_indices`` (shots,) int64 into the pool.
+    An element is a dict: ``views`` (2, H, W, 3), what ``views`` makes of the image at the size of the input; ``mask``
+    (1, H, W) of 0 and 1; ``label`` and ``path`` of the item; ``reference_indices`` (shots,) int64 into the pool, and
+    the ``references`` (shots, H, W, 3) themselves. All pixels are uint8.
 
     References are drawn with replacement from the pool's images of the same product and view, the image itself
     included, as in the original. An image that cannot be read is replaced by another one, a reference by another one of
@@ -142,7 +145,8 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         items: All images to train on, normal and anomalous.
         pool: Normal images that serve as references.
         views: What makes ``views`` of an RGB image and a seed.
-        transform: For references; its size is that of masks, and its bit depth that of all images.
+        transform: Its geometry is that of images and masks, and its bit depth that of all images.
+        cache: Where images and masks are looked up before their files are read.
         load_references: False gives ``reference_indices`` and reads no references.
         shots: The numbers of references that will be drawn, to warn of groups that have fewer images.
 
@@ -155,14 +159,15 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         self,
         items: Sequence[Item],
         pool: Sequence[Item],
-        views: Callable[[Image.Image, int], Tensor],
+        views: Callable[[Image.Image, int], np.ndarray],
         transform: ImageTransform,
-        *,
+        cache: ImageCache | None = None,
         load_references: bool = True,
         shots: Sequence[int] = PretrainConfig.shots,
     ) -> None:
         self.items, self.pool, self.views, self.transform = list(items), list(pool), views, transform
-        self.mask_transform, self.load_references = MaskTransform(transform.img_size, transform.preset), load_references
+        self.mask_transform = MaskTransform(transform.img_size, transform.preset)
+        self.cache, self.load_references = cache, load_references
         self.groups = _by_group(self.pool)
         sizes = {" ".join(group).strip(): len(self.groups.get(group, ())) for group in _by_group(self.items)}
         if lonely := [group for group, size in sizes.items() if not size]:
@@ -182,10 +187,11 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         random = np.random.default_rng((_ITEM, draw.seed))
-        item, image = self._read(self.items, draw.index, partial(random.integers, len(self.items)))
+        index, image, mask = self._read(self.items, draw.index, partial(random.integers, len(self.items)))
+        item = self.items[index]
         sample = {
-            "views": self.views(image, draw.seed),
-            "mask": self._mask(item, image),
+            "views": self.views(Image.fromarray(image), draw.seed),
+            "mask": mask,
             "label": item.label,
             "path": item.image,
         }
@@ -193,33 +199,65 @@ class PretrainingDataset(Dataset[dict[str, Any]]):
         random = np.random.default_rng((_REFERENCES, draw.seed))
         indices = random.choice(group, draw.shots)
         if not self.load_references:
-            return {**sample, "reference_indices": torch.from_numpy(indices)}
-        images = (self._read(self.pool, index, partial(random.choice, group))[1] for index in indices)
-        return {**sample, "references": torch.stack([self.transform.of_rgb(image) for image in images])}
+            return {**sample, "reference_indices": indices}
+        found, images, _ = zip(
+            *(self._read(self.pool, index, partial(random.choice, group)) for index in indices), strict=True
+        )
+        return {**sample, "reference_indices": np.array(found), "references": np.stack(images)}
 
-    def _mask(self, item: Item, image: Image.Image) -> Tensor:
-        if item.mask is None:
-            return torch.zeros(1, *self.mask_transform.img_size, dtype=torch.uint8)
-        mask = read_mask(item.mask)
-        if mask.size != image.size:
-            raise ImageError(different_sizes(item, image.size, mask.size))
-        return self.mask_transform(mask)
-
-    def _read(self, items: Sequence[Item], index: int, another: Callable[[], Any]) -> tuple[Item, Image.Image]:
-        """The image drawn, or another one in the place of those that cannot be read."""
+    def _read(
+        self, items: Sequence[Item], index: int, another: Callable[[], Any]
+    ) -> tuple[int, np.ndarray, np.ndarray]:
+        """The index drawn, or of another image in the place of those that cannot be read, with its image and mask."""
         for _ in range(MAX_FAILURES):
             item = items[index]
+            if self.cache is not None and (cached := self.cache.get(item)) is not None:
+                return index, *cached
             try:
-                return item, read_image(item.image, bit_depth=self.transform.bit_depth)
+                picture = self.transform.read(item.image)
+                image = np.asarray(self.transform.resized(picture))
             except ImageError as error:
                 message = f"{error} Another image takes its place."
                 if message not in self._warned:
                     self._warned.add(message)
                     warnings.warn(message, stacklevel=2)
                 index = another()
+            else:
+                return index, image, self._mask(item, picture.size, image.shape[:2])
         raise ImageError(
             f"{MAX_FAILURES} images in a row could not be read, {item.image} the last of them. Check the data set."
         )
+
+    def _mask(self, item: Item, size: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+        if item.mask is None:
+            return np.zeros((1, *shape), np.uint8)
+        mask = read_mask(item.mask)
+        if mask.size != size:
+            raise ImageError(different_sizes(item, size, mask.size))
+        return self.mask_transform(mask).numpy()
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of elements of ``PretrainingDataset``, in which each reference is held once, however often it was drawn.
+
+    In the place of their indices into the pool, ``reference_indices`` (B, shots) are those into the ``references``
+    (N, H, W, 3) of the batch, which ``pool_indices`` (N,) name, in the order in which they were first drawn.
+    """
+    drawn = np.stack([sample["reference_indices"] for sample in samples])
+    known, first, places = np.unique(drawn, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    batch = {
+        "views": np.stack([sample["views"] for sample in samples]),
+        "mask": np.stack([sample["mask"] for sample in samples]),
+        "label": np.array([sample["label"] for sample in samples]),
+        "pool_indices": known[order],
+        "reference_indices": np.argsort(order)[places].reshape(drawn.shape),
+    }
+    if "references" in samples[0]:
+        shots = drawn.shape[1]
+        batch["references"] = np.stack([samples[at // shots]["references"][at % shots] for at in first[order]])
+    tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in batch.items()}
+    return {**tensors, "path": [sample["path"] for sample in samples]}
 
 
 def _by_group(items: Sequence[Item]) -> dict[tuple[str, str], list[int]]:

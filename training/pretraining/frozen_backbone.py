@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,9 +57,9 @@ class FrozenBackbone:
         return build_transform(self.entry.img_size, mean, std, preset=self.preset, bit_depth=bits)
 
     def read(self, path: str) -> Tensor:
-        """An image file as input (3, H, W)."""
+        """An image file at the size of the input, (H, W, 3) uint8."""
         transform = self.transform
-        return transform.of_rgb(transform.read(path))
+        return torch.from_numpy(np.array(transform.resized(transform.read(path))))
 
     @property
     def device(self) -> torch.device:

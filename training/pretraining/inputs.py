@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -13,8 +13,11 @@ from adfeatures.catalog import unknown
 from adfeatures.errors import InputError, UnknownNameError
 
 from ..data import folder, real_iad
+from ..data.fingerprint import digests
+from ..data.image_cache import ImageCache
 from ..data.items import Item
 from ..data.manifest import read_manifest
+from ..distributed import gather_objects, rank, world_size
 from .config import InputsConfig
 from .frozen_backbone import load_frozen_backbone
 
@@ -28,6 +31,7 @@ class Inputs:
         held_out: What is kept for validation.
         title: "Real-IAD" where all images are of it; other data may come in the same layout.
         backbone: The backbone, on the device.
+        workers: Processes that read images.
 
     Raises:
         UnknownNameError: For a product that the data do not have.
@@ -42,6 +46,29 @@ class Inputs:
         known = config.data == "real_iad" and {item.product for item in self.train} <= set(real_iad.PRODUCTS)
         self.title = real_iad.TREE.title if known else None
         self.backbone = load_frozen_backbone(config, device)
+        self.workers, self._cache_folder = config.workers, config.cache
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of the images to train on and, for the cache, of their masks, by path. All ranks share the work.
+
+        Files that cannot be read are left out.
+        """
+        files = [item.image for item in self.train]
+        if self._cache_folder is not None:
+            files += [item.mask for item in self.train if item.mask is not None]
+        shares = gather_objects(digests(files[rank() :: world_size()], self.workers))
+        return {path: digest for share in shares for path, digest in share.items()}
+
+    @cached_property
+    def cache(self) -> ImageCache | None:
+        """The cache with all images to train on, if there is to be one; errors as of ``ImageCache``."""
+        if self._cache_folder is None:
+            return None
+        cache = ImageCache(self._cache_folder, self.backbone.transform, self.digests)
+        # One process works for all of its machine.
+        cache.fill(self.train, self.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        return cache
 
 
 def read_split(config: InputsConfig) -> tuple[list[Item], list[Item]]:

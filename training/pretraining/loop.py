@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from adfeatures.projector import ResidualProjector
 
+from ..console import progress
 from ..data.images import ImageLoader
 from ..distributed import rank
 from .config import PretrainConfig
@@ -40,7 +40,7 @@ def training_loop(
     run.resume(projector, optimizer, header)
     total = config.epochs * sampler.steps_per_epoch
     total = total if config.max_steps is None else min(total, config.max_steps)
-    progress = tqdm(total=total, initial=run.step, desc="pretraining", unit="step", disable=True if rank() else None)
+    bar = progress(total=total, initial=run.step, desc="pretraining", unit="steps", disable=rank() > 0)
     batches: Iterator[dict[str, Any]] | None = None
     contrasts: list[bool] = []
     while run.validated < total:
@@ -64,6 +64,7 @@ def training_loop(
                 draw_curves(run.folder)
             run.validated = run.step
         else:
+            asked = time.perf_counter()
             if batches is None:
                 sampler.epoch, sampler.step = run.epoch, run.step_of_epoch
                 batches = iter(loader)
@@ -72,12 +73,17 @@ def training_loop(
             for batch in islice(batches, min(epoch_left, left, config.save_every - run.step % config.save_every)):
                 started = time.perf_counter()
                 values = step(batch)
+                computing, waiting = round(time.perf_counter() - started, 4), round(started - asked, 4)
                 run.advance()
-                seconds = round(time.perf_counter() - started, 4)
-                run.log("step", {**values, "lr": config.learning_rates[run.epoch], "seconds": seconds})
+                rate = config.learning_rates[run.epoch]
+                run.log("step", {**values, "lr": rate, "seconds": computing, "waiting": waiting})
                 contrasts.append(bool(values.get("angle")))
-                progress.update()
-                progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+                bar.update()
+                shown = {name: f"{value:.3f}" for name, value in values.items()}
+                bar.set_postfix(
+                    {**shown, "computing": f"{computing:.2f}s", "waiting": f"{waiting:.2f}s"}, refresh=False
+                )
+                asked = time.perf_counter()
         run.save()
-    progress.close()
+    bar.close()
     run.keep_last()

@@ -12,12 +12,12 @@ from typing import Annotated, Any, TypeAlias, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adfeatures.checkpoints import atomic_path
 from adfeatures.documents import read_document
 from adfeatures.errors import AdfeaturesError, ImageError
 
+from ..console import progress
 from ..data.items import Item, items_digest
 from ..distributed import barrier, rank
 
@@ -53,8 +53,8 @@ class ReferenceStore:
         An interrupted call resumes where it was.
 
         Args:
-            read: File to transformed image (3, H, W).
-            backbone: Images (B, 3, H, W) to maps.
+            read: File to image (H, W, 3).
+            backbone: Images (B, H, W, 3) to maps.
 
         Raises:
             ImageError: If an image cannot be read.
@@ -79,7 +79,7 @@ class ReferenceStore:
         ]
 
     def read(self, indices: Tensor) -> list[Tensor]:
-        """The maps (B, k, C_l, h_l, w_l) float16 per level, of images by their index in the pool, (B, k) on the CPU."""
+        """The maps (..., C_l, h_l, w_l) float16 per level, of images by their index in the pool, (...) on the CPU."""
         return [torch.from_numpy(level[indices.numpy()]) for level in self._levels]
 
     def _encode(self, read: Callable[[str], Tensor], backbone: Callable[[Tensor], Sequence[Tensor]]) -> None:
@@ -88,7 +88,7 @@ class ReferenceStore:
             # Else an interruption would leave facts of another store beside the first features of this one.
             (self.folder / "store.json").unlink(missing_ok=True)
         starts = range(int(facts.get("done", 0)), len(self.items), ENCODED_AT_ONCE)
-        for start in tqdm(starts, desc="references", unit="batch", disable=None):
+        for start in progress(starts, desc="references", unit="batches"):
             batch = torch.stack([read(item.image) for item in self.items[start : start + ENCODED_AT_ONCE]])
             maps = [level.half().cpu().numpy() for level in backbone(batch)]
             if not all(np.isfinite(level).all() for level in maps):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adfeatures.errors import AdfeaturesError
+from adfeatures.images import normalized
 
 from ..distributed import gather
 from ..losses import angle_loss, norm_loss
@@ -21,7 +21,7 @@ from .labels import angle_labels, norm_labels
 from .reference_store import ReferenceStore
 from .residuals import batch_residuals
 
-# Images to maps of the frozen backbone.
+# Images (N, H, W, 3) of 8 bits to maps of the frozen backbone.
 Encode = Callable[[Tensor], list[Tensor]]
 
 
@@ -29,12 +29,13 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Mapping[str, Any],
-    encode: Encode,
-    store: ReferenceStore | None,
+    encoders: tuple[Encode, Encode],
     centers: Sequence[Tensor | None],
     config: PretrainConfig,
 ) -> dict[str, float]:
     """One step of the optimizer on this rank's share of a batch, wherever the batch lies.
+
+    The encoders are those of the views and of the references, which are normalized differently.
 
     Returns:
         The losses of the global batch, summed over the levels, by name; {"skipped": 1} where it has no anomalous image.
@@ -48,7 +49,7 @@ def train_step(
         return {"skipped": 1.0}
     sums = {"angle": 0.0, "norm": 0.0}
     for number, micro in enumerate(_divide(tensors, config.accumulate), start=1):
-        first, second = (view_features if config.no_residual else partial(view_residuals, store=store))(micro, encode)
+        first, second = view_features(micro, encoders[0]) if config.no_residual else view_residuals(micro, *encoders)
         last = number == config.accumulate
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with torch.autocast(first[0].device.type, torch.bfloat16, enabled=config.precision == "autocast"):
@@ -76,16 +77,19 @@ def view_features(batch: dict[str, Tensor], encode: Encode) -> tuple[Sequence[Te
 
 @torch.no_grad()
 def view_residuals(
-    batch: dict[str, Tensor], encode: Encode, store: ReferenceStore | None
+    batch: Mapping[str, Any], encode_views: Encode, encode_references: Encode
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, against the same references."""
-    features = _encoded(batch["views"], encode)
-    if store is None:
-        references = _encoded(batch["references"], encode)
+    """Residuals of the first and of the second views, (B, C_l, h_l, w_l) per level, against the same references.
+
+    Each reference is encoded once, however many images are compared with it.
+    """
+    features = _encoded(batch["views"], encode_views)
+    used, places = batch["reference_indices"].unique(return_inverse=True)
+    if "reference_maps" in batch:
+        encoded = [level[used].to(features[0].dtype) for level in batch["reference_maps"]]
     else:
-        stored, one = store.read(batch["reference_indices"]), features[0]
-        # Half the bytes go to the device.
-        references = [level.to(one.device).to(one.dtype) for level in stored]
+        encoded = encode_references(batch["references"][used])
+    references = [level[places] for level in encoded]
     # The views lie one above the other in one map, so that each row of the bank is normalized once.
     tall = batch_residuals([level.transpose(1, 2).flatten(2, 3) for level in features], references)
     first, second = zip(*(level.unflatten(2, (2, -1)).unbind(2) for level in tall), strict=True)
@@ -128,24 +132,49 @@ def losses(
 
 
 @torch.no_grad()
-def encode_images(images: Tensor, backbone: nn.Module, device: torch.device, precision: str) -> list[Tensor]:
-    """Maps of the frozen backbone for images (B, 3, H, W), in the precision of its weights."""
+def encode_images(
+    images: Tensor,
+    statistics: tuple[Sequence[float], Sequence[float]],
+    backbone: nn.Module,
+    device: torch.device,
+    precision: str,
+) -> list[Tensor]:
+    """Maps of the frozen backbone for images (B, H, W, 3) uint8, which are normalized on the device.
+
+    Args:
+        images: The images, anywhere.
+        statistics: Mean and standard deviation of each channel, for values in [0, 1].
+        backbone: The backbone, on the device. The maps have the precision of its weights.
+        device: Where to compute.
+        precision: Products are of bfloat16 for "autocast".
+    """
     dtype = next(backbone.parameters()).dtype
+    inputs = normalized(images.to(device, non_blocking=True), *statistics).to(dtype)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
-        maps = backbone(images.to(device, dtype, non_blocking=True))
+        maps = backbone(inputs)
     return [level.to(dtype) for level in maps]
 
 
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch; the indices of references stay where their store is."""
-    return {
-        key: value if key == "reference_indices" else value.to(device, non_blocking=True)
-        for key, value in batch.items()
-        if isinstance(value, Tensor)
-    }
+def prepared(batch: Mapping[str, Any], store: ReferenceStore | None, pinned: bool) -> dict[str, Any]:
+    """A batch with the maps of its references from the store, if there is one, in memory that a GPU can copy itself."""
+    own = dict(batch)
+    if store is not None:
+        own["reference_maps"] = store.read(own["pool_indices"])
+    return _each_tensor(own, Tensor.pin_memory) if pinned else own
 
 
-def _divide(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """So many micro-batches."""
-    tensors = {name: value.chunk(count) for name, value in batch.items()}
-    return [{name: chunks[number] for name, chunks in tensors.items()} for number in range(count)]
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a batch, alone or in lists."""
+    return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each_tensor(batch: Mapping[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    lists = {"reference_maps": list(map(function, batch["reference_maps"]))} if "reference_maps" in batch else {}
+    return {name: function(value) for name, value in batch.items() if isinstance(value, Tensor)} | lists
+
+
+def _divide(batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """So many micro-batches, which share the references."""
+    own = {name: batch[name].chunk(count) for name in ("views", "mask", "label", "reference_indices")}
+    for number in range(count):
+        yield {**batch, **{name: chunks[number] for name, chunks in own.items()}}

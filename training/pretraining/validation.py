@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adfeatures.errors import ImageError
 from adfeatures.extractor import FeatureExtractor
@@ -24,6 +23,7 @@ from adfeatures.predictor import Products
 from adfeatures.projector import ResidualProjector
 
 from .. import metrics
+from ..console import progress
 from ..data.images import ImageDataset, loader
 from ..data.items import Item
 from ..distributed import gather_objects, rank, world_size
@@ -77,8 +77,8 @@ def validate(
         img_size=backbone.entry.img_size,
         pretrained_cfg={"mean": mean, "std": std},
     )
-    progress = tqdm(trials[rank() :: world_size()], desc="validation", unit="product", leave=False, disable=None)
-    shares = gather_objects([_evaluate(extractor, backbone, trial, methods, workers) for trial in progress])
+    own = progress(trials[rank() :: world_size()], desc="validation", unit="products", leave=False)
+    shares = gather_objects([_evaluate(extractor, backbone, trial, methods, workers) for trial in own])
     by_product = [scores for share in shares for scores in share]
     return {
         method: {criterion.key: _mean(each[method][criterion.key] for each in by_product) for criterion in CRITERIA}

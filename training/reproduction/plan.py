@@ -14,6 +14,7 @@ from adfeatures.errors import InputError, UnknownNameError
 
 from ..console import check_choices, option
 from ..data import DATASETS
+from ..distributed import cores
 from ..evaluation.config import LISTS, ORIGINAL, SOUND, EvaluationConfig
 from ..evaluation.model import serving_tag
 from ..evaluation.results import OF_LISTED
@@ -72,7 +73,7 @@ class ReproduceConfig:
     protocol: str = option(ORIGINAL, f"of the evaluation; methods from outside need {SOUND}", (ORIGINAL, SOUND))
     tables: bool = option(False, "only write the tables of the results that are there; no model is loaded")
     smoke: bool = option(False, "all of it in miniature, on rendered images and tiny random backbones")
-    workers: int = option(4, "processes that read images")
+    workers: int = option(cores(), "processes that read images; the default is one for each core")
     device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import pickle
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +23,22 @@ from helpers.models import photo, write_photos
 from helpers.trees import defective, write_mvtec
 from PIL import Image, ImageOps
 from scipy import ndimage
+from torch.utils.data import Dataset
 
 from adfeatures.errors import ImageError
 from adfeatures.images import build_transform
+from training.data import images as module
 from training.data import mvtec
-from training.data.images import ImageDataset, loader, read_mask, shared_masks, summarize
+from training.data.images import (
+    ImageDataset,
+    ImageLoader,
+    ahead,
+    in_parallel,
+    loader,
+    read_mask,
+    shared_masks,
+    summarize,
+)
 from training.data.items import ANOMALOUS, NORMAL, Item
 
 PLAIN: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -197,3 +215,102 @@ def test_the_bit_depth_of_images_is_not_that_of_masks(tmp_path: Path) -> None:
     entry = ImageDataset([item], build_transform((16, 16), **PLAIN, bit_depth=12))[0]
     assert np.array_equal((entry["image"][0] * 255).round().numpy(), levels)
     assert np.array_equal(entry["mask"][0], levels > 200)
+
+
+class Squares(Dataset[dict[str, Any]]):
+    """Entries of a megabyte each."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.full((1 << 18,), float(index)), "name": str(index)}
+
+
+def test_batches_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which containers have 64 MB: all that torch would put there is refused."""
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", lambda *_: pytest.fail("shared memory"))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda *_: pytest.fail("shared memory"))
+    batches = list(ImageLoader(Squares(), [[3, 1], [2], [0, 4, 5]], workers=2))
+    assert [batch["name"] for batch in batches] == [["3", "1"], ["2"], ["0", "4", "5"]]
+    assert [batch["image"][:, -1].tolist() for batch in batches] == [[3, 1], [2], [0, 4, 5]]
+
+
+class Counted(Squares):
+    """Writes down in files which entries are made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        (self.folder / str(index)).touch()
+        return {"index": index}
+
+
+def test_few_entries_are_in_flight(tmp_path: Path) -> None:
+    batches = [list(range(at, at + 4)) for at in range(0, 400, 4)]
+    entries = iter(ImageLoader(Counted(tmp_path), batches, workers=2))
+    assert next(entries)["index"].tolist() == [0, 1, 2, 3]
+    time.sleep(0.5)
+    # One batch in use, one that is ready, and those of the workers.
+    assert 4 <= len(list(tmp_path.iterdir())) <= 2 * 4 + 2 * module.AHEAD
+
+
+def test_reading_goes_on_while_a_batch_is_in_use() -> None:
+    """The second value is made before the first is given back."""
+    made = threading.Event()
+
+    def values() -> Iterator[int]:
+        yield 1
+        made.set()
+        yield 2
+
+    taken = ahead(values())
+    assert next(taken) == 1 and made.wait(60)
+    assert list(taken) == [2]
+
+    def failing() -> Iterator[int]:
+        yield 1
+        raise ImageError("broken")
+
+    taken = ahead(failing())
+    assert next(taken) == 1
+    with pytest.raises(ImageError, match="broken"):
+        next(taken)
+
+
+def _negative(value: int) -> int:
+    return -value
+
+
+class _Large(Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": np.zeros(1 << 20, np.uint8)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed as POSIX has it")
+@pytest.mark.parametrize("what", ["loader", "calls"])
+def test_workers_end_with_a_process_that_was_killed(what: str) -> None:
+    """They write to pipes that are full, and nobody reads."""
+    end, own = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        large = _Large()
+        values = ImageLoader(large, [[number] for number in range(64)], workers=3)
+        for _ in values if what == "loader" else in_parallel(large.__getitem__, range(640), 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(own)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # Its end is that of the last process that holds the other one.
+    ended, _, _ = select.select([end], [], [], 60)
+    os.close(end)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    assert ended
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_calls_in_parallel_keep_their_order(workers: int) -> None:
+    assert list(in_parallel(_negative, range(50), workers)) == [-value for value in range(50)]
+    assert list(in_parallel(_negative, [], workers)) == []

@@ -73,8 +73,9 @@ def test_a_mask_of_several_images_is_named(tmp_path: Path) -> None:
 def test_masks_that_cannot_be_read_stop_it_before_it_begins(tmp_path: Path) -> None:
     item = anomalous(tmp_path, "mask.png", defect())
     Path(str(item.mask)).write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"mask\.png"):
-        check_masks([item])
+    for workers in (0, 2):
+        with pytest.raises(ImageError, match=r"^Cannot read .*mask\.png: [^\n]*$"):
+            check_masks([item, *(anomalous(tmp_path, f"{number}.png", defect()) for number in range(20))], workers)
 
 
 def test_an_anomalous_image_without_a_mask_is_refused(tmp_path: Path) -> None:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import torch
+from helpers.models import photo
 from helpers.real_iad_tree import SIZE, write_real_iad
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from adfeatures.catalog import BACKBONES
 from adfeatures.errors import ImageError, InputError
-from adfeatures.images import build_transform, read_image
+from adfeatures.images import PRESETS, build_transform
 from training.data import real_iad
-from training.data.items import NORMAL, Item
-from training.data.transforms import TwoViews
+from training.data.fingerprint import digests
+from training.data.image_cache import ImageCache
+from training.data.images import ImageLoader
+from training.data.items import ANOMALOUS, NORMAL, Item
+from training.data.transforms import two_views
 from training.pretraining import dataset as module
 from training.pretraining.config import PretrainConfig
 from training.pretraining.dataset import (
@@ -30,20 +35,25 @@ from training.pretraining.dataset import (
     Draw,
     PretrainingDataset,
     StepSampler,
-    augmentation,
     choose_pool,
+    collate,
+    view_statistics,
 )
 
 Statistics: TypeAlias = "tuple[float, ...]"
 IMG_SIZE, MEAN, STD = (28, 32), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27)
 PRODUCTS = ("bottle_cap", "pcb")
-VIEWS, REFERENCE = TwoViews(IMG_SIZE, MEAN, STD), build_transform(IMG_SIZE, MEAN, STD)
+REFERENCE = build_transform(IMG_SIZE, MEAN, STD)
 
 
-def make(items: list[Item], pool: list[Item] | None = None, **settings: bool) -> PretrainingDataset:
+def resized(item: Item) -> np.ndarray:
+    return np.asarray(Image.open(item.image).convert("RGB").resize(IMG_SIZE[::-1], Image.Resampling.BICUBIC))
+
+
+def make(items: list[Item], pool: list[Item] | None = None, **settings: Any) -> PretrainingDataset:
     """A data set of small images; groups are small on purpose, so that the warning of it is of no interest."""
     return PretrainingDataset(
-        items, real_iad.reference_pool(items) if pool is None else pool, VIEWS, REFERENCE, shots=[1], **settings
+        items, real_iad.reference_pool(items) if pool is None else pool, two_views, REFERENCE, shots=[1], **settings
     )
 
 
@@ -152,8 +162,8 @@ def test_views_have_the_statistics_of_clip_unless_those_of_the_backbone_are_aske
     backbone: str, original: tuple[Statistics, Statistics], own: tuple[Statistics, Statistics]
 ) -> None:
     entry = BACKBONES[backbone]
-    assert augmentation(PretrainConfig().view_statistics, entry) == TwoViews(entry.img_size, *original)
-    assert augmentation("backbone", entry) == TwoViews(entry.img_size, *own)
+    assert view_statistics(PretrainConfig().view_statistics, entry) == original
+    assert view_statistics("backbone", entry) == own
 
 
 def group(product: str, view: str, count: int) -> list[Item]:
@@ -183,25 +193,60 @@ def test_an_element_holds_the_files_that_it_names(items: list[Item]) -> None:
     for index, item in enumerate(items):
         element = data[Draw(index, 3, seed=index)]
         assert element["path"] == item.image and element["label"] == item.label
-        assert torch.equal(element["views"], VIEWS(read_image(item.image), index))
-        assert element["mask"].shape == (1, *IMG_SIZE) and element["mask"].dtype == torch.uint8
+        assert np.array_equal(element["views"], two_views(Image.fromarray(resized(item)), index))
+        assert element["mask"].shape == (1, *IMG_SIZE) and element["mask"].dtype == np.uint8
         expected = np.zeros(IMG_SIZE, bool)
         if item.mask is not None:
             expected = np.asarray(Image.open(item.mask).resize(IMG_SIZE[::-1], Image.Resampling.NEAREST)) > 0
         assert np.array_equal(element["mask"][0], expected)
 
 
+def test_views_masks_and_references_have_the_geometry_of_the_recipe(tmp_path: Path) -> None:
+    """From files and from one folder of caches alike; the oracle is plain Pillow."""
+    picture, drawn = photo(0, (300, 260)), Image.new("L", (300, 260))
+    drawn.paste(255, (30, 20, 90, 150))
+    picture.save(tmp_path / "a.png")
+    drawn.save(tmp_path / "mask.png")
+    normal = Item(str(tmp_path / "a.png"), NORMAL, "nut")
+    items = [normal, replace(normal, label=ANOMALOUS, mask=str(tmp_path / "mask.png"))]
+    files = digests([normal.image, str(tmp_path / "mask.png")])
+
+    def expected(image: Image.Image, preset: str, resample: Image.Resampling) -> Image.Image:
+        if preset == "squash":
+            return image.resize((224, 224), resample)
+        side = int(preset[6:9])
+        left, top = round((side * 300 // 260 - 224) / 2), (side - 224) // 2
+        return image.resize((side * 300 // 260, side), resample).crop((left, top, left + 224, top + 224))
+
+    caches = []
+    for preset in PRESETS:
+        transform = build_transform((224, 224), MEAN, STD, preset=preset)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* images are cached anew")
+            caches.append(cache := ImageCache(tmp_path / "cache", transform, files))
+            cache.fill(items)
+        square = expected(picture, preset, Image.Resampling.BICUBIC)
+        for place in (None, cache):
+            data = PretrainingDataset(items, items[:1], two_views, transform, place, shots=(1,))
+            element = data[Draw(1, 1, seed=3)]
+            assert np.array_equal(element["views"], two_views(square, 3))
+            assert np.array_equal(element["references"][0], np.asarray(square))
+            mask = np.asarray(expected(drawn, preset, Image.Resampling.NEAREST)) > 0
+            assert mask.any() and np.array_equal(element["mask"][0], mask)
+    assert len({cache.file for cache in caches}) == len(PRESETS)
+
+
 def test_references_are_normal_images_of_the_same_product_and_view(items: list[Item]) -> None:
     data = make(items)
     files = [item for item in items if "/OK/" in item.image]
-    pictures = {item.image: REFERENCE(read_image(item.image)) for item in files}
+    pictures = {item.image: resized(item) for item in files}
     seen: dict[tuple[str, str], Counter[str]] = {}
     for index, item in enumerate(items):
         for seed in range(5):
             references = data[Draw(index, 8, seed=100 * index + seed)]["references"]
-            assert references.shape == (8, 3, *IMG_SIZE) and references.dtype == torch.float32
+            assert references.shape == (8, *IMG_SIZE, 3) and references.dtype == np.uint8
             for reference in references:
-                matches = [file for file in files if torch.equal(pictures[file.image], reference)]
+                matches = [file for file in files if np.array_equal(pictures[file.image], reference)]
                 assert [(file.product, file.view) for file in matches] == [(item.product, item.view)]
                 seen.setdefault((item.product, item.view), Counter())[matches[0].image] += 1
     for counts in seen.values():  # 4 images, 8 items, 5 times 8 draws: even up to 5 standard deviations
@@ -215,23 +260,59 @@ def test_indices_stand_for_the_same_references(items: list[Item]) -> None:
     for index in range(0, len(items), 5):
         draw = Draw(index, 4, seed=index)
         indices = lazy[draw]["reference_indices"]
-        assert indices.dtype == torch.int64 and "references" not in lazy[draw]
-        expected = torch.stack([REFERENCE(read_image(pool[i].image)) for i in indices])
-        assert torch.equal(loading[draw]["references"], expected)
+        assert indices.dtype == np.int64 and "references" not in lazy[draw]
+        assert np.array_equal(loading[draw]["references"], [resized(pool[i]) for i in indices])
+        assert np.array_equal(loading[draw]["reference_indices"], indices)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(items: list[Item]) -> None:
     sampler = StepSampler(len(items), 4, seed=3)
     sampler.epoch, sampler.step = 1, 2
-    runs = [list(DataLoader(make(items), batch_sampler=sampler, num_workers=workers)) for workers in (0, 1, 2)]
-    assert len(runs[0]) == len(items) // 4 - 2
-    for batch, *others in zip(*runs, strict=True):
-        shots = batch["references"].shape[1]
-        assert batch["views"].shape == (4, 2, 3, *IMG_SIZE) and batch["references"].shape == (4, shots, 3, *IMG_SIZE)
+    loaders = [ImageLoader(make(items), sampler, workers=workers, collate=collate) for workers in (0, 1, 2)]
+    runs = [list(loader) for loader in loaders]
+    assert len(runs[0]) == len(items) // 4 - 2 == len(loaders[0])
+    pool = real_iad.reference_pool(items)
+    for batch, draws, *others in zip(runs[0], sampler, *runs[1:], strict=True):
+        assert batch["views"].shape == (4, 2, *IMG_SIZE, 3) and batch["mask"].shape == (4, 1, *IMG_SIZE)
         assert batch["label"].dtype == torch.int64 and len(batch["path"]) == 4
+        # Each reference is there once, and stands where the elements have it.
+        known = batch["pool_indices"].tolist()
+        assert len(batch["references"]) == len(known) == len(set(known))
+        drawn = [index for draw in draws for index in make(items)[draw]["reference_indices"]]
+        assert known == list(dict.fromkeys(drawn))
+        assert [known[place] for place in batch["reference_indices"].flatten()] == drawn
+        assert all(np.array_equal(one, resized(pool[at])) for one, at in zip(batch["references"], known, strict=True))
         for other in others:
             assert other["path"] == batch["path"]
-            assert all(torch.equal(other[key], batch[key]) for key in ("views", "mask", "label", "references"))
+            assert all(torch.equal(other[key], value) for key, value in batch.items() if key != "path")
+
+
+def test_the_cache_changes_no_bit(items: list[Item], tmp_path: Path) -> None:
+    """Of images that lie in it, of images that do not, and of images that cannot be read."""
+    data = write_real_iad(tmp_path / "data", PRODUCTS, ok=4, ng=2, views=2)
+    items = real_iad.read(data, PRODUCTS)
+    for item in items:
+        if item.sample in ("pcb/NG/ZW/S0001", "pcb/OK/S0302"):
+            Path(item.image).write_bytes(b"no image")
+    files = [path for item in items for path in (item.image, item.mask) if path is not None]
+    cache = ImageCache(tmp_path / "cache", REFERENCE, digests(files))
+    cache.fill(items[::2])
+    partly = make(items, cache=pickle.loads(pickle.dumps(cache)))
+    cache.fill(items)
+    wholly, plain = make(items, cache=cache), make(items)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for index in range(len(items)):
+            draw = Draw(index, 4, seed=index)
+            expected = plain[draw]
+            for cached in (partly, wholly):
+                found = cached[draw]
+                assert found.keys() == expected.keys()
+                for key, value in expected.items():
+                    assert np.array_equal(found[key], value) and np.asarray(found[key]).dtype == np.asarray(value).dtype
+    for item in items:  # And none of the files is opened any more.
+        Path(item.image).write_bytes(b"no image")
+    assert np.array_equal(wholly[Draw(0, 4, 0)]["views"], partly[Draw(0, 4, 0)]["views"])
 
 
 def test_a_group_without_references_is_refused(items: list[Item]) -> None:
@@ -243,13 +324,13 @@ def test_a_group_without_references_is_refused(items: list[Item]) -> None:
 def test_few_references_are_warned_of_once(items: list[Item]) -> None:
     pool = real_iad.reference_pool(items)
     with pytest.warns(UserWarning, match="than 8 references") as caught:
-        data = PretrainingDataset(items, pool, VIEWS, REFERENCE)
+        data = PretrainingDataset(items, pool, two_views, REFERENCE)
         assert data[Draw(0, 8, 0)]["references"].shape[0] == 8
     assert len(caught) == 1
     assert all(f"{product} {view} (4)" in str(caught[0].message) for product in PRODUCTS for view in ("C1", "C2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PretrainingDataset(items, pool, VIEWS, REFERENCE, shots=(1, 4))
+        PretrainingDataset(items, pool, two_views, REFERENCE, shots=(1, 4))
 
 
 @pytest.fixture
@@ -280,7 +361,7 @@ def test_unreadable_files_are_replaced_and_warned_of_once_each(damaged: tuple[Pa
     for element, twin in zip(*runs, strict=True):
         assert element["path"] in readable and element["label"] == readable[element["path"]].label
         assert element["path"] == twin["path"]
-        assert all(torch.equal(element[key], twin[key]) for key in ("views", "mask", "references"))
+        assert all(np.array_equal(element[key], twin[key]) for key in ("views", "mask", "references"))
     # the place of an image that is gone is not always taken by the same one
     index = next(i for i, item in enumerate(items) if item.image in bad)
     assert len({data[Draw(index, 1, seed)]["path"] for seed in range(10)}) > 1
@@ -297,7 +378,7 @@ def test_an_unreadable_reference_changes_none_of_the_others(damaged: tuple[Path,
             warnings.simplefilter("ignore")
             found, expected = make(items)[draw]["references"], make(intact)[draw]["references"]
         for index, one, other in zip(indices.tolist(), found, expected, strict=True):
-            assert torch.equal(one, other) != (index in gone)
+            assert np.array_equal(one, other) != (index in gone)
 
 
 @pytest.mark.parametrize("what", ["queries", "references"])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from helpers.golden_values import assert_near, fill, golden, value
+from helpers.models import photo
 from helpers.ranks import run_ranks
 
+from adfeatures.images import build_transform, normalized
 from adfeatures.projector import ResidualProjector
 from training.pretraining.config import PretrainConfig
-from training.pretraining.step import losses, on_device, train_step
+from training.pretraining.residuals import batch_residuals
+from training.pretraining.step import encode_images, losses, on_device, train_step, view_residuals
 
 LEVELS = range(4)
 
@@ -77,10 +82,10 @@ def test_three_steps_in_bfloat16_are_the_published_ones() -> None:
             views.append(torch.stack([one, other], dim=1).flatten(0, 1).bfloat16())
             references.append(near.flatten(0, 1).bfloat16())
         # In the place of images come as many numbers, and of their encoding the features.
-        batch = {"views": torch.zeros(4, 2, 1), "references": torch.zeros(4, 4, 1), "label": torch.tensor([0, 1, 0, 1])}
-        batch["mask"] = original_masks(step)
-        encode = Mock(side_effect=(views, references))
-        values = train_step(projector, optimizer, batch, encode, None, centers, config)
+        batch = {"views": torch.zeros(4, 2, 1), "references": torch.zeros(16, 1), "label": torch.tensor([0, 1, 0, 1])}
+        batch |= {"mask": original_masks(step), "reference_indices": torch.arange(16).view(4, 4)}
+        encoders = (Mock(return_value=views), Mock(return_value=references))
+        values = train_step(projector, optimizer, batch, encoders, centers, config)
         found.append([values["angle"], values["norm"]])
     expected = golden("training_bf16")
     off = (torch.tensor(found) / expected["losses"] - 1).abs()
@@ -117,18 +122,21 @@ def run(path, accumulate):
     projector = ResidualProjector([8, 12], num_heads=4, num_keys=16)
     backbone = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.Conv2d(3, 12, 16, 16)
     centers = [torch.randn(8), torch.randn(12)]
-    batch = {name: torch.randn(4, 2, 3, 48, 48) for name in ("views", "references")}
-    # Of the four images only the last one, on the last rank, is anomalous.
-    batch["label"], batch["mask"] = torch.tensor([0, 0, 0, 1]), torch.zeros(4, 1, 48, 48, dtype=torch.uint8)
-    batch["mask"][3, :, 10:40, 10:40] = 1
+    views, references = torch.randn(4, 2, 3, 48, 48), torch.randn(4, 2, 3, 48, 48)
     share = StepSampler(4, 4, 0).share
+    batch = {"views": views[share], "references": references[share].flatten(0, 1)}
+    batch["reference_indices"] = torch.arange(len(batch["references"])).view(-1, 2)
+    # Of the four images only the last one, on the last rank, is anomalous.
+    label, mask = torch.tensor([0, 0, 0, 1]), torch.zeros(4, 1, 48, 48, dtype=torch.uint8)
+    mask[3, :, 10:40, 10:40] = 1
+    batch["label"], batch["mask"] = label[share], mask[share]
+    encode = lambda images: [level(images).detach() for level in backbone]
     model = DistributedDataParallel(projector) if world_size() > 1 else projector
     values = train_step(
         model,
         torch.optim.SGD(projector.parameters()),
-        {name: value[share] for name, value in batch.items()},
-        lambda images: [level(images).detach() for level in backbone],
-        None,
+        batch,
+        (encode, encode),
         centers,
         PretrainConfig(precision="float32", accumulate=accumulate),
     )
@@ -169,23 +177,83 @@ def small_step(
         "views": torch.randn(4, 2, 3, 16, 16),
         "mask": mask,
         "label": torch.tensor(labels),
-        "references": torch.randn(4, 2, 3, 16, 16),
+        "reference_indices": torch.arange(8).view(4, 2),
     }
     backbone = torch.nn.Conv2d(3, 8, 4, 4)
     before = [parameter.clone() for parameter in projector.parameters()]
     config = PretrainConfig(precision="float32", accumulate=accumulate)
-    batch = {name: value[images] for name, value in batch.items()}
+    references = torch.randn(8, 3, 16, 16)
+    batch = {name: value[images] for name, value in batch.items()} | {"references": references}
     if called_anomalous:
         batch["label"] = torch.ones_like(batch["label"])
-    values = train_step(projector, optimizer, batch, lambda images: [backbone(images)], None, [None], config)
+
+    def encode(images: torch.Tensor) -> list[torch.Tensor]:
+        return [backbone(images)]
+
+    values = train_step(projector, optimizer, batch, (encode, encode), [None], config)
     return values, [after.detach() - old for after, old in zip(projector.parameters(), before, strict=True)]
 
 
-def test_only_the_indices_of_references_stay_on_the_cpu() -> None:
+def test_all_tensors_go_to_the_device() -> None:
     batch = {name: torch.ones(1) for name in ("views", "mask", "label", "reference_indices")}
-    moved = on_device({**batch, "path": ["a"]}, torch.device("meta"))
-    devices = {key: value.device.type for key, value in moved.items()}
-    assert devices == {"views": "meta", "mask": "meta", "label": "meta", "reference_indices": "cpu"}
+    moved = on_device({**batch, "reference_maps": [torch.ones(1)], "path": ["a"]}, torch.device("meta"))
+    assert {level.device.type for level in moved.pop("reference_maps")} == {"meta"}
+    assert {key: value.device.type for key, value in moved.items()} == dict.fromkeys(batch, "meta")
+
+
+def test_references_are_encoded_once_each_for_those_that_drew_them() -> None:
+    """Against encoding them anew for each image, and with maps that were kept."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Conv2d(3, 8, 4, 4)
+    views, references = torch.randn(3, 2, 3, 16, 16), torch.randn(5, 3, 16, 16)
+    indices = torch.tensor([[1, 1, 4], [4, 0, 1], [0, 4, 4]])
+    encoded: list[torch.Tensor] = []
+
+    def encode(images: torch.Tensor) -> list[torch.Tensor]:
+        return [backbone(images)]
+
+    def note(images: torch.Tensor) -> list[torch.Tensor]:
+        encoded.append(images)
+        return encode(images)
+
+    batch: dict[str, Any] = {"views": views, "reference_indices": indices}
+    found = view_residuals({**batch, "references": references}, encode, note)
+    assert len(encoded) == 1 and torch.equal(encoded[0], references[[0, 1, 4]])
+    kept = view_residuals({**batch, "reference_maps": encode(references)}, encode, lambda _: pytest.fail("encoded"))
+    for number in range(2):
+        for row in range(3):
+            (expected,) = batch_residuals(
+                encode(views[row : row + 1, number]), [backbone(references[indices[row]])[None]]
+            )
+            for one in (found, kept):
+                torch.testing.assert_close(one[number][0][row], expected[0])
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_images_are_normalized_where_they_are_encoded(precision: str) -> None:
+    """To the very bits that the transform gives."""
+    transform = build_transform((16, 16), (0.48, 0.45, 0.40), (0.22, 0.25, 0.27))
+    photos = [photo(seed, (16, 16)) for seed in range(3)]
+    seen: list[torch.Tensor] = []
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    backbone = torch.nn.Conv2d(3, 8, 4, 4).to(dtype)
+    backbone.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
+    maps = encode_images(
+        torch.from_numpy(np.stack([np.asarray(one) for one in photos])),
+        (transform.mean, transform.std),
+        torch.nn.Sequential(backbone, torch.nn.Unflatten(0, (1, -1))),
+        torch.device("cpu"),
+        precision,
+    )
+    assert torch.equal(seen[0], torch.stack([transform(one) for one in photos]).to(dtype))
+    assert maps[0].dtype == dtype
+
+
+@pytest.mark.gpu
+def test_images_are_normalized_to_the_same_bits_on_any_device() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(-1, -1, 3)
+    statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert torch.equal(normalized(pixels.cuda(), *statistics).cpu(), normalized(pixels, *statistics))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
-from tqdm.auto import tqdm
 
 from adfeatures.catalog import unknown
 from adfeatures.checkpoints import atomic_path
@@ -29,6 +28,7 @@ from adfeatures.images import read_image
 from adfeatures.locks import only_run_in
 from adfeatures.overlays import contact_sheet, save_picture
 
+from ...console import progress
 from .camera import VIEWS
 from .defects import DEFECTS
 from .specimen import BUILDERS, SMALLEST_SIZE, Specimen
@@ -145,7 +145,7 @@ def synthesize(
         missing = {sample: len(views) for sample in samples if (views := sample.missing(output))}
         written, total = sum(missing.values()), VIEWS * len(samples)
         with (
-            tqdm(total=total, initial=total - written, unit="image", disable=None) as bar,
+            progress(total=total, initial=total - written, unit="image") as bar,
             _mapper(workers) as mapper,
         ):
             for count in mapper(partial(_write, output, size, seed), missing):
