@@ -18,7 +18,7 @@ from .predictor import BATCH_SIZE, PRESET, Images, normal_photos, stacked, view_
 from .records import BankRecord
 from .references import ReferenceBank
 from .scoring import Project, cells_of, image_scores
-from .sources import image_sources, name_of, size_of
+from .sources import name_of
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
@@ -54,9 +54,6 @@ def fit(
     rotations: int = 1,
 ) -> ReferenceBank:
     """See ``FeatureExtractor.set_references``; ``project`` takes residuals of all levels to what the scorer takes."""
-    if geometry.tile is not None and not isinstance(images, Tensor):
-        images = image_sources(images)
-        geometry = geometry.resolved(map(size_of, images), model.img_size)
     upright, *turned = encode(model, images, model.bit_depth, geometry=geometry, rotations=rotations)
     full = bank = upright.full
     if turned or not geometry.is_plain:
@@ -105,7 +102,6 @@ def encode(
         img_size=model.img_size,
         preset=preset,
         bit_depth=bit_depth,
-        geometry=geometry,
     )
     maps: list[list[list[Tensor]]] = [[] for _ in range(rotations)]
     counts: list[list[Tensor]] = [[] for _ in range(rotations)]
@@ -117,6 +113,8 @@ def encode(
                 maps[number].append(model.backbone_features(model.as_input(x)))
                 counts[number] += [] if own is None else [own]
             owners += [len(record.files) + number for number in numbers]
+        if (cut := photos[0].cut) is not None:
+            record.geometry = cut.geometry
         record.files += [name_of(photo.source) for photo in photos]
         record.sha256s += [photo.sha256 for photo in photos]
         record.pixels += [photo.pixels for photo in photos]

@@ -20,7 +20,7 @@ from .geometry import PLAIN, Geometry, View
 from .images import ImageSource, ImageTransform, build_transform
 from .references import ReferenceBank
 from .scoring import QUANTILES, AnomalyMap, Tail, outliers, threshold_of
-from .sources import Photo, image_sources, read_distinct, read_photo
+from .sources import Photo, image_sources, read_distinct, read_photo, size_of
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"
@@ -127,6 +127,8 @@ def normal_photos(
 ) -> Iterator[list[Photo]]:
     """Normal images in batches. Copies of each other, or of those whose hashes are known, are left out with a warning.
 
+    What a geometry takes from the sizes of references it takes from those of these images.
+
     Raises:
         ImageError: For a folder without images, or a file that cannot be read or cut.
         InputError: For tensors that are no transformed images, or should be cut.
@@ -137,7 +139,9 @@ def normal_photos(
         _check_transformed(model, images)
         photos = [Photo(None, "", "", [View(x, None, (x.shape[1], x.shape[2]))], (0, 0)) for x in images]
         return (photos[start : start + BATCH_SIZE] for start in range(0, len(photos), BATCH_SIZE))
-    return read_distinct(image_sources(images), transform_for(model, bit_depth), known, BATCH_SIZE, geometry)
+    sources = image_sources(images)
+    geometry = geometry.resolved(map(size_of, sources), model.img_size)
+    return read_distinct(sources, transform_for(model, bit_depth), known, BATCH_SIZE, geometry)
 
 
 def view_batches(photos: Sequence[Photo], batch_size: int) -> Iterator[tuple[list[int], list[View]]]:
