@@ -113,7 +113,7 @@ def test_a_model_without_projector_has_no_published_form() -> None:
 STAGES = ("decode", "transform", "backbone", "match", "project", "score", "all stages")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.usefixtures("threads", "not_compiled")
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "QUICK", replace(TINY, repeats=2))

@@ -111,7 +111,7 @@ def _content(path: Path) -> Any:
         return path.read_bytes() if found is None else {key: value.tolist() for key, value in found.state_dict.items()}
     if path.suffix in (".json", ".jsonl", ".md") and path.name != "store.json":
         text = path.read_text().replace(str(path.parents[len(path.parents) - 3]), "")
-        return re.sub(r'"(seconds|seconds_per_image|fit|predict)": ?[\d.]+', "", text)
+        return re.sub(r'"(seconds|waiting|seconds_per_image|fit|predict)": ?[-\d.e]+', "", text)
     return path.read_bytes()
 
 
