@@ -34,6 +34,7 @@ from adfeatures.bank_files import load_banks
 from adfeatures.checkpoints import convert, load_checkpoint, save_checkpoint
 from adfeatures.errors import InputError
 from adfeatures.extractor import FeatureExtractor
+from adfeatures.geometry import Geometry, Region
 from adfeatures.images import read_image
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
@@ -89,6 +90,7 @@ def score(known: dict[str, ReferenceBank], path: Path, model: FeatureExtractor) 
         assert found.threshold is None or (0 <= found.threshold < math.inf)
         assert found.is_anomalous == (None if found.threshold is None else found.score > found.threshold)
         same = product in known and bank.threshold == known[product].threshold
+        same = same and bank.record.geometry == known[product].record.geometry
         if same and (bank.scales is None or torch.equal(bank.scales, cast(Any, known[product].scales))):
             assert found.is_anomalous is not False, "the bank passes a defect"
     model.save_references(path)
@@ -102,7 +104,8 @@ def fit(path: Path, model: FeatureExtractor) -> None:
             assert all(level.isfinite().all() for level in model.reference_features(product))
         assert math.isfinite(model.fit_threshold(normals=[photo(seed) for seed in (7, 8, 9)], product=product))
         bank.coreset(0.5)
-        model.add_references([photo(11)], product)
+        if bank.record.geometry.is_plain:
+            model.add_references([photo(11)], product)
     model.save_references(path)
     assert load_banks(path).keys() == model.references.keys()
 
@@ -114,6 +117,8 @@ def banks(folder: Path) -> list[Target]:
     for model in (own, plain):
         model.set_references([photo(seed) for seed in range(2)])
         model.set_references([photo(seed) for seed in range(2, 5)], "bottle", coreset=0.5)
+        cut = Geometry(tile=40, overlap=4, keep_aspect=True, region=Region.read(photo(1).convert("L")))
+        model.set_references([photo(seed) for seed in range(2)], "strip", geometry=cut)
         for product, bank in model.references.items():
             bank.threshold = model.score(photo(99), product)[0].score / 2
         model.save_references(path := folder / f"{model.name}.safetensors")
