@@ -141,6 +141,7 @@ def test_an_unreadable_file_leaves_no_workers_behind(tmp_path: Path) -> None:
     write_photos(tmp_path, range(4))
     (tmp_path / "001.png").write_bytes(b"no image")
     items = [Item(str(path), NORMAL, "bottle") for path in sorted(tmp_path.iterdir())]
+    gc.collect()  # Workers of the tests before.
     gc.disable()
     try:
         with pytest.raises(ImageError, match="001.png") as caught:
