@@ -232,7 +232,7 @@ def _read_centers(path: Path, wanted: Mapping[str, str]) -> list[Tensor]:
             key == "weights" and set(_fact(path, found, key, list[str])) & set(json.loads(value))
         ):
             short = key in ("backbone", "levels", "img_size", "bit_depth", "preset")
-            differences.append(f"{key} {found.get(key)}, not {value}" if short else f"other {key}")
+            differences.append(f"{key} {str(found.get(key))[:99]}, not {value}" if short else f"other {key}")
     if differences:
         raise CheckpointError(f"{path} holds centers of other features: {'; '.join(differences)}. {_ADVICE}")
     return [center.float() for center in tensors.values()]

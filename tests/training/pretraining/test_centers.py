@@ -235,6 +235,19 @@ def test_the_file_says_what_it_was_computed_from(
         assert torch.equal(one, other) and torch.equal(one, third) and one.dtype == torch.float32
 
 
+def test_a_header_of_any_length_is_no_long_message(tmp_path: Path, backbone: FrozenBackbone, items: list[Item]) -> None:
+    path = tmp_path / "centers.safetensors"
+    compute(path, backbone, items, images=3)
+    found = load_checkpoint(path)
+    for name in ("img_size", "bit_depth", "weights"):
+        save_checkpoint(path, found.state_dict, metadata={**found.metadata, name: json.dumps(["x" * 6000])})
+        with pytest.raises(
+            CheckpointError, match=f"centers.safetensors holds centers of other features: .*{name}"
+        ) as refused:
+            load_centers(path, backbone)
+        assert len(str(refused.value)) < 1000
+
+
 def test_centers_of_other_features_are_refused(tmp_path: Path, backbone: FrozenBackbone, items: list[Item]) -> None:
     path = tmp_path / "centers.safetensors"
     compute(path, backbone, items, images=3)
