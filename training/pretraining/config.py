@@ -222,7 +222,7 @@ class PretrainConfig(InputsConfig):
         # What an earlier version did not ask for was as it is now by default.
         other = {**vars(PretrainConfig(recipe=earlier.get("recipe", SOUND))), **earlier}
         return [
-            f"{name} was {other.get(name)!r}, is {value!r}"
+            f"{name} was {repr(other.get(name))[:99]}, is {value!r}"
             for name, value in json.loads(self.to_text()).items()
             if name not in FREE and other.get(name) != value
         ]

@@ -49,6 +49,10 @@ class _State(TypedDict):
     optimizer: dict[str, Any]
 
 
+# Of the root of an average square, and what is lost where squares are too small for their type.
+_MOST_ROOTS, _TINY = 10, 1e-15
+
+
 class TrainingRun:
     """The folder of a run. Only rank 0 writes.
 
@@ -235,7 +239,7 @@ class TrainingRun:
             yield
         except Exception as error:  # a damaged state makes its reader fail in any way
             raise CheckpointError(
-                f"{self.folder / STATE} cannot be resumed from ({error}). "
+                f"{self.folder / STATE} cannot be resumed from ({str(error)[:300]}). "
                 "Choose another --output, or remove the file to begin again."
             ) from error
 
@@ -249,6 +253,11 @@ def _check_values(projector: ResidualProjector, optimizer: torch.optim.Optimizer
             if own[name].shape != parameter.shape:
                 raise ValueError(f"{name} {number} of the optimizer is not of the shape of its parameter")
             tensors[f"{name} {number} of the optimizer"] = own[name]
+        if "exp_avg_sq" in own:
+            # With Adam's decay rates no gradients bring one above 7.3 of the other; negative squares have no root.
+            most = _MOST_ROOTS * own["exp_avg_sq"].double().sqrt() + _TINY
+            if is_finite(own["exp_avg_sq"]) and not (own["exp_avg"].double().abs() <= most).all():
+                raise ValueError(f"the averages {number} of the optimizer are of no gradients")
     if odd := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(f"{odd[0]} holds NaN or infinite values")
 

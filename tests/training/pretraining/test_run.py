@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -170,6 +171,8 @@ def test_states_that_cannot_be_resumed_from(tmp_path: Path, change: str | dict[s
         ("step", torch.tensor(torch.nan), "step of the optimizer"),
         ("exp_avg", torch.ones(1), "exp_avg 0 of the optimizer is not of the shape"),
         ("exp_avg_sq", torch.nan, "exp_avg_sq 0 of the optimizer holds NaN"),
+        ("exp_avg_sq", -1e-3, "averages 0 of the optimizer are of no gradients"),
+        ("exp_avg", 1e38, "averages 0 of the optimizer are of no gradients"),
         ("projector", torch.nan, "holds NaN"),
     ],
 )
@@ -185,6 +188,37 @@ def test_states_that_would_fail_later(tmp_path: Path, name: str, value: Any, say
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match=rf"state\.pt cannot be resumed from.*{says}"):
         begin(tmp_path)
+
+
+def test_a_damaged_state_makes_no_long_message(tmp_path: Path) -> None:
+    train(*begin(tmp_path), steps=1)
+    path = tmp_path / "state.pt"
+    content = path.read_bytes()
+    # The length of the name of a part, in the header of that part: the name then holds all that follows.
+    at = content.rindex(b"PK\x03\x04", 0, content.index(b"/data/0")) + 26
+    path.write_bytes(content[:at] + b"\xff\x7f" + content[at + 2 :])
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    with pytest.raises(CheckpointError, match="cannot be resumed from") as refused:
+        begin(tmp_path)
+    assert len(str(refused.value)) < 1000
+    state["config"] = json.dumps({**json.loads(state["config"]), "precision": "x" * 9000})
+    torch.save(state, path)
+    with pytest.raises(InputError, match="another config: precision was 'xxx") as changed:
+        begin(tmp_path)
+    assert len(str(changed.value)) < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("growth", [0.2, 0.9, 1.0, 1.11, 1.3, 3.0, -1.0])
+def test_averages_of_any_gradients_are_taken(dtype: torch.dtype, growth: float) -> None:
+    layer = torch.nn.Linear(4, 4).to(dtype)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-4)
+    scales = torch.logspace(-30, 3, 4)
+    for step in range(80):
+        for parameter in layer.parameters():
+            parameter.grad = (scales * min(growth**step, 1e12)).expand_as(parameter).to(dtype)
+        optimizer.step()
+        module._check_values(cast(ResidualProjector, layer), optimizer)
 
 
 def test_settings_of_the_optimizer_are_those_of_the_config(tmp_path: Path) -> None:
