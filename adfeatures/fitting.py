@@ -130,8 +130,6 @@ def encode(
 
 
 def _turned(view: View, turns: float) -> View:
-    if turns == 0:
-        return view
     counts = None if view.counts is None else turn(view.counts[None].float(), turns, view.size)[0] > 0.5
     return View(turn(view.x, turns, view.size), counts, view.size)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adfeatures.backbones import create_backbone
 from adfeatures.bench import naive_projection, naive_residuals
+from adfeatures.catalog import IMAGENET
 from adfeatures.images import normalized
 from adfeatures.measuring import Measurement, seconds
 from adfeatures.projector import ResidualProjector
@@ -46,7 +47,6 @@ class StepSizes:
     repeats: int = 2
 
 
-STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FULL, QUICK = StepSizes(), StepSizes(width=192, depth=12, keys=1024, repeats=1)
 
 
@@ -89,10 +89,10 @@ class BenchedStep:
             "pool_indices": known,
             "reference_indices": places,
         }
-        self.naive_batch = normalized(views, *STATISTICS), normalized(pool[indices], *STATISTICS)
+        self.naive_batch = normalized(views, *IMAGENET), normalized(pool[indices], *IMAGENET)
         self.encode = partial(
             encode_images,
-            statistics=STATISTICS,
+            statistics=IMAGENET,
             backbone=self.backbone,
             device=torch.device("cpu"),
             precision="float32",

@@ -49,14 +49,13 @@ def check_masks(items: Sequence[Item], workers: int = 0) -> None:
     """
     masks = {item: item.mask for item in items if item.mask is not None}
     looks = in_parallel(_look, list(masks.values()), workers)
-    looks = progress(looks, total=len(masks), desc="masks", unit="masks", leave=False)
-    drawn, noticed = zip(*looks, strict=True)
-    if not any(drawn):
+    seen = list(progress(looks, total=len(masks), desc="masks", unit="masks", leave=False))
+    if not any(drawn for drawn, _ in seen):
         raise InputError(
             f"All masks are black everywhere, so there is nothing to contrast: {some(list(masks.values()))}. "
             "Draw the defects in white."
         )
-    for text in (*summarize(masks, noticed), *shared_masks(masks)):
+    for text in (*summarize(masks, [kinds for _, kinds in seen]), *shared_masks(masks)):
         warnings.warn(f"In the training data: {text}", stacklevel=2)
 
 

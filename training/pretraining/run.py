@@ -49,7 +49,7 @@ class _State(TypedDict):
     optimizer: dict[str, Any]
 
 
-# Of the root of an average square, and what is lost where squares are too small for their type.
+# Most that Adam's average gradient can be, in roots of its average square; and what is lost where squares underflow.
 _MOST_ROOTS, _TINY = 10, 1e-15
 
 
