@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adfeatures import scoring
+from adfeatures.catalog import IMAGENET
 from adfeatures.errors import InputError
 
 from ..console import progress
@@ -27,7 +28,7 @@ STEPS, STEP_SIZE, PROJECT_EVERY = 20, 0.001, 5
 RADIUS_QUANTILE, ASCENT_RADII, DEFECT_RADII = 0.75, (1, 2), (2, 4)
 HARD_QUANTILE = 0.5
 FOCAL_GAMMA, FOCAL_SMOOTHING = 2, 1e-5
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 TINY = 1e-10
 
 
