@@ -1,6 +1,7 @@
 """Damaged and hostile files of every kind: a result that is finite, or a plain error that names the file.
 
-For longer: ``FUZZ_SECONDS=600 pytest -m release tests/test_fuzz.py``, so many seconds for each kind of file.
+For longer: ``FUZZ_SECONDS=600 pytest -m release tests/test_fuzz.py``, so many processor seconds for each kind of
+file.
 """
 
 from __future__ import annotations

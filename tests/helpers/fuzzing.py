@@ -79,19 +79,19 @@ class Hang(BaseException):
 
 
 def fuzz(target: Target, folder: Path, rounds: int = 0, seconds: float = 0, seed: int = 0) -> dict[str, bytes]:
-    """Damage the seeds of a target for so many rounds, or seconds.
+    """Damage the seeds of a target for so many rounds, or processor seconds.
 
     Returns:
         The first file for each way in which the target failed.
     """
     generator, finds, corpus = random.Random(seed), dict[str, bytes](), list(target.seeds)
     lines: set[tuple[CodeType, int]] = set()
-    path, end, number = folder / target.file, time.monotonic() + seconds, 0
+    path, end, number = folder / target.file, time.process_time() + seconds, 0
     path.parent.mkdir(parents=True, exist_ok=True)
     for content in corpus:
         if problem := _failure(target, path, content, lines):
             finds[problem] = content
-    while number < rounds or time.monotonic() < end:
+    while number < rounds or time.process_time() < end:
         number += 1
         content = generator.choice(corpus if generator.random() < 0.7 else corpus[-8:])
         for _ in range(generator.choice((1, 1, 2, 4))):
