@@ -109,7 +109,7 @@ def check(value: Any, kind: Any, name: str = "it") -> Any:
     if origin is list and isinstance(value, list):
         return [check(item, arguments[0], f"{name}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: check(item, arguments[1], f"{name}.{key[:99]}") for key, item in value.items()}
+        return {key: check(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         pairs = enumerate(zip(value, arguments, strict=True))
         return tuple(check(item, own, f"{name}[{index}]") for index, (item, own) in pairs)
@@ -130,7 +130,7 @@ def dumps(value: Any, **options: Any) -> str:
 
 def _fill(kind: Any, value: dict[str, Any], name: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    if unknown := [key[:99] for key in value if key not in fields]:
+    if unknown := [key for key in value if key not in fields]:
         raise DocumentError(f"{name} has the unknown field {unknown[0]}")
     for field in fields.values():
         if field.name not in value and field.default is field.default_factory is dataclasses.MISSING:

@@ -1,8 +1,19 @@
 """The exceptions of adfeatures. Each message says what was wrong, with which file or name, and what to do next."""
 
+MAX_LETTERS = 4000
+
 
 class AdfeaturesError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    A message quotes names and values from files, which may be of any length: its middle is left out above 4,000
+    characters.
+    """
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        half = MAX_LETTERS // 2
+        return message if len(message) <= MAX_LETTERS else f"{message[:half]} ... {message[-half:]}"
 
 
 class UnknownNameError(AdfeaturesError, ValueError):

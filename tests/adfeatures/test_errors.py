@@ -34,3 +34,9 @@ def test_an_image_is_an_input() -> None:
 def test_the_message_is_what_is_printed(name: str) -> None:
     """``OSError`` would print more than one argument as a number and a text."""
     assert str(getattr(errors, name)("model.safetensors is empty. Fetch it again.")).endswith("Fetch it again.")
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_name_of_any_length_is_quoted_in_part(name: str) -> None:
+    message = str(getattr(errors, name)(f"model.safetensors is a checkpoint of {'x' * 1_000_000}. Fetch it again."))
+    assert message.startswith("model.safetensors is") and message.endswith("Fetch it again.") and len(message) < 4100
