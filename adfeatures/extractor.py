@@ -49,6 +49,8 @@ class FeatureExtractor(nn.Module):
     """
 
     runtime = "torch"
+    # timm's name for the size of a classifier, which its tools for the Hub ask for.
+    num_classes = 0
 
     def __init__(
         self,

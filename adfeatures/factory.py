@@ -270,6 +270,8 @@ def _create_for_timm(
         weights = _timm_source(pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict())
     if pretrained and weights is None and pretrained_cfg_overlay:
         weights = _timm_source(pretrained_cfg_overlay)
+    # timm's copy of the arguments that a repository was made with, which come as arguments too.
+    kwargs.pop("pretrained_model_args", None)
     given = {key: value for key, value in kwargs.items() if value is not None}
     return create_model(name, pretrained=pretrained, weights=weights, **given)
 
@@ -285,8 +287,8 @@ def _timm_source(cfg: Mapping[str, Any]) -> Weights:
 
 
 def _entry_point(arch: str, summary: str) -> Callable[..., FeatureExtractor]:
-    def create(**kwargs: Any) -> FeatureExtractor:
-        return _create_for_timm(arch, **kwargs)
+    def create(pretrained: bool = True, **kwargs: Any) -> FeatureExtractor:
+        return _create_for_timm(arch, pretrained=pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = arch
     create.__doc__ = f"{summary} Arguments as for ``create_model``."

@@ -332,6 +332,25 @@ class TestTimm:
         assert model.feature_info.out_indices == (0, 2)
         assert [level.shape[1] for level in model(torch.zeros(1, 3, *model.img_size))] == model.feature_info.channels()
 
+    def test_layers_are_found_by_name(self) -> None:
+        """As anomalib does: a first model tells the layers, a second one gives those that were asked for."""
+        settings: dict[str, Any] = {"pretrained": False, "features_only": True, "exportable": True, "img_size": 64}
+        names = [level["module"] for level in timm.create_model("residual_lite", **settings).feature_info.info]
+        wanted = [names.index(layer) for layer in ("level1", "level3")]
+        model = timm.create_model("residual_lite", **settings, out_indices=wanted)
+        model.set_references(torch.rand(2, 3, 64, 64) * 2 - 1)
+        maps = model(torch.zeros(1, 3, 64, 64))
+        assert [level.shape[1] for level in maps] == model.feature_info.channels() == [40, 112]
+
+    @pytest.mark.parametrize("name", ["residual_lite", "adpretrain_efficientnet_lite"])
+    def test_a_repository_made_by_timm(self, name: str, tmp_path: Path) -> None:
+        settings = {"img_size": 64}
+        model = timm.create_model(name, pretrained=False, **settings)
+        timm.models.save_for_hf(model, tmp_path, model_args=settings, safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert again.name == model.name and again.img_size == (64, 64)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
     def test_pretrained_file_as_overlay(self, tmp_path: Path) -> None:
         with pytest.raises(DownloadError, match=r"There is no file .*gone\.pth"):
             timm.create_model(CLIP, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "gone.pth")})
@@ -722,6 +741,11 @@ def test_hubconf_has_one_entry_per_model() -> None:
     exec(compile(text, "hubconf.py", "exec"), namespace)
     entries = {name for name, value in namespace.items() if callable(value) and not name.startswith("_")}
     assert entries == set(catalog.MODELS)
+
+
+def test_pretrained_is_the_first_argument_of_an_entry() -> None:
+    for pretrained, name in ((True, "residual_lite.in1k_v2"), (False, "residual_lite")):
+        assert torch.hub.load(str(REPOSITORY), "residual_lite", pretrained, source="local").name == name
 
 
 def test_noncommercial_weights_are_announced(
