@@ -99,7 +99,7 @@ def check_destination(path: str | os.PathLike[str]) -> None:
                 return
     except (SafetensorError, CheckpointError, OSError, ValueError):
         pass
-    raise InputError(f"{path} exists and is no reference bank, so it is not replaced. Choose another name.")
+    raise InputError(f"{path} exists and is not a reference bank, so it is not replaced. Choose another name.")
 
 
 def maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str]) -> str | None:
@@ -109,7 +109,9 @@ def maker(bank: ReferenceBank, name: str | None, source: str | os.PathLike[str])
         ReferencesError: Otherwise.
     """
     if bank.model and name is not None and not f"{bank.model}.".startswith(f"{name}."):
-        raise ReferencesError(f"{source} was made with {bank.model}, not with {name}. Name that model.")
+        raise ReferencesError(
+            f"{source} was made with {bank.model}, not with {name}. Use {bank.model}, or fit a bank with {name}."
+        )
     return bank.model or name
 
 
@@ -122,8 +124,7 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
     try:
         regular_file(path)
     except CheckpointError as error:
-        advice = f"Make one with: adfeatures fit --references DIR --bank {path}"
-        raise CheckpointError(f"There is no reference bank {path}. {advice} ({error})") from error
+        raise CheckpointError(f"{error} To make a bank: adfeatures fit --references DIR --bank {path}") from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -138,7 +139,7 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, ReferenceBank]:
         raise
     except Exception as error:  # a damaged file makes its reader fail in any way
         raise CheckpointError(
-            f"The reference bank {path} is damaged ({error}). Make it again with: adfeatures fit"
+            f"{path} is damaged, or not a reference bank ({error}). Make it again with: adfeatures fit"
         ) from error
 
 

@@ -106,11 +106,11 @@ def regular_file(path: AnyPath, error: type[AdfeaturesError] = CheckpointError) 
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as problem:  # ValueError: a name with a null character
         reason = getattr(problem, "strerror", None) or problem
-        raise error(f"{path} is not an existing file ({reason}).") from None
+        raise error(f"Cannot open {path}: {reason}.") from None
     if not stat.S_ISREG(mode):
-        raise error(f"{path} is not an existing file but a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}.")
+        raise error(f"Cannot open {path}: it is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a file.")
     if not os.access(path, os.R_OK):
-        raise error(f"{path} cannot be read: permission denied. Make it readable: chmod u+r.")
+        raise error(f"Cannot open {path}: permission denied. Make it readable: chmod u+r.")
     return Path(path)
 
 

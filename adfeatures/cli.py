@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,8 @@ from .documents import dumps
 from .errors import AdfeaturesError, InputError, ReferencesError
 
 DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2
+# As many names as a warning tells.
+_SHOWN = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"adfeatures: error: {error}", file=sys.stderr)
             return NOTHING_DONE
         except KeyboardInterrupt:
-            print("adfeatures: interrupted. What was written before is kept.", file=sys.stderr)
+            print("adfeatures: interrupted. Results written so far are kept.", file=sys.stderr)
             return INTERRUPTED
 
 
@@ -193,19 +195,22 @@ def _tiles(text: str) -> Any:
     try:
         return Geometry(tile=AUTO if text == AUTO else int(size), overlap=int(overlap[0]) if overlap else None)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not SIZE, SIZE:OVERLAP or auto ({error})") from error
+        reason = f" ({error})" if isinstance(error, InputError) else ""
+        raise argparse.ArgumentTypeError(f"{text} is not SIZE, SIZE:OVERLAP or auto{reason}") from error
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
 
 
 def _list(options: argparse.Namespace) -> int:
     names = catalog.list_models(options.filter, options.pretrained)
-    print(dumps(names) if options.json else "\n".join(names))
+    if not names:
+        print(f"adfeatures: no model matches {options.filter!r}; try '*{options.filter}*'", file=sys.stderr)
+    if names or options.json:
+        print(dumps(names) if options.json else "\n".join(names))
     return DONE
 
 
@@ -369,9 +374,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
-    if summary["scored_references"]:
+    if references := summary["scored_references"]:
+        more = f" and {len(references) - _SHOWN} more" if len(references) > _SHOWN else ""
         print(
-            f"adfeatures: warning: scored images that are references: {', '.join(summary['scored_references'])}",
+            f"adfeatures: warning: scored images that are references: {', '.join(references[:_SHOWN])}{more}",
             file=sys.stderr,
         )
     if options.json:
@@ -393,11 +399,17 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(dumps(facts))
-        return
+    print(dumps(facts) if as_json else "\n".join(_table(facts)))
+
+
+def _table(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Facts as lines, those of a fact indented below its name."""
     width = max((len(key) for key in facts), default=0)
     for key, value in facts.items():
-        text = str(value)
+        if isinstance(value, dict):
+            yield f"{indent}{key}"
+            yield from _table(value, f"{indent}  ")
+            continue
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         # A header may hold a fingerprint of many images.
-        print(f"{key:<{width}}  {text if len(text) < 10_000 else f'{text[:60]}... ({len(text)} characters)'}")
+        yield f"{indent}{key:<{width}}  {text if len(text) < 10_000 else f'{text[:60]}... ({len(text)} characters)'}"

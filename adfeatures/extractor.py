@@ -306,7 +306,9 @@ class FeatureExtractor(nn.Module):
             raise ReferencesError(_NO_REFERENCES.format(name=self.name))
         if product is None and len(self._banks) > 1:
             names = ", ".join(sorted(self._banks))
-            raise UnknownNameError(f"References of several products are set: name one of {names}.")
+            raise UnknownNameError(
+                f"There are references of several products: choose one with product=, or --product, of {names}."
+            )
         if product is not None and product not in self._banks:
             raise UnknownNameError(unknown("product", product, self._banks))
         return next(iter(self._banks.values())) if product is None else self._banks[product]

@@ -184,7 +184,8 @@ def walk_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> I
     """
     root = Path(folder)
     if not os.path.isdir(root):
-        raise ImageError(f"{root} is {'a file' if os.path.exists(root) else 'not there'}; give a folder of images.")
+        problem = "is a file" if os.path.exists(root) else "does not exist"
+        raise ImageError(f"{root} {problem}. Give a folder of images.")
     found, left_out, example, suffixes = 0, 0, Path(), set()
     for path in _walk(root, recursive):
         if _is_readable(path):
@@ -197,7 +198,7 @@ def walk_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> I
     if not found:
         deeper = 0 if recursive else sum(map(_is_readable, _walk(root, True)))
         if deeper:
-            hint += f" Its sub-folders hold {deeper}: take them with recursive=True of list_images, or --recursive."
+            hint += f" Its sub-folders hold {deeper}: use --recursive, or recursive=True of list_images."
         raise ImageError(f"No images in {root} (looked for {' '.join(IMAGE_SUFFIXES)}).{hint}")
     if left_out:
         warnings.warn(f"{left_out} files of {root} are left out.{hint}", stacklevel=2)
@@ -219,7 +220,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _advice(unread: Path, suffixes: Sequence[str]) -> str:
-    install = " For HEIC: pip install pillow-heif." if set(suffixes) & set(_PHONE_SUFFIXES) else ""
+    install = ' For HEIC: pip install "adfeatures[heic]".' if set(suffixes) & set(_PHONE_SUFFIXES) else ""
     return f" {unread.name} cannot be read: convert {' '.join(suffixes)} to PNG.{install}"
 
 

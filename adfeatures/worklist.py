@@ -15,6 +15,7 @@ from typing import IO
 
 from .checkpoints import regular_file
 from .errors import ImageError, InputError
+from .image_files import IMAGE_SUFFIXES
 from .sources import is_drawn, walk_images
 
 # In the place of a file: its names come on standard input.
@@ -49,10 +50,10 @@ class Worklist:
                 drawn += 1
             elif self._insert("images (file, path)", os.fsencode(file), os.fsencode(path)):
                 common = _common(common, os.path.dirname(path))
-        left_out = f"{drawn} pictures were drawn by a former run and are left out."
+        left_out = f"{drawn} pictures were drawn by an earlier run and are left out."
         if not len(self):
             raise ImageError(
-                left_out if drawn else "No images are named. Give files, folders, a manifest, or - for stdin."
+                left_out if drawn else "No images were named. Give files, folders, --manifest, or - for standard input."
             )
         if drawn:
             warnings.warn(left_out, stacklevel=2)
@@ -95,7 +96,7 @@ def _common(common: str | None, folder: str) -> str | None:
 def find_images(arguments: Iterable[str], recursive: bool, manifest: str | os.PathLike[str] | None = None) -> Worklist:
     """The images that the arguments and the lines of a manifest name, with those in the folders among them.
 
-    Files stay as given, whether they exist or not.
+    Image files stay as given, whether they exist or not.
 
     Args:
         arguments: Files and folders. For "-" their names are read from standard input, one a line.
@@ -105,7 +106,7 @@ def find_images(arguments: Iterable[str], recursive: bool, manifest: str | os.Pa
 
     Raises:
         ImageError: For a folder without images, or where nothing is left.
-        InputError: For a manifest that cannot be read, or a list that is none of names.
+        InputError: For an argument that does not exist and is not named like an image, or a list that cannot be read.
     """
     return Worklist(_files(_names(arguments, manifest), recursive))
 
@@ -122,8 +123,10 @@ def _names(arguments: Iterable[str], manifest: str | os.PathLike[str] | None) ->
     for argument in arguments:
         if argument == STDIN:
             yield from _stripped(_lines(sys.stdin.buffer, "Standard input"))
-        else:
+        elif os.path.exists(argument) or argument.lower().endswith(IMAGE_SUFFIXES):
             yield argument
+        else:  # A mistyped folder, say: no row of a result that replaces a former one.
+            raise InputError(f"{argument} does not exist. Give image files, or folders of them.")
     if manifest is not None:
         with open(regular_file(manifest, InputError), "rb") as file:
             lines = _lines(file, os.fspath(manifest))
@@ -136,7 +139,7 @@ def _lines(stream: IO[bytes], source: str) -> Iterator[str]:
     """Lines as names of files, which may be no UTF-8."""
     while line := stream.readline(_MAX_LINE):
         if len(line) == _MAX_LINE or b"\0" in line:
-            raise InputError(f"{source} is no list of file names, one a line.")
+            raise InputError(f"{source} is not a list of file names, one per line.")
         yield os.fsdecode(line.removeprefix(b"\xef\xbb\xbf"))
 
 
@@ -148,7 +151,7 @@ def _column(lines: Iterator[str], source: str) -> Iterator[str]:
     try:
         table = csv.DictReader(lines)
         if COLUMN not in (table.fieldnames or ()):
-            raise InputError(f"{source} has no column {COLUMN} that names the images.")
+            raise InputError(f"{source} has no column {COLUMN!r} with the names of the images.")
         yield from (row[COLUMN] or "" for row in table)
     except csv.Error as error:
         raise InputError(f"{source} cannot be read: {error}. It must be a CSV file.") from error

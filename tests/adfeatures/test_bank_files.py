@@ -177,7 +177,9 @@ def test_inconsistent_files(spoil: Callable[[dict[str, Tensor], list[dict]], obj
     facts = json.loads(metadata["banks"])
     spoil(tensors, facts)
     save_file(tensors, saved, {**metadata, "banks": json.dumps(facts)})
-    with pytest.raises(CheckpointError, match=r"bank\.safetensors is damaged.*adfeatures fit"):
+    with pytest.raises(
+        CheckpointError, match=r"bank\.safetensors is damaged, or not a reference bank .*adfeatures fit"
+    ):
         load_banks(saved)
 
 
@@ -212,7 +214,9 @@ def test_what_could_be_true_but_was_not_written(damage: str, saved: Path) -> Non
     save_file(tensors, saved, honest)
     load_banks(saved)
     save_file(tensors, saved, {**honest, "sha256": digest})
-    with pytest.raises(CheckpointError, match="damaged .its content is not what was written.*adfeatures fit"):
+    with pytest.raises(
+        CheckpointError, match="damaged, or not a reference bank .its content is not what was written.*adfeatures fit"
+    ):
         load_banks(saved)
 
 
@@ -243,7 +247,7 @@ def test_a_bank_replaces_nothing_but_a_bank(saved: Path, tmp_path: Path) -> None
         if name.startswith("weights"):
             save_file({"x": torch.ones(1)}, path)
         before = path.read_bytes()
-        with pytest.raises(InputError, match=f"{name} exists and is no reference bank"):
+        with pytest.raises(InputError, match=f"{name} exists and is not a reference bank"):
             full_bank().save(path)
         assert path.read_bytes() == before
     (tmp_path / "empty").touch()
@@ -256,13 +260,13 @@ def test_files_that_are_no_banks(saved: Path) -> None:
         save_file(tensors, saved, other)
         with pytest.raises(CheckpointError, match="not a reference bank"):
             load_banks(saved)
-    with pytest.raises(CheckpointError, match=r"no reference bank .*missing\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"missing\.safetensors: No such file .*To make a bank: adfeatures fit"):
         load_banks(saved.with_name("missing.safetensors"))
     os.mkfifo(saved.with_name("pipe"))
     for path in (saved.parent, saved.with_name("pipe"), saved.with_name("x" * 300), "/dev/zero"):
-        with pytest.raises(CheckpointError, match="no reference bank"):
+        with pytest.raises(CheckpointError, match="Cannot open .*To make a bank: adfeatures fit"):
             load_banks(path)
-        with pytest.raises(AdfeaturesError, match="is no reference bank|Cannot write"):
+        with pytest.raises(AdfeaturesError, match="is not a reference bank|Cannot write"):
             full_bank().save(path)
 
 

@@ -270,7 +270,7 @@ class TestDamagedFiles:
         with pytest.raises(CheckpointError, match=r"'\.onnx'.*\.safetensors"):
             load_checkpoint(tmp_path / "weights.onnx")
         for path in (tmp_path, tmp_path / "missing.pth"):
-            with pytest.raises(CheckpointError, match="not an existing file"):
+            with pytest.raises(CheckpointError, match="Cannot open .*: "):
                 load_checkpoint(path)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -306,15 +306,15 @@ class TestRegularFile:
         (tmp_path / "loop").symlink_to("loop")
         paths = [tmp_path, tmp_path / "missing", tmp_path / "pipe", tmp_path / "link", tmp_path / "loop"]
         for path in (*map(str, paths), "/dev/zero", "x" * 300, "a\0b"):
-            with pytest.raises(CheckpointError, match="is not an existing file"):
+            with pytest.raises(CheckpointError, match="Cannot open .*: "):
                 regular_file(path)
-            with pytest.raises(DownloadError, match="is not an existing file"):
+            with pytest.raises(DownloadError, match="Cannot open .*: "):
                 regular_file(path, DownloadError)
 
     def test_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "secret.pth").touch()
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
-        with pytest.raises(CheckpointError, match=r"secret\.pth cannot be read: permission denied"):
+        with pytest.raises(CheckpointError, match=r"Cannot open .*secret\.pth: permission denied"):
             load_checkpoint(tmp_path / "secret.pth")
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

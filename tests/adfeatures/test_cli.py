@@ -75,6 +75,8 @@ def test_importing_the_package_has_no_side_effects() -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list") == 0
     assert capsys.readouterr().out.split() == adfeatures.list_models()
+    assert run("list", "clip") == 0
+    assert (told := capsys.readouterr()).out == "" and "no model matches 'clip'; try '*clip*'" in told.err
     assert run("list", "*clip*", "--pretrained", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [
         "adpretrain_clip_base.realiad_angle",
@@ -362,7 +364,7 @@ def test_a_bank_of_another_model_is_refused_before_anything_is_fetched(
     wanted = ["--bank", bank, "--output", photos / "out", photos / "new"]
     assert run("score", *wanted, "--model", "adpretrain_dinov2_base") == 2
     assert (
-        "was made with residual_lite.in1k_v2, not with adpretrain_dinov2_base. Name that model"
+        "was made with residual_lite.in1k_v2, not with adpretrain_dinov2_base. Use residual_lite.in1k_v2, or"
         in capsys.readouterr().err
     )
     with pytest.raises(ReferencesError, match=r"part\.bank was made with residual_lite\.in1k_v2, not with adpretrain"):
@@ -377,7 +379,7 @@ def test_the_bit_depth_is_that_of_the_bank(photos: Path, capsys: pytest.CaptureF
     assert run("score", "--bank", bank, "--bit-depth", 12, "--output", photos / "out", photos / "new") == 2
     assert "adfeatures fit --bit-depth 12" in capsys.readouterr().err
     assert run("fit", "--references", photos / "good", "--bank", photos / "good" / "000.png") == 2
-    assert "000.png exists and is no reference bank" in capsys.readouterr().err
+    assert "000.png exists and is not a reference bank" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("fit", "--references", photos / "good", "--bank", bank, "--bit-depth", 99)
 
@@ -390,8 +392,26 @@ def test_thresholds_are_scores(photos: Path, threshold: str) -> None:
 
 
 def test_long_facts_are_cut_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    facts = {"model": "m", "trained_on": "x" * 100_000}
+    facts: dict[str, Any] = {"model": "m", "trained_on": "x" * 100_000}
     cli._print(facts, False)
     assert capsys.readouterr().out.splitlines()[1] == f"trained_on  {'x' * 60}... (100000 characters)"
     cli._print(facts, True)
     assert json.loads(capsys.readouterr().out) == facts
+
+
+def test_facts_within_facts_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print({"model": "m", "products": {"bolt": {"size": (3, 4), "threshold": 0.5}}}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "model     m",
+        "products",
+        "  bolt",
+        "    size       3, 4",
+        "    threshold  0.5",
+    ]
+
+
+def test_a_mistyped_folder_costs_no_former_result(photos: Path) -> None:
+    assert score(photos, photos / "new") == 0
+    before = {path: path.read_bytes() for path in (photos / "out").rglob("*") if path.is_file()}
+    assert score(photos, photos / "neww") == 2
+    assert {path: path.read_bytes() for path in (photos / "out").rglob("*") if path.is_file()} == before

@@ -132,7 +132,7 @@ def test_files(tmp_path: Path) -> None:
         read_document(path, dict[str, str])
     os.mkfifo(tmp_path / "pipe")
     for other in (tmp_path / "pipe", tmp_path, tmp_path / "missing", Path("/dev/zero"), tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="not an existing file"):
+        with pytest.raises(InputError, match="Cannot open .*: "):
             read_document(other, Any)
     with open(tmp_path / "sparse.json", "wb") as file:
         file.truncate(4 << 30)

@@ -249,7 +249,7 @@ class TestRefused:
         model = tiny_extractor()
         for product in ("bolt", "nut"):
             model.set_references([photo(1), photo(2)], product)
-        with pytest.raises(UnknownNameError, match="name one of bolt, nut"):
+        with pytest.raises(UnknownNameError, match="choose one with product=, or --product, of bolt, nut"):
             export_onnx(model, tmp_path / "part.onnx")
         assert not list(tmp_path.iterdir())
 

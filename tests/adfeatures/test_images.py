@@ -435,9 +435,9 @@ def refused(source: Any, reason: str) -> str:
 
 
 def test_files_that_are_no_images(write: Write, tmp_path: Path) -> None:
-    refused(tmp_path / "missing.png", r"missing\.png is not an existing file")
-    refused(str(tmp_path / "missing.png"), r"missing\.png is not an existing file")
-    refused(tmp_path / ("x" * 5000), "is not an existing file .*too long")
+    refused(tmp_path / "missing.png", r"Cannot open .*missing\.png: No such file")
+    refused(str(tmp_path / "missing.png"), r"Cannot open .*missing\.png: No such file")
+    refused(tmp_path / ("x" * 5000), "Cannot open .*too long")
     refused(tmp_path, "folder")
     refused(write(b""), "empty")
     refused(write(b"not an image", "note.png"), "PNG")
@@ -767,7 +767,7 @@ def test_files_are_known_by_their_bytes_and_images_by_their_pixels(tmp_path: Pat
             assert hash_of_pixels(same) == expected
         for other in (array[::-1], array.reshape(shape[0], -1, 1)):
             assert hash_of_pixels(other) != expected
-    with pytest.raises(ImageError, match=r"gone\.png is not an existing file"):
+    with pytest.raises(ImageError, match=r"Cannot open .*gone\.png: No such file"):
         read_image(tmp_path / "gone.png", digest=hashlib.sha256())
 
 

@@ -145,7 +145,7 @@ def test_every_listed_suffix_can_be_read(tmp_path: Path, suffix: str) -> None:
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="not there"):
+    with pytest.raises(ImageError, match="missing does not exist. Give a folder"):
         list_images(tmp_path / "missing")
     (tmp_path / "file.png").touch()
     with pytest.raises(ImageError, match="file.png is a file"):
@@ -155,7 +155,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"empty \(looked for .bmp .*webp\)\.$"):
         list_images(empty, recursive=True)
     (empty / "sub" / "x.png").touch()
-    with pytest.raises(ImageError, match="sub-folders hold 1: take them with recursive=True"):
+    with pytest.raises(ImageError, match="sub-folders hold 1: use --recursive, or recursive=True"):
         list_images(empty)
     assert len(list_images(empty, recursive=True)) == 1
 

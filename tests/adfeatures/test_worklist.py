@@ -62,10 +62,10 @@ def test_names_come_from_manifests_and_standard_input(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"\x89PNG\r\n\x1a\n\0\0\0\r", "no list of file names"),
-        (b"x" * 100_000, "no list of file names"),
-        (b"", "No images are named"),
-        (b"file,mask\na.png,\n", "has no column image"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\r", "not a list of file names"),
+        (b"x" * 100_000, "not a list of file names"),
+        (b"", "No images were named"),
+        (b"file,mask\na.png,\n", "has no column 'image'"),
         (b'image\n"' + b"x\n" * 200_000, "It must be a CSV file"),
     ],
 )
@@ -77,12 +77,19 @@ def test_what_is_no_list_of_names_is_refused(tmp_path: Path, content: bytes, rea
 
 
 def test_a_manifest_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone\.txt is not an existing file"):
+    with pytest.raises(InputError, match=r"Cannot open .*gone\.txt: No such file"):
         find_images([], False, tmp_path / "gone.txt")
-    with pytest.raises(InputError, match="but a folder"):
+    with pytest.raises(InputError, match="it is a folder"):
         find_images([], False, tmp_path)
-    with pytest.raises(ImageError, match="No images are named"):
+    with pytest.raises(ImageError, match="No images were named"):
         find_images([], False)
+
+
+def test_a_mistyped_folder_is_refused_at_once(tmp_path: Path) -> None:
+    write_photos(tmp_path / "new", range(1))
+    for name in ("neww", "neww/", "neww/part.json"):
+        with pytest.raises(InputError, match=f"{tmp_path / name}/? does not exist. Give image files, or folders"):
+            find_images([str(tmp_path / "new"), f"{tmp_path}/{name}"], False)
 
 
 @pytest.mark.slow

@@ -282,7 +282,7 @@ def test_two_processes_train_as_one(tree: Path, tmp_path: Path) -> None:
     changes = {"validation": "held_out", "pool": 2, "device": "cpu"}
     one = pretrain(config(tree, tmp_path / "one", **changes), CPU)
     refused = launch(config(tree, tmp_path / "none", centers=str(tmp_path / "none.safetensors"), **changes), 2)
-    assert refused.returncode and "none.safetensors is not an existing file" in refused.stderr
+    assert refused.returncode and "none.safetensors: No such file or directory" in refused.stderr
     # In two goes, of which the first ends within an epoch.
     for stop in (3, None):
         # With the cache of images, which one process never had.

@@ -238,12 +238,12 @@ def test_refuses(tmp_path: Path) -> None:
     (batch,) = batches(1, seed=0)
     with pytest.raises(ImageError, match="No images in"):
         synthesis(tmp_path)
-    with pytest.raises(ImageError, match="is not there"):
+    with pytest.raises(ImageError, match="does not exist"):
         synthesis(tmp_path / "none")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         synthesis(tmp_path)(batch, rng())
-    with pytest.raises(ImageError, match=r"000\.png is not an existing file"):
+    with pytest.raises(ImageError, match=r"Cannot open .*000\.png: No such file"):
         synthesis(foregrounds=tmp_path)(batch, rng())
     write_foreground(tmp_path, "noise", "000.png", np.zeros((32, 32), np.uint8))
     with pytest.raises(InputError, match=r"000\.png is zero everywhere"):
