@@ -125,7 +125,7 @@ def status(evaluation: Evaluation, products: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
     checker = argparse.ArgumentParser(prog="python -m training.evaluate", add_help=False, allow_abbrev=False)
-    checker.add_argument("--check", metavar="DIR", help="only say what is missing or misnamed in a data set")
+    checker.add_argument("--check", metavar="DIR", help="only report what is missing or misnamed in a data set")
     parser = argparse.ArgumentParser(prog=checker.prog, description=DESCRIPTION, parents=[checker])
     console.add_options(parser, EvaluationConfig)
     # Nothing else is required to check a data set.

@@ -29,15 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Judge models of the catalog on photographs and rendered parts with drawn defects, beside raw "
         "residuals, cosine matching and PatchCore on the features of the first model.",
     )
-    parser.add_argument("--photographs", type=Path, required=True, help="folder to keep the fetched packages in")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write results.md and results.csv to")
+    parser.add_argument("--photographs", type=Path, required=True, help="folder for the downloaded packages")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results.md and results.csv")
     parser.add_argument("--model", nargs="+", default=models, metavar="NAME", help=f"(default: {' '.join(models)})")
     parser.add_argument(
-        "--set", choices=SETS, default="development", help="products to choose by, or those of the final judgment"
+        "--set", choices=SETS, default="development", help="products for development, or those of the final judgment"
     )
-    parser.add_argument("--products", nargs="+", metavar="NAME", help="some of the set alone (default: all)")
+    parser.add_argument("--products", nargs="+", metavar="NAME", help="some products of the set (default: all)")
     parser.add_argument(
-        "--rotations", type=int, default=1, metavar="N", help="judge each model also with references turned N ways"
+        "--rotations", type=int, default=1, metavar="N", help="also judge each model with references rotated N ways"
     )
     parser.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
     options = parser.parse_args(arguments)

@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", help="path, local-dir:/folder or hf-hub:owner/repo[:path/in/repo]")
     console.add_options(parser, PublishConfig)
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="write the files to this folder (too)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="write the files to this folder")
     parser.add_argument(
-        "--dry-run", action="store_true", help="write the files and say what would be sent, but send nothing"
+        "--dry-run", action="store_true", help="write the files and show what would be uploaded, but upload nothing"
     )
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", action="store_true", help="make the repository private (the default)")

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--products",
         nargs="+",
         metavar="NAME",
-        help="names of products, or one number: the first so many (default: all): " + ", ".join(PRODUCTS),
+        help="names of products, or a number to take the first ones (default: all): " + ", ".join(PRODUCTS),
     )
     parser.add_argument(
         "--images-per-product",
@@ -39,9 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels (default: 256)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="other seeds give other parts of the same products (default: 0)"
+        "--seed", type=int, default=0, help="another seed gives other parts of the same products (default: 0)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes, each on one core (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="parallel processes (default: 1)")
     options = parser.parse_args(arguments)
     return run("synthesize", lambda: _synthesize(options))
 

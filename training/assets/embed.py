@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=ASSET, help="file to write or check (default: %(default)s)")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing, fail where the file is not what would be written"
+        "--check", action="store_true", help="write nothing, and fail if the file is not what would be written"
     )
     options = parser.parse_args(arguments)
     return console.run("embed", lambda: _write_or_check(options.output, options.check))

@@ -22,11 +22,12 @@ BENCHMARKS = ("aupro", "patchcore", "padim", "pretrain")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.bench", description="Speed against naive forms; judge by the ratios."
+        prog="python -m training.bench",
+        description="Compares speed with naive implementations; the ratios are what counts.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, for a first look")
-    parser.add_argument("--device", help="pretrain: steps on it (cpu, cuda), with and without the cache of images")
+    parser.add_argument("--device", help="pretrain: device of the steps (cpu, cuda), with and without the image cache")
     options = parser.parse_args(arguments)
     return run("bench", partial(_print, options.names or BENCHMARKS, options.quick, options.device))
 
@@ -41,7 +42,7 @@ def _print(names: Sequence[str], quick: bool, device: str | None) -> None:
         with processes(device) as own:
             _print_rows(names, quick=quick, device=own)
     else:
-        raise InputError("--device goes with the benchmark pretrain alone: leave out the others.")
+        raise InputError("--device is for the benchmark pretrain only: leave out the others.")
 
 
 def _print_rows(names: Sequence[str], **settings: Any) -> None:

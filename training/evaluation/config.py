@@ -24,19 +24,17 @@ ALL, RETRIEVED, LISTS = "all", "retrieved", "lists:"
 class EvaluationConfig:
     """The options of ``python -m training.evaluate``."""
 
-    model: str = option(
-        REQUIRED, "name of adfeatures.list_models(), or where trained weights are: a path, local-dir:, hf-hub:"
-    )
-    weights: str | None = option(None, "place of the trained weights of a named model")
-    backbone_weights: str | None = option(None, "place of the backbone's weights")
+    model: str = option(REQUIRED, "name from adfeatures.list_models(), or trained weights: a path, local-dir:, hf-hub:")
+    weights: str | None = option(None, "trained weights of a named model")
+    backbone_weights: str | None = option(None, "weights of the backbone")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the model's")
-    bit_depth: int = option(16, "bits in use of 16-bit images, 9 to 16: 12 for a camera that gives 0 to 4095")
+    bit_depth: int = option(16, "bits in use in 16-bit images, 9 to 16: 12 for values of 0 to 4095")
     method: tuple[str, ...] = option(
         (ALL,),
         f"all, or some of {', '.join(METHODS)}; or module:Class, any class with (extractor), fit(loader) and "
         "predict(loader), which returns training.methods.base.Predictions",
     )
-    dataset: str = option(REQUIRED, "what root holds", tuple(DATASETS))
+    dataset: str = option(REQUIRED, "kind of data set in root", tuple(DATASETS))
     root: str = option(REQUIRED, "folder of the data set (for a manifest: the CSV file)")
     products: tuple[str, ...] = option((), "products to evaluate; the default is all")
     split: str | None = option(
@@ -44,7 +42,7 @@ class EvaluationConfig:
         "Real-IAD: folder of its official lists, realiad_jsons or a variant; the default judges the parts that "
         "training.pretrain holds out by default",
     )
-    output: str = option(REQUIRED, "folder of the results; those that are there are kept, and the evaluation resumes")
+    output: str = option(REQUIRED, "folder of the results; existing ones are kept, and the evaluation resumes")
     shots: int = option(8, "references per product")
     draws: int = option(
         1, "draws of references: number d takes the images d * shots to (d + 1) * shots of the sorted training images"
@@ -56,15 +54,13 @@ class EvaluationConfig:
     )
     protocol: str = option(SOUND, "original: geometry and quirks of the published code", (SOUND, ORIGINAL))
     epochs: int | None = option(None, "epochs of CFLOW, GLASS and UniAD; the default is the paper's 25, 640 and 1000")
-    allow_overlap: bool = option(
-        False, "judge images that the weights were trained on as well; all results are marked with it"
-    )
-    oracle: bool = option(False, "report the best value over the epochs as well, chosen on the test images")
-    textures: str | None = option(None, "GLASS: folder of texture images (DTD); without it they are made")
+    allow_overlap: bool = option(False, "also judge images that the weights were trained on; all results are marked")
+    oracle: bool = option(False, "also report the best value over the epochs, chosen on the test images")
+    textures: str | None = option(None, "GLASS: folder of texture images (DTD); the default generates them")
     foregrounds: str | None = option(None, "GLASS: folder of foreground masks, <product>/<name of the training image>")
     cache: str | None = option(None, "folder of the features; the default is the folder cache in output")
-    workers: int = option(cores(), "processes that read images; the default is one for each core")
-    device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
+    workers: int = option(cores(), "processes that read images; the default is one per core")
+    device: str | None = option(None, "cpu or cuda; the default is cuda if available")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -81,11 +77,9 @@ class EvaluationConfig:
                 f"shots, draws and epochs must be 1 or more, got {self.shots}, {self.draws} and {self.epochs}."
             )
         if self.draws > 1 and self.given_references:
-            raise InputError(
-                f"{self.references} holds one set of references, so that there is one draw: leave out --draws."
-            )
+            raise InputError(f"{self.references} holds one set of references, which is one draw: leave out --draws.")
         if self.split is not None and self.dataset != "real_iad":
-            raise InputError(f"The lists of --split are those of real_iad, not of {self.dataset}: leave out --split.")
+            raise InputError(f"--split is for real_iad, not for {self.dataset}: leave it out.")
         for name, folder in self._folders.items():
             if folder is not None and not Path(folder).is_dir():
                 raise InputError(f"There is no folder {folder}: correct --{name}.")

@@ -44,22 +44,22 @@ FREE = (
 class InputsConfig:
     """The images and the frozen backbone, which the pretraining and its centers take alike."""
 
-    output: str = option("runs/pretrain", "folder of the run; a run that is there is resumed")
+    output: str = option("runs/pretrain", "folder of the run; an existing run is resumed")
     recipe: str = option(
         SOUND,
-        "published: as the published weights were made, with 224 x 224 pixels cut from the middle of images",
+        "published: as the published weights were trained, on the central 224 x 224 pixels of images",
         (SOUND, PUBLISHED),
     )
     # Data
-    data: str = option("real_iad", "what root holds", ("real_iad", "folder", "manifest"))
+    data: str = option("real_iad", "kind of data set in root", ("real_iad", "folder", "manifest"))
     root: str = option("data/Real-IAD", "folder of the data set (for a manifest: the CSV file)")
-    products: tuple[str, ...] = option((), "products to take; the default is all")
+    products: tuple[str, ...] = option((), "products to train on; the default is all")
     filter_list: str | None = option(None, "Real-IAD: folder or file of lists of the anomalous images to keep")
-    bit_depth: int = option(16, "bits in use of 16-bit images, 9 to 16: 12 for a camera that gives 0 to 4095")
-    held_out: float = option(0.1, "fraction of the samples that is kept for validation")
+    bit_depth: int = option(16, "bits in use in 16-bit images, 9 to 16: 12 for values of 0 to 4095")
+    held_out: float = option(0.1, "fraction of the samples held out for validation")
     # Model
     backbone: str = option("dinov2_base", "name of a backbone of adfeatures, or of a timm ViT or CNN")
-    backbone_weights: str | None = option(None, "file or place of its weights; the default is the published ones")
+    backbone_weights: str | None = option(None, "its weights; the default is the published ones")
     img_size: tuple[int, ...] = option((), "input height and width in pixels; the default is the backbone's")
     preset: str = option(
         None,
@@ -69,14 +69,14 @@ class InputsConfig:
     )
     levels: tuple[int, ...] = option((), "blocks or stages, counted from 1; the default is the backbone's")
     # Running
-    seed: int = option(42, "of weights, order, augmentation and references")
-    workers: int = option(cores(), "processes that read images; the default is one for each core")
+    seed: int = option(42, "seed of weights, order, augmentation and references")
+    workers: int = option(cores(), "processes that read images; the default is one per core")
     cache: str | None = option(
         None,
         "folder that keeps all images at the size of the input, for this and other runs (224 x 224: 157 kB an image); "
         "the default reads and resizes their files whenever they are drawn",
     )
-    device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
+    device: str | None = option(None, "cpu or cuda; the default is cuda if available")
 
     def __post_init__(self) -> None:
         self._default_of_recipe("preset", PRESETS[0])
@@ -124,11 +124,11 @@ class CentersConfig(InputsConfig):
     """How centers are computed: by default on the images that ``training.pretrain`` trains on."""
 
     output: str = option("centers.safetensors", "file to write")
-    held_out: float = option(0.1, "fraction of the samples that is left out, as in the pretraining with the same seed")
-    images: int | None = option(None, "take only so many normal images, drawn at random; the default takes all")
-    shots: int = option(4, "references of each image")
+    held_out: float = option(0.1, "fraction of the samples left out, as in pretraining with the same seed")
+    images: int | None = option(None, "number of normal images, drawn at random; the default is all")
+    shots: int = option(4, "references per image")
     batch_size: int = option(16, "images encoded at once")
-    seed: int = option(42, "of the images left out and the references")
+    seed: int = option(42, "seed of the images left out and the references")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,23 +148,21 @@ class PretrainConfig(InputsConfig):
     num_heads: int = option(16, "attention heads per level")
     num_keys: int = option(2048, "learnable references per level")
     # Recipe
-    batch_size: int = option(32, "images of a step, over all devices")
-    accumulate: int = option(
-        1, "micro-batches that a device divides its images of a step into; contrast is within a micro-batch"
-    )
-    shots: tuple[int, ...] = option((1, 4, 8), "numbers of references, one of which is drawn for each step")
+    batch_size: int = option(32, "images per step, over all devices")
+    accumulate: int = option(1, "micro-batches per device and step; the contrast is within a micro-batch")
+    shots: tuple[int, ...] = option((1, 4, 8), "numbers of references; each step draws one of them")
     epochs: int = option(10, "epochs")
-    milestones: tuple[int, ...] = option((7, 9), "epochs after which the learning rate falls to a tenth")
+    milestones: tuple[int, ...] = option((7, 9), "epochs after which the learning rate is divided by ten")
     lr: float = option(1e-4, "learning rate of Adam")
     weight_decay: float = option(5e-4, "L2 penalty in the gradient")
-    losses: str = option("both", "an ablation of the paper: one loss alone", ("both", "angle", "norm"))
-    no_residual: bool = option(False, "an ablation of the paper: project features, not their residuals")
-    temperature: float = option(0.15, "of the angle loss")
+    losses: str = option("both", "ablation of the paper: a single loss", ("both", "angle", "norm"))
+    no_residual: bool = option(False, "ablation of the paper: project features instead of residuals")
+    temperature: float = option(0.15, "temperature of the angle loss")
     anchors: str = option("both", "views that are anchors of the angle loss (the paper: first)", ("both", "first"))
     radius: float = option(0.4, "largest radius of the norm loss")
-    margin: float = option(0.75, "of the norm loss")
+    margin: float = option(0.75, "margin of the norm loss")
     pseudo_huber: str = option("code", "form of the norm", ("code", "paper"))
-    centers: str | None = option(None, "file of python -m training.centers; the default computes them at the start")
+    centers: str | None = option(None, "file made by training.centers; the default computes it at the start")
     view_statistics: str = option(
         "original", "of the augmented views: original is CLIP's for DINOv2 as well", ("original", "backbone")
     )
@@ -174,7 +172,7 @@ class PretrainConfig(InputsConfig):
         "the default is autocast, or what the recipe has",
         ("autocast", "float32", "bfloat16"),
     )
-    max_steps: int | None = option(None, "stop after so many steps")
+    max_steps: int | None = option(None, "number of steps to stop after")
     # References
     pool: int | None = option(
         None,
@@ -189,7 +187,7 @@ class PretrainConfig(InputsConfig):
         None, "folder of given references, as of training.evaluate; the default takes normal training images"
     )
     validation_shots: int = option(8, "references of a product and view in the validation")
-    eval_every: int = option(1, "epochs from one validation to the next; the end is always validated")
+    eval_every: int = option(1, "epochs between validations; the last epoch is always validated")
     validation_images: int = option(200, "most images of a product for each of: memory bank, normal, anomalous")
     save_every: int = option(500, "steps between two checkpoints to resume from")
 

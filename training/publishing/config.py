@@ -11,12 +11,10 @@ from ..console import option
 class PublishConfig:
     """What to publish of a checkpoint, where, and what to say."""
 
-    repo: str | None = option(None, "repository OWNER/NAME to publish to; without it nothing is sent")
-    name: str | None = option(
-        None, "model of the weights, where the file does not say; with tag for the authors' files"
-    )
-    whole_model: bool = option(False, "publish the backbone as well")
-    backbone_weights: str | None = option(None, "weights of the backbone to publish, where not its published ones")
-    license: str | None = option(None, "license that you give the weights, as the Hub calls it: apache-2.0, say")
-    data: str | None = option(None, "what the weights were trained on, where that is not Real-IAD")
+    repo: str | None = option(None, "repository OWNER/NAME to publish to; without it nothing is uploaded")
+    name: str | None = option(None, "model of the weights, if the file does not say; with a tag for the authors' files")
+    whole_model: bool = option(False, "also publish the backbone")
+    backbone_weights: str | None = option(None, "weights of the backbone to publish, if not its published ones")
+    license: str | None = option(None, "license of the weights, as the Hub spells it, such as apache-2.0")
+    data: str | None = option(None, "what the weights were trained on, if not Real-IAD")
     data_license: str | None = option(None, "license of that data")

@@ -59,7 +59,7 @@ class ReproduceConfig:
         "folder of the data sets, mvtec, visa, btad, mvtec3d, mpdd and Real-IAD, under these or the authors' names; "
         "with 8shot, aligned/references, dtd/images and fg_mask where they are there",
     )
-    output: str = option("runs/reproduce", "folder of everything that is written; the same command resumes")
+    output: str = option("runs/reproduce", "output folder; the same command resumes")
     only: tuple[str, ...] = option(
         (),
         f"take only these of the backbones ({', '.join(BACKBONES)}), methods ({', '.join(METHODS)}, module:Class), "
@@ -68,13 +68,13 @@ class ReproduceConfig:
     )
     weights: str | None = option(
         None,
-        "folder in the place of the Hub: imagebind_huge.pth and so on, dino-base/checkpoints_pro_angle.pth and so on",
+        "folder to use instead of the Hub: imagebind_huge.pth and so on, dino-base/checkpoints_pro_angle.pth and so on",
     )
     protocol: str = option(ORIGINAL, f"of the evaluation; methods from outside need {SOUND}", (ORIGINAL, SOUND))
-    tables: bool = option(False, "only write the tables of the results that are there; no model is loaded")
-    smoke: bool = option(False, "all of it in miniature, on rendered images and tiny random backbones")
-    workers: int = option(cores(), "processes that read images; the default is one for each core")
-    device: str | None = option(None, "cpu or cuda; the default is cuda where there is one")
+    tables: bool = option(False, "only write the tables of existing results; no model is loaded")
+    smoke: bool = option(False, "everything in miniature, on rendered images and tiny random backbones")
+    workers: int = option(cores(), "processes that read images; the default is one per core")
+    device: str | None = option(None, "cpu or cuda; the default is cuda if available")
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -64,4 +64,4 @@ def test_whole_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_a_device_is_for_this_benchmark_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "padim", "--device", "cpu"]) == 2
-    assert "--device goes with the benchmark pretrain alone" in capsys.readouterr().err
+    assert "--device is for the benchmark pretrain only" in capsys.readouterr().err
