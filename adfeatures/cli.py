@@ -50,28 +50,34 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("filter", nargs="?", default="*", help='pattern such as "*dinov2*"')
     listing.add_argument("--pretrained", action="store_true", help="list every set of weights, as name.tag")
 
-    info = _command(commands, "info", _info, "show levels, preprocessing, origin and licenses of a model; or versions")
-    info.add_argument("model", nargs="?", help="without it: the versions that are installed, for bug reports")
+    info = _command(
+        commands, "info", _info, "show levels, preprocessing, origin and licenses of a model, or installed versions"
+    )
+    info.add_argument("model", nargs="?", help="default: show the installed versions, for bug reports")
     info.add_argument("--backbone", metavar="NAME", help="backbone of residual_timm")
 
     download = _command(
-        commands, "download", _download, "fetch and verify the weights of a model, for use without a network"
+        commands, "download", _download, "download and verify the weights of a model, for use without a network"
     )
-    download.add_argument("model")
-    download.add_argument("--cache-dir", help="folder of downloaded weights")
+    download.add_argument("model", help="name or name.tag")
+    download.add_argument("--cache-dir", metavar="DIR", help="where to keep them (default: that of huggingface_hub)")
 
     convert = _command(commands, "convert", _convert, "turn a published checkpoint into safetensors")
-    convert.add_argument("source", help="checkpoints_pro_norm.pth, say")
+    convert.add_argument("source", help="such as checkpoints_pro_norm.pth")
     convert.add_argument("destination", help="file ending in .safetensors")
-    convert.add_argument("--model", required=True, help="what the checkpoint belongs to, as name or name.tag")
+    convert.add_argument("--model", required=True, help="model of the checkpoint: name or name.tag")
 
     fit = _command(commands, "fit", _fit, "make a reference bank with a threshold from normal images")
     fit.add_argument("--references", required=True, metavar="DIR", help="folder of normal images")
-    fit.add_argument("--bank", required=True, metavar="FILE", help="bank to write, ending in .safetensors")
-    fit.add_argument("--normals", metavar="DIR", help="further normal images to take the threshold from")
+    fit.add_argument("--bank", required=True, metavar="FILE", help="file to write, such as part.safetensors")
+    fit.add_argument("--normals", metavar="DIR", help="more normal images, for the threshold only")
     fit.add_argument("--coreset", type=float, metavar="FRACTION", help="fraction of the patches to keep, in (0, 1]")
     fit.add_argument(
-        "--rotations", type=int, default=1, metavar="N", help="match with the references turned N times, for free poses"
+        "--rotations",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also match with the references rotated N ways, for parts in any orientation",
     )
     _add_model_options(fit)
     _add_image_options(fit)
@@ -80,26 +86,30 @@ def _parser() -> argparse.ArgumentParser:
     source = score.add_mutually_exclusive_group(required=True)
     source.add_argument("--references", metavar="DIR", help="folder of normal images")
     source.add_argument("--bank", metavar="FILE", help="bank made by fit, or file made by export")
-    score.add_argument("--output", required=True, metavar="DIR", help="folder for scores, overlays and summary")
-    score.add_argument("--product", help="whose references to use, where there are several")
+    score.add_argument("--output", required=True, metavar="DIR", help="folder for scores, heat maps and summary")
+    score.add_argument("--product", help="product whose references to use, if there are several")
     score.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
     score.add_argument(
-        "--runtime", choices=("torch", "onnx", "openvino"), help="what computes (default: torch, for a .onnx file onnx)"
+        "--runtime",
+        choices=("torch", "onnx", "openvino"),
+        help="inference engine (default: onnx for a .onnx file, else torch)",
     )
+    score.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision of openvino (default: float32)")
+    score.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images per batch (%(default)s)")
     score.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="numbers that openvino computes with (default: float32)"
+        "--workers", type=_positive, default=1, metavar="N", help="images to read in parallel (%(default)s)"
     )
-    score.add_argument("--batch-size", type=_positive, default=8)
-    score.add_argument("--workers", type=_positive, default=1, help="images that are read at a time (%(default)s)")
-    score.add_argument("--resume", action="store_true", help="continue a run of the same options that was cut short")
+    score.add_argument("--resume", action="store_true", help="continue an interrupted run with the same options")
     score.add_argument(
         "--engine",
         choices=("ray",),
-        help="score on all of a Ray cluster, with --device cuda on its GPUs",
+        help="score on a whole Ray cluster, on its GPUs with --device cuda",
     )
-    score.add_argument("--manifest", metavar="FILE", help="names of images, one a line, or a .csv with a column image")
     score.add_argument(
-        "images", nargs="*", metavar="IMAGES", help="image files or folders of them; - reads their names from stdin"
+        "--manifest", metavar="FILE", help="list of images: one per line, or a .csv with the column image"
+    )
+    score.add_argument(
+        "images", nargs="*", metavar="IMAGES", help="image files or folders; - reads names from standard input"
     )
     _add_model_options(score)
     _add_image_options(score)
@@ -107,10 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write a model with its references to an ONNX file")
     export.add_argument("--bank", required=True, metavar="FILE", help="bank made by fit")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write, ending in .onnx")
-    export.add_argument("--product", help="whose references, where the bank holds several products")
-    export.add_argument("--uint8", action="store_true", help="take resized 8-bit photos and normalize them inside")
-    export.add_argument("--features", action="store_true", help="put out the features of the levels too")
-    export.add_argument("--batch-size", type=_positive, help="images per run (default: any number)")
+    export.add_argument("--product", help="product whose references to export, if the bank holds several")
+    export.add_argument(
+        "--uint8", action="store_true", help="accept resized 8-bit photos, and normalize them inside the model"
+    )
+    export.add_argument("--features", action="store_true", help="also output the features of each level")
+    export.add_argument("--batch-size", type=_positive, metavar="N", help="fixed batch size (default: any)")
     export.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
     _add_weights_options(export)
     export.set_defaults(device="cpu", bit_depth=None, max_pixels=None, tile=None, keep_aspect=False, roi=None)
@@ -125,7 +137,7 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
         name, help=help, description=help[0].upper() + help[1:] + "."
     )
     command.set_defaults(run=run)
-    command.add_argument("--json", action="store_true", help="print facts as JSON")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
     return command
 
 
@@ -140,44 +152,48 @@ def _add_weights_options(command: argparse.ArgumentParser) -> None:
         "--backbone", metavar="NAME", help="backbone of residual_timm: any ViT or pyramid CNN of timm; NAME@3,6: levels"
     )
     command.add_argument("--weights", help="trained weights: a tag, a path, hf-hub:owner/repo or local-dir:/path")
-    command.add_argument("--backbone-weights", help="weights of the backbone, likewise")
+    command.add_argument("--backbone-weights", help="weights of the backbone, in the same forms")
 
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--product-folders", action="store_true", help="take each sub-folder of the references as a product of its own"
+        "--product-folders", action="store_true", help="treat each sub-folder of the references as one product"
     )
-    command.add_argument("--recursive", action="store_true", help="look for images in sub-folders too")
+    command.add_argument("--recursive", action="store_true", help="include images in sub-folders")
     command.add_argument(
         "--tile",
         type=_tiles,
         metavar="SIZE[:OVERLAP]",
-        help="cut photos into squares of so many pixels, an eighth or so many shared; auto: as the shorter side of the "
-        "references, at most 4 times the model's input",
+        help="cut photos into square tiles of SIZE pixels that overlap by OVERLAP (default: an eighth); auto: the "
+        "shorter side of the references, at most 4 times the model's input",
     )
-    command.add_argument("--keep-aspect", action="store_true", help="pad photos, or small tiles, instead of squashing")
+    command.add_argument(
+        "--keep-aspect", action="store_true", help="pad photos or small tiles to a square instead of squashing them"
+    )
     command.add_argument(
         "--roi",
         metavar="FILE",
-        help="mask image of the size of the photos, outside of which nothing counts; or a folder of PRODUCT.png",
+        help="mask of the same size as the photos, white where defects matter; or a folder with PRODUCT.png masks",
     )
     command.add_argument(
         "--quantile",
         type=float,
-        help="fraction of normal images that should stay below the threshold (0.95; 0.99 "
-        "in models other than residual_lite.in1k_v2)",
+        metavar="FRACTION",
+        help="fraction of normal images that should score below the threshold (default: 0.95 for "
+        "residual_lite.in1k_v2 and residual_timm, else 0.99)",
     )
     command.add_argument(
         "--bit-depth",
         type=int,
         choices=range(9, 17),
         metavar="BITS",
-        help="bits used in 16-bit images, such as 12 (default: that of the bank, else 16)",
+        help="bits in use in 16-bit images, such as 12 (default: that of the bank, else 16)",
     )
     command.add_argument(
         "--max-pixels",
         type=_positive,
-        help="pixels that images may hold in memory at a time, about 20 bytes each; larger ones are refused (89000000)",
+        metavar="N",
+        help="pixels to hold in memory at a time, about 20 bytes each; larger images are refused (default: 89000000)",
     )
 
 
@@ -185,7 +201,7 @@ def _threshold(text: str) -> float:
     with suppress(ValueError):
         if 0 <= (value := float(text)) < float("inf"):
             return value
-    raise argparse.ArgumentTypeError(f"{text} is not a score: give a number from 0")
+    raise argparse.ArgumentTypeError(f"{text} is not a score: give a number of 0 or more")
 
 
 def _tiles(text: str) -> Any:
@@ -201,7 +217,7 @@ def _tiles(text: str) -> Any:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return int(text)
 
 
