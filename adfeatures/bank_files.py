@@ -49,7 +49,7 @@ class RecordFacts(BankRecord):
             ValueError: If there is not one hash or name for each image.
         """
         for name in ("files", "sha256s", "pixels"):
-            _expect(len(getattr(self, name)) in (0, self.num_images), f"{name}: one for each image")
+            _expect(len(getattr(self, name)) in (0, self.num_images), f"{name}: one per image")
         return BankRecord(**{known.name: getattr(self, known.name) for known in dataclasses.fields(BankRecord)})
 
 

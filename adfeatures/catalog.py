@@ -263,7 +263,7 @@ def find_model(name: str) -> tuple[str, str | None]:
     arch, _, tag = name.partition(".")
     if any(sign in name for sign in "/\\:"):
         raise UnknownNameError(
-            f"{name!r} is no model name. Give a name of list_models(), and where the weights are as "
+            f"{name!r} is not a model name. Give a name from list_models(), and the location of weights as "
             "weights='hf-hub:owner/repo', weights='local-dir:/folder' or the path of a file."
         )
     if arch not in MODELS:

@@ -59,7 +59,7 @@ def load_checkpoint(path: AnyPath) -> Checkpoint:
     """
     path = regular_file(path)
     if not path.stat().st_size:
-        raise CheckpointError(f"{path} is empty. Fetch it again.")
+        raise CheckpointError(f"{path} is empty. Download it again.")
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
     metrics: Any
@@ -73,7 +73,7 @@ def load_checkpoint(path: AnyPath) -> Checkpoint:
         raise CheckpointError(f"{path}: unknown format {suffix!r}. Weights are read from {known}.")
     # Names may share what a file holds, so that few bytes can stand for much to look at and to copy.
     if sum(getattr(tensor, "nbytes", 0) for tensor in state_dict.values()) > 4 * path.stat().st_size + (64 << 20):
-        raise CheckpointError(f"{path}: its tensors share so much that they are more than four times as large as it.")
+        raise CheckpointError(f"{path}: its tensors share memory, and would take more than four times its size.")
     return Checkpoint(_checked(path, state_dict), _numbers(path, metrics), metadata)
 
 
@@ -322,7 +322,7 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in state_dict.items():
         if len(name) > 1000:
-            raise CheckpointError(f"{path}: {name[:99]}... is no name of a tensor.")
+            raise CheckpointError(f"{path}: {name[:99]}... is not the name of a tensor.")
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or _is_odd(tensor):
             raise CheckpointError(f"{path}: {name} is not a plain tensor.")
         tensors[name] = tensor = tensor.detach().cpu()

@@ -49,12 +49,12 @@ def detector_of(options: argparse.Namespace) -> Detector:
 
 def _check_runtime(options: argparse.Namespace, runtime: str, exported: bool) -> None:
     if runtime == "torch" and exported:
-        raise InputError(f"torch runs no {options.bank}. Name the bank that it was made of, or --runtime onnx.")
+        raise InputError(f"torch cannot run {options.bank}. Give the bank that it was made from, or --runtime onnx.")
     if runtime == "torch" and options.dtype == "bfloat16":
-        raise InputError("torch computes in float32 here. For bfloat16 take --runtime openvino.")
+        raise InputError("torch computes in float32 here. For bfloat16 use --runtime openvino.")
     if exported and (options.weights or options.backbone_weights or options.backbone):
         advice = "leave out --weights, --backbone-weights and --backbone"
-        raise InputError(f"The weights are inside of {options.bank}: {advice}.")
+        raise InputError(f"The weights are inside {options.bank}: {advice}.")
     if runtime != "torch":
         if options.device not in (None, "cpu"):
             raise InputError(f"{runtime} runs on the CPU here: leave out --device.")
@@ -74,12 +74,12 @@ def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> str | None:
     """The model of a bank."""
     if options.bit_depth not in (None, bank.record.bit_depth):
         raise InputError(
-            f"{options.bank} was made of images of {bank.record.bit_depth} bits, and others are read alike. "
+            f"{options.bank} was made of images of {bank.record.bit_depth} bits, so others are read the same way. "
             f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
         )
     if options.tile or options.keep_aspect or options.roi:
         raise InputError(
-            f"{options.bank} was made of {bank.record.geometry}, and others are cut alike. Leave out --tile, "
+            f"{options.bank} was made of {bank.record.geometry}, so others are cut the same way. Leave out --tile, "
             "--keep-aspect and --roi, or make it again with them: adfeatures fit"
         )
     return maker(bank, options.model, options.bank)
@@ -155,6 +155,6 @@ def set_references(
         try:
             images = list_images(path, recursive=recursive)
         except ImageError as error:
-            warnings.warn(f"{path} is no product: {error}", stacklevel=2)
+            warnings.warn(f"{path} is not a product: {error}", stacklevel=2)
         else:
             model.set_references(images, product=path.name, geometry=geometry(path.name), **options)

@@ -176,7 +176,7 @@ def _finite(text: str) -> float:
 
 
 def _refuse(text: str) -> Any:
-    raise ValueError(f"{text[:20]} is no number")
+    raise ValueError(f"{text[:20]} is not a number")
 
 
 def _plain(value: Any) -> Any:

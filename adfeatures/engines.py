@@ -65,7 +65,7 @@ def engine_of(options: argparse.Namespace, model: Detector) -> Engine | None:
     if options.engine != "ray":
         return partial(over_ranks, model) if dist.is_initialized() else None
     if dist.is_initialized():
-        raise InputError("torchrun and --engine ray are two ways to the same: start it without torchrun.")
+        raise InputError("torchrun and --engine ray cannot be combined: start it without torchrun.")
     return partial(over_ray, options)
 
 
@@ -87,7 +87,7 @@ def ranks() -> Iterator[int]:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if count:
         if local >= count:
-            raise InputError(f"There are {count} GPUs for the process of local rank {local}. Start no more than that.")
+            raise InputError(f"There are {count} GPUs, too few for local rank {local}. Start one process per GPU.")
         torch.cuda.set_device(local)
     # Long enough to list many images while the others wait; torchrun ends them all when one fails.
     _meet(dist.init_process_group, "gloo", timeout=timedelta(days=1))

@@ -74,7 +74,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
         InputError: For a name without the suffix .onnx, or if the extra ``onnx`` is not installed.
     """
     if Path(path).suffix.lower() != SUFFIX:
-        raise InputError(f"{path} must end in {SUFFIX}: that is the one format, which OpenVINO reads as well.")
+        raise InputError(f"{path} must end in {SUFFIX}: OpenVINO reads that format too.")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         load_extra(module, "onnx")
 

@@ -188,13 +188,13 @@ class FeatureExtractor(nn.Module):
 
         Args:
             images: Transformed float images (K, 3, H, W), or PIL images, uint8 arrays or paths, or a folder.
-            product: Name of the product, where the model shall hold several.
+            product: Name of the product, if the model is to hold several.
             coreset: Fraction of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many
                 references.
-            rotations: Match images also with the references turned by every so many-th part of a full turn, for parts
-                that lie in any pose. Setting them takes so many times longer, and none can be added later.
-            geometry: How photos are cut: into tiles, padded, to a region of interest; later ones as these. Where they
-                are, no references can be added later.
+            rotations: Also match images with the references rotated by this many equal steps of a full turn, for parts
+                in any orientation. Setting them takes that many times longer, and none can be added later.
+            geometry: How photos are cut: into tiles, padded, to a region of interest; later photos are cut the same
+                way. No references can be added later then.
 
         Raises:
             ImageError: For a file that cannot be read or cut, or a folder without images.
@@ -207,7 +207,7 @@ class FeatureExtractor(nn.Module):
         )
 
     def add_references(self, images: Images, product: str | None = None) -> None:
-        """Add normal images to the references of a product. A threshold is taken anew when it is next needed."""
+        """Add normal images to the references of a product. The threshold is set again when it is next needed."""
         name = product or DEFAULT_PRODUCT
         if name not in self._banks:
             return self.set_references(images, product)
@@ -225,7 +225,7 @@ class FeatureExtractor(nn.Module):
     def save_references(self, path: str | os.PathLike[str]) -> None:
         """Write the banks of all products to one safetensors file, atomically.
 
-        Thresholds go along, taken from the references where none is set yet, and the hashes of images and weights.
+        This includes thresholds, taken from the references if none is set yet, and the hashes of images and weights.
 
         Raises:
             ReferencesError: If no references are set.
@@ -270,7 +270,7 @@ class FeatureExtractor(nn.Module):
             raise ReferencesError(f"{source} was made with {bank.model}, not with {self.name}. {advice}")
         if bank.model is not None and bank.record.form != self.scorer.form:
             raise ReferencesError(
-                f"{source} was made by another form of {self.name}. Make the bank again with: adfeatures fit"
+                f"{source} was made by an earlier form of {self.name}. Make the bank again with: adfeatures fit"
             )
         if (size := bank.record.img_size) not in (None, self.img_size):
             raise ReferencesError(

@@ -150,7 +150,7 @@ def build_projector(spec: ModelSpec) -> ResidualProjector | None:
     channels = spec.backbone.entry.channels
     if spec.trained is not None and not spec.trained.takes_residuals:
         raise spec.trained.header_error(
-            "it was trained without residuals, for an ablation that training.evaluate alone can evaluate. "
+            "it was trained without residuals, for an ablation that only training.evaluate can evaluate. "
             "Take weights that were trained without --no-residual."
         )
     if spec.trained is not None:
@@ -178,7 +178,9 @@ def create_transform(
     if not isinstance(model, str):
         for bank in [model.bank(product)] if product is not None else model.references.values():
             if not bank.record.geometry.is_plain:
-                raise InputError(f"The references are of {bank.record.geometry}, which no transform makes: call score.")
+                raise InputError(
+                    f"The references are of {bank.record.geometry}, which no transform reproduces: call score."
+                )
         return predictor.transform_for(model, predictor.bit_depth_of(model, product), preset)
     arch, _ = find_model(model)
     if not catalog.MODELS[arch].backbone:

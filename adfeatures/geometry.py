@@ -72,7 +72,7 @@ class Region:
 
     def __post_init__(self) -> None:
         if not self._unpacked().any():
-            raise InputError("no pixel of it is bright: paint what counts white, on black")
+            raise InputError("it has no white pixels: paint the area that matters white on black")
 
     @classmethod
     def read(cls, source: ImageSource) -> Region:
@@ -204,7 +204,7 @@ class Geometry:
         )
         if len(rows) * len(columns) > _MAX_TILES:
             number = len(rows) * len(columns)
-            raise ImageError(f"it takes {number:,} tiles of {self.tile} pixels. Fit with larger ones.")
+            raise ImageError(f"it takes {number:,} tiles of {self.tile} pixels. Fit with larger tiles.")
         places = [(row, column) for row in rows for column in columns]
         if region is not None:
             places = [(r, c) for r, c in places if region.mask[r.start : r.stop, c.start : c.stop].any()]

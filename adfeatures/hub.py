@@ -198,7 +198,7 @@ class _Wanted:
         try:
             verify(path, etag)
         except OSError as error:
-            advice = "run the same command again, which downloads the file anew"
+            advice = "run the same command again to download the file again"
             raise self.error(str(error).rstrip("."), advice) from error
         return path
 
@@ -259,7 +259,7 @@ def hub_endpoint() -> str:
 
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if not re.match("https?://[^/]", endpoint):
-        raise InputError(f"HF_ENDPOINT is {endpoint!r}, which is no http(s) address.")
+        raise InputError(f"HF_ENDPOINT is {endpoint!r}, which is not an http(s) address.")
     return endpoint
 
 

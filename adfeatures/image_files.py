@@ -69,7 +69,7 @@ def refusing(name: str) -> Iterator[None]:
     except ImageError as error:
         raise ImageError(f"Cannot read {name}: {error}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"Cannot read {name}: it is not, or no longer, one of {', '.join(FORMATS)}.") from None
+        raise ImageError(f"Cannot read {name}: it is not, or no longer, a file of type {', '.join(FORMATS)}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
             f"Cannot read {name}: more than {MAX_PIXELS:,} pixels (or Pillow's own limit). {error}"
@@ -128,7 +128,7 @@ class _BoundedFile(io.BufferedReader):
         self._reads -= 1
         self._size -= 0 if size is None or size < 0 else len(piece)
         if min(self._reads, self._size) < 0:
-            raise ImageError("it is made of more pieces, or has more around its pixels, than any photo. Save it anew.")
+            raise ImageError("it is made of more pieces, or has more around its pixels, than any photo. Save it again.")
         return piece
 
 
@@ -142,7 +142,7 @@ def _open_regular(path: str, flags: int) -> int:
     raise ImageError(
         "it is no regular file."
         if not stat.S_ISREG(facts.st_mode)
-        else f"the file has {facts.st_size:,} bytes, more than {_MAX_BYTES:,}. Save it anew, compressed."
+        else f"the file has {facts.st_size:,} bytes, more than {_MAX_BYTES:,}. Save it again, compressed."
         if facts.st_size
         else "the file is empty."
     )
@@ -169,11 +169,11 @@ def _check_codec(image: Image.Image, stream: _BoundedFile) -> None:
     tiles = getattr(image, "tile", None) or [("",)]
     codec, pixels = tiles[0][0], image.width * image.height
     if len(tiles) > _MAX_TILES:
-        raise ImageError(f"its {pixels:,} pixels are stored in {len(tiles):,} tiles or strips. Save it anew.")
+        raise ImageError(f"its {pixels:,} pixels are stored in {len(tiles):,} tiles or strips. Save it again.")
     if codec == "jpeg":
         scans = _count_scans(stream)
         if scans * max(pixels, _SMALL) > _MAX_SCANNED:
-            raise ImageError(f"its {pixels:,} pixels are stored in {scans:,} scans. Save it anew, not progressive.")
+            raise ImageError(f"its {pixels:,} pixels are stored in {scans:,} scans. Save it again, not progressive.")
     elif codec == "ppm_plain" and (
         pixels * len(image.getbands()) > _MAX_PLAIN
         or sum(piece.count(b"#") for piece in stream.pieces()) > _MAX_COMMENTS

@@ -171,7 +171,7 @@ def _has_undeclared_channel(image: Image.Image) -> bool:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise ImageError(f"{width} x {height} pixels are no image.")
+        raise ImageError(f"{width} x {height} pixels are not an image.")
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ImageError(
             f"{width} x {height} pixels are more than {max_pixels:,}, or {MAX_SIDE:,} on a side; make it smaller or "

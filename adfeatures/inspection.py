@@ -100,8 +100,8 @@ def inspect(
     """Score image files and write scores.csv, scores.jsonl, overlays/, worst.png and summary.json.
 
     A file that cannot be read gets a row with the error. Rows and overlays are written as they come, so that an
-    interrupted run keeps them; only where a former result lies in the folder, that one stays until the new one is
-    complete, and its files are replaced, no others. Where pyarrow is installed there is scores.parquet too.
+    interrupted run keeps them; an earlier result in the folder stays until the new one is
+    complete, and only its files are replaced. If pyarrow is installed, scores.parquet is written too.
 
     Args:
         model: Extractor with references, or an exported file in a runtime.
@@ -112,14 +112,14 @@ def inspect(
         batch_size: Images per forward pass.
         workers: Images that are read at a time, ahead of the model.
         keep_maps: Whether to keep the maps too, each of the size of its overlay.
-        resume: Whether to continue what a run like this one has left: finished rows stay as they are, and the result is
-            the same as of one run. A run that fails then leaves its rows beside a former result too.
+        resume: Whether to continue an interrupted run with the same options: finished rows are kept, and the result
+            is that of one run. A run that fails also leaves its rows next to an earlier result.
         engine: What scores, where it is not this process alone.
 
     Raises:
         ReferencesError: If no references are set.
-        InputError: If an image lies where the results go, a file there is none of a former result, the threshold is no
-            score, or a run of other options or images is to be continued.
+        InputError: If an image is where the results go, a file there is not from an earlier result, the threshold is
+            not a score, or the run to continue had other options or images.
         AdfeaturesError: If the output cannot be written.
     """
     started = time.perf_counter()

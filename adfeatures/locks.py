@@ -68,7 +68,7 @@ def only_run_for(file: str | os.PathLike[str]) -> Iterator[None]:
     """
     file = Path(file)
     if not file.name:
-        raise InputError(f"{str(file)!r} names no file. Choose one.")
+        raise InputError(f"{str(file)!r} is not the name of a file. Choose one.")
     with _lock(file.with_name(f".{file.stem[:32]}{LOCK}"), file):
         remove_leftovers(file.parent.glob(f".{glob.escape(file.stem[:32])}.adfeatures-*"))
         yield
@@ -92,7 +92,7 @@ def refuse_links(folder: str | os.PathLike[str], *parts: str) -> None:
         below = (os.path.join(path, name) for path, *names in os.walk(top) for name in chain(*names))
         for path in chain([top], below):
             if os.path.islink(path):
-                raise InputError(f"{path} is a link: files elsewhere would change. Remove it, or write elsewhere.")
+                raise InputError(f"{path} is a link, so files elsewhere would change. Remove it, or write elsewhere.")
 
 
 def remove_leftovers(paths: Iterable[Path], older_than: float = 0) -> None:
@@ -147,7 +147,7 @@ def _locked(path: Path, target: Path) -> int:
                 os.close(descriptor)
                 raise AdfeaturesError(_refusal(target, path, owner)) from None
             warnings.warn(
-                f"The file system of {path.parent} knows no locks ({error}): make sure that no other run writes there.",
+                f"{path.parent} is on a file system without locks ({error}): make sure that no other run writes there.",
                 stacklevel=2,
             )
         if _is_at(path, descriptor):

@@ -343,7 +343,7 @@ def _tensor(
     last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     elements = math.prod(shape)
     if elements > max(len(storage), _MAX_EXPANDED) or (elements and last >= len(storage)):
-        raise PickleError(f"a tensor of {elements} elements reaches beyond its storage of {len(storage)}")
+        raise PickleError(f"a tensor of {elements} elements exceeds its storage of {len(storage)}")
     return storage.as_strided(shape, stride, offset)
 
 

@@ -135,7 +135,7 @@ def normal_photos(
     """
     if isinstance(images, Tensor):
         if not geometry.is_plain:
-            raise InputError("Transformed tensors cannot be cut any more. Give files, PIL images or arrays.")
+            raise InputError("Transformed tensors cannot be cut. Give files, PIL images or arrays.")
         _check_transformed(model, images)
         photos = [Photo(None, "", "", [View(x, None, (x.shape[1], x.shape[2]))], (0, 0)) for x in images]
         return (photos[start : start + BATCH_SIZE] for start in range(0, len(photos), BATCH_SIZE))
@@ -305,7 +305,9 @@ def fit_threshold(model: Detector, quantile: float | None, normals: Images | Non
         for index in outliers(scores) if is_new else ():
             number = bank.left_out[index]
             name = (record.files[number] if record.files else "") or number
-            warnings.warn(f"Reference {name} looks anomalous among the others. Is it a good part?", stacklevel=3)
+            warnings.warn(
+                f"Reference {name} looks anomalous compared with the others. Is it a good part?", stacklevel=3
+            )
     threshold = threshold_of(scores, quantile, model.tail)
     record.threshold, record.quantile, record.normal_scores = threshold, quantile, scores
     if model.tail == "empirical" and len(scores) * (1 - quantile) < 1:

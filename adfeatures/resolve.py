@@ -306,7 +306,7 @@ def _sized(
     except InputError as error:
         if trained is None or of_header is None:
             raise
-        raise trained.header_error(f"the img_size of its header is of no use. {error}") from error
+        raise trained.header_error(f"the img_size of its header cannot be used. {error}") from error
     return replace(backbone, entry=replace(entry, img_size=size))
 
 

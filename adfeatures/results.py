@@ -1,4 +1,4 @@
-"""The output folder of a run: tables, pictures and a summary, which replace a former result whole or are continued."""
+"""The output folder of a run: tables, pictures and a summary, which replace an earlier result or continue it."""
 
 from __future__ import annotations
 
@@ -202,8 +202,8 @@ def _continued(output: Path, work: Worklist, facts: Mapping[str, Any]) -> Result
     for name, fact in facts.items():
         if begun.get(name) != fact:
             raise InputError(
-                f"{output} holds rows of a run with {name} {begun.get(name)}, and this one has {fact}. Give it the "
-                "same options, or begin anew without --resume."
+                f"{output} holds rows of a run with {name} {begun.get(name)}, and this one has {fact}. Use the same "
+                "options, or start over without --resume."
             )
     kept = _kept(Results(folder), work)
     finished = kept if kept == len(work) else kept - kept % facts["batch_size"]
@@ -225,7 +225,7 @@ def _begun(path: Path) -> list[Any]:
     first, *others = path.read_text(encoding="utf-8").splitlines()
     with suppress(DocumentError):
         return [parse(first, dict[str, Any]), *(parse(line, int) for line in others)]
-    raise InputError(f"{path} is damaged. Begin anew without --resume.")
+    raise InputError(f"{path} is damaged. Start over without --resume.")
 
 
 def _kept(results: Results, work: Worklist) -> int:
@@ -236,8 +236,8 @@ def _kept(results: Results, work: Worklist) -> int:
             file = next(files, "nothing")
             if row.file != file:
                 raise InputError(
-                    f"{results.folder} holds a row of {row.file}, and this run has {file} in its place. Name the same "
-                    "images, or begin anew without --resume."
+                    f"{results.folder} holds a row of {row.file}, and this run has {file} in its place. Give the same "
+                    "images, or start over without --resume."
                 )
             kept += 1
     return kept
@@ -282,7 +282,7 @@ def _refuse_conflicts(output: Path, work: Worklist) -> None:
     for file in work:
         path = os.path.realpath(file)
         if path in ours or any(str(parent) in ours for parent in Path(path).parents):
-            raise InputError(f"{file} lies where the results of this run go. Choose another --output than {output}.")
+            raise InputError(f"{file} is where the results of this run go. Choose an --output other than {output}.")
     _refuse_foreign(output, (picture for _, picture in work.since(0)))
 
 
@@ -291,7 +291,7 @@ def _refuse_foreign(output: Path, pictures: Iterable[Path]) -> None:
     for name in chain(map(Path, FILES), pictures):
         path = output / name
         if os.path.lexists(path) and not (has_ours and (path.is_file() if name.parent == Path() else _is_marked(path))):
-            raise InputError(f"{path} is there and was not written by a former run. Choose another --output.")
+            raise InputError(f"{path} exists and was not written by an earlier run. Choose another --output.")
 
 
 def _replace(new: Path, output: Path) -> None:

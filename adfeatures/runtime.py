@@ -142,7 +142,7 @@ class ExportedModel:
             raise CheckpointError(f"{path} cannot be run ({reason}). Make it again with: adfeatures export") from error
         facts = self._session.facts
         if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
-            raise CheckpointError(f"{path} is no file of this version. Make it again with: adfeatures export")
+            raise CheckpointError(f"{path} was made by another version. Make it again with: adfeatures export")
         try:
             self._read({name: text if name in TEXTS else parse(text, Any, name) for name, text in facts.items()})
         except ValueError as error:
@@ -177,7 +177,7 @@ class ExportedModel:
 
     def leave_one_out_scores(self, product: str | None = None) -> list[float]:
         """Refused: the features of the references cannot be told apart any more."""
-        raise ReferencesError("An exported file cannot score its own references. Take the bank that it was made of.")
+        raise ReferencesError("An exported file cannot score its own references. Use the bank that it was made from.")
 
     def as_input(self, x: Tensor) -> Tensor:
         """Transformed images as they are."""

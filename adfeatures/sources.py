@@ -144,7 +144,7 @@ def read_distinct(
         others = small.get(own.shape[1], own[:0])
         if len(others) and torch.cdist(own, others, p=torch.inf).min() < _ALIKE:
             warnings.warn(
-                f"{name} is almost the same picture as another normal image, perhaps saved anew: that makes the "
+                f"{name} is almost the same picture as another normal image, perhaps saved again: that makes the "
                 "threshold too low. Give photos of different parts.",
                 stacklevel=2,
             )
@@ -171,7 +171,7 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
 def walk_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> Iterator[Path]:
     """The image files in a folder, known by `IMAGE_SUFFIXES` in upper or lower case, sorted by path.
 
-    Files and folders whose names begin with a dot are passed over, and so are the overlays and sheets of a former
+    Files and folders whose names begin with a dot are skipped, and so are the pictures drawn by an earlier
     ``adfeatures score``; links to folders are not followed. A warning names files that look like photos but cannot be
     read. No more is held at a time than one folder and those above it.
 
@@ -201,7 +201,7 @@ def walk_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> I
             hint += f" Its sub-folders hold {deeper}: use --recursive, or recursive=True of list_images."
         raise ImageError(f"No images in {root} (looked for {' '.join(IMAGE_SUFFIXES)}).{hint}")
     if left_out:
-        warnings.warn(f"{left_out} files of {root} are left out.{hint}", stacklevel=2)
+        warnings.warn(f"{left_out} files in {root} are left out.{hint}", stacklevel=2)
 
 
 def holds_results(folder: Path) -> bool:

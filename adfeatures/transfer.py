@@ -82,7 +82,7 @@ class Transfer:
             raise UnansweredError from error
         self.reached = True
         if not re.fullmatch("[0-9a-f]{40}", commit):
-            raise UnansweredError from FileMetadataError(f"{commit!r} is no commit")
+            raise UnansweredError from FileMetadataError(f"{commit!r} is not a commit")
         if missing:
             raise missing
         if found.size is None:

@@ -32,7 +32,7 @@ class Worklist:
     not grow with them.
 
     Args:
-        files: Image files. What a former run has drawn is left out with a warning.
+        files: Image files. Pictures drawn by an earlier run are left out with a warning.
 
     Raises:
         ImageError: If nothing is left.
@@ -125,7 +125,7 @@ def _names(arguments: Iterable[str], manifest: str | os.PathLike[str] | None) ->
             yield from _stripped(_lines(sys.stdin.buffer, "Standard input"))
         elif os.path.exists(argument) or argument.lower().endswith(IMAGE_SUFFIXES):
             yield argument
-        else:  # A mistyped folder, say: no row of a result that replaces a former one.
+        else:  # Perhaps a mistyped folder: as a row with an error it would replace an earlier result.
             raise InputError(f"{argument} does not exist. Give image files, or folders of them.")
     if manifest is not None:
         with open(regular_file(manifest, InputError), "rb") as file:

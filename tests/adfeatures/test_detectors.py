@@ -24,8 +24,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("--bank part.onnx --runtime torch", "torch runs no part.onnx. Name the bank"),
-        ("--bank part.onnx --weights mine.safetensors", "weights are inside of part.onnx: leave out --weights"),
+        ("--bank part.onnx --runtime torch", "torch cannot run part.onnx. Give the bank"),
+        ("--bank part.onnx --weights mine.safetensors", "weights are inside part.onnx: leave out --weights"),
         ("--bank part.onnx --device cuda", "onnx runs on the CPU here: leave out --device"),
         ("--references good --runtime openvino --device mps", "openvino runs on the CPU here"),
         ("--references good --dtype bfloat16", "torch computes in float32 here"),

@@ -102,7 +102,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="There are 2 GPUs for the process of local rank 2"), ranks():
+    with pytest.raises(InputError, match="There are 2 GPUs, too few for local rank 2"), ranks():
         pass
 
 

@@ -797,5 +797,5 @@ class TestTagsOfTheDefault:
             model.bank().save(tmp_path / f"{form}.safetensors")
         same = adfeatures.create_model(references=tmp_path / "binomial.safetensors")
         assert same.score(photo(9))[0].score == model.score(photo(9))[0].score
-        with pytest.raises(ReferencesError, match=r"another form of residual_lite.in1k_v2.*adfeatures fit"):
+        with pytest.raises(ReferencesError, match=r"an earlier form of residual_lite.in1k_v2.*adfeatures fit"):
             adfeatures.create_model(references=tmp_path / "None.safetensors")

@@ -129,7 +129,7 @@ class TestCuts:
             cut((80, 60), geometry)
 
     def test_photos_of_too_many_tiles(self) -> None:
-        with pytest.raises(ImageError, match=r"takes 4,096 tiles of 16 pixels\. Fit with larger ones"):
+        with pytest.raises(ImageError, match=r"takes 4,096 tiles of 16 pixels\. Fit with larger tiles"):
             cut((1024, 1024), Geometry(16, 0))
 
     def test_tiles_in_which_nothing_counts_are_left_out(self) -> None:
@@ -167,7 +167,7 @@ class TestRegions:
 
     def test_what_is_no_region(self, tmp_path: Path) -> None:
         Image.new("L", (9, 9)).save(tmp_path / "black.png")
-        with pytest.raises(InputError, match=r"black\.png cannot be used: no pixel of it is bright"):
+        with pytest.raises(InputError, match=r"black\.png cannot be used: it has no white pixels"):
             Region.read(tmp_path / "black.png")
         with pytest.raises(ImageError, match=r"missing\.png"):
             Region.read(tmp_path / "missing.png")
@@ -371,9 +371,9 @@ class TestTiles:
             model.add_references(photo(5, self.SIZE))
         with pytest.raises(ReferencesError, match="cut or turned"):
             model.reference_features()
-        with pytest.raises(InputError, match="tiles of 60 pixels, 10 shared, which no transform makes"):
+        with pytest.raises(InputError, match="tiles of 60 pixels, 10 shared, which no transform reproduces"):
             adfeatures.create_transform(model)
-        with pytest.raises(InputError, match="cannot be cut any more"):
+        with pytest.raises(InputError, match="Transformed tensors cannot be cut"):
             model.set_references(torch.randn(2, 3, 56, 56), geometry=self.GEOMETRY)
 
     def test_references_smaller_than_a_tile_are_named(self, tmp_path: Path) -> None:
@@ -560,7 +560,7 @@ class TestCommands:
             (["--tile", "161"], r"0\.png: a tile of 161 x 161 pixels is larger than its 400 x 160"),
             (["--roi", "good/tall/0.png"], "its region of interest 150 x 300"),
             (["--roi", "missing.png"], r"missing\.png"),
-            (["--roi", "black.png"], r"black\.png cannot be used: no pixel of it is bright"),
+            (["--roi", "black.png"], r"black\.png cannot be used: it has no white pixels"),
         ],
     )
     def test_what_does_not_fit_the_references(
@@ -581,7 +581,9 @@ class TestCommands:
         for options in (["--tile", "150:8"], ["--keep-aspect"], ["--roi", "roi.png"]):
             capsys.readouterr()
             assert run("score", "--bank", "b.safetensors", "--output", "out", "new/wide", *options) == 2
-            assert "was made of tiles of 150 pixels, 8 shared, and others are cut alike" in capsys.readouterr().err
+            assert (
+                "was made of tiles of 150 pixels, 8 shared, so others are cut the same way" in capsys.readouterr().err
+            )
 
     def test_a_photo_that_is_too_small_gets_a_row_and_the_rest_go_on(self, folder: Path) -> None:
         Image.new("RGB", (400, 149)).save("new/wide/low.png")

@@ -165,7 +165,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("name", ["", ".", "/"])
 def test_a_file_has_a_name(name: str) -> None:
-    with pytest.raises(InputError, match="names no file"), only_run_for(name):
+    with pytest.raises(InputError, match="is not the name of a file"), only_run_for(name):
         pass
 
 
@@ -185,7 +185,7 @@ def test_places_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(locks, "_acquire", none)
-    with pytest.warns(UserWarning, match="knows no locks"), only_run_in(tmp_path / "new"):
+    with pytest.warns(UserWarning, match="is on a file system without locks"), only_run_in(tmp_path / "new"):
         pass
 
 

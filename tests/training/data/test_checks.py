@@ -202,7 +202,7 @@ FAULTS = {
         "folder",
         lambda r: (r / "gear/train/good/photo.cr2").write_bytes(b"photo"),
         [],
-        ["1 files of .*gear/train/good are left out. photo.cr2 cannot be read"],
+        ["1 files in .*gear/train/good are left out. photo.cr2 cannot be read"],
     ),
     "foreign folder": (
         "folder",
