@@ -45,13 +45,11 @@ def test_commands(workplace: Path) -> None:
         assert main(command[1:]) == 0
     write_photos(workplace / "more", range(8, 10))
     (workplace / "names.txt").write_text("new/020.png\n")
-    for command, *options in (shlex.split(row) for row in re.findall(r"\| `((?:fit|score) [^`]*)`", README)):
+    for name, *options in (shlex.split(row) for row in re.findall(r"\| `((?:fit|score) [^`]*)`", README)):
         target = (
-            "--references good/ --bank other.safetensors"
-            if command == "fit"
-            else "--bank part.safetensors --output other"
+            "--references good/ --bank other.safetensors" if name == "fit" else "--bank part.safetensors --output other"
         )
-        assert main([command, *target.split(), *options]) == 0
+        assert main([name, *target.split(), *options]) == 0
     assert "pip install . && adfeatures demo" in README and 'pip install ".[test]" && pytest' in README
 
 

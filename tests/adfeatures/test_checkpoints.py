@@ -235,7 +235,7 @@ class TestDamagedFiles:
     def test_other_content(self, tmp_path: Path, suffix: str, content: bytes, advice: str) -> None:
         path = tmp_path / f"file{suffix}"
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"{path}.*{advice}|Fetch it again"):
+        with pytest.raises(CheckpointError, match=f"{path}.*{advice}|Download it again"):
             load_checkpoint(path)
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
