@@ -318,7 +318,7 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     train = [
         batch for pair in zip(batches(40, seed=1), batches(40, seed=4, product="other"), strict=True) for batch in pair
     ]
-    method = UniAD(EXTRACT, hidden=64, heads=4, layers=2, feed_forward=64, epochs=6, learning_rate=1e-3).fit(train)
+    method = UniAD(EXTRACT, hidden=64, heads=4, layers=1, feed_forward=64, epochs=4, learning_rate=2e-3).fit(train)
     check_finds_what_is_planted(method)
 
 
