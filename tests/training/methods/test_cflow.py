@@ -185,7 +185,7 @@ def test_training_is_adam_on_the_stated_loss() -> None:
                     second.mul_(0.999).add_(0.001 * gradient**2)
                     unbiased = first / (1 - 0.9 ** steps[level]), second / (1 - 0.999 ** steps[level])
                     with torch.no_grad():
-                        parameter -= rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+                        parameter.sub_(rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
     with seeded(0):
         initial = [ConditionalFlow(channels, 128, 1) for channels in (7, 10)]
     for flow, expected, before in zip(trained.flows, flows, initial, strict=True):
