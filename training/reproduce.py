@@ -44,8 +44,8 @@ def reproduce(config: ReproduceConfig) -> int:
     with processes(config.device) as device, only_command_in(output):
         plan = smoke_plan(config) if config.smoke else Plan.of(config)
         data_sets, codes = plan.data_sets, set()
-        for backbone in plan.backbones:
-            for training in plan.trainings:
+        for backbone, trainings in plan.backbones.items():
+            for training in trainings:
                 if training != PUBLISHED:
                     pretrain(plan.training(backbone, training), device)
             for name, root in data_sets.items():

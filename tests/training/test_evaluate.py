@@ -1199,6 +1199,37 @@ def test_pictures(run_as_it_is: Evaluate, small_networks: None, tmp_path: Path) 
         assert np.asarray(read_image(path)).std() > 5
 
 
+def test_curves_are_drawn_once_of_all_that_is_there(
+    run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a run that ended between the results and the picture."""
+    drawn: list[list[str]] = []
+
+    def draw(path: Path, heading: str, by_features: dict[str, object]) -> None:
+        assert heading == "FeatureNorm on bottle" and not path.exists()
+        drawn.append([*by_features])
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr(pictures, "draw_detection_curves", draw)
+    options = {"method": "feature_norm", "products": "bottle", "draws": 2}
+    folder = tmp_path / "run"
+    assert run(**options) == 0
+    assert drawn == [["raw", "pretrained"]]
+    (folder / "results/bottle/feature_norm-raw.json").unlink()
+    assert run(**options) == 130
+    assert not (folder / "figures/bottle/feature_norm-curves.png").exists()
+    for _ in range(2):
+        assert run(**options) == 0
+        assert drawn == [["raw", "pretrained"]] * 3
+    # The second draw of references is not shown.
+    (folder / "results/bottle/feature_norm-pretrained-1.json").unlink()
+    assert run(**options) == 0
+    assert len(drawn) == 3
+
+
 @pytest.mark.slow
 def test_processes_share_the_products(
     run_as_it_is: Evaluate, words: Callable[..., list[str]], root: Path, tmp_path: Path

@@ -60,17 +60,24 @@ def two_views(image: Image.Image, seed: int) -> np.ndarray:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-        return np.stack([np.asarray(_augment(image)) for _ in range(2)])
+        return np.stack([np.asarray(_augment(image).convert("RGB")) for _ in range(2)])
+
+
+def _gray(image: Image.Image) -> Image.Image:
+    """Of one band for the blur, in the place of three equal ones."""
+    return image.convert("L") if torch.rand(1) < 0.2 else image
 
 
 def _blur(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+    """Band by band: of a whole image Pillow blurs a fourth one too, that no one sees."""
+    blur = ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0)))
+    return Image.merge(image.mode, [band.filter(blur) for band in image.split()])
 
 
 _augment = transforms.Compose(
     [
         transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(0.2),
+        _gray,
         transforms.RandomApply([_blur], p=0.5),
     ]
 )

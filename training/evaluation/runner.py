@@ -101,9 +101,6 @@ class Evaluation:
             for combination in self.combinations
         }
         pending = [combination for combination, record in records.items() if record is None]
-        for combination, record in records.items():
-            if record is not None and combination.is_shown and not self._curves_path(combination, name).exists():
-                self._draw_curves(combination, name)
         try:
             product = self._product(name)
             if any(record is not None and record.get("images") != product.digest for record in records.values()):
@@ -125,6 +122,7 @@ class Evaluation:
                 by_kind[self._kind(combination, name)].append(combination)
         for kind, combinations in by_kind.items():
             self._evaluate(kind, combinations, [product])
+        self._draw_curves(name)
 
     def evaluate_jointly(self, combination: Combination, names: Sequence[str]) -> None:
         """Train one model on the products that can be used and score each, unless that is done.
@@ -142,6 +140,8 @@ class Evaluation:
                 products.append(product)
         if not self._is_trained_on(combination, [product.name for product in products]):
             self._evaluate(kind, [combination], products)
+            for product in products:
+                self._draw_curves(product.name)
 
     def _is_trained_on(self, combination: Combination, names: Sequence[str]) -> bool:
         """Whether the results of these products are there and of a model that was trained on all of them."""
@@ -240,7 +240,8 @@ class Evaluation:
                 if record is not None:
                     noticed += product.truth(kind.images).warnings + product.noticed + features.warnings(product)
                     if combination.is_shown:
-                        self._draw_curves(combination, product.name, record)
+                        # Drawn anew when all that it shows is there.
+                        self._curves_path(combination, product.name).unlink(missing_ok=True)
                     self.results.write(combination, {**record, "warnings": noticed})
         features.remove()
 
@@ -317,14 +318,16 @@ class Evaluation:
                 self.results.write(combination, record)
         return record
 
-    def _draw_curves(self, combination: Combination, product: str, new: Record | None = None) -> None:
-        """Draw the curves of a method, of both kinds of features as far as they are there, or of one to be written."""
-        both = [other for other in self.combinations if other.method == combination.method and other.is_shown]
-        records = {other.features: self.results.read(product, other) for other in both}
-        records |= {combination.features: new} if new is not None else {}
-        found = {features: record.get("curves", {}) for features, record in records.items() if record is not None}
-        path = self._curves_path(combination, product)
-        pictures.draw_detection_curves(path, f"{title(combination.method)} on {product}", found)
+    def _draw_curves(self, product: str) -> None:
+        """Draw the curves of a product that are not there: a picture for each method, of all features with results."""
+        found: dict[tuple[Path, str], dict[str, pictures.Curves]] = defaultdict(dict)
+        for combination in self.combinations:
+            if combination.is_shown and (record := self.results.read(product, combination)) is not None:
+                picture = self._curves_path(combination, product), f"{title(combination.method)} on {product}"
+                found[picture][combination.features] = record.get("curves", {})
+        for (path, heading), by_features in found.items():
+            if not path.exists():
+                pictures.draw_detection_curves(path, heading, by_features)
 
     def _curves_path(self, combination: Combination, product: str) -> Path:
         return self.results.folder / FIGURES / product / f"{combination.method_file}-curves.png"

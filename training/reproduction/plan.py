@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -89,14 +89,12 @@ class Plan:
     """What a config asks for, as far as it is on disk.
 
     Attributes:
-        backbones: Names of backbones.
-        trainings: Names of TRAININGS, or PUBLISHED.
+        backbones: Names of backbones, each with where its projectors come from: names of TRAININGS, or PUBLISHED.
         for_training, for_evaluation: Options in the place of the paper's.
     """
 
     config: ReproduceConfig
-    backbones: tuple[str, ...] = tuple(BACKBONES)
-    trainings: tuple[str, ...] = (PUBLISHED,)
+    backbones: Mapping[str, Sequence[str]]
     for_training: Mapping[str, Any] = field(default_factory=dict)
     for_evaluation: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,7 +102,7 @@ class Plan:
     def of(cls, config: ReproduceConfig) -> Plan:
         """The paper's."""
         named = tuple(name for name in (PUBLISHED, *TRAININGS) if name in config.only)
-        return cls(config, _chosen(BACKBONES, config.only), named or (PUBLISHED,))
+        return cls(config, dict.fromkeys(_chosen(BACKBONES, config.only), named or (PUBLISHED,)))
 
     @property
     def data_sets(self) -> dict[str, Path]:
@@ -140,7 +138,8 @@ class Plan:
         """On a data set: one for all methods that take the same projector and references."""
         config, data = self.config, Path(self.config.data)
         lists, shots = data / "aligned/references", data / "8shot" if (data / "8shot" / data_set).is_dir() else None
-        for training, (group, methods) in product(self.trainings, self._groups((lists / data_set).is_dir()).items()):
+        groups = self._groups((lists / data_set).is_dir())
+        for training, (group, methods) in product(self.backbones[backbone], groups.items()):
             if training not in (PUBLISHED, BOTH):
                 methods = [name for name in methods if name in ABLATED or ":" in name]
             if not methods:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import photo
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy import ndimage
+from torchvision import transforms
 
 from adfeatures.errors import UnknownNameError
 from adfeatures.images import PRESETS, build_transform
@@ -63,6 +64,22 @@ def test_an_unknown_preset_is_refused() -> None:
 # Views
 
 IMG_SIZE = (28, 32)
+
+
+def test_views_are_those_of_plain_transforms_bit_for_bit() -> None:
+    """Of those that the published code names, each of the whole image."""
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    gray = transforms.RandomGrayscale(0.2)
+    image = photo(0, (57, 41))
+    for seed in range(80):
+        found = two_views(image, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for view in found:
+                plain = gray(jitter(image))
+                if not torch.rand(1) > 0.5:
+                    plain = plain.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+                assert np.array_equal(view, np.asarray(plain))
 
 
 def test_views_are_augmentations_of_the_image() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from adfeatures.errors import InputError
-from training.methods.flows import ConditionalFlow, CouplingBlock, position_code, random_rotation
+from training.methods.flows import ConditionalFlow, CouplingBlock, random_rotation
 
 
 def randomized(flow: torch.nn.Module) -> torch.nn.Module:
@@ -48,17 +46,6 @@ def test_a_block_begins_close_to_a_rotation() -> None:
     rotation = random_rotation(7)
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(7), atol=1e-6, rtol=0)
     assert torch.linalg.det(rotation).item() == pytest.approx(1, abs=1e-5)
-
-
-def test_position_code_is_the_plain_formula() -> None:
-    code = position_code(3, 5, size=16)
-    for row in range(3):
-        for column in range(5):
-            for half, place in enumerate((column, row)):
-                for k in range(0, 8, 2):
-                    angle = place * math.exp(-k * math.log(1e4) / 8)
-                    found = code[row * 5 + column, 8 * half + k : 8 * half + k + 2].tolist()
-                    assert found == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
 
 
 def test_vectors_that_cannot_be_split() -> None:

@@ -161,6 +161,27 @@ def test_initial_weights_are_normal_by_xavier() -> None:
     assert "3.bias" not in discriminator
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_optimizers_are_the_stated_ones(adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, int, float, float, tuple[float, float]]] = []
+
+    def recording(original: Any) -> Any:
+        def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            (group,) = self.param_groups
+            rate, decay = group["lr"], group["weight_decay"]
+            taken.append((type(self).__name__, len(group["params"]), rate, decay, group["betas"]))
+            return original(self, *args, **kwargs)
+
+        return step
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording(torch.optim.AdamW.step))
+    monkeypatch.setattr(torch.optim.Adam, "step", recording(torch.optim.Adam.step))
+    quick(adapter=adapter, epochs=1).fit(batches(8, seed=0))
+    # Weight and bias of the first layer and of batch norm, weight of the last.
+    expected = [("AdamW", 5, 2e-4, 0.01, (0.9, 0.999))]
+    assert list(dict.fromkeys(taken)) == expected + [("Adam", 2, 1e-4, 1e-5, (0.9, 0.999))] * adapter
+
+
 def test_noise_depends_on_the_adapter() -> None:
     assert quick().deviation == 0.005
     assert quick(adapter=True).deviation == 0.015
@@ -250,9 +271,9 @@ def test_the_callback_sees_every_epoch_and_changes_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 def test_finds_planted_outliers_and_nothing_where_nothing_is(adapter: bool) -> None:
-    # The reduced epochs need a higher learning rate: at the paper's, 60 steps hardly leave the initial weights.
+    # The reduced epochs need a higher learning rate: at the paper's, 30 steps hardly leave the initial weights.
     extractor = patch_extractor(12, 9, 16, 16)
-    glass = GLASS(extractor, adapter=adapter, dim=32, hidden=32, epochs=12, learning_rate=0.01).fit(batches(40, seed=1))
+    glass = GLASS(extractor, adapter=adapter, dim=32, hidden=32, epochs=6, learning_rate=0.02).fit(batches(40, seed=1))
     check_finds_what_is_planted(glass, hits=0.75)
 
 

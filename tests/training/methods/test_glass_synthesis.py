@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.planted import batches
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
 from adfeatures.errors import ImageError, InputError, UnknownNameError
@@ -152,6 +152,36 @@ def test_every_change_keeps_size_and_mode_and_does_something(index: int) -> None
     results = [CHANGES[index](image, rng(seed)) for seed in range(4)]
     assert all(result.size == (30, 20) and result.mode == "RGB" for result in results)
     assert any(not np.array_equal(np.asarray(result), np.asarray(image)) for result in results)
+
+
+def test_changes_are_the_stated_ones() -> None:
+    """Each with the largest value of its range, against Pillow and numpy."""
+    ranges: list[tuple[float, float]] = []
+
+    class Largest:
+        def uniform(self, low: float, high: float) -> float:
+            ranges.append((low, high))
+            return high
+
+    image = procedural_texture((20, 30), rng(3))
+    pixels, gray = np.asarray(image), image.convert("L")
+    saturated = ImageEnhance.Color(image).enhance(1.2)
+    hue, saturation, value = (np.asarray(band) for band in saturated.convert("HSV").split())
+    shifted = [Image.fromarray(band) for band in (hue + np.uint8(0.2 * 255), saturation, value)]
+    expected = [
+        ImageEnhance.Contrast(image).enhance(1.2),
+        ImageEnhance.Brightness(image).enhance(1.2),
+        Image.merge("HSV", shifted).convert("RGB"),
+        pixels[:, ::-1],
+        pixels[::-1],
+        np.stack([np.asarray(gray)] * 3, axis=2),
+        ImageOps.autocontrast(image),
+        ImageOps.equalize(image),
+        image.rotate(45),
+    ]
+    for change, wanted in zip(CHANGES, expected, strict=True):
+        assert np.array_equal(np.asarray(change(image, Largest())), np.asarray(wanted))  # type: ignore[arg-type]
+    assert ranges == [(0.8, 1.2)] * 3 + [(-0.2, 0.2), (-45, 45)]
 
 
 def test_procedural_textures_differ_and_vary() -> None:

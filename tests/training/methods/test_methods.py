@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 
 from adfeatures.errors import InputError, UnknownNameError
-from training.methods import METHODS, PaDiM, find_method
+from training.methods import METHODS, PaDiM, cflow, find_method, glass, patchcore, uniad
 
 
 def test_every_method_has_its_class_and_is_trained_as_in_the_paper() -> None:
@@ -24,6 +25,28 @@ def test_every_method_has_its_class_and_is_trained_as_in_the_paper() -> None:
         "glass": ("GLASS", 8, True, False, 0, True, False, "epochs"),
         "uniad": ("UniAD", 8, True, True, 133, False, True, "epochs"),
     }
+
+
+def test_defaults_are_the_numbers_of_the_published_code() -> None:
+    stated = {
+        "FeatureNorm": {"sigma": 4},
+        "PatchCore": {"levels": 3, "patch": 3, "dim": 1024, "coreset": 0.1, "projection": 128, "neighbors": 1,
+                      "seed": 42, "sigma": 4},
+        "PaDiM": {"epsilon": 0.01, "sigma": 4},
+        "CFLOW": {"levels": 3, "blocks": 8, "chunk": 4096, "meta_epochs": 25, "sub_epochs": 8, "learning_rate": 2e-4,
+                  "level_reference": "train", "seed": 0},
+        "GLASS": {"adapter": False, "noise": None, "dim": 1536, "hidden": 1024, "epochs": 640,
+                  "samples_per_epoch": 392, "learning_rate": 2e-4, "seed": 0},
+        "UniAD": {"hidden": 512, "heads": 8, "layers": 4, "feed_forward": 2048, "dropout": 0.1, "neighbors": 7,
+                  "jitter": 20, "epochs": 1000, "learning_rate": 1e-4, "seed": 133},
+    }  # fmt: skip
+    of_images = {"textures", "foregrounds", "mean", "std", "preset"}
+    for method in METHODS.values():
+        parameters = inspect.signature(method.create).parameters
+        found = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        assert {name: value for name, value in found.items() if name not in of_images} == stated[method.create.__name__]
+    assert (cflow.CONDITION, cflow.WARMUP_EPOCHS, patchcore.STARTS, glass.LEVELS) == (128, 2, 10, 2)
+    assert (uniad.DECAY_EVERY, uniad.DECAY, uniad.EVALUATE_EVERY) == (800, 0.1, 10)
 
 
 def test_a_method_by_name() -> None:

@@ -116,6 +116,23 @@ def test_chosen_in_all_dimensions_the_coreset_is_that_of_the_plain_loop() -> Non
     assert radius < other
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_projected_the_coreset_is_chosen_among_products_with_default_weights_of_a_linear_layer(size: int) -> None:
+    """Distances are of the products, what is kept are the patches themselves."""
+    train = batches(6, seed=0)
+    vectors = np.concatenate([naive_vectors(EXTRACT(batch)[-3:], 24).reshape(-1, 24) for batch in train])
+    method = PatchCore(EXTRACT, dim=24, projection=size, seed=5).fit(train)
+    generator = torch.Generator().manual_seed(5)
+    starts = torch.randperm(384, generator=generator)[:10].numpy()
+    bound = 1 / 24**0.5
+    weights = (2 * torch.rand(24, size, generator=generator) - 1) * bound
+    layer = torch.nn.Linear(24, 10_000, bias=False).weight
+    assert 0.99 * bound < layer.abs().max().item() <= bound
+    assert layer.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    chosen = naive_coreset(vectors @ weights.double().numpy(), 38, starts)
+    np.testing.assert_allclose(method._rows, vectors[sorted(chosen)], atol=1e-5)
+
+
 # The search
 
 

@@ -254,6 +254,34 @@ def test_optimization_is_the_stated_one(
     assert max(norms) == pytest.approx(0.1, rel=1e-3)
 
 
+def test_what_is_jittered_is_reconstructed_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is that of the mean squared distance of the reconstruction from the features without jitter."""
+    (batch,) = batches(3, seed=0)
+    monkeypatch.setattr(uniad, "jittered", lambda features, scale: features + scale)
+    states: list[tuple[dict[str, Tensor], Tensor, tuple[float, float]]] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        assert method.network is not None
+        state = {name: value.clone() for name, value in method.network.state_dict().items()}
+        gradient = method.network.get_parameter("output.bias").grad
+        assert gradient is not None
+        states.append((state, gradient.clone(), self.param_groups[0]["betas"]))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    method = quick(dropout=0, jitter=0.5, epochs=1)
+    method.fit([batch])
+    ((state, gradient, betas),) = states
+    features = torch.cat(EXTRACT(batch), dim=1)
+    mask = neighbor_mask((8, 8), 7).numpy()
+    differences = [naive_reconstruction(state, image + 0.5, 2, 2, mask) - image.double().numpy() for image in features]
+    expected = torch.from_numpy(np.mean(differences, axis=(0, 2, 3)))
+    # Of the gradient its direction is left: all gradients together are cut to a length.
+    torch.testing.assert_close(gradient.double() / gradient.norm(), expected / expected.norm(), rtol=0, atol=1e-5)
+    assert betas == (0.9, 0.999)
+
+
 def test_dropout_and_jitter_act_in_training_only() -> None:
     train, test = batches(8, seed=0), batches(4, seed=1)
     plain = quick(dropout=0, jitter=0).fit(train).predict(test).maps
@@ -290,7 +318,7 @@ def test_finds_planted_outliers_and_nothing_where_nothing_is() -> None:
     train = [
         batch for pair in zip(batches(40, seed=1), batches(40, seed=4, product="other"), strict=True) for batch in pair
     ]
-    method = UniAD(EXTRACT, hidden=64, heads=4, layers=2, feed_forward=64, epochs=6, learning_rate=1e-3).fit(train)
+    method = UniAD(EXTRACT, hidden=64, heads=4, layers=1, feed_forward=64, epochs=4, learning_rate=2e-3).fit(train)
     check_finds_what_is_planted(method)
 
 
