@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,10 +42,10 @@ def words(folder: Path, output: str, *more: str) -> list[str]:
     return ["score", "--batch-size", "2", "--device", "cpu", *images, *more]
 
 
-def start(*command: str) -> subprocess.Popen[str]:
+def start(*command: str, **variables: str) -> subprocess.Popen[str]:
     # As many threads as here: the sums are the same then.
     threads = str(torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"} | variables
     return subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -80,16 +82,29 @@ def descendants(process: int) -> Iterator[tuple[int, str]]:
             yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def kill_one(process: subprocess.Popen[str], name: str, folder: Path) -> bool:
-    """Kill a process below another once the first rows are there. Whether it came to that."""
+def wait_for_rows(process: subprocess.Popen[str], folder: Path) -> bool:
+    """Wait for the first rows of a process. Whether it came to that."""
     deadline = time.monotonic() + 240
     while not rows(folder):
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return True
+
+
+def kill_one(process: subprocess.Popen[str], name: str, folder: Path) -> bool:
+    """Kill a process below another once the first rows are there. Whether it came to that."""
+    if not wait_for_rows(process, folder):
+        return False
     os.kill(next(child for child, line in descendants(process.pid) if name in line), signal.SIGKILL)
     return True
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +149,56 @@ def test_a_rank_that_dies_costs_no_rows_that_are_done(folder: Path) -> None:
     assert contents(folder / "killed") == contents(folder / "whole")
 
 
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.release), pytest.param(1, marks=pytest.mark.slow)])
+def test_a_node_that_vanishes_ends_the_others(folder: Path, lost: int) -> None:
+    """Two ranks as on two machines: no torchrun sees both of them."""
+    output = f"vanished-{lost}"
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ["-m", "adfeatures", *words(folder, output, "--resume")]
+    nodes = [start(*command, RANK=rank, **place) for rank in ("0", "1")]
+    wait_for_rows(nodes[0], folder / output)
+    nodes[lost].kill()
+    nodes[lost].communicate(timeout=100)
+    _, errors = nodes[1 - lost].communicate(timeout=100)
+    assert nodes[1 - lost].returncode == 2
+    assert "A process of this run has ended or cannot be reached" in errors and "Finished rows are kept" in errors
+    assert rows(folder / output) and not (folder / output / "summary.json").exists()
+    assert main(words(folder, output, "--resume")) == 1
+    assert contents(folder / output) == contents(folder / "whole")
+
+
+# Ends every process that opens a photo, before Python runs what it was started for.
+POISON = """
+import os, signal, PIL.Image
+
+def deadly(stream, *arguments, _open=PIL.Image.open, **options):
+    if str(stream.name).endswith("012.png"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _open(stream, *arguments, **options)
+
+PIL.Image.open = deadly
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-def test_a_worker_of_ray_that_dies_is_replaced(folder: Path) -> None:
+def test_workers_of_ray_that_die_are_replaced_and_what_ends_all_of_them_is_told(folder: Path) -> None:
+    """One is killed, and the photo that cannot be read kills whoever tries: its row says so, the others stay."""
     pytest.importorskip("ray.data", reason='Ray is not installed: pip install "adfeatures[ray]"')
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(POISON)
+    path = f"{ROOT}{os.pathsep}{folder / 'site'}"
     code, errors, tries = 2, "Ray cannot be started", 0
     while "Ray cannot be started" in errors and tries < 3:  # On a busy machine, within the 30 s that Ray allows.
-        process, tries = start("-m", "adfeatures", *words(folder, "ray", "--engine", "ray")), tries + 1
-        killed = kill_one(process, "ray::MapWorker", folder / "ray")
+        process = start("-m", "adfeatures", *words(folder, "ray", "--engine", "ray"), PYTHONPATH=path)
+        killed, tries = kill_one(process, "ray::MapWorker", folder / "ray"), tries + 1
         _, errors = process.communicate(timeout=500)
         code = process.returncode
-    assert code == 1 and killed and contents(folder / "ray") == contents(folder / "whole"), errors
+    assert code == 1 and killed, errors
+    found, expected = contents(folder / "ray"), contents(folder / "whole")
+    for name in ("scores.csv", "scores.parquet"):  # Of the same rows.
+        found.pop(name, None), expected.pop(name, None)
+    ours, theirs = ([json.loads(line) for line in of.pop("scores.jsonl").splitlines()] for of in (found, expected))
+    assert found == expected
+    assert "3 processes ended over it" in ours[2].pop("error") and "it is not" in theirs[2].pop("error")
+    assert ours == theirs
