@@ -23,7 +23,7 @@ import torch
 from helpers.models import CFG, photo, tiny_extractor
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import adfeatures
@@ -97,6 +97,7 @@ class TestCuts:
         assert len(cut((40000, 1000), auto, (320, 320)).places) == 46
         assert len(cut((6000, 8000), auto, (320, 320)).places) == 42
         assert Geometry(64).resolved([], (320, 320)) == Geometry(64, 8), "no size is needed"
+        assert auto.resolved([(3, 4000)], (320, 320)) == Geometry(16, 2), "which a lower photo is padded to"
 
     def test_what_is_padded_lies_in_the_middle_at_its_aspect(self) -> None:
         (place,) = cut((50, 200), Geometry(keep_aspect=True)).places
@@ -111,7 +112,8 @@ class TestCuts:
     @pytest.mark.parametrize(
         "facts, said",
         [
-            ({"tile": 15}, "16 pixels or more, or auto, not 15"),
+            ({"tile": 15}, "16 to 1,000,000 pixels, or auto, not 15"),
+            ({"tile": 10**30}, f"or auto, not {10**30}"),
             ({"tile": "small"}, "not small"),
             ({"tile": 100, "overlap": 51}, "share 0 to 50 pixels, not 51"),
             ({"tile": 100, "overlap": 100}, "share 0 to 50 pixels, not 100"),
@@ -162,8 +164,19 @@ class TestRegions:
         Image.fromarray(mask).save(tmp_path / "mask.jpg", quality=60)
         Image.fromarray(mask).convert("1").save(tmp_path / "mask.png")
         Image.fromarray(mask // 255 * 3).convert("RGB").save(tmp_path / "labels.bmp")
-        for name in ("mask.jpg", "mask.png", "labels.bmp"):
-            assert np.array_equal(Region.read(tmp_path / name).mask, mask > 0)
+        palette = Image.fromarray(mask // 255).convert("P")
+        palette.putpalette([0, 0, 0, 255, 0, 0, *[0] * 762])
+        palette.save(tmp_path / "red.png")
+        Image.fromarray(mask.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6
+        Image.fromarray(np.rot90(mask)).save(tmp_path / "turned.png", exif=turned)
+        for color in ("white", "red"):  # Drawn on nothing.
+            drawn = Image.new("RGBA", (80, 60))
+            drawn.paste(color, (0, 0), Image.fromarray(mask))
+            drawn.save(tmp_path / f"{color}-alone.png")
+        for path in tmp_path.iterdir():
+            assert np.array_equal(Region.read(path).mask, mask > 0), path.name
 
     def test_what_is_no_region(self, tmp_path: Path) -> None:
         Image.new("L", (9, 9)).save(tmp_path / "black.png")
@@ -427,6 +440,15 @@ class TestPadding:
         (prediction,) = model.score(Image.fromarray(odd))
         y, x = np.unravel_index(prediction.map.argmax(), prediction.map.shape)
         assert prediction.map.shape == (80, 160) and 24 < y < 56 and 114 < x < 146
+
+    @pytest.mark.parametrize("size", [(400, 1), (1, 400), (1, 1), (4000, 3)])
+    @pytest.mark.parametrize("tile", [None, 64, 4000])
+    def test_photos_of_single_rows(self, size: tuple[int, int], tile: int | None) -> None:
+        model = patches()
+        references = [photo(seed, (160, 80)) for seed in range(3)]
+        model.set_references(references, geometry=dataclasses.replace(self.GEOMETRY, tile=tile))
+        (prediction,) = model.score(photo(9, size))
+        assert prediction.map.shape == size[::-1] and np.isfinite(prediction.map).all() and prediction.score > 0
 
 
 @pytest.mark.usefixtures("small_input")
