@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import write_photos
 
+from adfeatures import engines
 from adfeatures.cli import _parser, main
 from adfeatures.engines import over_ray, ranks
 from adfeatures.errors import InputError
-from adfeatures.inspection import Terms
+from adfeatures.inspection import Outcome, Terms
+from adfeatures.results import ImageRow
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,6 +132,40 @@ def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, missing: str
     given = _parser().parse_args(["score", "--references", "good", "--output", "out", "--engine", "ray", "new"])
     with pytest.raises(InputError, match=r'is not installed.*pip install "adfeatures\[ray\]"'):
         next(over_ray(given, ["a.png"], Terms(None, None, (0.0, 1.0), 2, 1, False)))
+
+
+@pytest.mark.parametrize(
+    "files, deaths",
+    [(["a"], 0), (["bad"], 3), (["a", "bad", "b"], 3), (["bad", "worse", "a"], 5), (["bad", "bad"], 3)],
+    ids=str,
+)
+def test_what_ends_workers_is_told_and_the_rest_scored(
+    files: list[str], deaths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of Ray without Ray, which begins the same files again where it has died."""
+
+    class Dead(BaseException): ...
+
+    def scored(_: object, files: list[str], terms: Terms) -> list[Outcome]:
+        if {"bad", "worse"} & set(files):
+            raise Dead
+        return [Outcome(ImageRow(file, len(files))) for file in files]
+
+    monkeypatch.setattr(engines, "_quiet_detector", lambda options: None)
+    monkeypatch.setattr(engines, "answer", scored)
+    begun, terms, died, told = engines._Begun(), Terms(None, None, (0.0, 1.0), 2, 1, False), 0, b""
+    while not told:
+        with suppress(Dead):
+            died += 1
+            asked = pickle.dumps((files, terms))
+            told = engines._Worker(argparse.Namespace(), begun.add)({"asked": asked})["told"]
+    found = [outcome.row for outcome in pickle.loads(told)]
+    sound = [file for file in files if file in ("a", "b")]
+    assert died - 1 == deaths and [row.file for row in found] == files
+    for row in found:
+        # Those that are left are scored together, as where the others cannot be read.
+        assert row.score == (len(sound) if row.file in sound else None)
+        assert ("processes ended over it" in row.error) is (row.file not in sound)
 
 
 @pytest.mark.slow
