@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--engine",
         choices=("ray",),
-        help="score on all of a Ray cluster, with --device cuda on its GPUs; workers that die are replaced",
+        help="score on all of a Ray cluster, with --device cuda on its GPUs",
     )
     score.add_argument("--manifest", metavar="FILE", help="names of images, one a line, or a .csv with a column image")
     score.add_argument(
