@@ -303,8 +303,8 @@ def _fit(options: argparse.Namespace) -> int:
 
 def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
     from .detectors import model_of, reading_of, set_references
-    from .scoring import expectation
     from .sources import list_images
+    from .thresholds import expectation
 
     model = model_of(options, options.model)
     further = reading_of(options) | {"coreset": options.coreset, "rotations": options.rotations}

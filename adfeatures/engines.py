@@ -10,7 +10,8 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -24,6 +25,7 @@ from .detectors import detector_of
 from .errors import AdfeaturesError, InputError
 from .inspection import Engine, Outcome, Terms, outcomes
 from .predictor import Detector
+from .results import ImageRow
 from .runtime import load_extra
 
 Item = TypeVar("Item")
@@ -31,8 +33,8 @@ Item = TypeVar("Item")
 Answer: TypeAlias = "list[Outcome] | AdfeaturesError"
 # Batches that a rank scores between two meetings, and batches that Ray is given at a time.
 ROUND, WINDOW = 4, 4096
-# A worker of Ray that dies is replaced so often: an image that kills its decoder would kill for ever.
-RESTARTS = 3
+# A worker of Ray that dies is replaced so often, and a photo alone may end so many of them.
+RESTARTS, TRIES = 20, 2
 _KEPT = "Finished rows are kept. Run the same command with --resume to continue."
 
 
@@ -153,21 +155,63 @@ def _meet(function: Callable[..., object], *values: object, **options: object) -
         ) from error
 
 
-class _Worker:
-    """What an actor of Ray holds: a detector of its own."""
+class _Begun:
+    """How often work was begun that was never ended, kept where no worker that dies takes it along."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._model = _quiet_detector(options)
+    def __init__(self) -> None:
+        self._counts: Counter[Hashable] = Counter()
+
+    def add(self, work: Hashable, count: int) -> int:
+        """The count with what is added to it."""
+        self._counts[work] += count
+        return self._counts[work]
+
+
+class _Worker:
+    """What an actor of Ray holds: a detector of its own.
+
+    Args:
+        options: What the detector is made by.
+        begun: ``_Begun.add`` on an actor that all workers share.
+    """
+
+    def __init__(self, options: argparse.Namespace, begun: Callable[[Hashable, int], int]) -> None:
+        self._model, self._begun = _quiet_detector(options), begun
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
         files, terms = pickle.loads(row["asked"])
-        return {"told": pickle.dumps(answer(self._model, files, terms))}
+        sound = files
+        if self._begun(tuple(files), 1) > 1:
+            sound = [file for file in files if self._can_score(file, terms)]
+        told = answer(self._model, sound, terms)
+        if isinstance(told, list):
+            rest = iter(told)
+            told = [next(rest) if file in sound else _deadly(file) for file in files]
+        return {"told": pickle.dumps(told)}
+
+    def _can_score(self, file: str, terms: Terms) -> bool:
+        """Whether this process outlives a photo, unless others did not."""
+        if self._begun(file, 1) > TRIES:
+            return False
+        answer(self._model, [file], terms)
+        self._begun(file, -1)
+        return True
+
+
+def _deadly(file: str) -> Outcome:
+    reason = f"{TRIES + 1} processes ended over it, perhaps for want of memory. Make it smaller, or save it anew."
+    return Outcome(ImageRow(file, error=f"Cannot read {file}: {reason}"))
+
+
+def _add(begun: Any, work: Hashable, count: int) -> int:
+    return int(load_extra("ray", "ray").get(begun.add.remote(work, count)))
 
 
 def over_ray(options: argparse.Namespace, files: Iterable[str], terms: Terms) -> Generator[Outcome]:
     """An engine on the cluster that RAY_ADDRESS names, or on this machine: see ``adfeatures score``.
 
-    Each worker computes with as many threads as this process, so that its sums are the same.
+    Each worker computes with as many threads as this process, so that its sums are the same. One that dies is replaced;
+    a photo that ends workers again and again, as one for which there is too little memory, gets a row with the error.
 
     Raises:
         InputError: If Ray is not installed.
@@ -178,7 +222,7 @@ def over_ray(options: argparse.Namespace, files: Iterable[str], terms: Terms) ->
     context = data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # What it loses is told below.
     on_gpu = str(options.device or "").startswith("cuda")
     kind, each = ("GPU", 1) if on_gpu else ("CPU", torch.get_num_threads())
     if not ray.is_initialized():
@@ -192,12 +236,13 @@ def over_ray(options: argparse.Namespace, files: Iterable[str], terms: Terms) ->
         asked_for = (pickle.dumps((share, terms)) for share in _shares(files, terms.batch_size))
         for window in _shares(asked_for, WINDOW):
             size = max(1, int(ray.cluster_resources().get(kind, 0) // each))
+            begun = ray.remote(num_cpus=0)(_Begun).remote()
             asked = data.from_items([{"asked": share} for share in window], override_num_blocks=len(window))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
                 told = asked.map(
                     _Worker,
-                    fn_constructor_args=[options],
+                    fn_constructor_args=[options, partial(_add, begun)],
                     compute=data.ActorPoolStrategy(size=min(size, len(window))),
                     max_restarts=RESTARTS,
                     max_task_retries=RESTARTS,

@@ -22,6 +22,7 @@ from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
 from .references import ReferenceBank, residuals_of_images
 from .scoring import AnomalyMap, CosineRingScorer, FeatureNormScorer, Scorer
+from .thresholds import Tail
 
 DEFAULT_PRODUCT = "default"
 MAX_ROTATIONS = 64
@@ -388,8 +389,8 @@ class FeatureExtractor(nn.Module):
 
         Args:
             quantile: Fraction of normal images that should stay below, in (0, 1]. The default is that of
-                ``scoring.QUANTILES``. Scorers with the tail "lognormal" predict from few images what the next ones will
-                score, others take the quantile of these scores.
+                ``thresholds.QUANTILES``. Scorers with the tail "lognormal" predict from few images what the next ones
+                will score, others take the quantile of these scores.
             normals: Normal images that are not references. The default scores every reference against the others.
             product: Whose threshold, where several products are held.
 
@@ -411,7 +412,7 @@ class FeatureExtractor(nn.Module):
         return self.scorer.top
 
     @property
-    def tail(self) -> scoring.Tail:
+    def tail(self) -> Tail:
         """How thresholds are taken from the scores of normal images."""
         return self.scorer.tail
 

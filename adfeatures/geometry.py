@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .documents import Size
 from .errors import ImageError, InputError
-from .image_files import MAX_PIXELS
+from .image_files import MAX_PIXELS, MAX_SIDE
 from .images import ImageSource, ImageTransform, read_image
 
 AUTO = "auto"
@@ -76,13 +76,13 @@ class Region:
 
     @classmethod
     def read(cls, source: ImageSource) -> Region:
-        """The region of a mask image: what is brighter than half of its brightest pixel.
+        """The region of a mask image: what is brighter than half of its brightest pixel, and not transparent.
 
         Raises:
             ImageError: As ``read_image``.
             InputError: For an image that is black, or too intricate to be kept with a bank.
         """
-        gray = np.asarray(read_image(source).convert("L"))
+        gray = np.asarray(read_image(source, background=(0, 0, 0)).convert("L"))
         bits = zlib.compress(np.packbits(gray > gray.max() / 2).tobytes(), 9)
         try:
             if len(bits) > _MAX_ROI_BYTES:
@@ -133,7 +133,7 @@ class Geometry:
         region: What counts of the photos, which must have its size then.
 
     Raises:
-        InputError: For a tile of fewer than 16 pixels, or an overlap of more than its half.
+        InputError: For a tile of fewer than 16 pixels or more than any photo has, or an overlap of more than its half.
     """
 
     tile: int | str | None = None
@@ -145,8 +145,8 @@ class Geometry:
         if self.tile is None or self.tile == AUTO:
             if self.overlap is not None:
                 raise InputError("An overlap needs tiles of a size in pixels.")
-        elif not isinstance(self.tile, int) or self.tile < _MIN_TILE:
-            raise InputError(f"A tile has a side of {_MIN_TILE} pixels or more, or {AUTO}, not {self.tile}.")
+        elif not isinstance(self.tile, int) or not _MIN_TILE <= self.tile <= MAX_SIDE:
+            raise InputError(f"A tile has a side of {_MIN_TILE} to {MAX_SIDE:,} pixels, or {AUTO}, not {self.tile}.")
         elif not 0 <= (self.tile // 8 if self.overlap is None else self.overlap) <= self.tile / 2:
             raise InputError(f"Tiles of {self.tile} pixels share 0 to {self.tile // 2} pixels, not {self.overlap}.")
 
@@ -171,7 +171,7 @@ class Geometry:
             return self
         tile = self.tile
         if not isinstance(tile, int):
-            tile = min(_MOST_SHRUNK * min(img_size), *map(min, sizes))
+            tile = max(_MIN_TILE, min(_MOST_SHRUNK * min(img_size), *map(min, sizes)))
         return replace(self, tile=tile, overlap=tile // 8 if self.overlap is None else self.overlap)
 
     def cut(self, size: tuple[int, int], img_size: tuple[int, int]) -> Cut:

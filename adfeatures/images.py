@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
-# Laid behind transparent pixels.
-BACKGROUND = (255, 255, 255)
+Color: TypeAlias = tuple[int, int, int]
+# Laid behind transparent pixels of photos.
+BACKGROUND: Color = (255, 255, 255)
 
 _SHORTER_SIDE = {"resize224_crop224": 224, "resize256_crop224": 256}
 PRESETS = ("squash", *_SHORTER_SIDE)
@@ -52,11 +53,12 @@ def read_image(
     bit_depth: int = 16,
     max_pixels: int = MAX_PIXELS,
     digest: hashlib._Hash | None = None,
+    background: Color = BACKGROUND,
 ) -> Image.Image:
     """Read an image, upright and in RGB.
 
-    The EXIF orientation is applied, and transparent pixels are laid over `BACKGROUND`; alpha that hides every pixel is
-    ignored with a warning. Of several frames the first is taken, of the pages of a TIFF the largest, with a warning.
+    The EXIF orientation is applied, and transparent pixels are laid over the background; alpha that hides every pixel
+    is ignored with a warning. Of several frames the first is taken, of the pages of a TIFF the largest, with a warning.
     16-bit samples are scaled by 255 / (2**bit_depth - 1) and rounded, whatever the image holds; a warning says where
     few of the bits are used.
 
@@ -68,6 +70,7 @@ def read_image(
         max_pixels: Pixels that may be decoded, at most `MAX_PIXELS`. Decoding takes up to 20 bytes for each, above what
             the file takes.
         digest: Takes in the bytes of the very file that is decoded. Images in memory are not concerned.
+        background: Red, green and blue, 0 to 255.
 
     Returns:
         A new image of mode RGB that keeps no file open and carries no metadata.
@@ -84,14 +87,14 @@ def read_image(
     if isinstance(source, np.ndarray):
         name = f"array of shape {source.shape} and type {source.dtype}"
         with refusing(name):
-            return _from_array(source, bit_depth, max_pixels, name)
+            return _from_array(source, bit_depth, max_pixels, name, background)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"PIL image of mode {source.mode}"
         with refusing(name):
-            return _from_pillow(source, bit_depth, max_pixels, name)
+            return _from_pillow(source, bit_depth, max_pixels, name, background)
     if isinstance(source, (str, os.PathLike)):
         with open_image(source, digest) as image:
-            return _from_pillow(image, bit_depth, max_pixels, os.fspath(source))
+            return _from_pillow(image, bit_depth, max_pixels, os.fspath(source), background)
     raise ImageError(f"Cannot read an image from {type(source).__name__}; give a path, a PIL image or a numpy array.")
 
 
@@ -111,7 +114,7 @@ def _whole_files_only() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
-def _from_array(array: np.ndarray, bit_depth: int, max_pixels: int, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, bit_depth: int, max_pixels: int, name: str, background: Color) -> Image.Image:
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
         raise ImageError(_ACCEPTED)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
@@ -123,10 +126,10 @@ def _from_array(array: np.ndarray, bit_depth: int, max_pixels: int, name: str) -
         if bit_depth == 16:
             _warn_of_few_bits(int(array.max()))
     image = Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples)
-    return _from_pillow(image, bit_depth, max_pixels, name)
+    return _from_pillow(image, bit_depth, max_pixels, name, background)
 
 
-def _from_pillow(image: Image.Image, bit_depth: int, max_pixels: int, name: str) -> Image.Image:
+def _from_pillow(image: Image.Image, bit_depth: int, max_pixels: int, name: str, background: Color) -> Image.Image:
     _check_size(*image.size, max_pixels)
     if image.mode == "F":
         raise ImageError(f"floating-point pixels have no fixed scale. {_ACCEPTED}")
@@ -136,9 +139,9 @@ def _from_pillow(image: Image.Image, bit_depth: int, max_pixels: int, name: str)
     if bit_depth == 16 and not stated and not _is_inverted(image):
         _warn_of_few_bits(_highest(image))
     if image.mode.startswith("I"):
-        rgb = _from_gray16(image, white)
+        rgb = _from_gray16(image, white, background)
     elif image.has_transparency_data and not undeclared:
-        rgb = _over_background(image, name)
+        rgb = _over_background(image, name, background)
     else:
         rgb = image.convert("RGB")
     rgb.info = {}  # Else the orientation would be applied once more when the result is read again.
@@ -148,17 +151,17 @@ def _from_pillow(image: Image.Image, bit_depth: int, max_pixels: int, name: str)
     return rgb
 
 
-def _over_background(image: Image.Image, name: str) -> Image.Image:
+def _over_background(image: Image.Image, name: str, background: Color) -> Image.Image:
     # Pillow has no direct way from premultiplied gray to RGBA.
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     alpha = rgba.getchannel("A")
     visible = sum(alpha.histogram()[128:]) / (image.width * image.height)
     if 0 < visible < _MOSTLY or (not visible and alpha.getbbox()):
-        warnings.warn(f"The alpha channel of {name} hides nearly every pixel, which are read as white.", stacklevel=2)
+        warnings.warn(f"The alpha channel of {name} hides nearly every pixel, and these are not read.", stacklevel=2)
     if not alpha.getbbox():
         warnings.warn(f"The alpha channel of {name} hides every pixel and is ignored.", stacklevel=2)
         return rgba.convert("RGB")
-    rgb = Image.new("RGB", image.size, BACKGROUND)
+    rgb = Image.new("RGB", image.size, background)
     rgb.paste(rgba, mask=rgba)
     return rgb
 
@@ -204,13 +207,13 @@ def _white(image: Image.Image, bit_depth: int) -> tuple[int, bool]:
     return 65535, not deep
 
 
-def _from_gray16(image: Image.Image, white: int) -> Image.Image:
+def _from_gray16(image: Image.Image, white: int, background: Color) -> Image.Image:
     samples = np.asarray(image)
     if _is_inverted(image):
         samples = white - samples.astype(np.int32)  # Pillow inverts 8 bits only.
     rgb = Image.fromarray(_to_8_bits(samples, white)).convert("RGB")
     if "transparency" in image.info:
-        rgb.paste(BACKGROUND, mask=Image.fromarray(samples == image.info["transparency"]))
+        rgb.paste(background, mask=Image.fromarray(samples == image.info["transparency"]))
     return rgb
 
 

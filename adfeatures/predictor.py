@@ -19,8 +19,9 @@ from .errors import ImageError, InputError
 from .geometry import PLAIN, Geometry, View
 from .images import ImageSource, ImageTransform, build_transform
 from .references import ReferenceBank
-from .scoring import QUANTILES, AnomalyMap, Tail, outliers, threshold_of
+from .scoring import AnomalyMap
 from .sources import Photo, image_sources, read_distinct, read_photo, size_of
+from .thresholds import QUANTILES, Tail, outliers, threshold_of
 
 Images: TypeAlias = "Tensor | ImageSource | Sequence[ImageSource]"
 Products: TypeAlias = "str | Sequence[str | None] | None"

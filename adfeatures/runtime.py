@@ -21,7 +21,8 @@ from .documents import Size, check, parse
 from .errors import CheckpointError, InputError, ReferencesError, UnknownNameError
 from .image_files import MAX_PIXELS
 from .references import ReferenceBank
-from .scoring import AnomalyMap, Tail
+from .scoring import AnomalyMap
+from .thresholds import Tail
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor

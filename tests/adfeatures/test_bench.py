@@ -116,7 +116,7 @@ STAGES = ("decode", "transform", "backbone", "match", "project", "score", "all s
 @pytest.mark.release
 @pytest.mark.usefixtures("threads", "not_compiled")
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "QUICK", replace(TINY, repeats=2))
+    monkeypatch.setattr(bench, "QUICK", replace(TINY, repeats=2, seconds=600))
     assert bench.main(["--quick", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}, device cpu, threads 1, processors ")

@@ -11,7 +11,6 @@ from helpers.golden_values import assert_near, fill, golden, shapes, value
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
-from scipy.stats import t as student_t
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -188,77 +187,7 @@ def test_normal_images_come_out_level() -> None:
     assert level[:, border].mean() <= 1 + 1e-4
 
 
-# Thresholds and ranks
-
-scores = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40)
-
-
-@given(scores, st.floats(1e-6, 1))
-def test_normal_quantile(values: list[float], quantile: float) -> None:
-    found = scoring.normal_quantile(values, quantile)
-    ordered, at = sorted(values), quantile * (len(values) - 1)
-    below = ordered[int(at)]
-    above = ordered[min(int(at) + 1, len(values) - 1)]
-    assert found == pytest.approx(below + (above - below) * (at - int(at)), rel=1e-9, abs=1e-12)
-    assert isinstance(found, float)
-    assert found == np.quantile(np.array(values), quantile) == scoring.normal_quantile(np.array(values), quantile)
-
-
-def test_normal_quantile_of_all_is_the_largest() -> None:
-    assert scoring.normal_quantile([0.3, 0.7, 0.1], 1) == 0.7
-    assert scoring.normal_quantile([0.3], 0.99) == 0.3
-
-
-@pytest.mark.parametrize(
-    ("values", "quantile"),
-    [
-        ([1.0], 0),
-        ([1.0], -0.1),
-        ([1.0], 1.01),
-        ([1.0], float("nan")),
-        ([], 0.5),
-        ([1.0, float("nan")], 0.5),
-        ([float("inf")], 0.5),
-    ],
-)
-def test_normal_quantile_refuses(values: list[float], quantile: float) -> None:
-    with pytest.raises(InputError):
-        scoring.normal_quantile(values, quantile)
-
-
-@pytest.mark.parametrize(
-    ("values", "found"),
-    [
-        ([1.0, 1.1, 0.9, 1.0, 5.0], [4]),
-        ([9.0, 1.0, 1.1, 0.9, 1.0, 5.0, 1.05], [0, 5]),
-        ([1.0, 1.1, 0.9, 1.0, 0.01], []),  # far below is no defect
-        ([1.0, 1.001, 0.999, 1.0, 1.4], []),  # many deviations, yet little in itself
-        ([0.5, 1.0, 1.5, 2.0, 3.5], []),  # much in itself, yet within the spread
-        ([1.0, 1.0, 1.0, 1.6], [3]),
-        ([2.0] * 5, []),
-        ([3.0], []),
-        ([0.0, 0.0, 0.0, 0.1], [3]),
-        ([1.5, 1.6, 1.6, 1.6, 1.7, 2.4, 2.5, 2.6], []),  # two kinds of good parts
-        ([1.5, 1.6, 1.6, 1.6, 1.7, 2.4, 2.5, 2.6, 3.5], [8]),  # and a bad one
-    ],
-)
-def test_outliers(values: list[float], found: list[int]) -> None:
-    assert scoring.outliers(values) == scoring.outliers(np.array(values)) == found
-
-
-@given(scores)
-def test_outliers_by_definition(values: list[float]) -> None:
-    median = (
-        sorted(values)[len(values) // 2]
-        if len(values) % 2
-        else sum(sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]) / 2
-    )
-    deviations = sorted(abs(v - median) for v in values)
-    half = len(values) // 2
-    spread = 1.4826 * (deviations[half] if len(values) % 2 else (deviations[half - 1] + deviations[half]) / 2)
-    far = [v for v in values if v > 1.5 * median and v > median + 3.5 * spread]
-    apart = [v for v in far if v > 1.2 * max(w for w in values if w < v)]
-    assert scoring.outliers(values) == [i for i, v in enumerate(values) if apart and v >= min(apart)]
+# Ranks
 
 
 @st.composite
@@ -415,49 +344,6 @@ def test_local_cosine_of_copies_and_of_one_image_is_finite() -> None:
         scorer.prepare(bank)
         bank.scales = scorer.scales(bank.leave_one_out() if copies > 1 else (), 1)
         assert scoring.anomaly_maps(scorer, bank.residuals([level]), [bank.scales], (16, 16), 1.0).isfinite().all()
-
-
-# Thresholds that predict
-
-
-@given(
-    st.lists(st.floats(0.5, 2), min_size=1, max_size=20),
-    st.floats(0.5, 0.999),
-)
-def test_predictive_quantile_is_that_of_students_t(values: list[float], quantile: float) -> None:
-    logs, worth = np.log(values), scoring.SPREAD_WORTH
-    freedom = worth + len(logs) - 1
-    variance = (worth * scoring.SPREAD**2 + len(logs) * logs.var()) / freedom
-    expected = student_t(freedom, logs.mean(), np.sqrt(variance * (1 + 1 / len(logs)))).ppf(quantile)
-    assert scoring.predictive_quantile(values, quantile) == pytest.approx(np.exp(expected), rel=1e-3)
-
-
-def test_predictive_quantile_keeps_its_promise_where_scores_are_as_the_model_says() -> None:
-    rng = np.random.default_rng(0)
-    for count in (4, 8, 16, 64):
-        above = []
-        for _ in range(300):
-            spread = scoring.SPREAD / np.sqrt(rng.chisquare(scoring.SPREAD_WORTH) / scoring.SPREAD_WORTH)
-            threshold = scoring.predictive_quantile(np.exp(rng.normal(1, spread, count)), 0.95)
-            above.append(np.mean(np.exp(rng.normal(1, spread, 200)) > threshold))
-        assert 0.025 < np.mean(above) < 0.1
-
-
-@pytest.mark.parametrize("quantile", [0.0, 1.0, -1.0, 2.0, float("nan")])
-def test_predictive_quantile_refuses(quantile: float) -> None:
-    with pytest.raises(InputError, match="quantile"):
-        scoring.predictive_quantile([0.5, 0.6], quantile)
-    with pytest.raises(InputError, match="finite scores"):
-        scoring.predictive_quantile([0.5, quantile * float("inf")], 0.9)
-
-
-def test_predictive_quantile_of_copies_is_zero_and_of_one_copy_among_others_finite() -> None:
-    assert scoring.predictive_quantile([0.0, 0.0], 0.97) == 0
-    assert 1 < scoring.predictive_quantile([0.0, 1.0, 1.1], 0.97) < float("inf")
-
-
-def test_expectation_in_words() -> None:
-    assert scoring.expectation(0.97, 8) == "about 1 in 33 good parts flagged, from 8 photos"
 
 
 def test_more_rows_for_photos_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import adfeatures
-from adfeatures import scoring
+from adfeatures import scoring, thresholds
 from adfeatures.backbones import Encoder
 from adfeatures.checkpoints import weights_fingerprint
 from adfeatures.references import ReferenceBank
@@ -176,4 +176,4 @@ class Coreset:
 
 
 def _threshold(normal: np.ndarray | None) -> float:
-    return float("nan") if normal is None else scoring.normal_quantile(normal, QUANTILE)
+    return float("nan") if normal is None else thresholds.normal_quantile(normal, QUANTILE)
