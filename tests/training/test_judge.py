@@ -40,6 +40,17 @@ def test_it_writes_what_every_contender_is_worth(
     assert all(0 <= float(row["image_auroc"]) <= 1 for row in rows)
 
 
+@pytest.mark.slow
+def test_thresholds_are_judged_of_the_models_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "fetch", lambda folder: None)
+    monkeypatch.setattr(judge, "THRESHOLDS", Size(references=4, good=3, bad=1, draws={2: 1, 4: 1}))
+    options = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "judged"), "--thresholds"]
+    assert judge.main([*options, "--model", "residual_lite.in1k_v2", "--products", "rendered_denim"]) == 0
+    rows = list(csv.DictReader((tmp_path / "judged/results.csv").open()))
+    assert [(row["contender"], row["shots"]) for row in rows] == [("residual_lite.in1k_v2", n) for n in ("2", "4")]
+    assert all(0 <= float(row["flagged"]) <= 1 for row in rows)
+
+
 def test_what_it_does_not_know_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = ["--photographs", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
     for arguments, message in (
