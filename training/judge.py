@@ -72,11 +72,12 @@ def _judge(options: argparse.Namespace) -> None:
         results += judged(name, shown, contenders, size)
         for backbone in memory.values():
             backbone.forget()
+        # What is done stays, whatever stops the rest.
+        tables = as_markdown(results, baseline=models[0].name)
+        for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
+            with atomic_path(options.output / file) as path:
+                path.write_text(text, encoding="utf-8")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    tables = as_markdown(results, baseline=models[0].name)
-    for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
-        with atomic_path(options.output / file) as path:
-            path.write_text(text, encoding="utf-8")
     print(tables, end="")
 
 
