@@ -17,7 +17,7 @@ from .console import run
 from .judging.contenders import Contender, Coreset, Model, Plain, Remembered
 from .judging.packages import PACKAGES, Photographs, fetch, ready
 from .judging.products import SETS, pictures
-from .judging.protocol import FULL, QUICK, Result, judged
+from .judging.protocol import FULL, QUICK, THRESHOLDS, Result, judged
 from .judging.tables import as_csv, as_markdown
 
 
@@ -39,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rotations", type=int, default=1, metavar="N", help="also judge each model with references rotated N ways"
     )
-    parser.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
+    sizes.add_argument(
+        "--thresholds",
+        action="store_true",
+        help="how many good pictures the models flag with the threshold of 4, 8, 16 and 64 references",
+    )
     options = parser.parse_args(arguments)
     return run("judge", lambda: _judge(options))
 
@@ -55,8 +61,9 @@ def _judge(options: argparse.Namespace) -> None:
     fetch(options.photographs)
     for name, package in PACKAGES.items():
         print(f"{name} {package.version}: {package.license}")
-    contenders: list[Contender] = [*models, Plain(models[0]), Coreset(models[0])]
-    size = QUICK if options.quick else FULL
+    plain = [] if options.thresholds else [Plain(models[0]), Coreset(models[0])]
+    contenders: list[Contender] = [*models, *plain]
+    size = THRESHOLDS if options.thresholds else QUICK if options.quick else FULL
     results: list[Result] = []
     for name in options.products or table:
         start = time.perf_counter()
@@ -65,11 +72,12 @@ def _judge(options: argparse.Namespace) -> None:
         results += judged(name, shown, contenders, size)
         for backbone in memory.values():
             backbone.forget()
+        # What is done stays, whatever stops the rest.
+        tables = as_markdown(results, baseline=models[0].name)
+        for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
+            with atomic_path(options.output / file) as path:
+                path.write_text(text, encoding="utf-8")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    tables = as_markdown(results, baseline=models[0].name)
-    for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
-        with atomic_path(options.output / file) as path:
-            path.write_text(text, encoding="utf-8")
     print(tables, end="")
 
 

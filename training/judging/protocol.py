@@ -38,6 +38,8 @@ class Size:
 
 FULL = Size(references=24, good=12, bad=18, draws={1: 2, 2: 1, 4: 1, 8: 5, 16: 1})
 QUICK = Size(references=12, good=8, bad=9, draws={8: 1})
+# What thresholds promise is about good pictures, which need to be many.
+THRESHOLDS = Size(references=64, good=20, bad=9, draws={4: 4, 8: 4, 16: 2, 64: 1})
 
 
 @dataclass(frozen=True)

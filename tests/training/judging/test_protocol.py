@@ -11,7 +11,7 @@ from PIL import Image
 
 from training.judging.contenders import Verdict
 from training.judging.products import Pictures
-from training.judging.protocol import FULL, QUICK, Result, Size, judged
+from training.judging.protocol import FULL, QUICK, THRESHOLDS, Result, Size, judged
 
 
 def pictures() -> Pictures:
@@ -76,6 +76,7 @@ def test_the_protocol_draws_what_it_promises() -> None:
     for size in (FULL, QUICK):
         # Draws of the largest sets are not all the same.
         assert size.references > max(size.draws)
+    assert set(THRESHOLDS.draws) == {4, 8, 16, 64} and THRESHOLDS.references >= 64
     assert {field for field in Result.__dataclass_fields__} >= {
         "image_auroc",
         "pixel_auroc",
