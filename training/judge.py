@@ -61,7 +61,7 @@ def _judge(options: argparse.Namespace) -> None:
     fetch(options.photographs)
     for name, package in PACKAGES.items():
         print(f"{name} {package.version}: {package.license}")
-    plain = [] if options.thresholds else [Plain(models[0]), Coreset(models[0])]
+    plain: list[Contender] = [] if options.thresholds else [Plain(models[0]), Coreset(models[0])]
     contenders: list[Contender] = [*models, *plain]
     size = THRESHOLDS if options.thresholds else QUICK if options.quick else FULL
     results: list[Result] = []
