@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+# Exit codes: all was done, some images failed, nothing could be done.
+DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2
 # As shells report a program that a closed pipe, or Ctrl-C, has ended.
 PIPE_CLOSED, INTERRUPTED = 141, 130
 

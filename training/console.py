@@ -13,9 +13,8 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
 from adfeatures.catalog import unknown
-from adfeatures.cli import DONE, NOTHING_DONE
-from adfeatures.cli import SOME_FAILED as SOME_FAILED
-from adfeatures.console import INTERRUPTED, console
+from adfeatures.console import DONE, INTERRUPTED, NOTHING_DONE, console
+from adfeatures.console import SOME_FAILED as SOME_FAILED
 from adfeatures.errors import AdfeaturesError, UnknownNameError
 
 if TYPE_CHECKING:

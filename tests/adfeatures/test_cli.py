@@ -25,7 +25,7 @@ from safetensors import safe_open
 from scipy import stats
 
 import adfeatures
-from adfeatures import catalog, cli, inspection
+from adfeatures import catalog, commands, inspection
 from adfeatures.cli import main
 from adfeatures.errors import ReferencesError
 from adfeatures.images import read_image
@@ -156,7 +156,7 @@ def test_what_pillow_says_of_metadata_is_not_printed(
         read_image(np.full((4, 4), 100, np.uint16))
         return 0
 
-    monkeypatch.setattr(cli, "_list", read)
+    monkeypatch.setattr(commands, "list_models", read)
     assert run("list") == 0
     assert "EXIF" not in (printed := capsys.readouterr().err) and "hold values of 8 bits" in printed
 
@@ -393,14 +393,14 @@ def test_thresholds_are_scores(photos: Path, threshold: str) -> None:
 
 def test_long_facts_are_cut_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
     facts: dict[str, Any] = {"model": "m", "trained_on": "x" * 100_000}
-    cli._print(facts, False)
+    commands.show(facts, False)
     assert capsys.readouterr().out.splitlines()[1] == f"trained_on  {'x' * 60}... (100000 characters)"
-    cli._print(facts, True)
+    commands.show(facts, True)
     assert json.loads(capsys.readouterr().out) == facts
 
 
 def test_facts_within_facts_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print({"model": "m", "products": {"bolt": {"size": (3, 4), "threshold": 0.5}}}, False)
+    commands.show({"model": "m", "products": {"bolt": {"size": (3, 4), "threshold": 0.5}}}, False)
     assert capsys.readouterr().out.splitlines() == [
         "model     m",
         "products",
