@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 Answer: TypeAlias = "list[Outcome] | AdfeaturesError"
 # Batches that a rank scores between two meetings, and batches that Ray is given at a time.
 ROUND, WINDOW = 4, 4096
-# A worker of Ray that dies is replaced so often, and a photo alone may end so many of them.
+# How often a worker of Ray that dies is replaced, and how many of them a single photo may end.
 RESTARTS, TRIES = 20, 2
 _KEPT = "Finished rows are kept. Run the same command with --resume to continue."
 
@@ -199,7 +199,7 @@ class _Worker:
 
 
 def _deadly(file: str) -> Outcome:
-    reason = f"{TRIES + 1} processes ended over it, perhaps for want of memory. Make it smaller, or save it anew."
+    reason = f"{TRIES + 1} processes died while reading it, perhaps out of memory. Make it smaller, or save it again."
     return Outcome(ImageRow(file, error=f"Cannot read {file}: {reason}"))
 
 
@@ -211,7 +211,7 @@ def over_ray(options: argparse.Namespace, files: Iterable[str], terms: Terms) ->
     """An engine on the cluster that RAY_ADDRESS names, or on this machine: see ``adfeatures score``.
 
     Each worker computes with as many threads as this process, so that its sums are the same. One that dies is replaced;
-    a photo that ends workers again and again, as one for which there is too little memory, gets a row with the error.
+    a photo that repeatedly ends workers, perhaps for lack of memory, gets a row with the error.
 
     Raises:
         InputError: If Ray is not installed.

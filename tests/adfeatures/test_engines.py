@@ -165,7 +165,7 @@ def test_what_ends_workers_is_told_and_the_rest_scored(
     for row in found:
         # Those that are left are scored together, as where the others cannot be read.
         assert row.score == (len(sound) if row.file in sound else None)
-        assert ("processes ended over it" in row.error) is (row.file not in sound)
+        assert ("processes died while reading it" in row.error) is (row.file not in sound)
 
 
 @pytest.mark.slow
@@ -239,5 +239,5 @@ def test_workers_of_ray_that_die_are_replaced_and_what_ends_all_of_them_is_told(
         found.pop(name, None), expected.pop(name, None)
     ours, theirs = ([json.loads(line) for line in of.pop("scores.jsonl").splitlines()] for of in (found, expected))
     assert found == expected
-    assert "3 processes ended over it" in ours[14].pop("error") and "it is not" in theirs[14].pop("error")
+    assert "3 processes died while reading it" in ours[14].pop("error") and "it is not" in theirs[14].pop("error")
     assert ours == theirs
