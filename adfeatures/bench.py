@@ -232,7 +232,7 @@ def _attempt(
         ours = extractor_form(sizes, batch, kind, build)
         ours()
     except (InputError, torch._dynamo.exc.TorchDynamoException) as error:  # as without a compiler
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).strip().partition("\n\n")[0].split())
         return Measurement(what, "ms", None, note=f"not measured: {reason}")
     row = _compare(what, ours, naive, sizes, note)
     return replace(row, note=f"{row.note}; {1000 * batch / (row.ours or 1):.1f} images a second")

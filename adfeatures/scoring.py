@@ -337,14 +337,16 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
         raise InputError(f"sigma must be a number of pixels, 0 or more, got {sigma}.")
     if sigma == 0:
         return maps
-    rows, columns = (_blur(side, sigma).to(maps) for side in maps.shape[-2:])
+    height, width = maps.shape[-2:]
+    rows, columns = _blurs(height, width, sigma).to(maps).split((height * height, width * width))
     with torch.autocast(maps.device.type, enabled=False):
-        return rows @ maps @ columns.T
+        return rows.view(height, height) @ maps @ columns.view(width, width).T
 
 
 @torch.compiler.assume_constant_result
-def _blur(side: int, sigma: float) -> Tensor:
-    return torch.from_numpy(_blur_matrix(side, sigma))
+def _blurs(height: int, width: int, sigma: float) -> Tensor:
+    """The matrices of both axes in one vector, since torch.compile takes one constant of a function, not two."""
+    return torch.from_numpy(np.concatenate([_blur_matrix(side, sigma).ravel() for side in (height, width)]))
 
 
 @lru_cache(maxsize=8)

@@ -88,7 +88,7 @@ def test_torch_compile_has_no_graph_break(arch: str) -> None:
     model, x = reduced(arch)
     torch._dynamo.reset()
     for function in (model, model.anomaly_map):
-        found = torch.compile(function, fullgraph=True, backend="eager")(x)
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close([*found], [*function(x)], rtol=1e-5, atol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_torch_compile_has_no_graph_break(arch: str) -> None:
 def test_a_compiled_model_follows_its_weights_and_its_references() -> None:
     model, x = reduced("clip_base")
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     before = [level.clone() for level in compiled(x)]
     assert model.projector is not None
     with torch.no_grad():
