@@ -103,6 +103,7 @@ class TestPickles:
             ({"a": torch.ones(1, device="meta")}, "a is not a plain tensor"),
             ({"a": torch.eye(2).to_sparse()}, "a is not a plain tensor"),
             ({"a": torch.ones(1, dtype=torch.complex64)}, "a is not a plain tensor"),
+            ({"a": torch.ones([1] * 65)}, "a is not a plain tensor"),
         ],
     )
     def test_anything_but_weights_and_metrics_is_refused(self, tmp_path: Path, content: object, named: str) -> None:
