@@ -27,8 +27,6 @@ _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("projectors", "state_dict", "model")
 # Prefix of the keys of a backbone in files of ours, which may hold a projector too.
 BACKBONE = "backbone."
-# Tensors of more dimensions can be made, but torch computes with none of them.
-_MAX_DIMS = 64
 # Names of the folders that ``atomic_path`` writes in.
 TEMPORARY = re.compile(r"\..*\.adfeatures-[0-9a-f]{8}", re.DOTALL)
 
@@ -337,9 +335,9 @@ def _checked(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_odd(tensor: Tensor) -> bool:
-    from .pickles import PLAIN_DTYPE
+    from .pickles import MAX_RANK, PLAIN_DTYPE
 
-    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.ndim > _MAX_DIMS:
+    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.ndim > MAX_RANK:
         return True
     return not PLAIN_DTYPE.fullmatch(str(tensor.dtype))
 

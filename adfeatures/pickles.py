@@ -32,7 +32,7 @@ _SPARE_BYTES = 64 << 20
 # Those of ImageBind, with 1.2 billion parameters, have 30,000.
 _MAX_OPCODES = 1_000_000
 _MAX_NAMES = 100_000
-_MAX_RANK = 64
+MAX_RANK = 64
 # Of a tensor that ``expand`` made of fewer, as strides of 0 say.
 _MAX_EXPANDED = 1 << 20
 _LEGACY = 0x1950A86A20F9469CFC6C
@@ -338,7 +338,7 @@ def _tensor(
         return _odd()
     if dtype is not None:
         storage = storage.view(dtype)
-    if len(shape) != len(stride) or len(shape) > _MAX_RANK or min((offset, *shape, *stride)) < 0:
+    if len(shape) != len(stride) or len(shape) > MAX_RANK or min((offset, *shape, *stride)) < 0:
         raise PickleError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides, or some below 0")
     last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     elements = math.prod(shape)
