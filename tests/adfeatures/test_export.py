@@ -223,7 +223,7 @@ def test_the_embedded_default_gives_the_same_rows_everywhere(
     assert main(["score", "--bank", "part.onnx", "--quantile", "0.5", "--output", "onnx", "new"]) == 1
     assert rows(Path("onnx"))[0]["threshold"] < expected[0]["threshold"]
     for options, words in (
-        (["--runtime", "torch"], "made of"),
+        (["--runtime", "torch"], "made from"),
         (["--product", "x"], "product"),
         (["--weights", "x"], "inside"),
         (["--bit-depth", "12"], "16 bits"),

@@ -272,7 +272,7 @@ for count in range(1, 1000):
 def test_a_result_is_replaced_whole_wherever_the_run_is_killed(tmp_path: Path) -> None:
     """Killed before any change of a file: four rows are replaced by two, with one overlay in common."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", POINTS, tmp_path], env=environment, check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", POINTS, tmp_path], env=environment, check=True, timeout=300)
     seen = set()
     for killed in (tmp_path / "killed").iterdir():
         tables = [rows(killed)]
