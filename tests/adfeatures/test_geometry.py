@@ -691,7 +691,12 @@ def large(width: int, height: int, seed: int, defect: tuple[int, int] | None = N
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_input")
 @pytest.mark.parametrize(
-    "size, place, tile", [((8000, 6000), (5301, 2777), 1280), ((1000, 40000), (440, 31234), 1000)], ids=str
+    "size, place, tile",
+    [
+        pytest.param((8000, 6000), (5301, 2777), 1280, marks=pytest.mark.release),
+        ((1000, 40000), (440, 31234), 1000),
+    ],
+    ids=str,
 )
 def test_large_photos_in_bounded_memory(
     size: tuple[int, int], place: tuple[int, int], tile: int, tmp_path: Path

@@ -222,7 +222,7 @@ for count in range(1, 1000):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed as POSIX has it")
-@pytest.mark.parametrize("pool", [None, 2])
+@pytest.mark.parametrize("pool", [pytest.param(None, marks=pytest.mark.release), 2])
 def test_runs_killed_before_any_write_end_with_the_same_bits(tree: Path, tmp_path: Path, pool: int | None) -> None:
     """Killed (SIGKILL) at the first write, then at the second of what is left, and so on: in and between all files."""
     changes = {"pool": pool, "save_every": 1, "validation": "held_out"}
