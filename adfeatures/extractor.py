@@ -195,7 +195,7 @@ class FeatureExtractor(nn.Module):
             rotations: Also match images with the references rotated by this many equal steps of a full turn, for parts
                 in any orientation. Setting them takes that many times longer, and none can be added later.
             geometry: How photos are cut: into tiles, padded, to a region of interest; later photos are cut the same
-                way. No references can be added later then.
+                way. To photos that are cut, no references can be added later.
 
         Raises:
             ImageError: For a file that cannot be read or cut, or a folder without images.

@@ -55,7 +55,7 @@ def draw_curves(folder: Path) -> None:
     steps = [line for line in lines if line["kind"] == "step" and "angle" in line]
     validations = [line for line in lines if line["kind"] == "validation"]
     panels = 2 if validations else 1
-    # A layout that looks for its margins doubles the time.
+    # A layout that looks for its margins is slow.
     figure = Figure(figsize=(5.5 * panels, 4))
     figure.subplots_adjust(left=0.12 / panels, right=1 - 0.03 / panels, bottom=0.12, top=0.91, wspace=0.16)
     losses, *others = figure.subplots(1, panels, squeeze=False)[0]
