@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from adfeatures import list_models
 from adfeatures.catalog import unknown
 from adfeatures.checkpoints import atomic_path
-from adfeatures.errors import UnknownNameError
+from adfeatures.errors import InputError, UnknownNameError
 
 from .console import run
 from .judging.contenders import Contender, Coreset, Model, Plain, Remembered
 from .judging.packages import PACKAGES, Photographs, fetch, ready
 from .judging.products import SETS, pictures
-from .judging.protocol import FULL, QUICK, THRESHOLDS, Result, judged
-from .judging.tables import as_csv, as_markdown
+from .judging.protocol import FULL, QUICK, THRESHOLDS, Result, Size, judged
+from .judging.tables import as_csv, as_markdown, of_csv
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,8 +64,12 @@ def _judge(options: argparse.Namespace) -> None:
     plain: list[Contender] = [] if options.thresholds else [Plain(models[0]), Coreset(models[0])]
     contenders: list[Contender] = [*models, *plain]
     size = THRESHOLDS if options.thresholds else QUICK if options.quick else FULL
-    results: list[Result] = []
+    results = _before(options.output / "results.csv", table, contenders, size)
+    done = {result.product for result in results}
     for name in options.products or table:
+        if name in done:
+            print(f"{name}: judged before")
+            continue
         start = time.perf_counter()
         photographs = Photographs(options.photographs)
         shown = pictures(name, photographs, references=size.references, good=size.good, bad=size.bad)
@@ -73,12 +77,34 @@ def _judge(options: argparse.Namespace) -> None:
         for backbone in memory.values():
             backbone.forget()
         # What is done stays, whatever stops the rest.
-        tables = as_markdown(results, baseline=models[0].name)
-        for file, text in (("results.md", tables), ("results.csv", as_csv(results))):
-            with atomic_path(options.output / file) as path:
-                path.write_text(text, encoding="utf-8")
+        _write(options.output / "results.csv", as_csv(results))
+        _write(options.output / "results.md", as_markdown(results, baseline=models[0].name))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(tables, end="")
+    print(as_markdown(results, baseline=models[0].name), end="")
+
+
+def _write(file: Path, text: str) -> None:
+    with atomic_path(file) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def _before(path: Path, products: Container[str], contenders: Sequence[Contender], size: Size) -> list[Result]:
+    """What a run like this one has written, of products that are not judged again."""
+    if not path.exists():
+        return []
+    try:
+        results = of_csv(path.read_text(encoding="utf-8"))
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    names = [name for contender in contenders for name in contender.names]
+    asked = {(name, shots, draw) for name in names for shots, draws in size.draws.items() for draw in range(draws)}
+    for product in {result.product for result in results}:
+        if (
+            product not in products
+            or {(r.contender, r.shots, r.draw) for r in results if r.product == product} != asked
+        ):
+            raise InputError(f"{path} is of other products, models or draws. Give another folder as --output.")
+    return results
 
 
 if __name__ == "__main__":

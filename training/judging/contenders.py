@@ -39,7 +39,13 @@ class Verdict(NamedTuple):
 
 
 class Contender(Protocol):
-    """One or several ways to score, which share what they can."""
+    """One or several ways to score, which share what they can.
+
+    Attributes:
+        names: What each is called.
+    """
+
+    names: tuple[str, ...]
 
     def take(self, references: Sequence[Image.Image], tests: Sequence[Image.Image]) -> None:
         """Take the pictures of a product, in place of those before: references to draw from, and those to score."""
@@ -86,6 +92,7 @@ class Model:
 
     def __init__(self, name: str, memory: dict[str, Remembered], rotations: int = 1) -> None:
         self.name = name if rotations == 1 else f"{name}, {rotations} rotations"
+        self.names: tuple[str, ...] = (self.name,)
         self.rotations = rotations
         self.extractor = adfeatures.create_model(name)
         key = f"{self.extractor.levels} {weights_fingerprint(self.extractor.backbone.state_dict())}"
@@ -117,6 +124,8 @@ class Plain:
         model: Whose features.
     """
 
+    names: tuple[str, ...] = ("raw residual norm", "cosine matching")
+
     def __init__(self, model: Model) -> None:
         self.model = model
 
@@ -132,7 +141,7 @@ class Plain:
         tests = [self._maps(encode(batch), bank) for batch in self.model.tests.split(BATCH_SIZE)]
         alone = self._maps(references, bank, list(range(len(drawn)))) if len(drawn) > 1 else None
         verdicts = {}
-        for index, name in enumerate(("raw residual norm", "cosine matching")):
+        for index, name in enumerate(self.names):
             maps = torch.cat([part[index] for part in tests]).numpy()
             normal = None if alone is None else alone[index].amax(dim=(1, 2)).numpy()
             verdicts[name] = Verdict(maps, maps.max(axis=(1, 2)), _threshold(normal))
@@ -159,6 +168,8 @@ class Coreset:
         model: Whose features.
     """
 
+    names: tuple[str, ...] = ("PatchCore",)
+
     def __init__(self, model: Model) -> None:
         self.model = model
 
@@ -172,7 +183,7 @@ class Coreset:
         method.fit(references)
         found = method.predict([{"image": batch} for batch in self.model.tests.split(BATCH_SIZE)])
         normal = method.predict(references, leave_one_out=True).scores.numpy() if len(drawn) > 1 else None
-        return {"PatchCore": Verdict(found.maps.numpy(), found.scores.numpy(), _threshold(normal))}
+        return {self.names[0]: Verdict(found.maps.numpy(), found.scores.numpy(), _threshold(normal))}
 
 
 def _threshold(normal: np.ndarray | None) -> float:

@@ -7,8 +7,11 @@ import dataclasses
 import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import get_type_hints
 
 import numpy as np
+
+from adfeatures.errors import InputError
 
 from .protocol import Result
 
@@ -29,6 +32,22 @@ def as_csv(results: Sequence[Result]) -> str:
     writer.writeheader()
     writer.writerows(map(dataclasses.asdict, results))
     return file.getvalue()
+
+
+def of_csv(text: str) -> list[Result]:
+    """The results that ``as_csv`` wrote.
+
+    Raises:
+        InputError: For another table.
+    """
+    types = get_type_hints(Result)
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        if rows.fieldnames != list(types):
+            raise ValueError("it has other columns")
+        return [Result(**{name: of_type(row[name]) for name, of_type in types.items()}) for row in rows]
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"This is no table of results: {error}.") from error
 
 
 def as_markdown(results: Sequence[Result], baseline: str) -> str:

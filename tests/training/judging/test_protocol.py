@@ -25,6 +25,8 @@ def pictures() -> Pictures:
 class Known:
     """Finds the first defect alone, whatever the references, and keeps what it was given."""
 
+    names: tuple[str, ...] = ("known",)
+
     def __init__(self) -> None:
         self.drawn: list[tuple[int, ...]] = []
 

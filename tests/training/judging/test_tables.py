@@ -9,8 +9,9 @@ import re
 import numpy as np
 import pytest
 
+from adfeatures.errors import InputError
 from training.judging.protocol import Result
-from training.judging.tables import as_csv, as_markdown
+from training.judging.tables import as_csv, as_markdown, of_csv
 
 
 def results() -> list[Result]:
@@ -68,3 +69,14 @@ def test_the_file_holds_every_result_in_full() -> None:
     rows = list(csv.DictReader(io.StringIO(as_csv(results()))))
     assert len(rows) == 74
     assert [float(row["image_auroc"]) for row in rows] == [result.image_auroc for result in results()]
+
+
+def test_results_are_read_as_they_were_written() -> None:
+    # NaN is unequal to itself, its text is not.
+    assert [*map(repr, of_csv(as_csv(results())))] == [*map(repr, results())]
+
+
+@pytest.mark.parametrize("damage", [(",8,", ",eight,"), ("image_auroc", "auroc"), (",0.5,0.4,", ",")])
+def test_another_table_is_refused(damage: tuple[str, str]) -> None:
+    with pytest.raises(InputError, match="no table of results"):
+        of_csv(as_csv(results()).replace(*damage))
