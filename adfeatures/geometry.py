@@ -27,7 +27,7 @@ from .image_files import MAX_PIXELS, MAX_SIDE
 from .images import ImageSource, ImageTransform, read_image
 
 AUTO = "auto"
-# A view of "auto" shows at most so many pixels of the photo for one of its own, along a side.
+# A view of "auto" is scaled down at most this many times along a side.
 _MOST_SHRUNK = 4
 _MIN_TILE, _MAX_TILES, _MAX_ROI_BYTES = 16, 1024, 1 << 20
 

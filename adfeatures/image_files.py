@@ -51,7 +51,7 @@ _MAX_BYTES = 8 * MAX_PIXELS
 _HEADER_READS, _HEADER_BYTES, _READS = 100_000, 8 << 20, 1_000_000
 # A TIFF may hold the layers that it was made of, in a tag, all of which Pillow reads, and again when it goes to a page.
 _TIFF_HEADER_BYTES = 128 << 20
-# A TIFF of more pages than these is no photo with a thumbnail; the smallest tiles of 16 x 16 pixels are not as many.
+# A TIFF of more pages than these is no photo with a thumbnail; even tiles of 16 x 16 pixels are fewer.
 _MAX_PAGES, _MAX_TILES = 1000, 400_000
 # A progressive JPEG is decoded again for each scan, of which encoders write about ten. Small images may have more.
 _MAX_SCANNED, _SMALL = 32 * MAX_PIXELS, 1 << 20
@@ -105,7 +105,7 @@ def open_image(path: AnyPath, digest: hashlib._Hash | None = None) -> Iterator[I
 
 
 class _BoundedFile(io.BufferedReader):
-    """A regular file that can be read in so many pieces and bytes only; at first in those of a header."""
+    """A regular file with a limit on reads and bytes, at first that of a header."""
 
     def __init__(self, path: AnyPath) -> None:
         # Given a path, Pillow may map the file into memory, which would keep it locked on Windows.

@@ -288,7 +288,7 @@ class ImageTransform:
         return self.of_rgb(self.read(image))
 
     def read(self, image: ImageSource, digest: hashlib._Hash | None = None) -> Image.Image:
-        """Read an image as it is to be transformed. Result and errors as of `read_image`."""
+        """Read an image for the transform. Result and errors as of `read_image`."""
         return read_image(image, bit_depth=self.bit_depth, max_pixels=self.max_pixels, digest=digest)
 
     def of_rgb(self, rgb: Image.Image) -> Tensor:

@@ -177,7 +177,7 @@ def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[O
 
 
 def _ahead(pool: ThreadPoolExecutor, count: int, function: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
-    """As ``map``, with so many calls under way before their results are asked for."""
+    """As ``map``, with this many calls under way ahead of the one whose result is awaited."""
     waiting: deque[Future[Any]] = deque()
     try:
         for arguments in zip(*items, strict=False):

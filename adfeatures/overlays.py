@@ -35,7 +35,7 @@ def colorize(map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
     Args:
         map: Shape (H, W). Values outside the scale are clipped.
-        scale: Values of the lowest and the highest color: one pair for all images that are to be compared.
+        scale: Values of the lowest and the highest color: one pair for all images that are compared.
 
     Returns:
         uint8 array (H, W, 3).
@@ -220,5 +220,5 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: 
 
 
 def tile(picture: Image.Image, width: int) -> Image.Image:
-    """The picture brought to a width in pixels at its aspect ratio; tall ones end at twice that height."""
+    """The picture scaled to a width in pixels, cropped below twice that height."""
     return ImageOps.contain(read_image(picture), (width, 2 * width), Image.Resampling.LANCZOS)

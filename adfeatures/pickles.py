@@ -333,7 +333,7 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
 def _tensor(
     storage: Tensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *more: Any, dtype: Any = None
 ) -> Tensor:
-    flags = more[2:]  # Behind requires_grad and hooks: whether the elements are to be conjugated or negated.
+    flags = more[2:]  # Behind requires_grad and hooks: whether elements count as conjugated or negated.
     if any(flags):
         return _odd()
     if dtype is not None:

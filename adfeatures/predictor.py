@@ -234,7 +234,7 @@ def score_photos(
         batch += read
         read.clear()
         number += 1
-        # Photos of many views are scored one by one. Every so many begin anew, wherever a run is resumed.
+        # Photos of many views are scored one by one. A new group begins at fixed numbers, wherever a run is resumed.
         views = sum(len(photo.views) if isinstance(photo, Photo) else 1 for photo, _ in batch)
         if views >= batch_size or number % batch_size == 0:
             yield from _score_batch(model, batch, batch_size)

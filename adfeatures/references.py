@@ -173,7 +173,7 @@ class ReferenceBank:
         return distances
 
     def reduce(self, most: int, seed: int = 0) -> None:
-        """Match images with at most so many rows of each level, drawn at random; a complete bank keeps the others too.
+        """Match images with at most this many random rows of each level; a complete bank keeps the others too.
 
         At least twice the patches of an image are taken, so that no image holds all of them. A draw treats all images
         alike, so that a reference that is left out scores as a new image does; a coreset would not.

@@ -95,7 +95,7 @@ class Results:
             temporary.write_bytes(picture)
 
     def rows(self) -> Generator[ImageRow]:
-        """The rows that were written, up to one that a kill has cut short."""
+        """The rows that were written, without one that a kill has truncated."""
         with open(self.folder / LINES, "rb") as lines, suppress(DocumentError):
             yield from (parse(line, ImageRow) for line in lines)
 
@@ -244,7 +244,7 @@ def _kept(results: Results, work: Worklist) -> int:
 
 
 def _write(results: Results, facts: Mapping[str, Any]) -> None:
-    """The tables with the finished rows, each atomically. What a kill has cut short is gone."""
+    """The tables with the finished rows, each atomically. A row that a kill has truncated is dropped."""
     folder, rows = results.folder, results.rows()
     with atomic_path(folder / BEGUN) as path:
         path.write_text("\n".join([dumps(facts), *map(str, results.references), ""]), encoding="utf-8")
@@ -295,7 +295,7 @@ def _refuse_foreign(output: Path, pictures: Iterable[Path]) -> None:
 
 
 def _replace(new: Path, output: Path) -> None:
-    """Put a new result in the place of the former one, or what a killed run has left of it there.
+    """Replace the previous result, or what a killed run has left of it.
 
     The summary goes first and comes last: it tells of all. The second table goes before the first one is replaced, so
     that there are never two of different rows.

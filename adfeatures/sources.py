@@ -26,7 +26,7 @@ _OTHER_SUFFIXES = (
     *(".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".ico", ".jxl", ".jxr", ".nef", ".orf", ".pcx", ".psd"),
     *(".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga"),
 )
-# Pictures are the same where none of their fields differs by so many gray levels: saving as JPEG changes less.
+# Pictures are the same where no field differs by this many gray levels: saving as JPEG changes less.
 _FIELDS, _ALIKE = 16, 2.0
 # A folder with these files was written by ``adfeatures score``, and what it has drawn there are no photos.
 RESULTS_MARKS = frozenset({"scores.csv", "scores.jsonl"})

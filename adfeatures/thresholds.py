@@ -40,7 +40,7 @@ def threshold_of(scores: Sequence[float] | np.ndarray, quantile: float, tail: Ta
 
 
 def expectation(quantile: float, count: int) -> str:
-    """In words, what a threshold that was taken from so many normal images lets expect."""
+    """In words, what to expect of a threshold from this many normal images."""
     return f"about 1 in {1 / max(1 - quantile, 1e-6):.0f} good parts flagged, from {count} photos"
 
 

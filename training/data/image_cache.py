@@ -112,7 +112,7 @@ class ImageCache:
         return self.file.with_suffix(".keys")
 
     def _open(self) -> None:
-        """Find the rows that are whole: of a file that was cut short those before the cut."""
+        """Find the rows that are whole: of a truncated file, those before the end."""
         # Another file may have come in the place of the one that is mapped.
         _mapped.cache_clear()
         self._count, self._places = 0, dict[bytes, int]()
@@ -172,7 +172,7 @@ def _row(transform: ImageTransform, item: Item) -> tuple[np.ndarray | None, list
     to_mask = MaskTransform(transform.img_size, transform.preset)
     mask = np.zeros(image.shape[:2], np.uint8) if drawn is None else to_mask(drawn).numpy()
     row = np.concatenate([image.ravel(), np.packbits(mask)])
-    # Of masks whoever trains on them has been warned.
+    # Training on such masks has already warned.
     return row, [kind for kind in noticed if kind not in ODD_MASKS]
 
 

@@ -325,7 +325,7 @@ def _as_arrays(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_parallel(function: Callable[[S], T], values: Sequence[S], workers: int = 0) -> Iterator[T]:
-    """What a function makes of each of the values, in their order, in so many worker processes; 0 is in this one."""
+    """What a function returns for each value, in order, in this many worker processes; 0 computes in this one."""
     chunks = [values[at : at + _CALLS] for at in range(0, len(values), _CALLS)]
     with _errors_of_workers():
         yield from chain.from_iterable(

@@ -1,4 +1,4 @@
-"""The geometry of the original code, for results that are to be compared with the published ones."""
+"""The geometry of the original code, for results comparable with the published ones."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class EvaluationConfig:
         }
 
 
-# What may differ between commands that fill one folder: it changes no number, or names what else is to be evaluated.
+# What may differ between commands that fill one folder: it changes no number, or names what else to evaluate.
 _FREE = (
     "output", "root", "products", "method", "draws", "cache", "workers", "device", "backbone_weights", "weights",
     "allow_overlap"

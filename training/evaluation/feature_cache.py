@@ -145,7 +145,7 @@ def remove_owned(folder: Path, owner: str) -> None:
 
 
 def _remove(cache: Path) -> None:
-    """Delete a cache, what tells of it last: if this is cut short, the rest is found."""
+    """Delete a cache, its description last: after an interruption the rest is still found."""
     for part in cache.glob("??"):
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(cache, ignore_errors=True)

@@ -15,7 +15,7 @@ from ..metrics import evaluate
 from .contenders import Contender, Verdict
 from .products import SETS, Pictures
 
-# Pixel metrics are of cells of so many pixels, the maps in the middle, the masks anywhere in them: maps are smoother.
+# Pixel metrics are of cells of this many pixels a side: the middle of the map, and any pixel of the mask.
 CELL = 4
 
 

@@ -89,7 +89,7 @@ class Objects:
         names: The object, or objects that lie in turn.
         ground: Color of the ground.
         side: Length of the longer side of an object, as a fraction of the scene.
-        grid: Rows and columns of places. With ``heap``, so many objects anywhere.
+        grid: Rows and columns of places. With ``heap``, that number of objects anywhere.
         turn: Largest rotation in degrees.
         stray: Largest shift from the place, as a fraction of the scene.
         other: The object that lies in the place of a swapped one.

@@ -68,7 +68,7 @@ class GLASS:
     dim: int = 1536  # length of the patch vectors
     hidden: int = 1024  # width of the discriminator
     epochs: int = 640  # each in the order of the loader
-    samples_per_epoch: int = 392  # an epoch ends with the batch that exceeds so many images, or with the loader
+    samples_per_epoch: int = 392  # an epoch ends with the batch that exceeds this number of images, or with the loader
     learning_rate: float = 2e-4  # of AdamW for the discriminator; that of Adam for the adapter is half of it
     seed: int = 0  # of the initial weights, the noise and the defects
 

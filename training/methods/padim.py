@@ -14,7 +14,7 @@ from adfeatures.errors import InputError, ReferencesError
 from .base import Batch, Extractor, Loader, Predictions
 from .trained import feature_maps, gather
 
-# Samples are kept in blocks of so many images: large ones, so that the allocator gives their memory back when they go.
+# Images per block of samples: large, so that the allocator returns the memory of a freed block.
 BLOCK = 64
 # Samples that are added up together.
 SUMMED = 128
@@ -216,7 +216,7 @@ class Gaussians:
         return factors
 
     def _chunks(self, numbers: int) -> Iterator[slice]:
-        """Chunks of the positions, for matrices of so many numbers per position."""
+        """Chunks of the positions, for matrices of this many numbers per position."""
         step = max(1, CHUNK_BYTES // (8 * numbers))
         return (slice(start, start + step) for start in range(0, self.positions, step))
 

@@ -17,7 +17,7 @@ from .base import Batch, Extractor, Loader, Predictions
 from .patches import neighborhood_vectors
 from .trained import feature_maps, gather
 
-# In the search for the coreset a row's first distance is its mean distance to so many random rows.
+# In the search for the coreset a row's first distance is its mean distance to this many random rows.
 STARTS = 10
 QUERIES_PER_CHUNK, ROWS_PER_CHUNK = 1024, 4096
 # Rows whose distance to a query is computed once more, from the difference of the vectors.

@@ -32,7 +32,7 @@ WORDS = 12
 CELLS, COUNTED = 5, 20
 # Weight of a uniform distribution in histograms: the divergence from a histogram without some word would be infinite.
 UNIFORM = 0.05
-# The words are of about so many patches at most, drawn at random.
+# The words are found among about this many patches at most, drawn at random.
 PATCHES = 20_000
 BATCH = 8
 
@@ -157,7 +157,7 @@ class RetrievedReferences:
 
 
 def _draw(patches: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """All of the patches (N, C), or so many at random."""
+    """All of the patches (N, C), or this many at random."""
     if len(patches) <= most:
         return patches
     return patches[torch.randperm(len(patches), generator=generator)[:most].to(patches.device)]

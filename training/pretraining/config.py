@@ -176,7 +176,7 @@ class PretrainConfig(InputsConfig):
     # References
     pool: int | None = option(
         None,
-        "encode so many references per product and view once and draw from these; the default encodes in each step",
+        "encode this many references per product and view once and draw from them; the default encodes in each step",
     )
     # Validation
     validation: str = option(
@@ -208,7 +208,7 @@ class PretrainConfig(InputsConfig):
 
     @property
     def learning_rates(self) -> list[float]:
-        """Of each epoch, a tenth from each milestone on."""
+        """The learning rate of each epoch, a tenth of the previous one from each milestone on."""
         return [self.lr * 0.1 ** sum(epoch >= at for at in self.milestones) for epoch in range(self.epochs)]
 
     def to_text(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adfeatures.errors import InputError
 
-# Similarities of so many query patches are held at once.
+# Query patches whose similarities are in memory at a time.
 QUERIES_PER_CHUNK = 1024
 
 

@@ -245,7 +245,7 @@ class TrainingRun:
 
 
 def _check_values(projector: ResidualProjector, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError for what torch takes: the run would go on with NaN, or fail much later."""
+    """Raise ValueError for what torch would accept: the run would continue with NaN, or fail much later."""
     tensors = projector.state_dict()
     for number, (parameter, own) in enumerate(optimizer.state.items()):
         check(float(own["step"]), Annotated[float, (0, 2**53)], "the step of the optimizer")

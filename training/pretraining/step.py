@@ -41,7 +41,7 @@ def train_step(
         The losses of the global batch, summed over the levels, by name; {"skipped": 1} where it has no anomalous image.
 
     Raises:
-        AdfeaturesError: If the loss is not finite. The parameters are as before then.
+        AdfeaturesError: If the loss is not finite. The parameters are unchanged then.
     """
     optimizer.zero_grad()
     tensors = on_device(batch, next(model.parameters()).device)

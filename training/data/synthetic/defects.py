@@ -41,7 +41,7 @@ def _extent(rng: Rng, strength: float, small: float, large: float) -> float:
 
 
 def _contrast(window: Part, rng: Rng, strength: float) -> Map:
-    """A strange color that differs from what is there, the more the stronger the defect."""
+    """A color that differs from that of the place, the more the stronger the defect."""
     rows, columns = (side // 2 for side in window.shape)
     here = window.color[:, max(0, rows - 4) : rows + 5, max(0, columns - 4) : columns + 5].mean((1, 2))
     apart = np.abs(np.log(STRANGE + 0.03) - np.log(here + 0.03)).sum(1) + rng.uniform(0, 1.5, len(STRANGE))
