@@ -49,7 +49,9 @@ class _State(TypedDict):
     optimizer: dict[str, Any]
 
 
-# Most that Adam's average gradient can be, in roots of its average square; and what is lost where squares underflow.
+# Adam's averages of a gradient and of its square.
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+# Most that the first can be, in roots of the second; and what is lost where squares underflow.
 _MOST_ROOTS, _TINY = 10, 1e-15
 
 
@@ -248,16 +250,18 @@ def _check_values(projector: ResidualProjector, optimizer: torch.optim.Optimizer
     """Raise ValueError for what torch would accept: the run would continue with NaN, or fail much later."""
     tensors = projector.state_dict()
     for number, (parameter, own) in enumerate(optimizer.state.items()):
+        if own.keys() != {"step", *_AVERAGES}:
+            raise ValueError(f"the values {number} of the optimizer are not those of Adam")
         check(float(own["step"]), Annotated[float, (0, 2**53)], "the step of the optimizer")
-        for name in own.keys() - {"step"}:
+        for name in _AVERAGES:
             if own[name].shape != parameter.shape:
                 raise ValueError(f"{name} {number} of the optimizer is not of the shape of its parameter")
             tensors[f"{name} {number} of the optimizer"] = own[name]
-        if "exp_avg_sq" in own:
-            # With Adam's decay rates no gradients bring one above 7.3 of the other; negative squares have no root.
-            most = _MOST_ROOTS * own["exp_avg_sq"].double().sqrt() + _TINY
-            if is_finite(own["exp_avg_sq"]) and not (own["exp_avg"].double().abs() <= most).all():
-                raise ValueError(f"the averages {number} of the optimizer are of no gradients")
+        mean, mean_of_squares = (own[name].double() for name in _AVERAGES)
+        # With Adam's decay rates no gradients bring one above 7.3 of the other; negative squares have no root.
+        most = _MOST_ROOTS * mean_of_squares.sqrt() + _TINY
+        if is_finite(mean_of_squares) and not (mean.abs() <= most).all():
+            raise ValueError(f"the averages {number} of the optimizer are of no gradients")
     if odd := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(f"{odd[0]} holds NaN or infinite values")
 

@@ -173,6 +173,8 @@ def test_states_that_cannot_be_resumed_from(tmp_path: Path, change: str | dict[s
         ("exp_avg_sq", torch.nan, "exp_avg_sq 0 of the optimizer holds NaN"),
         ("exp_avg_sq", -1e-3, "averages 0 of the optimizer are of no gradients"),
         ("exp_avg", 1e38, "averages 0 of the optimizer are of no gradients"),
+        ("exp_avg_sq", None, "values 0 of the optimizer are not those of Adam"),
+        ("max_exp_avg_sq", torch.ones(1), "values 0 of the optimizer are not those of Adam"),
         ("projector", torch.nan, "holds NaN"),
     ],
 )
@@ -181,6 +183,8 @@ def test_states_that_would_fail_later(tmp_path: Path, name: str, value: Any, say
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     if name == "projector":
         next(iter(state["projector"].values())).fill_(value)
+    elif value is None:
+        del state["optimizer"]["state"][0][name]
     elif isinstance(value, torch.Tensor):
         state["optimizer"]["state"][0][name] = value
     else:
