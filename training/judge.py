@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adfeatures import list_models
 from adfeatures.catalog import unknown
-from adfeatures.checkpoints import atomic_path
+from adfeatures.checkpoints import atomic_path, regular_file
 from adfeatures.errors import InputError, UnknownNameError
 
 from .console import run
@@ -77,23 +77,26 @@ def _judge(options: argparse.Namespace) -> None:
         for backbone in memory.values():
             backbone.forget()
         # What is done stays, whatever stops the rest.
-        _write(options.output / "results.csv", as_csv(results))
-        _write(options.output / "results.md", as_markdown(results, baseline=models[0].name))
+        _write(options.output, results, models[0].name)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(as_markdown(results, baseline=models[0].name), end="")
+    print(_write(options.output, results, models[0].name), end="")
 
 
-def _write(file: Path, text: str) -> None:
-    with atomic_path(file) as path:
-        path.write_text(text, encoding="utf-8")
+def _write(folder: Path, results: Sequence[Result], baseline: str) -> str:
+    tables = as_markdown(results, baseline)
+    for file, text in (("results.csv", as_csv(results)), ("results.md", tables)):
+        with atomic_path(folder / file) as path:
+            path.write_text(text, encoding="utf-8")
+    return tables
 
 
 def _before(path: Path, products: Container[str], contenders: Sequence[Contender], size: Size) -> list[Result]:
     """What a run like this one has written, of products that are not judged again."""
     if not path.exists():
         return []
+    file = regular_file(path, InputError)
     try:
-        results = of_csv(path.read_text(encoding="utf-8"))
+        results = of_csv(file.read_text(encoding="utf-8"))
     except (InputError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     names = [name for contender in contenders for name in contender.names]

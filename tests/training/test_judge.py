@@ -95,6 +95,8 @@ class TestAFolderWithResults:
         assert run("--products", "coins", "page") == 0 and run("--products", "page", "cup") == 0
         assert asked == ["coins", "page", "cup"]
         joined = (tmp_path / "judged/results.csv").read_text(), (tmp_path / "judged/results.md").read_text()
+        (tmp_path / "judged/results.md").unlink()
+        assert run("--products", "cup") == 0 and (tmp_path / "judged/results.md").read_text() == joined[1]
         (tmp_path / "judged/results.csv").unlink()
         assert run("--products", "coins", "page", "cup") == 0
         assert joined == ((tmp_path / "judged/results.csv").read_text(), (tmp_path / "judged/results.md").read_text())
