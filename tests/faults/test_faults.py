@@ -179,7 +179,10 @@ def kill_and_resume(
     check_tidy(commands, output)
 
 
-@pytest.mark.parametrize("command", ALL)
+# That of the renderer's processes takes minutes; test_layout kills it too.
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.release] if name == "synthesize" else []) for name in ALL]
+)
 def test_killed_at_random(
     commands: Commands, data: Path, undisturbed: dict[str, Any], tmp_path: Path, command: str
 ) -> None:
@@ -257,7 +260,7 @@ def run(files, output, count=0):
 
 run(files[:4], root / "former")
 run(files[3:], root / "fresh")
-for count in range(1, 1000):
+for count in range(1, 1000, int(sys.argv[2])):
     output = root / "runs" / str(count)
     shutil.copytree(root / "former", output)
     if not run(files[3:], output, count):
@@ -269,10 +272,13 @@ for count in range(1, 1000):
 """
 
 
-def test_a_result_is_replaced_whole_wherever_the_run_is_killed(tmp_path: Path) -> None:
-    """Killed before any change of a file: four rows are replaced by two, with one overlay in common."""
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.release), 3])
+def test_a_result_is_replaced_whole_wherever_the_run_is_killed(tmp_path: Path, step: int) -> None:
+    """Killed before any change of a file, or every third: four rows are replaced by two, with one overlay in common."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", POINTS, tmp_path], env=environment, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", POINTS, tmp_path, str(step)], env=environment, check=True, timeout=300
+    )
     seen = set()
     for killed in (tmp_path / "killed").iterdir():
         tables = [rows(killed)]

@@ -58,7 +58,7 @@ def test_entry_explains_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
         assert message in error and "Traceback" not in error and error.count("training.synthesize: error:") == 1
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.release)])
 def test_a_full_disk_stops_it_and_loses_nothing(tmp_path: Path, workers: str) -> None:
     arguments = (
         "--output",
