@@ -162,6 +162,7 @@ def _through(block: nn.Module, x: Tensor) -> Tensor:
 
 def _convolved(x: Tensor, convolution: nn.Conv2d, norm: BatchNormAct2d) -> Tensor:
     """A convolution, its norm and its activation. The norm goes into the weights, which saves a pass over the maps."""
+    # What torch has for this makes parameters, which torch.compile refuses.
     exact = torch.promote_types(x.dtype, torch.float32)
     scale = norm.weight * (norm.get_buffer("running_var").to(exact) + norm.eps).rsqrt()
     weight = (convolution.weight * scale[:, None, None, None]).to(x.dtype)

@@ -220,5 +220,5 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: 
 
 
 def tile(picture: Image.Image, width: int) -> Image.Image:
-    """The picture scaled to a width in pixels, cropped below twice that height."""
+    """The picture scaled to a width in pixels, or to a height of twice as many where it is taller."""
     return ImageOps.contain(read_image(picture), (width, 2 * width), Image.Resampling.LANCZOS)
