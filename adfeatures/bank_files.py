@@ -18,14 +18,17 @@ from torch import Tensor
 from .checkpoints import atomic_path, is_finite, regular_file
 from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
+from .evidence import OWN
 from .records import BankRecord
-from .references import ReferenceBank
+from .references import GROUPS, ReferenceBank
 from .scoring import MAX_DISTANCE, RINGS
 
 FORMAT, VERSION = "adfeatures-references", "1"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Squares of larger ones are not finite, nor may the sums of a projector be.
 _MAX_FEATURE = 1e15
+# No distance is so small or large that its logarithm is this.
+_MAX_LOG = 100
 
 Score: TypeAlias = Annotated[float, (0, math.inf)]
 
@@ -56,6 +59,8 @@ class RecordFacts(BankRecord):
 @dataclass(kw_only=True)
 class _Facts(RecordFacts):
     grids: list[Size]
+    groups: Annotated[int, (1, GROUPS)] = 1
+    looks: Annotated[int, (0, 64)] = 0
     complete: bool | None = None  # Of earlier versions; the number of rows says it.
 
 
@@ -72,11 +77,12 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
     for number, (product, bank) in enumerate(banks.items()):
         for level, (rows, owners) in enumerate(zip(bank.rows, bank.image_of_row, strict=True)):
             tensors |= {f"{number}.rows.{level}": rows, f"{number}.images.{level}": owners}
-        for name, parts in (("kept", bank.kept), ("units", bank.units)):
+        for name, parts in (("kept", bank.kept), ("units", bank.units), ("own", bank.own)):
             tensors |= {f"{number}.{name}.{level}": own for level, own in enumerate(parts or ())}
         if bank.scales is not None:
             tensors[f"{number}.scales"] = bank.scales
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
+        own |= {"groups": bank.groups, "looks": bank.looks} if bank.looks else {}
         facts.append(own | bank.record.facts())
     check(facts, list[_Facts], "banks")
     content, text = {name: tensor.contiguous() for name, tensor in tensors.items()}, dumps(facts)
@@ -178,9 +184,9 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
         # Each is the square of a mean distance over that of the interior. Larger ones would pass defects.
         largest = float((scales.double() * scales[:, -1:]).max())
         _expect(largest <= MAX_DISTANCE**2, "scales are larger than those of any distances")
-    kept, units = (
+    kept, units, known = (
         [tensors[f"{prefix}{name}.{level}"] for level in range(len(rows))] if f"{prefix}{name}.0" in tensors else None
-        for name in ("kept", "units")
+        for name in ("kept", "units", "own")
     )
     for level, (own, places) in enumerate(zip(rows, kept or (), strict=False)):
         within = places.numel() > 0 and 0 <= int(places.min()) <= int(places.max()) < len(own)
@@ -188,7 +194,25 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
     for level, lengths in enumerate(units or ()):
         fitting = lengths.shape == ((kept or owners)[level]).shape and lengths.dtype in _FLOATS
         _expect(fitting and is_finite(lengths) and bool((lengths > 0).all()), f"units.{level}")
-    return ReferenceBank(rows, owners, facts.grids, facts.num_images, scales, facts.record(), kept, units)
+    for level, own in enumerate(rows):
+        even = len((kept or rows)[level]) % facts.groups == 0
+        _expect(even and facts.looks < own.shape[1], f"groups of rows.{level}")
+    for level, logs in enumerate(known or ()):
+        fitting = logs.shape == (len((kept or rows)[level]), OWN) and logs.dtype in _FLOATS
+        _expect(fitting and is_finite(logs) and float(logs.abs().max()) < _MAX_LOG, f"own.{level}")
+    return ReferenceBank(
+        rows,
+        owners,
+        facts.grids,
+        facts.num_images,
+        scales,
+        facts.record(),
+        kept,
+        units,
+        own=known,
+        groups=facts.groups,
+        looks=facts.looks,
+    )
 
 
 def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:

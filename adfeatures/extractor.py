@@ -117,6 +117,10 @@ class FeatureExtractor(nn.Module):
         banks = self._banks_of(product, x.shape[0])
         return residuals_of_images(self.backbone_features(x), banks)
 
+    def patches(self, x: Tensor) -> list[Tensor]:
+        """What a bank keeps of transformed images: their features, and what the scorer puts behind. All levels."""
+        return self.scorer.described(self.backbone_features(x), x)
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -216,7 +220,7 @@ class FeatureExtractor(nn.Module):
         (added,) = fitting.encode(self, images, bank.record.bit_depth, bank.record.known)
         both = bank.extended(added.full)
         self.scorer.prepare(both)
-        both.scales = self.scorer.scales(both.leave_one_out(), len(both.rows))
+        both.scales = self.scorer.scales(both.leave_one_out(compare=self.scorer.compare), len(both.rows))
         self._banks[name] = both
 
     def clear_references(self) -> None:
@@ -277,7 +281,7 @@ class FeatureExtractor(nn.Module):
             raise ReferencesError(
                 f"{source} was made for images of {size} pixels (height, width), not {self.img_size}. {advice}"
             )
-        if [rows.shape[1] for rows in bank.rows] != list(self.backbone.channels):
+        if [rows.shape[1] for rows in bank.rows] != [own + self.scorer.looks for own in self.backbone.channels]:
             raise ReferencesError(f"{source} holds features of other levels than those of {self.name}. {advice}")
         if bank.record.fingerprint and not set(bank.record.fingerprint) & set(fingerprint):
             raise ReferencesError(f"{source} was made with other weights of {self.name}. {advice}")
@@ -344,9 +348,10 @@ class FeatureExtractor(nn.Module):
         Returns:
             ``maps`` (B, H, W) at the input size and ``scores`` (B,), their maxima; float32.
         """
-        scales = [bank.scales for bank in self._banks_of(product, x.shape[0])]
-        features, size = self._project(self.residuals(x, product)), (x.shape[2], x.shape[3])
-        maps = scoring.anomaly_maps(self.scorer, features, scales, size, sigma, counts)
+        banks, size = self._banks_of(product, x.shape[0]), (x.shape[2], x.shape[3])
+        compared = residuals_of_images(self.patches(x), banks, compare=self.scorer.compare)
+        scales = [bank.scales for bank in banks]
+        maps = scoring.anomaly_maps(self.scorer, self._project(compared), scales, size, sigma, counts)
         return AnomalyMap(maps, maps.amax(dim=(1, 2)))
 
     @torch.no_grad()
@@ -357,9 +362,8 @@ class FeatureExtractor(nn.Module):
             ReferencesError: With a single reference, or after a coreset.
         """
         bank = self.bank(product)
-        return scoring.image_scores(
-            bank.leave_one_out(), bank.scales, self.scorer, self._project, self.backbone.reductions[0]
-        )
+        left_out = bank.leave_one_out(compare=self.scorer.compare)
+        return scoring.image_scores(left_out, bank.scales, self.scorer, self._project, self.backbone.reductions[0])
 
     # Photos
 

@@ -14,14 +14,15 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor
 
 from . import catalog, predictor
-from .backbones import Encoder, StateDict, build_encoder
+from .backbones import Encoder, StateDict, build_encoder, load_strictly
 from .bank_files import load_banks, maker
 from .catalog import find_model
-from .checkpoints import AnyPath, read_state
+from .checkpoints import AnyPath, load_checkpoint, read_state
 from .errors import InputError
 from .extractor import FeatureExtractor
 from .image_files import IMAGE_SUFFIXES
 from .images import build_transform
+from .learned import LearnedScorer
 from .predictor import Images
 from .projector import ResidualProjector
 from .references import ReferenceBank
@@ -197,7 +198,28 @@ def create_scorer(arch: str, tag: str | None) -> Scorer:
     if model.any_backbone:
         return LocalCosineScorer()
     facts = model.tags[tag or str(model.default_tag)]
+    if facts.head is not None:
+        return load_learned(catalog.BACKBONES[model.backbone], facts.typical_distances, catalog.ASSETS / facts.head)
     return (LocalCosineScorer if facts.local else CosineRingScorer)(facts.typical_distances)
+
+
+def load_learned(
+    backbone: catalog.Backbone, typical: Sequence[Sequence[float]] | None, head: Path | None
+) -> LearnedScorer:
+    """The scorer of a model with this backbone, with a trained head, or one that changes nothing yet.
+
+    Args:
+        backbone: The backbone.
+        typical: As of the scorer.
+        head: File of the head.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    scorer = LearnedScorer(typical, backbone.normalization, len(backbone.blocks))
+    if head is not None:
+        load_strictly(scorer.head, load_checkpoint(head).state_dict, str(head))
+    return scorer.requires_grad_(False).eval()
 
 
 def _banks(references: Images | None) -> dict[str, ReferenceBank]:

@@ -67,7 +67,7 @@ def fit(
     counts = None if upright.counts is None else upright.counts[[number for number, _ in views]]
 
     def left_out() -> Iterator[Sequence[Tensor]]:
-        return bank.leave_one_out(full=full) if views else iter(())
+        return bank.leave_one_out(full=full, compare=model.scorer.compare) if views else iter(())
 
     bank.scales = model.scorer.scales(left_out(), len(bank.rows), counts)
     if bank is not full:  # Later its images are not whole any more.
@@ -110,7 +110,7 @@ def encode(
         for numbers, views in view_batches(photos, BATCH_SIZE):
             for number in range(rotations):
                 x, own = stacked([_turned(view, number / rotations) for view in views])
-                maps[number].append(model.backbone_features(model.as_input(x)))
+                maps[number].append(model.patches(model.as_input(x)))
                 counts[number] += [] if own is None else [own]
             owners += [len(record.files) + number for number in numbers]
         if (cut := photos[0].cut) is not None:
@@ -123,7 +123,8 @@ def encode(
         raise InputError(f"No reference images {which}. Give at least one normal image, better eight.")
     encoded = []
     for of_turn, own_counts in zip(maps, counts, strict=True):
-        full = ReferenceBank.from_features([torch.cat(level) for level in zip(*of_turn, strict=True)], owners)
+        levels = [torch.cat(level) for level in zip(*of_turn, strict=True)]
+        full = ReferenceBank.from_features(levels, owners, model.scorer.looks)
         encoded.append(Encoded(full, torch.cat(own_counts) if own_counts else None))
     encoded[0].full.record = record
     return encoded

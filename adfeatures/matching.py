@@ -52,6 +52,44 @@ def _nearest_of_chunk(queries: Tensor, rows: Tensor, owners: Tensor, barred: Ten
     return nearest
 
 
+def nearest_of_groups(
+    queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine distance of each query to the nearest row of every group, (Q, G), and the index of that row among all.
+
+    Where all rows of a group are left out, the distance is infinite.
+
+    Args:
+        queries: (Q, C), of unit length.
+        rows: (G, M, C), of unit length.
+        owners: The image of each row, (G, M) int32.
+        barred: The image of each query whose rows are left out, (Q,); None for no such images.
+    """
+    if torch.compiler.is_compiling():
+        distances, places = _of_groups(queries, rows, owners, barred)
+    else:
+        chunks = queries.split(QUERIES_PER_CHUNK)
+        images = [None] * len(chunks) if barred is None else barred.split(QUERIES_PER_CHUNK)
+        parts = [_of_groups(chunk, rows, owners, own) for chunk, own in zip(chunks, images, strict=True)]
+        distances, places = (torch.cat(column) for column in zip(*parts, strict=True))
+    return distances, places + torch.arange(len(rows), device=places.device) * rows.shape[1]
+
+
+def _of_groups(queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | None) -> tuple[Tensor, Tensor]:
+    queries, nearest = queries.float(), []
+    for group, images in zip(rows, owners, strict=True):
+        with torch.autocast(queries.device.type, enabled=False):
+            similarity = queries @ group.float().T
+        if barred is not None:
+            similarity.masked_fill_(images == barred[:, None], -torch.inf)
+        nearest.append(similarity.max(dim=1))
+    values, places = (torch.stack(column, dim=1) for column in zip(*nearest, strict=True))
+    matched = torch.stack([group[place] for group, place in zip(rows, places.unbind(dim=1), strict=True)], dim=1)
+    # Half the squares of differences tell small distances, where 1 minus the similarity is mostly rounding.
+    distances = (queries[:, None] - matched.float()).square().sum(dim=2) / 2
+    return distances.masked_fill(values.isneginf(), torch.inf), places
+
+
 def farthest_rows(rows: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
     """Indices of a fraction of the rows, each the farthest from those before it, in ascending order."""
     count = max(1, round(fraction * len(rows)))

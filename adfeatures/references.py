@@ -9,18 +9,21 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import CheckpointError, InputError, ReferencesError
-from .matching import as_maps, farthest_rows, image_of_each_patch, nearest_rows, tokens_of
+from .matching import as_maps, farthest_rows, image_of_each_patch, nearest_of_groups, nearest_rows, tokens_of
 from .records import BankRecord
 
 # Leave-one-out over a large bank costs the square of its images, and this many already give a stable quantile.
 LEAVE_ONE_OUT_IMAGES = 64
+# What images are matched with is drawn alike from this many groups of references, or as many as there are references.
+GROUPS = 8
 
 # The reference image that a query must not be matched with: one for all, or one or None for each query.
 Exclude: TypeAlias = "int | Sequence[int | None] | None"
+# From a bank, maps of queries and what they must not be matched with, to what is scored of them.
+Compare: TypeAlias = "Callable[[ReferenceBank, Sequence[Tensor], Exclude], list[Tensor]]"
 
 
 @dataclass(eq=False)
@@ -35,6 +38,9 @@ class ReferenceBank:
         scales: What the model's scorer took from the images, None where it takes nothing.
         kept: Per level the indices of the rows that images are matched with, (M_l,) int32; None for all.
         units: Per level the lengths (M_l,) that residuals against these rows are multiples of; None for 1.
+        own: Per level the logarithms (M_l, 3) of how far these rows are from those of other images; None if not needed.
+        groups: These rows are as many of each of this many groups of images, one group after another.
+        looks: How many of the last channels say how a patch looks, and are not compared to find the nearest row.
         record: How the bank was made. Its files, sha256s, model, threshold and quantile are attributes of the bank too.
     """
 
@@ -46,14 +52,20 @@ class ReferenceBank:
     record: BankRecord = field(default_factory=BankRecord)
     kept: list[Tensor] | None = None
     units: list[Tensor] | None = None
+    own: list[Tensor] | None = None
+    groups: int = 1
+    looks: int = 0
 
     @classmethod
-    def from_features(cls, features: Sequence[Tensor], images: Sequence[int] | None = None) -> ReferenceBank:
+    def from_features(
+        cls, features: Sequence[Tensor], images: Sequence[int] | None = None, looks: int = 0
+    ) -> ReferenceBank:
         """Make a bank of the feature maps of K normal images, one (K, C_l, h_l, w_l) per level.
 
         Args:
             features: The maps.
             images: The image of each map, in ascending order, where these are of several views of an image.
+            looks: How many of the last channels are not compared.
 
         Raises:
             InputError: For no images, NaN, or levels with different numbers of images.
@@ -76,6 +88,7 @@ class ReferenceBank:
             image_of_row=[image_of_each_patch(level, images) for level in features],
             grids=[(level.shape[2], level.shape[3]) for level in features],
             num_images=images[-1] + 1,
+            looks=looks,
         )
 
     @property
@@ -138,7 +151,7 @@ class ReferenceBank:
                 None for each.
 
         Returns:
-            The matched rows, not normalized, as maps of the shapes of the features.
+            The matched rows, not normalized, as maps of the shapes of the features, without looks.
 
         Raises:
             InputError: For maps of other channels than the bank's.
@@ -146,7 +159,7 @@ class ReferenceBank:
         """
         places = self._places(features, exclude)
         return [
-            as_maps(self._matchable(index)[0][place].to(level.dtype), level)
+            as_maps(self._compared(index)[place].to(level.dtype), level)
             for index, (level, place) in enumerate(zip(features, places, strict=True))
         ]
 
@@ -157,31 +170,45 @@ class ReferenceBank:
         """
         residuals = []
         for index, (level, place) in enumerate(zip(features, self._places(features, exclude), strict=True)):
-            residual = level - as_maps(self._matchable(index)[0][place].to(level.dtype), level)
+            rows = self._compared(index)
+            residual = level[:, : rows.shape[1]] - as_maps(rows[place].to(level.dtype), level)
             if self.units is not None:
                 residual = residual / as_maps(self.units[index][place, None].to(level.dtype), level)
             residuals.append(residual)
         return residuals
 
     def own_distances(self) -> list[Tensor]:
-        """Cosine distances (M_l,) of the rows that images are matched with to those of other images, the nearest."""
-        distances = []
-        for index in range(len(self.rows)):
-            rows, owners = self._matchable(index)
-            nearest = rows[nearest_rows(rows, rows, owners, owners)]
-            distances.append((1 - F.cosine_similarity(rows.float(), nearest.float())).clamp_min(0))
-        return distances
+        """Cosine distances (M_l, G) of the rows that images are matched with to the nearest of other images by group.
+
+        Infinite to a group without other images. The features must be of unit length, and ``reduce`` have been called.
+        """
+        return [
+            nearest_of_groups(rows.flatten(0, 1), rows, owners, owners.flatten())[0]
+            for rows, owners, _ in map(self.grouped, range(len(self.rows)))
+        ]
+
+    def grouped(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What images are matched with: rows (G, M / G, C) of a level, the image of each, and looks (M, looks)."""
+        rows, owners = self._matchable(index)
+        compared = rows.shape[1] - self.looks
+        size = (self.groups, -1)
+        return rows[:, :compared].unflatten(0, size), owners.unflatten(0, size), rows[:, compared:]
 
     def reduce(self, most: int, seed: int = 0) -> None:
-        """Match images with at most this many random rows of each level; a complete bank keeps the others too.
+        """Match images with about this many random rows of each level; a complete bank keeps the others too.
 
-        At least twice the patches of an image are taken, so that no image holds all of them. A draw treats all images
-        alike, so that a reference that is left out scores as a new image does; a coreset would not.
+        At least twice the patches of an image are taken, so that no image holds all of them, and as many of each of
+        at most GROUPS groups of images, of a smaller one some twice. A draw treats all images alike, so that a
+        reference that is left out scores as a new image does; a coreset would not.
         """
-        generator, kept = torch.Generator().manual_seed(seed), []
-        for rows, (height, width) in zip(self.rows, self.grids, strict=True):
-            drawn = torch.randperm(len(rows), generator=generator)[: max(most, 2 * height * width)]
-            kept.append(drawn.sort().values.int().to(rows.device))
+        generator = torch.Generator().manual_seed(seed)
+        images = [owners.cpu().unique(return_inverse=True) for owners in self.image_of_row]
+        self.groups = min(GROUPS, *(len(present) for present, _ in images))
+        kept = [
+            _drawn(ranks % self.groups, self.groups, max(most, 2 * height * width), generator)
+            for (_, ranks), (height, width) in zip(images, self.grids, strict=True)
+        ]
+        kept = [rows.to(owners.device) for rows, owners in zip(kept, self.image_of_row, strict=True)]
         if self.complete:
             self.kept = kept
         else:
@@ -212,7 +239,10 @@ class ReferenceBank:
         return [(number, image) for image in images for number, owner in enumerate(owners) if owner == image]
 
     def leave_one_out(
-        self, images: Sequence[int] | None = None, full: ReferenceBank | None = None
+        self,
+        images: Sequence[int] | None = None,
+        full: ReferenceBank | None = None,
+        compare: Compare | None = None,
     ) -> Iterator[list[Tensor]]:
         """Residuals of reference images, each against the rows of the others, in batches.
 
@@ -220,12 +250,14 @@ class ReferenceBank:
             images: Which references. The default is all, or LEAVE_ONE_OUT_IMAGES evenly spaced ones of more.
             full: Where the features of the references are, as ``from_features`` has made it. The default is this bank,
                 which must be complete then.
+            compare: What is taken instead of residuals.
         """
+        compare = compare or ReferenceBank.residuals
         features = self.features() if full is None else full._maps()
         views = (full or self).views_of(self.left_out if images is None else images)
         for start in range(0, len(views), 8):
             numbers, owners = map(list, zip(*views[start : start + 8], strict=True))
-            yield self.residuals([level[numbers] for level in features], exclude=owners)
+            yield compare(self, [level[numbers] for level in features], owners)
 
     def of_rows(self, kept: Sequence[Tensor]) -> ReferenceBank:
         """A bank of some of the rows per level, without threshold, scales and units."""
@@ -235,6 +267,7 @@ class ReferenceBank:
             grids=self.grids,
             num_images=self.num_images,
             record=self.record.undecided(),
+            looks=self.looks,
         )
 
     def extended(self, other: ReferenceBank) -> ReferenceBank:
@@ -258,6 +291,7 @@ class ReferenceBank:
             grids=self.grids,
             num_images=self.num_images + other.num_images,
             record=record,
+            looks=self.looks,
         )
 
     def with_turned(self, turned: Sequence[ReferenceBank]) -> ReferenceBank:
@@ -272,6 +306,7 @@ class ReferenceBank:
             grids=self.grids,
             num_images=self.num_images,
             record=self.record.undecided(),
+            looks=self.looks,
         )
 
     def coreset(self, fraction: float, seed: int = 0) -> ReferenceBank:
@@ -294,7 +329,8 @@ class ReferenceBank:
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a device or dtype move to every tensor, as ``nn.Module._apply`` does."""
         self.rows, self.image_of_row = [fn(rows) for rows in self.rows], [fn(owners) for owners in self.image_of_row]
-        self.kept, self.units = ([fn(own) for own in part] if part else None for part in (self.kept, self.units))
+        parts = (self.kept, self.units, self.own)
+        self.kept, self.units, self.own = ([fn(own) for own in part] if part else None for part in parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to a safetensors file, atomically."""
@@ -341,28 +377,51 @@ class ReferenceBank:
         kept = self.kept[index].long()  # ONNX takes no other indices.
         return self.rows[index][kept], self.image_of_row[index][kept]
 
+    def _compared(self, index: int) -> Tensor:
+        rows, _ = self._matchable(index)
+        return rows[:, : rows.shape[1] - self.looks]
+
     def _places(self, features: Sequence[Tensor], exclude: Exclude) -> list[Tensor]:
         """Per level the place (B * h * w,) of the nearest row of every patch among those that can be matched."""
         found, expected = [level.shape[1] for level in features], [rows.shape[1] for rows in self.rows]
-        if found != expected:
+        if found not in (expected, [channels - self.looks for channels in expected]):
             raise InputError(f"The bank holds levels of {expected} channels, got features of {found}.")
-        return [
-            self._places_of_level(level, index, self._excluded(level.shape[0], exclude))
-            for index, level in enumerate(features)
-        ]
+        return [self._places_of_level(level, index, exclude) for index, level in enumerate(features)]
 
-    def _places_of_level(self, level: Tensor, index: int, excluded: Sequence[int | None] | None) -> Tensor:
-        rows, owners = self._matchable(index)
-        if excluded is not None and any(bool(owners.eq(image).all()) for image in set(excluded) if image is not None):
+    def _places_of_level(self, level: Tensor, index: int, exclude: Exclude) -> Tensor:
+        rows, owners = self._compared(index), self._matchable(index)[1]
+        barred = self.barred(level, index, exclude)
+        return nearest_rows(tokens_of(level[:, : rows.shape[1]]), rows, owners, barred)
+
+    def barred(self, level: Tensor, index: int, exclude: Exclude) -> Tensor | None:
+        """The image (B * h * w,) that each patch of maps (B, C, h, w) must not be matched with, -1 for none.
+
+        Arguments and errors as of ``match``.
+        """
+        excluded = self._excluded(level.shape[0], exclude)
+        if excluded is None:
+            return None
+        _, owners = self._matchable(index)
+        if any(bool(owners.eq(image).all()) for image in set(excluded) if image is not None):
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
         # No row is of image -1, so nothing is barred from the images that exclude none.
-        images = [-1 if image is None else image for image in excluded or ()]
-        barred = image_of_each_patch(level, images) if images else None
-        return nearest_rows(tokens_of(level), rows, owners, barred)
+        return image_of_each_patch(level, [-1 if image is None else image for image in excluded])
+
+
+def _drawn(group_of_row: Tensor, groups: int, most: int, generator: torch.Generator) -> Tensor:
+    """Random rows, as many of each group, in their order; of a group with fewer rows some again. (M,) int32."""
+    members = [(group_of_row == group).nonzero()[:, 0] for group in range(groups)]
+    count = min(most // groups, max(map(len, members)))
+    drawn = [own[torch.randperm(len(own), generator=generator)] for own in members]
+    again = [own.repeat(-(-count // len(own)))[:count].sort().values for own in drawn]
+    return torch.cat(again).int()
 
 
 def residuals_of_images(
-    features: Sequence[Tensor], banks: Sequence[ReferenceBank], exclude: Sequence[int | None] | None = None
+    features: Sequence[Tensor],
+    banks: Sequence[ReferenceBank],
+    exclude: Sequence[int | None] | None = None,
+    compare: Compare = ReferenceBank.residuals,
 ) -> list[Tensor]:
     """Residuals of a batch in which every image has a bank of its own, or shares one with others.
 
@@ -370,17 +429,17 @@ def residuals_of_images(
         features: Maps of the images, one (B, C_l, h_l, w_l) per level.
         banks: The bank of each image, or the one of all.
         exclude: Index of the reference that each image must not be matched with, or None.
+        compare: What is taken instead of residuals.
 
     Returns:
         Maps of the shapes of the features. Errors are those of ``ReferenceBank.match``.
     """
     if all(bank is banks[0] for bank in banks):
-        return banks[0].residuals(features, exclude)
-    residuals = [torch.empty_like(level) for level in features]
+        return compare(banks[0], features, exclude)
+    of_images: dict[int, list[Tensor]] = {}
     for bank in dict.fromkeys(banks):
         members = [index for index, other in enumerate(banks) if other is bank]
         own = None if exclude is None else [exclude[index] for index in members]
-        found = bank.residuals([level[members] for level in features], own)
-        for level, of_members in zip(residuals, found, strict=True):
-            level[members] = of_members
-    return residuals
+        found = compare(bank, [level[members] for level in features], own)
+        of_images |= dict(zip(members, zip(*found, strict=True), strict=True))  # type: ignore[arg-type]
+    return [torch.stack(level) for level in zip(*(of_images[index] for index in range(len(banks))), strict=True)]

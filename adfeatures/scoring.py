@@ -20,7 +20,7 @@ from .errors import InputError, ReferencesError
 from .thresholds import Tail
 
 if TYPE_CHECKING:
-    from .references import ReferenceBank
+    from .references import Exclude, ReferenceBank
 
 # From residuals of all levels to features of all levels.
 Project: TypeAlias = "Callable[[Sequence[Tensor]], Sequence[Tensor]]"
@@ -46,11 +46,13 @@ class Scorer(Protocol):
         top: Top of the fixed color scale of maps where no threshold gives one.
         tail: How thresholds are taken from the scores of normal images.
         form: What is done to the maps of the backbone, by name, which banks keep; None where nothing else was ever.
+        looks: Channels that ``described`` puts behind the features.
     """
 
     top: float
     tail: Tail
     form: str | None
+    looks: int
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Let a new bank match images as the scorer needs it."""
@@ -58,12 +60,18 @@ class Scorer(Protocol):
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The features to compare, of maps of the backbone (B, C_l, h_l, w_l)."""
 
+    def described(self, features: list[Tensor], images: Tensor) -> list[Tensor]:
+        """Features with what else is kept of their patches of transformed images (B, 3, H, W) behind them."""
+
+    def compare(self, bank: ReferenceBank, patches: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
+        """What is scored of patches as ``described``, one map (B, S_l, h_l, w_l) per level, before any projector."""
+
     def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> Tensor | None:
         """What a bank keeps for the maps of later images.
 
         Args:
-            left_out: Residuals of its images, each against the others alone, in batches of one (B, C_l, h_l, w_l) map
-                per level. None of a single image.
+            left_out: What is scored of its images, each against the others alone, in batches of one (B, S_l, h_l, w_l)
+                map per level. None of a single image.
             levels: Number of levels.
             counts: What counts of all these images, bool (K, H, W); None for all.
         """
@@ -72,7 +80,8 @@ class Scorer(Protocol):
         """Scores of patches, one (B, h_l, w_l) per level, of which ``fuse`` makes anomaly maps.
 
         Args:
-            features: Residuals, projected where the model has a projector, one (B, C_l, h_l, w_l) per level.
+            features: What ``compare`` gave, projected where the model has a projector, one (B, S_l, h_l, w_l) per
+                level.
             scales: Of the bank of each image, or of the one of all.
         """
 
@@ -80,13 +89,31 @@ class Scorer(Protocol):
         """Smoothed maps (B, H, W) without what may differ everywhere, of the pixels (B, H, W) that count."""
 
 
-class FeatureNormScorer:
+class ResidualScorer:
+    """What scorers of residuals have in common."""
+
+    form: str | None = None
+    looks = 0
+
+    def described(self, features: list[Tensor], images: Tensor) -> list[Tensor]:
+        """The features as they are."""
+        return features
+
+    def compare(self, bank: ReferenceBank, patches: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
+        """The residuals."""
+        return bank.residuals(patches, exclude)
+
+    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The maps as they are."""
+        return maps
+
+
+class FeatureNormScorer(ResidualScorer):
     """The norm of projected residuals (FeatureNorm, paper section 3.5)."""
 
     # Training pushes anomalous patches above 0.4 + 0.75.
     top = 1.15
     tail: Tail = "empirical"
-    form: str | None = None
 
     def prepare(self, bank: ReferenceBank) -> None:
         """Nothing: images are matched with all rows."""
@@ -102,12 +129,8 @@ class FeatureNormScorer:
         """See ``patch_norms``."""
         return [patch_norms(level) for level in features]
 
-    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The maps as they are."""
-        return maps
 
-
-class CosineRingScorer:
+class CosineRingScorer(ResidualScorer):
     """Cosine distances, as multiples of what normal patches show at the same distance from the border of the map.
 
     Args:
@@ -118,7 +141,6 @@ class CosineRingScorer:
     # A multiple of what normal patches show.
     top = 4.0
     tail: Tail = "empirical"
-    form: str | None = None
 
     def __init__(self, typical: Sequence[Sequence[float]] | None = None) -> None:
         self.typical = typical
@@ -132,13 +154,21 @@ class CosineRingScorer:
 
     def scales(self, left_out: Iterable[Sequence[Tensor]], levels: int, counts: Tensor | None = None) -> Tensor:
         """Typical distances (levels, RINGS + 1) of the images of the bank from each other, float32 on the CPU."""
-        batches = [list(map(cosine_distances, residuals)) for residuals in left_out]
+        batches = [list(map(self.distances, compared)) for compared in left_out]
         if not batches:
             return torch.ones(levels, RINGS + 1) if self.typical is None else torch.tensor(self.typical)
         return ring_scales([torch.cat(level) for level in zip(*batches, strict=True)], counts).cpu()
 
     def patch_scores(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
-        """The distances divided by the scales of each image's bank.
+        """The distances divided by the scales of each image's bank. Errors as of ``normal``."""
+        return [self.distances(level) / own for level, own in zip(features, self.normal(features, scales), strict=True)]
+
+    def distances(self, compared: Tensor) -> Tensor:
+        """Distances (B, h, w) of what ``compare`` gave of a level."""
+        return cosine_distances(compared)
+
+    def normal(self, features: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """What is normal at every cell, (B, h_l, w_l) per level, or (1, h_l, w_l) where the images share a bank.
 
         Raises:
             ReferencesError: For a bank without scales, as a model with a projector makes it.
@@ -147,11 +177,7 @@ class CosineRingScorer:
         if len(of_images) != len(scales):
             raise ReferencesError("The bank was made by a model that scores otherwise. Set the references again.")
         of_levels = torch.stack(of_images, dim=1)
-        return [divide_by_ring(cosine_distances(f), own) for f, own in zip(features, of_levels, strict=True)]
-
-    def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The maps as they are."""
-        return maps
+        return [of_cells(own, level) for level, own in zip(features, of_levels, strict=True)]
 
 
 class LocalCosineScorer(CosineRingScorer):
@@ -177,16 +203,18 @@ class LocalCosineScorer(CosineRingScorer):
         more = min(max(bank.views_per_image / self.TILES, 1), self.MOST)
         bank.reduce(round(self.ROWS * more))
         if bank.num_images > 1:
-            own = [level / level.mean().clamp_min(torch.finfo(level.dtype).eps) for level in bank.own_distances()]
-            # Distances are half the squares of residuals.
-            bank.units = [level.clamp_min(self.FLOOR) ** (self.EXPONENT / 2) for level in own]
+            self.learn(bank, bank.own_distances())
+
+    def learn(self, bank: ReferenceBank, distances: Sequence[Tensor]) -> None:
+        """Keep what is normal, of the distances (M_l, G) of the rows of each level to groups of other images."""
+        nearest = [level.amin(dim=1) for level in distances]
+        own = [level / level.mean().clamp_min(torch.finfo(level.dtype).eps) for level in nearest]
+        # Distances are half the squares of residuals.
+        bank.units = [level.clamp_min(self.FLOOR) ** (self.EXPONENT / 2) for level in own]
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Means of 3 x 3 patches, weighted 1, 2, 1 along either side, of unit length."""
-        padded = (F.pad(level, (1, 1, 1, 1), mode="replicate") for level in maps)
-        # A mean of 2 x 2 of means of 2 x 2 has these weights.
-        means = (F.avg_pool2d(F.avg_pool2d(level, 2, 1), 2, 1) for level in padded)
-        return [F.normalize(level, dim=1) for level in means]
+        return [F.normalize(local_mean(level), dim=1) for level in maps]
 
     def leveled(self, maps: Tensor, counts: Tensor | None = None) -> Tensor:
         """Each map divided by the root of its mean, over what counts."""
@@ -290,10 +318,15 @@ def ring_scales(distances: Sequence[Tensor], counts: Tensor | None = None) -> Te
     return torch.stack(scales)
 
 
-def divide_by_ring(distances: Tensor, scales: Tensor) -> Tensor:
-    """Bring distances (B, h, w) of a level to the scale of normal ones: ``scales`` (RINGS + 1,) or (B, RINGS + 1)."""
-    rings = _rings(distances.shape[-2], distances.shape[-1], distances.device)
-    return distances / scales.to(distances.device)[..., rings]
+def of_cells(scales: Tensor, maps: Tensor) -> Tensor:
+    """Scales (B, RINGS + 1) of a level as one for every cell (B, h, w) of its maps (B, C, h, w)."""
+    return scales.to(maps.device)[..., _rings(maps.shape[-2], maps.shape[-1], maps.device)]
+
+
+def local_mean(level: Tensor) -> Tensor:
+    """Means of 3 x 3 patches, weighted 1, 2, 1 along either side, of maps (B, C, h, w)."""
+    # A mean of 2 x 2 of means of 2 x 2 has these weights.
+    return F.avg_pool2d(F.avg_pool2d(F.pad(level, (1, 1, 1, 1), mode="replicate"), 2, 1), 2, 1)
 
 
 def _rings(height: int, width: int, device: torch.device) -> Tensor:

@@ -27,9 +27,12 @@ SMALL = {
     "training.evaluate": "--img-size 64 --products bottle --shots 2 --epochs 1 --workers 0 --device cpu",
 }
 SMALL_WORDS = {"dinov2_base": "efficientnet_lite", "adpretrain_dinov2_base": "residual_lite"}
-# Not run: runs of several devices, the tutorial, the reproduction and the judgment, which have tests of their own, and
-# the trial of precisions, which is too long.
-READ = ("torchrun", "--help", "training.tutorial", "training.reproduce", "training.judge", "runs/precision")
+# Not run: runs of several devices, the tutorial, the reproduction, the judgment and the training of the head, which
+# have tests of their own, and the trial of precisions, which is too long.
+READ = (
+    *("torchrun", "--help", "runs/precision"),
+    *("training.tutorial", "training.reproduce", "training.judge", "training.learn"),
+)
 SLOW = ("--method all", "--data ")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*cannot pin down"),

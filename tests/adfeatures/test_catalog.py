@@ -32,7 +32,7 @@ def test_models_refer_to_what_is_there(name: str) -> None:
     assert model.scoring in ("feature_norm", "residual")
     assert model.default_tag is None or model.default_tag in model.tags
     for tag in model.tags.values():
-        optional = ("hub_file", "local", "typical_distances")
+        optional = ("hub_file", "local", "head", "typical_distances")
         assert all(getattr(tag, field.name) for field in dataclasses.fields(tag) if field.name not in optional)
         assert (model.scoring == "residual") == (tag.typical_distances is not None)
     facts = catalog.describe(name)

@@ -24,6 +24,7 @@ from adfeatures.cli import main
 from adfeatures.errors import CheckpointError, DownloadError, InputError, ReferencesError, UnknownNameError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.factory import load_backbone
+from adfeatures.learned import LearnedScorer
 from adfeatures.projector import ResidualProjector
 from adfeatures.references import ReferenceBank
 from adfeatures.resolve import convert_checkpoint
@@ -615,10 +616,13 @@ class TestLoadBackbone:
 class TestChosenBackbones:
     """Cosine residuals on a backbone that is named."""
 
-    def test_scores_as_the_embedded_default(self) -> None:
+    def test_scores_as_the_embedded_default_without_its_head(self) -> None:
         torch.manual_seed(0)
         references, x = torch.randn(3, 3, 64, 96), torch.randn(2, 3, 64, 96)
         default = adfeatures.create_model(img_size=(64, 96))
+        # The head is for the levels of the default alone.
+        del default.scorer
+        default.scorer = LocalCosineScorer()
         chosen = adfeatures.create_model(backbone="efficientnet_lite", img_size=(64, 96))
         for model in (default, chosen):
             model.set_references(references)
@@ -766,8 +770,8 @@ class TestTagsOfTheDefault:
     @pytest.mark.parametrize(
         ("name", "scorer", "tail"),
         [
-            ("residual_lite", LocalCosineScorer, "lognormal"),
-            ("residual_lite.in1k_v2", LocalCosineScorer, "lognormal"),
+            ("residual_lite", LearnedScorer, "lognormal"),
+            ("residual_lite.in1k_v2", LearnedScorer, "lognormal"),
             ("residual_lite.in1k_v1", CosineRingScorer, "empirical"),
         ],
     )
@@ -788,14 +792,15 @@ class TestTagsOfTheDefault:
             adfeatures.create_model("residual_lite.in1k_v2", references=tmp_path / "part.safetensors")
 
     def test_a_bank_of_another_form_of_a_tag_is_refused(self, tmp_path: Path) -> None:
-        """As banks of the second tag were made before its features were weighted means."""
+        """As banks of the second tag were made before it had a head."""
         model = adfeatures.create_model("residual_lite.in1k_v2", references=[photo(seed) for seed in range(2)])
-        assert model.bank().record.form == "binomial"
+        assert model.bank().record.form == "learned"
         assert adfeatures.create_model("residual_lite.in1k_v1", references=[photo(1)]).bank().record.form is None
-        for form in ("binomial", None):
+        for form in ("learned", "binomial", None):
             model.bank().record.form = form
             model.bank().save(tmp_path / f"{form}.safetensors")
-        same = adfeatures.create_model(references=tmp_path / "binomial.safetensors")
+        same = adfeatures.create_model(references=tmp_path / "learned.safetensors")
         assert same.score(photo(9))[0].score == model.score(photo(9))[0].score
-        with pytest.raises(ReferencesError, match=r"an earlier form of residual_lite.in1k_v2.*adfeatures fit"):
-            adfeatures.create_model(references=tmp_path / "None.safetensors")
+        for form in ("binomial", None):
+            with pytest.raises(ReferencesError, match=r"an earlier form of residual_lite.in1k_v2.*adfeatures fit"):
+                adfeatures.create_model(references=tmp_path / f"{form}.safetensors")

@@ -164,15 +164,15 @@ def test_ring_scales(shapes: list[tuple[int, int]]) -> None:
 def test_ring_scales_of_nothing_can_be_divided_by() -> None:
     scales = scoring.ring_scales([torch.zeros(2, 9, 9)])
     assert (scales > 0).all() and torch.isfinite(scales).all()
-    assert not scoring.divide_by_ring(torch.zeros(1, 9, 9), scales[0]).any()
+    assert not (torch.zeros(1, 9, 9) / scoring.of_cells(scales, torch.zeros(1, 4, 9, 9))).any()
 
 
 @pytest.mark.parametrize("shape", [(9, 12), (5, 5), (1, 3), (2, 2)])
-def test_divide_by_ring(shape: tuple[int, int]) -> None:
-    distances, scales = torch.rand(2, *shape), torch.arange(1.0, scoring.RINGS + 2)
-    found = scoring.divide_by_ring(distances, scales)
+def test_every_cell_has_the_scale_of_its_ring(shape: tuple[int, int]) -> None:
+    scales = torch.arange(1.0, scoring.RINGS + 2)
+    found = scoring.of_cells(torch.stack([scales, scales * 3]), torch.zeros(2, 4, *shape))
     for y, x in np.ndindex(*shape):
-        assert_near(found[:, y, x], distances[:, y, x] / scales[ring(y, x, *shape)])
+        assert_near(found[:, y, x], scales[ring(y, x, *shape)] * torch.tensor([1.0, 3.0]))
 
 
 def test_normal_images_come_out_level() -> None:
@@ -181,7 +181,7 @@ def test_normal_images_come_out_level() -> None:
     border = torch.tensor([[ring(y, x, 12, 12) == 0 for x in range(12)] for y in range(12)])
     distances[:, border] *= 5
     (scales,) = scoring.ring_scales([distances])
-    level = scoring.divide_by_ring(distances, scales)
+    level = distances / scoring.of_cells(scales, distances)
     inside = slice(scoring.RINGS, -scoring.RINGS)
     assert level[:, inside, inside].mean() == pytest.approx(1, rel=1e-4)
     assert level[:, border].mean() <= 1 + 1e-4
@@ -357,4 +357,5 @@ def test_more_rows_for_photos_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(bank.rows[0]) == min(expected, 8 * tiles) and bank.kept is None and bank.units is not None
         bank = ReferenceBank.from_features([features])
         scoring.LocalCosineScorer().prepare(bank)
-        assert bank.kept is not None and len(bank.kept[0]) == 20 and len(bank.rows[0]) == 8 * tiles
+        # Two of each of eight groups.
+        assert bank.kept is not None and len(bank.kept[0]) == 16 and len(bank.rows[0]) == 8 * tiles

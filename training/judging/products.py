@@ -153,19 +153,29 @@ FINAL: Mapping[str, Product] = {
 SETS = {"development": DEVELOPMENT, "final": FINAL}
 
 
-def pictures(name: str, photographs: Photographs, *, references: int, good: int, bad: int, seed: int = 0) -> Pictures:
-    """The pictures of a product of one of the SETS. The same arguments give the same pixels.
+def pictures(
+    name: str,
+    photographs: Photographs,
+    *,
+    references: int,
+    good: int,
+    bad: int,
+    seed: int = 0,
+    product: Product | None = None,
+) -> Pictures:
+    """The pictures of a product. The same arguments give the same pixels.
 
     Args:
-        name: The product.
+        name: Its name.
         photographs: Where the photographs are.
         references: Normal pictures to draw references of.
         good: Normal test pictures.
         bad: Defective test pictures, of all kinds in turn.
         seed: Another seed gives other pictures.
+        product: The product, where it is of none of the SETS.
     """
-    final = name in FINAL
-    product = (FINAL if final else DEVELOPMENT)[name]
+    final = product is None and name in FINAL
+    product = product or (FINAL if final else DEVELOPMENT)[name]
     kinds, changes = (defects.SECOND, defects.SECOND_GLOBAL) if final else (defects.FIRST, defects.FIRST_GLOBAL)
     possible = {kind: damage for kind, damage in kinds.items() if not (product.gray and kind == "color")}
     possible |= {kind: changes[kind] for kind in product.changes}

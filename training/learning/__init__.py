@@ -1,0 +1,1 @@
+"""How the head of the embedded default is trained."""
