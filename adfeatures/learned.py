@@ -51,7 +51,7 @@ class Head(nn.Module):
         """
         x = self.shown(distances, scales, seen)
         x = ((x - self.mean.float()[:, None, None]) / self.scale.float()[:, None, None]).clamp(-4, 4)
-        gates = self.layers(x.to(self.layers[0].weight)).float()  # type: ignore[arg-type]
+        gates = self.layers(x.to(self.mean)).float()
         factors = (self.MOST * torch.tanh(gates / self.MOST)).exp()
         size = distances[0].shape[-2:]
         return [

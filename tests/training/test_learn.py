@@ -42,7 +42,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(learn, "learning_products", lambda folder: PRODUCTS)
     monkeypatch.setattr(train, "BATCH", 2)
     for name, product in PRODUCTS.items():
-        collect(name, product, tmp_path / "photographs", tmp_path)
+        collect((name, product), tmp_path / "photographs", tmp_path)
     return tmp_path
 
 

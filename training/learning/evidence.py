@@ -73,9 +73,9 @@ def files_of(name: str, folder: Path) -> dict[Path, int]:
 
 
 @torch.no_grad()
-def collect(name: str, product: Product, photographs: Path, folder: Path) -> None:
-    """Write the files of evidence of the pictures of a product."""
-    torch.set_num_threads(1)
+def collect(named: tuple[str, Product], photographs: Path, folder: Path) -> None:
+    """Write the files of evidence of the pictures of a product with its name."""
+    name, product = named
     shown = pictures(name, Photographs(photographs), references=REFERENCES, good=GOOD, bad=BAD, product=product)
     model = adfeatures.create_model(f"{MODEL}.in1k_v1")
     facts = MODELS[MODEL].tags[TAG]

@@ -48,18 +48,17 @@ def learning_products(photographs: Path) -> dict[str, Product]:
 def _laid(number: int, name: str, other: str) -> Product:
     """An object that lies as one of six kinds of product do."""
     ground, gray = GROUNDS[number // 6 % len(GROUNDS)], number % 3 == 2
-    turned = {"ground": ground, "turn": 180.0}
     match number % 6:
         case 0:
             return Product("fixed", Objects((name,), ground, side=0.8), gray=gray)
         case 1 | 2:
-            return Product("free", Objects((name,), side=0.62, stray=0.06, **turned), gray=gray)  # type: ignore[arg-type]
+            return Product("free", Objects((name,), ground, side=0.62, turn=180, stray=0.06), gray=gray)
         case 3:
             turn = 180.0 if number % 4 == 1 else 15.0
             tray = Objects((name,), ground, side=0.28, grid=(3, 3), turn=turn, stray=0.015, other=other)
             return Product("pieces", tray, gray=gray)
         case 4:
-            heap = Objects((name,), side=0.19, grid=(9, 9), heap=True, other=other, **turned)  # type: ignore[arg-type]
+            heap = Objects((name,), ground, side=0.19, grid=(9, 9), turn=180, heap=True, other=other)
             return Product("heap", heap, gray=gray)
         case _:
             return Product("fixed", Objects((name,), ground, side=0.7, turn=8, stray=0.02), gray=gray)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from adfeatures.factory import load_learned
 from adfeatures.learned import Head, LearnedScorer
 
 from ..assets.embed import serialize
+from ..console import progress
 from ..judging.products import Product
+from ..workers import mapper
 from .evidence import BACKBONE, MODEL, TAG, Evidence, collect, files_of, maps_of
 
 # Draws of references in a step, and of each the share of its pictures.
@@ -32,10 +32,12 @@ def gathered(products: Mapping[str, Product], photographs: Path, folder: Path, p
     """The files of evidence of all products, made where they are not there yet."""
     files = {name: list(files_of(name, folder)) for name in products}
     missing = [name for name, own in files.items() if not all(file.exists() for file in own)]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(collect, name, products[name], photographs, folder) for name in missing]
-        for done in tqdm(as_completed(waiting), "products", total=len(waiting)):
-            done.result()
+    with mapper(min(processes, len(missing) or 1)) as over:
+        done = over(
+            partial(collect, photographs=photographs, folder=folder), [(name, products[name]) for name in missing]
+        )
+        for _ in progress(done, desc="products", total=len(missing)):
+            pass
     return [file for own in files.values() for file in own]
 
 
@@ -52,7 +54,7 @@ def trained(files: Sequence[Path], *, epochs: int, seed: int) -> Head:
     for epoch in range(epochs):
         order, total = torch.randperm(len(evidence)).tolist(), 0.0
         starts = range(0, len(order) - BATCH + 1, BATCH)
-        for start in tqdm(starts, f"epoch {epoch + 1} of {epochs}"):
+        for start in progress(starts, desc=f"epoch {epoch + 1} of {epochs}", leave=False):
             losses = [_loss(scorer, _half(evidence[number])) for number in order[start : start + BATCH]]
             loss = torch.stack(losses).mean()
             optimizer.zero_grad()

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -17,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from adfeatures.catalog import unknown
 from adfeatures.checkpoints import atomic_path
 from adfeatures.documents import DocumentError, dumps, read_document
-from adfeatures.errors import AdfeaturesError, InputError, UnknownNameError
+from adfeatures.errors import InputError, UnknownNameError
 from adfeatures.images import read_image
 from adfeatures.locks import only_run_in
 from adfeatures.overlays import contact_sheet, save_picture
 
 from ...console import progress
+from ...workers import mapper
 from .camera import VIEWS
 from .defects import DEFECTS
 from .specimen import BUILDERS, SMALLEST_SIZE, Specimen
@@ -146,9 +140,9 @@ def synthesize(
         written, total = sum(missing.values()), VIEWS * len(samples)
         with (
             progress(total=total, initial=total - written, unit="image") as bar,
-            _mapper(workers) as mapper,
+            mapper(workers) as over,
         ):
-            for count in mapper(partial(_write, output, size, seed), missing):
+            for count in over(partial(_write, output, size, seed), missing):
                 bar.update(count)
         if written or not (output / SHEET).exists():
             save_picture(_sheet(output, names, good, bad), output / SHEET, quality=JPEG_QUALITY)
@@ -211,44 +205,6 @@ Defects, under the codes of Real-IAD:
 As in Real-IAD, do not trust names: some of {DOUBLE_UNDERSCORE} have two underscores before the number, and some
 scratches of {WRONG_CODE} carry the code QS in the name. The folder is right.
 """
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator:
-    """A function like ``map``, over processes where there are several."""
-    if workers == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
-        try:
-            yield partial(_in_order, pool)
-        except BrokenProcessPool as error:
-            raise AdfeaturesError(
-                "A worker was killed, perhaps for lack of memory. Fewer workers resume from what is there."
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _in_order(pool: ProcessPoolExecutor, write: Callable[[Sample], int], samples: Iterable[Sample]) -> Iterator[int]:
-    # Not pool.map, which cancels what a broken pool is about to end: in Python 3.11 its thread dies of that.
-    futures = [pool.submit(write, sample) for sample in samples]
-    return (future.result() for future in futures)
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    # The main process ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _write(output: Path, size: int, seed: int, sample: Sample) -> int:
