@@ -1,7 +1,7 @@
 """What is seen of a patch beside its distance to the nearest reference patch.
 
 That distance says little by itself. It says more beside those to each group of references alone, those of the matched
-patch to other references, and how the two differ in color.
+patch to other references, how the two differ in color, and whether they lie alike.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .matching import as_maps, nearest_of_groups, tokens_of
 from .references import Exclude, ReferenceBank
 
 # Channels of ``looks_of``, of ``own_spreads``, and of the evidence after the distance.
-LOOKS, OWN, SEEN = 4, 3, 16
-# Of distances and brightness, so that their logarithms are finite.
-_LEAST, _BLACK = 1e-4, 0.02
+LOOKS, OWN, SEEN = 6, 3, 18
+# Of the looks, what depends on light.
+_SHADES = 4
+# Of distances, brightness and shifts, so that their logarithms are finite, in half precision too.
+_LEAST, _BLACK, _SHIFT = 1e-4, 0.02, 0.01
 # A distance that none is as large as: that to a group of which nothing is left.
 _ABSENT = 4.0
 
 
 def looks_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Logarithms of the mean red, green and blue of every patch, and of the deviation of its brightness.
+    """How every patch looks, and where it is.
+
+    Logarithms of its mean red, green and blue and of the deviation of its brightness; row and column in [0, 1].
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -35,7 +40,14 @@ def looks_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
     cells = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
     colors, gray = cells.mean(dim=(3, 5)), cells.mean(dim=1, keepdim=True)
     deviation = (gray - gray.mean(dim=(3, 5), keepdim=True)).square().mean(dim=(3, 5)).sqrt()
-    return torch.cat([colors.clamp_min(0) + _BLACK, deviation + _BLACK / 2], dim=1).log()
+    shades = torch.cat([colors.clamp_min(0) + _BLACK, deviation + _BLACK / 2], dim=1).log()
+    return torch.cat([shades, _middles(grid).to(shades).expand(len(shades), -1, -1, -1)], dim=1)
+
+
+def _middles(grid: tuple[int, int]) -> Tensor:
+    """Row and column (2, h, w) of the middles of patches, in [0, 1]."""
+    rows, columns = ((torch.arange(length) + 0.5) / length for length in grid)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
 
 def own_spreads(distances: Tensor) -> Tensor:
@@ -75,8 +87,11 @@ def _of_level(bank: ReferenceBank, index: int, level: Tensor, barred: Tensor | N
     columns = [
         *_spread(ordered, count),
         *(torch.zeros_like(patches[:, :OWN]) if bank.own is None else bank.own[index].float()[matched]).unbind(dim=1),
-        *_differences(seen, own_looks.float()[places], nearest, distances < _ABSENT, level.shape[0]),
-        seen[:, -1],
+        *_differences(
+            seen[:, :_SHADES], own_looks[:, :_SHADES].float()[places], nearest, distances < _ABSENT, level.shape[0]
+        ),
+        seen[:, _SHADES - 1],
+        *_displacements(as_maps(own_looks[:, _SHADES:].float()[matched] - seen[:, _SHADES:], level)),
     ]
     distance = ordered[:, 0]
     if bank.units is not None:
@@ -96,7 +111,7 @@ def _spread(ordered: Tensor, count: Tensor) -> list[Tensor]:
 
 
 def _differences(seen: Tensor, own: Tensor, nearest: Tensor, there: Tensor, batch: int) -> list[Tensor]:
-    """How patches (Q, LOOKS) differ from the nearest rows of all groups (Q, G, LOOKS), but for what all of an image do.
+    """How shades (Q, 4) of patches differ from those (Q, G, 4) of the nearest rows, but for what all of an image do.
 
     Brightness, color and contrast against the nearest of all, and the least of brightness and of color.
     """
@@ -107,6 +122,26 @@ def _differences(seen: Tensor, own: Tensor, nearest: Tensor, there: Tensor, batc
     shift, tint, contrast = (part.gather(1, nearest)[:, 0] for part in (brightness, color, difference[..., 3]))
     least = (part.masked_fill(~there, torch.inf).amin(dim=1) for part in (brightness.abs(), color))
     return [shift, shift.abs(), tint, contrast, *least]
+
+
+def _displacements(shifts: Tensor) -> list[Tensor]:
+    """Logarithms of how far the nearest row lies from where a patch does, and of how unlike its neighbors' that is.
+
+    Args:
+        shifts: From the patches to their nearest rows, (B, 2, h, w).
+    """
+    height, width = shifts.shape[2:]
+    padded = F.pad(shifts, (1, 1, 1, 1), mode="replicate")
+    places = ((0, 1), (2, 1), (1, 0), (1, 2))
+    neighbors = [padded[:, :, top : top + height, left : left + width] for top, left in places]
+    apart = torch.stack([_length(neighbor - shifts) for neighbor in neighbors])
+    # One of the four may belong to something else.
+    unlike = (apart.sum(dim=0) - apart.amax(dim=0)).clamp_min(0) / 3
+    return [(length + _SHIFT).log().flatten() for length in (_length(shifts), unlike)]
+
+
+def _length(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(dim=1).sqrt()
 
 
 def _ordered(distances: Tensor) -> tuple[Tensor, Tensor]:

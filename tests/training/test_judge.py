@@ -12,7 +12,7 @@ import torch
 from adfeatures.errors import AdfeaturesError
 from training import judge
 from training.judging.contenders import Contender
-from training.judging.packages import PACKAGES
+from training.judging.packages import JUDGED
 from training.judging.protocol import Result, Size
 
 
@@ -28,12 +28,12 @@ def one_thread() -> Iterator[None]:
 def test_it_writes_what_every_contender_is_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(judge, "fetch", lambda folder: None)
+    monkeypatch.setattr(judge, "fetch", lambda folder, packages: None)
     monkeypatch.setattr(judge, "QUICK", Size(references=3, good=2, bad=2, draws={1: 1, 2: 2}))
     options = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "judged"), "--quick"]
     assert judge.main([*options, "--model", "residual_lite.in1k_v1", "--products", "rendered_denim"]) == 0
     said = capsys.readouterr().out
-    assert all(f"{name} {package.version}: {package.license}" in said for name, package in PACKAGES.items())
+    assert all(f"{name} {package.version}: {package.license}" in said for name, package in JUDGED.items())
     written = (tmp_path / "judged/results.md").read_text()
     assert said.endswith(written) and "**2 references, 2 draws**" in written
     rows = list(csv.DictReader((tmp_path / "judged/results.csv").open()))
@@ -44,7 +44,7 @@ def test_it_writes_what_every_contender_is_worth(
 
 @pytest.mark.slow
 def test_thresholds_are_judged_of_the_models_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "fetch", lambda folder: None)
+    monkeypatch.setattr(judge, "fetch", lambda folder, packages: None)
     monkeypatch.setattr(judge, "THRESHOLDS", Size(references=4, good=3, bad=1, draws={2: 1, 4: 1}))
     options = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "judged"), "--thresholds"]
     assert judge.main([*options, "--model", "residual_lite.in1k_v2", "--products", "rendered_denim"]) == 0
@@ -59,7 +59,7 @@ def test_products_that_are_done_stay_when_a_later_one_fails(tmp_path: Path, monk
             raise AdfeaturesError("cup cannot be judged")
         return [Result(name, "fixed", "residual_lite.in1k_v1", 8, 0, 0.9, 0.9, 0.9, 0.5, 0.0, "faint")]
 
-    monkeypatch.setattr(judge, "fetch", lambda folder: None)
+    monkeypatch.setattr(judge, "fetch", lambda folder, packages: None)
     monkeypatch.setattr(judge, "pictures", lambda *_, **__: None)
     monkeypatch.setattr(judge, "judged", judged)
     options = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "judged")]
@@ -81,7 +81,7 @@ class TestAFolderWithResults:
             for title in (title for contender in contenders for title in contender.names):
                 yield Result(name, "fixed", title, 8, 0, 1 / 3, 0.9, 0.9, float("nan"), 0.0, "faint blur")
 
-        monkeypatch.setattr(judge, "fetch", lambda folder: None)
+        monkeypatch.setattr(judge, "fetch", lambda folder, packages: None)
         monkeypatch.setattr(judge, "pictures", lambda *_, **__: None)
         monkeypatch.setattr(judge, "judged", judged)
         return asked

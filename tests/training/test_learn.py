@@ -38,7 +38,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Evidence of few pictures of two products."""
     for name, count in (("REFERENCES", 16), ("GOOD", 4), ("BAD", 6)):
         monkeypatch.setattr(evidence, name, count)
-    monkeypatch.setattr(learn, "fetch", lambda folder: None)
+    monkeypatch.setattr(learn, "fetch", lambda folder, packages: None)
     monkeypatch.setattr(learn, "learning_products", lambda folder: PRODUCTS)
     monkeypatch.setattr(train, "BATCH", 2)
     for name, product in PRODUCTS.items():
@@ -88,7 +88,7 @@ def test_products_share_no_photograph_with_those_that_judge(tmp_path: Path) -> N
     stamps = tmp_path / "tuxpaint-stamps-default" / PACKAGES["tuxpaint-stamps-default"].folder
     patterns = tmp_path / "krita-data" / PACKAGES["krita-data"].folder
     judged = {"vehicles/7spoke256.png", "food/fruit/lemon.png", "animals/insects/Woodlouse.png"}
-    others = {f"tools/tool{number}.png" for number in range(30)}
+    others = {f"tools/tool{number}.png" for number in range(60)}
     for name in judged | others | {"tools/saw_mirror.png", "symbols/alphabets/a.png"}:
         (stamps / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGBA", (150, 90)).save(stamps / name)
@@ -96,9 +96,15 @@ def test_products_share_no_photograph_with_those_that_judge(tmp_path: Path) -> N
     patterns.mkdir(parents=True)
     for name in ("18_texture-bark.png", "14_texture-rock.png"):
         Image.new("L", (512, 512)).save(patterns / name)
+    materials = tmp_path / "robosuite" / PACKAGES["robosuite"].folder
+    materials.mkdir(parents=True)
+    for name, side in (("steel-brushed.png", 660), ("can.png", 815), ("steel-scratched.png", 384)):
+        Image.new("RGB", (side, side + 10)).save(materials / name)
     products = learning_products(tmp_path)
+    sides = {p.setting.side for p in products.values() if getattr(p.setting, "package", "") == "robosuite"}  # type: ignore[attr-defined]
+    assert sides == {198, 330}
     used = {name for product in products.values() for name in getattr(product.setting, "names", ())}
-    assert used < others and 10 < len(used) < 30
+    assert used < others and 10 < len(used) < 60
     textures = {product.setting.name for product in products.values() if product.group == "texture"}  # type: ignore[attr-defined]
     assert "14_texture-rock.png" in textures and "18_texture-bark.png" not in textures
     settings = [str(product.setting) for table in SETS.values() for product in table.values()]

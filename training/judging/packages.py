@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,8 @@ class Package:
         return self.file.endswith(".deb")
 
 
-PACKAGES = {
+# Those that the judge takes products from.
+JUDGED = {
     "scikit-image": Package(
         version="0.26.0",
         file="scikit_image-0.26.0-cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
@@ -75,16 +76,33 @@ PACKAGES = {
         folder="usr/share/krita/patterns",
     ),
 }
+PACKAGES = {
+    **JUDGED,
+    "robosuite": Package(
+        version="1.5.2",
+        file="robosuite-1.5.2-py3-none-any.whl",
+        sha256="b9e02df55de8949739de6ba1d196d2ba59cf33c51a76efcfbe5c2f73cdcf99ce",
+        license="MIT",
+        folder="robosuite/models/assets/textures",
+    ),
+    "metaworld": Package(
+        version="3.1.1",
+        file="metaworld-3.1.1-py3-none-any.whl",
+        sha256="99e25d9baf97f2f1a19ca89c0d2ca9c6a2b396d9a9be81729de64eedc683f0d3",
+        license="MIT",
+        folder="metaworld/assets",
+    ),
+}
 
 
-def fetch(folder: Path) -> None:
-    """Fetch and extract all PACKAGES that are not in ``folder`` yet.
+def fetch(folder: Path, packages: Mapping[str, Package]) -> None:
+    """Fetch and extract packages that are not in ``folder`` yet.
 
     Raises:
         AdfeaturesError: If one cannot be fetched, or is not the file that is expected.
     """
     ready(folder)
-    for name, package in PACKAGES.items():
+    for name, package in packages.items():
         if not (folder / package.file).exists():
             _download(name, package, folder)
         if hashlib.sha256((folder / package.file).read_bytes()).hexdigest() != package.sha256:

@@ -15,7 +15,9 @@ from ..judging.scenes import Objects, Rendered, Texture, Whole
 
 # Of an object that was cut out.
 LEAST_PIXELS = 140
-TEXTURE_PIXELS = 512
+TEXTURE_PIXELS = 400
+# Sides of a crop, of the shorter one of a texture.
+CROPS = (0.3, 0.5)
 GROUNDS = ((0.16, 0.17, 0.18), (0.78, 0.78, 0.75), (0.35, 0.45, 0.58), (0.55, 0.42, 0.3))
 # Letters, formulas and flags are flat drawings.
 _FLAT = ("symbols/alphabets", "symbols/math", "town/flags")
@@ -25,7 +27,18 @@ _SCENES = {
     "starry_night.jpg stuff.jpg sudoku.png",
     "scikit-image": "cell.png chelsea.png clock_motion.png moon.png motorcycle_left.png text.png",
 }
-_CROPS = {"opencv-doc": "baboon.jpg", "scikit-image": "hubble_deep_field.jpg"}
+_TEXTURES = {
+    "krita-data": "*.png",
+    "robosuite": "*.png",
+    "metaworld": "**/textures/*.png",
+    "opencv-doc": "baboon.jpg",
+    "scikit-image": "hubble_deep_field.jpg",
+}
+# Pictures of something, next to nothing, or there twice.
+_NO_TEXTURES = {
+    *("can.png", "cereal.png", "ceramic.png", "glass.png", "lemon.png", "soda.png"),
+    *("scene/textures/height1.png", "textures/tennis.png", "textures/metal.png"),
+}
 
 
 def learning_products(photographs: Path) -> dict[str, Product]:
@@ -33,10 +46,11 @@ def learning_products(photographs: Path) -> dict[str, Product]:
     found: dict[str, Product] = {}
     for package, names in _SCENES.items():
         found |= {_name(package, name): Product("fixed", Whole(package, name)) for name in names.split()}
-    for number, (package, name) in enumerate(_textures(photographs)):
+    for number, (package, name, side) in enumerate(_textures(photographs)):
         changes = (("stretched",), ("tint",), ())[number % 3]
-        gray = package == "krita-data"
-        found[_name(package, name)] = Product("texture", Texture(package, name, 200), gray=gray, changes=changes)
+        gray = package == "krita-data" or number % 4 == 3
+        texture = Texture(package, name, side)
+        found[f"{_name(package, name)}_{side}"] = Product("texture", texture, gray=gray, changes=changes)
     stamps = list(_stamps(photographs))
     for number, name in enumerate(stamps):
         found[_name("stamps", name)] = _laid(number, name, stamps[(7 * number + 3) % len(stamps)])
@@ -64,14 +78,18 @@ def _laid(number: int, name: str, other: str) -> Product:
             return Product("fixed", Objects((name,), ground, side=0.7, turn=8, stray=0.02), gray=gray)
 
 
-def _textures(photographs: Path) -> Iterator[tuple[str, str]]:
+def _textures(photographs: Path) -> Iterator[tuple[str, str, int]]:
     judged = _judged("name")
-    folder = photographs / "krita-data" / PACKAGES["krita-data"].folder
-    for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as image:
-            if path.name not in judged and min(image.size) >= TEXTURE_PIXELS:
-                yield "krita-data", path.name
-    yield from _CROPS.items()
+    for package, pattern in _TEXTURES.items():
+        folder = photographs / package / PACKAGES[package].folder
+        for path in sorted(folder.glob(pattern)):
+            name = path.relative_to(folder).as_posix()
+            if name in judged or name in _NO_TEXTURES:
+                continue
+            with Image.open(path) as image:
+                shorter = min(image.size)
+            if shorter >= TEXTURE_PIXELS:
+                yield from ((package, name, round(share * shorter)) for share in CROPS)
 
 
 def _stamps(photographs: Path) -> Iterator[str]:
@@ -80,7 +98,7 @@ def _stamps(photographs: Path) -> Iterator[str]:
     folder = photographs / package / PACKAGES[package].folder
     for path in sorted(folder.rglob("*.png")):
         name = path.relative_to(folder).as_posix()
-        left_out = zlib.crc32(name.encode()) % 3 == 0  # All would take more than an hour.
+        left_out = zlib.crc32(name.encode()) % 2 == 0  # All would take more than an hour.
         if left_out or name in judged or name.startswith(_FLAT) or path.stem.endswith("_mirror"):
             continue
         with Image.open(path) as image:

