@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
+import torch
 from helpers.hub_server import HubServer
 from helpers.publishing import TOKEN, OwnCheckpoint
 from safetensors.torch import save
 
 from adfeatures import catalog
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch, as the workers of the commands have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from adfeatures.errors import AdfeaturesError
 from training import judge
@@ -15,13 +14,7 @@ from training.judging.contenders import Contender
 from training.judging.packages import JUDGED
 from training.judging.protocol import Result, Size
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,9 @@ from training.learning import evidence, train
 from training.learning.evidence import BACKBONE, Evidence, collect, files_of, maps_of
 from training.learning.products import learning_products
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PRODUCTS = {f"rendered_{name}": Product("rendered", Rendered(name)) for name in ("vinyl", "label")}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
