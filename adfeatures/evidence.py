@@ -41,7 +41,7 @@ def looks_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
     colors, gray = cells.mean(dim=(3, 5)), cells.mean(dim=1, keepdim=True)
     deviation = (gray - gray.mean(dim=(3, 5), keepdim=True)).square().mean(dim=(3, 5)).sqrt()
     shades = torch.cat([colors.clamp_min(0) + _BLACK, deviation + _BLACK / 2], dim=1).log()
-    return torch.cat([shades, _middles(grid).to(shades).expand(len(shades), -1, -1, -1)], dim=1)
+    return torch.cat([shades, _middles(grid).to(shades).expand(shades.shape[0], -1, -1, -1)], dim=1)
 
 
 def _middles(grid: tuple[int, int]) -> Tensor:

@@ -205,8 +205,8 @@ def test_fit_with_held_out_normals_and_coreset(photos: Path, capsys: pytest.Capt
     model = adfeatures.create_model()
     model.set_references(photos / "good", coreset=0.5)
     logs = np.log([prediction.score for prediction in model.score(photos / "new")])
-    # Student's t with a prior spread of 0.15 that is worth 8 scores
-    spread = np.sqrt((8 * 0.15**2 + ((logs - logs.mean()) ** 2).sum()) / 10 * (1 + 1 / 3))
+    # Student's t with a prior spread of 0.12 that is worth 8 scores
+    spread = np.sqrt((8 * 0.12**2 + ((logs - logs.mean()) ** 2).sum()) / 10 * (1 + 1 / 3))
     assert facts["threshold"] == pytest.approx(np.exp(logs.mean() + stats.t.ppf(0.9, 10) * spread), rel=1e-4)
     assert facts["normal_scores"] == 3
 
