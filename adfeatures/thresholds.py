@@ -13,8 +13,8 @@ from .errors import InputError
 Tail: TypeAlias = Literal["empirical", "lognormal"]
 # The quantile where none is asked for.
 QUANTILES: dict[Tail, float] = {"empirical": 0.99, "lognormal": 0.95}
-# The standard deviation of the logarithms of normal scores, as it has development products flagged most nearly as
-# promised, from 4 to 64 references; and how many scores that knowledge is worth.
+# A standard deviation of the logarithms of normal scores with which about as many good pictures of the development
+# products are flagged as promised, from 4 to 64 references; and how many scores that knowledge is worth.
 SPREAD, SPREAD_WORTH = 0.12, 8
 # How much higher than the next lower score that of an outlier is.
 GAP = 1.2
