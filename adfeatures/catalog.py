@@ -222,7 +222,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
             tags={
                 "in1k_v2": _lite(
                     training_data="ImageNet-1k; its head: defects drawn on photographs of free packages",
-                    training_data_license="research terms of ImageNet; licenses of the packages (GPL-2.0, BSD, CC0)",
+                    training_data_license="research terms of ImageNet; those of the packages (GPL-2.0, BSD, MIT, CC0)",
                     local=True,
                     head="residual_lite.in1k_v2.safetensors",
                     typical_distances=(

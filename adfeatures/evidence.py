@@ -1,7 +1,7 @@
 """What is seen of a patch beside its distance to the nearest reference patch.
 
 That distance says little by itself. It says more beside those to each group of references alone, those of the matched
-patch to other references, how the two differ in color, and whether they lie alike.
+patch to other references, how the two differ in color, and how far apart they lie.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def looks_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
     colors, gray = cells.mean(dim=(3, 5)), cells.mean(dim=1, keepdim=True)
     deviation = (gray - gray.mean(dim=(3, 5), keepdim=True)).square().mean(dim=(3, 5)).sqrt()
     shades = torch.cat([colors.clamp_min(0) + _BLACK, deviation + _BLACK / 2], dim=1).log()
-    return torch.cat([shades, _middles(grid).to(shades).expand(shades.shape[0], -1, -1, -1)], dim=1)
+    return torch.cat([shades, _middles(grid, images.device).to(shades).expand(shades.shape[0], -1, -1, -1)], dim=1)
 
 
-def _middles(grid: tuple[int, int]) -> Tensor:
+def _middles(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Row and column (2, h, w) of the middles of patches, in [0, 1]."""
-    rows, columns = ((torch.arange(length) + 0.5) / length for length in grid)
+    rows, columns = ((torch.arange(length, device=device) + 0.5) / length for length in grid)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m training.learn",
-        description=f"Train the head of {MODEL}.{TAG}, on the photographs of the judge but for those that it judges.",
+        description=f"Train the head of {MODEL}.{TAG}, on photographs that training.judge does not judge.",
     )
     parser.add_argument("--photographs", type=Path, required=True, help="folder for the downloaded packages")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the head sees; a later run resumes")

@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from adfeatures.checkpoints import load_checkpoint
+from adfeatures.errors import InputError
+from adfeatures.evidence import SEEN
 from adfeatures.factory import load_learned
 from adfeatures.learned import Head
 from adfeatures.scoring import anomaly_maps
@@ -60,6 +63,12 @@ def test_it_trains_from_what_is_kept_and_gives_the_same_bytes_again(
     scorer = load_learned(BACKBONE, None, heads / "first.safetensors")
     assert all(parameter.isfinite().all() for parameter in scorer.head.parameters())
     assert set(load_checkpoint(heads / "first.safetensors").state_dict) == set(Head(3).state_dict())
+
+
+def test_evidence_of_another_version_is_refused(tmp_path: Path) -> None:
+    save_file({"seen.0": torch.zeros(1, SEEN - 2, 4, 4)}, tmp_path / "old_8.safetensors")
+    with pytest.raises(InputError, match=r"old_8\.safetensors is of another version .* --work"):
+        Evidence.load(tmp_path / "old_8.safetensors")
 
 
 @pytest.mark.slow

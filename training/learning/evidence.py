@@ -14,6 +14,8 @@ import adfeatures
 from adfeatures import scoring
 from adfeatures.catalog import BACKBONES, MODELS
 from adfeatures.checkpoints import atomic_path
+from adfeatures.errors import InputError
+from adfeatures.evidence import SEEN
 from adfeatures.factory import load_learned
 from adfeatures.references import ReferenceBank
 
@@ -57,8 +59,14 @@ class Evidence:
 
     @classmethod
     def load(cls, path: Path) -> Evidence:
-        """Read a file that ``collect`` wrote."""
+        """Read a file that ``collect`` wrote.
+
+        Raises:
+            InputError: For one of another version, which saw something else.
+        """
         tensors = load_file(path)
+        if tensors["seen.0"].shape[1] != SEEN:
+            raise InputError(f"{path} is of another version of this command. Give another folder as --work.")
         distances, scales, seen = (
             [tensors[f"{name}.{level}"] for level in range(len(BACKBONE.blocks))]
             for name in ("distances", "scales", "seen")

@@ -1,4 +1,4 @@
-"""The products that the head is trained on: all that the photographs of the judge allow, but for what it judges."""
+"""The products that the head is trained on: what the packages of the judge have beside its own, and materials."""
 
 from __future__ import annotations
 
