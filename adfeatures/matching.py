@@ -66,13 +66,12 @@ def nearest_of_groups(
         barred: The image of each query whose rows are left out, (Q,); None for no such images.
     """
     if torch.compiler.is_compiling():
-        distances, places = _of_groups(queries, rows, owners, barred)
-    else:
-        chunks = queries.split(QUERIES_PER_CHUNK)
-        images = [None] * len(chunks) if barred is None else barred.split(QUERIES_PER_CHUNK)
-        parts = [_of_groups(chunk, rows, owners, own) for chunk, own in zip(chunks, images, strict=True)]
-        distances, places = (torch.cat(column) for column in zip(*parts, strict=True))
-    return distances, places + torch.arange(len(rows), device=places.device) * rows.shape[1]
+        return _of_groups(queries, rows, owners, barred)
+    chunks = queries.split(QUERIES_PER_CHUNK)
+    images = [None] * len(chunks) if barred is None else barred.split(QUERIES_PER_CHUNK)
+    parts = [_of_groups(chunk, rows, owners, own) for chunk, own in zip(chunks, images, strict=True)]
+    distances, places = (torch.cat(column) for column in zip(*parts, strict=True))
+    return distances, places
 
 
 def _of_groups(queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,9 +83,9 @@ def _of_groups(queries: Tensor, rows: Tensor, owners: Tensor, barred: Tensor | N
             similarity.masked_fill_(images == barred[:, None], -torch.inf)
         nearest.append(similarity.max(dim=1))
     values, places = (torch.stack(column, dim=1) for column in zip(*nearest, strict=True))
-    matched = torch.stack([group[place] for group, place in zip(rows, places.unbind(dim=1), strict=True)], dim=1)
+    places = places + torch.arange(len(rows), device=places.device) * rows.shape[1]
     # Half the squares of differences tell small distances, where 1 minus the similarity is mostly rounding.
-    distances = (queries[:, None] - matched.float()).square().sum(dim=2) / 2
+    distances = (queries[:, None] - rows.flatten(0, 1)[places].float()).square().sum(dim=2) / 2
     return distances.masked_fill(values.isneginf(), torch.inf), places
 
 

@@ -104,9 +104,10 @@ def seconds(function: Callable[[], object]) -> float:
     return timed(function)[0]
 
 
-def timed(function: Callable[[], T]) -> tuple[float, T]:
+def timed(function: Callable[[], T], *, rested: bool = True) -> tuple[float, T]:
     """Seconds that one call takes, and what it returns."""
-    time.sleep(REST)
+    if rested:
+        time.sleep(REST)
     _finish()
     start = time.perf_counter()
     result = function()

@@ -110,7 +110,22 @@ def test_a_model_without_projector_has_no_published_form() -> None:
         naive_features(ours, torch.randn(1, 3, 56, 56))
 
 
-STAGES = ("decode", "transform", "backbone", "match", "project", "score", "all stages")
+STAGES = ("decode", "transform", "backbone", "match", "project", "score", "all stages", "decoded image to map")
+
+
+def test_stages_are_timed_photo_after_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, rests = iter([9.0] * 6 + [1.0, 2, 4, 8, 16, 32] * 5), list[bool]()
+
+    def timed(function: Callable[[], object], *, rested: bool = True) -> tuple[float, object]:
+        rests.append(rested)
+        return next(taken) / 1000, function()
+
+    monkeypatch.setattr(bench, "timed", timed)
+    ours = tiny_extractor()
+    ours.set_references(torch.randn(2, 3, 56, 56))
+    rows = {row.what.partition(": ")[2]: row.ours for row in bench.stage_rows(ours, TINY)}
+    assert rows == dict(zip(STAGES, (1, 2, 4, 8, 16, 32, 63, 62), strict=True))
+    assert not any(rests) and next(taken, None) is None
 
 
 @pytest.mark.release

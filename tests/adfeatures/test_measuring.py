@@ -68,6 +68,7 @@ def test_timed_returns_what_the_function_does(monkeypatch: pytest.MonkeyPatch) -
     taken, value = timed(lambda: sleep(0.05) or "result")
     assert value == "result" and taken >= 0.05
     assert seconds(lambda: sleep(0.05)) >= 0.05
+    assert timed(lambda: "at once", rested=False)[1] == "at once"
     assert rests == [measuring.REST] * 2
 
 
