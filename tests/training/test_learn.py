@@ -65,6 +65,23 @@ def test_it_trains_from_what_is_kept_and_gives_the_same_bytes_again(
     assert set(load_checkpoint(heads / "first.safetensors").state_dict) == set(Head(3).state_dict())
 
 
+@pytest.mark.slow
+def test_several_processes_keep_the_same_evidence_and_none_of_it_twice(tmp_path: Path) -> None:
+    first, second = PRODUCTS
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    for folder in (alone, several):
+        folder.mkdir()
+    collect((first, PRODUCTS[first]), tmp_path / "photographs", alone)
+    kept = files_of(first, several)
+    files = train.gathered(PRODUCTS, tmp_path / "photographs", several, 2)
+    assert files == [*kept, *files_of(second, several)] and set(several.iterdir()) == set(files)
+    for path in kept:
+        assert path.read_bytes() == (alone / path.name).read_bytes()
+    written = [path.stat().st_mtime_ns for path in files]
+    assert train.gathered(PRODUCTS, tmp_path / "photographs", several, 2) == files
+    assert [path.stat().st_mtime_ns for path in files] == written
+
+
 def test_evidence_of_another_version_is_refused(tmp_path: Path) -> None:
     save_file({"seen.0": torch.zeros(1, SEEN - 2, 4, 4)}, tmp_path / "old_8.safetensors")
     with pytest.raises(InputError, match=r"old_8\.safetensors is of another version .* --work"):
