@@ -16,9 +16,10 @@ import torch
 from helpers.models import tiny_extractor
 
 from adfeatures import bench, measuring
-from adfeatures.bench import BenchSizes, naive_features, naive_projection, naive_residuals
+from adfeatures.bench import BenchSizes
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.projector import ResidualProjector
+from adfeatures.published import naive_features, naive_projection, naive_residuals
 from adfeatures.references import ReferenceBank
 
 TINY = BenchSizes(

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adfeatures.backbones import create_backbone
-from adfeatures.bench import naive_projection, naive_residuals
 from adfeatures.catalog import IMAGENET
 from adfeatures.images import normalized
 from adfeatures.measuring import Measurement, seconds
 from adfeatures.projector import ResidualProjector
+from adfeatures.published import naive_projection, naive_residuals
 
 from ..data.items import NORMAL, Item
 from ..losses import norm_loss
