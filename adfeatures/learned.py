@@ -111,8 +111,9 @@ class LearnedScorer(LocalCosineScorer, nn.Module):
         images = images.float()
         mean, deviation = (images.new_tensor(part)[:, None, None] for part in self.normalization)
         images = images * deviation + mean
-        seen = (local_mean(looks_of(images, (level.shape[2], level.shape[3]))) for level in features)
-        return [torch.cat([level, own.to(level)], dim=1) for level, own in zip(features, seen, strict=True)]
+        grids = [(level.shape[2], level.shape[3]) for level in features]
+        seen = {grid: local_mean(looks_of(images, grid)) for grid in dict.fromkeys(grids)}
+        return [torch.cat([level, seen[grid].to(level)], dim=1) for level, grid in zip(features, grids, strict=True)]
 
     def compare(self, bank: ReferenceBank, patches: Sequence[Tensor], exclude: Exclude = None) -> list[Tensor]:
         """See ``evidence``."""
