@@ -19,7 +19,7 @@ from .checkpoints import atomic_path, is_finite, regular_file
 from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
 from .evidence import OWN
-from .records import BankRecord
+from .records import MAX_ROTATIONS, BankRecord
 from .references import GROUPS, ReferenceBank
 from .scoring import MAX_DISTANCE, RINGS
 
@@ -44,6 +44,7 @@ class RecordFacts(BankRecord):
     threshold: Score | None = None
     quantile: Annotated[float, (math.ulp(0), 1)] | None = None
     normal_scores: list[Score] = field(default_factory=list)
+    rotations: Annotated[int, (1, MAX_ROTATIONS)] = 1
 
     def record(self) -> BankRecord:
         """The record alone.
@@ -61,6 +62,7 @@ class _Facts(RecordFacts):
     grids: list[Size]
     groups: Annotated[int, (1, GROUPS)] = 1
     looks: Annotated[int, (0, 64)] = 0
+    turned: bool = False
     complete: bool | None = None  # Of earlier versions; the number of rows says it.
 
 
@@ -83,6 +85,7 @@ def save_banks(path: str | os.PathLike[str], banks: Mapping[str, ReferenceBank])
             tensors[f"{number}.scales"] = bank.scales
         own = {"product": product, "grids": bank.grids, "num_images": bank.num_images}
         own |= {"groups": bank.groups, "looks": bank.looks} if bank.looks else {}
+        own |= {"turned": True} if bank.turned else {}
         facts.append(own | bank.record.facts())
     check(facts, list[_Facts], "banks")
     content, text = {name: tensor.contiguous() for name, tensor in tensors.items()}, dumps(facts)
@@ -197,6 +200,9 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
     for level, own in enumerate(rows):
         even = len((kept or rows)[level]) % facts.groups == 0
         _expect(even and facts.looks < own.shape[1], f"groups of rows.{level}")
+    if facts.turned:
+        enough = (len(own) >= facts.num_images * math.prod(grid) for own, grid in zip(rows, facts.grids, strict=True))
+        _expect(facts.geometry.is_plain and all(enough), "rows of whole images")
     for level, logs in enumerate(known or ()):
         fitting = logs.shape == (len((kept or rows)[level]), OWN) and logs.dtype in _FLOATS
         _expect(fitting and is_finite(logs) and float(logs.abs().max()) < _MAX_LOG, f"own.{level}")
@@ -212,6 +218,7 @@ def _bank(facts: _Facts, prefix: str, tensors: Mapping[str, Tensor]) -> Referenc
         own=known,
         groups=facts.groups,
         looks=facts.looks,
+        turned=facts.turned,
     )
 
 

@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--rotations",
         type=int,
-        default=1,
         metavar="N",
-        help="also match with the references rotated N ways, for parts in any orientation",
+        help="also match with the references rotated N ways, for parts in any orientation (default: of the default "
+        "model 8 if that brings the references closer to each other, else 1)",
     )
     _add_model_options(fit)
     _add_image_options(fit)

@@ -123,6 +123,7 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
         product: {
             "references": bank.num_images,
             "geometry": str(bank.record.geometry),
+            "rotations": bank.record.rotations,
             "threshold": bank.threshold,
             "quantile": bank.quantile,
             "normal_scores": len(bank.record.normal_scores),

@@ -20,12 +20,12 @@ from .geometry import PLAIN, Geometry
 from .image_files import MAX_PIXELS
 from .predictor import Images, Prediction, Products
 from .projector import ResidualProjector
+from .records import MAX_ROTATIONS
 from .references import ReferenceBank, residuals_of_images
 from .scoring import AnomalyMap, CosineRingScorer, FeatureNormScorer, Scorer
 from .thresholds import Tail
 
 DEFAULT_PRODUCT = "default"
-MAX_ROTATIONS = 64
 
 
 class FeatureExtractor(nn.Module):
@@ -186,7 +186,7 @@ class FeatureExtractor(nn.Module):
         product: str | None = None,
         *,
         coreset: float | None = None,
-        rotations: int = 1,
+        rotations: int | None = None,
         geometry: Geometry = PLAIN,
     ) -> None:
         """Take normal images as the references of a product, in place of those it had.
@@ -197,7 +197,9 @@ class FeatureExtractor(nn.Module):
             coreset: Fraction of the patches to keep, in (0, 1]; the default keeps all. Saves memory and time with many
                 references.
             rotations: Also match images with the references rotated by this many equal steps of a full turn, for parts
-                in any orientation. Setting them takes that many times longer, and none can be added later.
+                in any orientation. Setting them takes that many times longer, and none can be added later. The default
+                is 8 for ``residual_lite.in1k_v2`` if one of the first eight references is much closer to the others
+                when these are rotated, as those of such parts are, else 1.
             geometry: How photos are cut: into tiles, padded, to a region of interest; later photos are cut the same
                 way. To photos that are cut, no references can be added later.
 
@@ -205,7 +207,7 @@ class FeatureExtractor(nn.Module):
             ImageError: For a file that cannot be read or cut, or a folder without images.
             InputError: For no images, a wrong shape or NaN, rotations below 1, or tensors that should be cut.
         """
-        if not 1 <= rotations <= MAX_ROTATIONS:
+        if rotations is not None and not 1 <= rotations <= MAX_ROTATIONS:
             raise InputError(f"rotations must lie in 1 to {MAX_ROTATIONS}, got {rotations}.")
         self._banks[product or DEFAULT_PRODUCT] = fitting.fit(
             self, self._project, images, geometry=geometry, coreset=coreset, rotations=rotations

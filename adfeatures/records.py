@@ -8,6 +8,8 @@ from typing import Any
 
 from .geometry import PLAIN, Geometry
 
+MAX_ROTATIONS = 64
+
 
 @dataclass
 class BankRecord:
@@ -28,6 +30,7 @@ class BankRecord:
         normal_scores: Scores of the normal images that the threshold was taken from: these ones, each left out, or
             others.
         geometry: How the images were cut, and images to be compared with these are.
+        rotations: In how many equal steps of a full turn the images were rotated.
     """
 
     files: list[str] = field(default_factory=list)
@@ -43,6 +46,7 @@ class BankRecord:
     quantile: float | None = None
     normal_scores: list[float] = field(default_factory=list)
     geometry: Geometry = PLAIN
+    rotations: int = 1
 
     @property
     def known(self) -> set[str]:
@@ -53,6 +57,7 @@ class BankRecord:
         """All of it as JSON has it; what earlier versions do not know is left out where it says nothing."""
         plain = {"geometry"} if self.geometry.is_plain else set()
         plain |= {"form"} if self.form is None else set()
+        plain |= {"rotations"} if self.rotations == 1 else set()
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in plain}
 
     def undecided(self) -> BankRecord:

@@ -41,6 +41,7 @@ class ReferenceBank:
         own: Per level the logarithms (M_l, 3) of how far these rows are from those of other images; None if not needed.
         groups: These rows are as many of each of this many groups of images, one group after another.
         looks: How many of the last channels say how a patch looks, and are not compared to find the nearest row.
+        turned: Whether rows of rotated copies of the images follow those of the images, which are whole.
         record: How the bank was made. Its files, sha256s, model, threshold and quantile are attributes of the bank too.
     """
 
@@ -55,6 +56,7 @@ class ReferenceBank:
     own: list[Tensor] | None = None
     groups: int = 1
     looks: int = 0
+    turned: bool = False
 
     @classmethod
     def from_features(
@@ -125,8 +127,8 @@ class ReferenceBank:
     @property
     def complete(self) -> bool:
         """Whether every patch of every image is still there, as after ``coreset`` or of cut images it is not."""
-        sizes = [self.num_images * height * width for height, width in self.grids]
-        return self.record.geometry.is_plain and [len(rows) for rows in self.rows] == sizes
+        counts = [len(rows) for rows in self.rows]
+        return self.turned or (self.record.geometry.is_plain and counts == self._patches_of_images())
 
     @property
     def views_per_image(self) -> float:
@@ -209,11 +211,28 @@ class ReferenceBank:
             for (_, ranks), (height, width) in zip(images, self.grids, strict=True)
         ]
         kept = [rows.to(owners.device) for rows, owners in zip(kept, self.image_of_row, strict=True)]
+        if self.turned:
+            kept = self._thin(kept)
         if self.complete:
             self.kept = kept
         else:
             small = self.of_rows(kept)
             self.rows, self.image_of_row = small.rows, small.image_of_row
+
+    def _thin(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Keep of the rows of rotated copies these alone. Returns where the rows of these indices are then."""
+        places = []
+        for level, (own, count) in enumerate(zip(kept, self._patches_of_images(), strict=True)):
+            further = own >= count
+            picked, order = own[further].unique(return_inverse=True)
+            rows = torch.cat([torch.arange(count, device=own.device), picked])
+            self.rows[level], self.image_of_row[level] = self.rows[level][rows], self.image_of_row[level][rows]
+            places.append(own.masked_scatter(further, (count + order).to(own.dtype)))
+        return places
+
+    def _patches_of_images(self) -> list[int]:
+        """Per level how many patches whole images have together."""
+        return [self.num_images * height * width for height, width in self.grids]
 
     def features(self) -> list[Tensor]:
         """The feature maps of the references, one (K, C_l, h_l, w_l) per level.
@@ -223,19 +242,23 @@ class ReferenceBank:
         """
         if not self.complete:
             raise ReferencesError(
-                "This bank is a coreset, or of cut or turned images, and holds no whole ones. Set the references again "
-                "without a coreset, as whole photos."
+                "This bank is a coreset, or of cut images, and holds no whole ones. Set the references again without a "
+                "coreset, as whole photos."
             )
         return self._maps()
 
     def _maps(self) -> list[Tensor]:
-        return [
-            rows.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2) for rows, grid in zip(self.rows, self.grids, strict=True)
-        ]
+        own = self._upright(self.rows)
+        return [rows.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2) for rows, grid in zip(own, self.grids, strict=True)]
+
+    def _upright(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Per level what is of the images themselves, of what is of all rows."""
+        counts = self._patches_of_images() if self.turned else map(len, tensors)
+        return [own[:count] for own, count in zip(tensors, counts, strict=True)]
 
     def views_of(self, images: Sequence[int]) -> list[tuple[int, int]]:
         """The number of each map that this bank was made of, and its image, for these images."""
-        owners = self.image_of_row[0][:: math.prod(self.grids[0])].tolist()
+        owners = self._upright(self.image_of_row)[0][:: math.prod(self.grids[0])].tolist()
         return [(number, image) for image in images for number, owner in enumerate(owners) if owner == image]
 
     def leave_one_out(
@@ -276,9 +299,11 @@ class ReferenceBank:
         Raises:
             ReferencesError: If the banks do not belong together.
         """
-        if not (self.complete and other.complete) or self.grids != other.grids or self.model != other.model:
+        whole = self.complete and other.complete and not (self.turned or other.turned)
+        if not whole or self.grids != other.grids or self.model != other.model:
             raise ReferencesError(
-                "Only whole banks of one model and one image size can be joined; set all references at once instead."
+                "Only whole banks of one model and one image size, without rotated references, can be joined; set all "
+                "references at once instead."
             )
         owners = zip(self.image_of_row, other.image_of_row, strict=True)
         record = self.record.undecided()
@@ -295,10 +320,7 @@ class ReferenceBank:
         )
 
     def with_turned(self, turned: Sequence[ReferenceBank]) -> ReferenceBank:
-        """A bank with the rows of turned copies of its images too, each counted to its image, without threshold.
-
-        Such a bank has more rows than its images have patches, so that it is not ``complete``.
-        """
+        """A bank with the rows of rotated copies of its images too, each counted to its image, without threshold."""
         banks = [self, *turned]
         return ReferenceBank(
             rows=[torch.cat(level) for level in zip(*(bank.rows for bank in banks), strict=True)],
@@ -307,6 +329,7 @@ class ReferenceBank:
             num_images=self.num_images,
             record=self.record.undecided(),
             looks=self.looks,
+            turned=self.complete,
         )
 
     def coreset(self, fraction: float, seed: int = 0) -> ReferenceBank:

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--products", nargs="+", metavar="NAME", help="some products of the set (default: all)")
     parser.add_argument(
-        "--rotations", type=int, default=1, metavar="N", help="also judge each model with references rotated N ways"
+        "--rotations", type=int, metavar="N", help="also judge each model with references rotated N ways; 1 for none"
     )
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="few pictures, one draw of 8 references")
@@ -56,7 +56,9 @@ def _judge(options: argparse.Namespace) -> None:
         if name not in table:
             raise UnknownNameError(unknown(f"{options.set} product", name, table))
     memory: dict[str, Remembered] = {}
-    models = [Model(name, memory, turns) for turns in sorted({1, options.rotations}) for name in options.model]
+    models = [
+        Model(name, memory, turns) for turns in dict.fromkeys([None, options.rotations]) for name in options.model
+    ]
     ready(options.output)
     fetch(options.photographs, JUDGED)
     for name, package in JUDGED.items():

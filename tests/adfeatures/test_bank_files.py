@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adfeatures.bank_files import load_banks, save_banks
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
+from adfeatures.geometry import Geometry
 from adfeatures.records import BankRecord
 from adfeatures.references import ReferenceBank
 
@@ -54,6 +55,27 @@ def test_every_fact_is_tested() -> None:
     plain, full = BankRecord(), full_bank().record
     for entry in dataclasses.fields(BankRecord):
         assert getattr(plain, entry.name) != getattr(full, entry.name)
+
+
+def test_turned_bank_saved_and_loaded(tmp_path: Path) -> None:
+    upright, turned = (ReferenceBank.from_features(maps(name, count=3), looks=1) for name in ("references", "queries"))
+    bank = upright.with_turned([turned])
+    bank.record.rotations = 2
+    bank.reduce(20)
+    bank.save(tmp_path / "bank.safetensors")
+    loaded = ReferenceBank.load(tmp_path / "bank.safetensors")
+    assert loaded.turned and loaded.complete
+    assert_same(loaded, bank)
+    bank.record.geometry = Geometry(keep_aspect=True)
+    bank.save(tmp_path / "cut.safetensors")
+    with pytest.raises(CheckpointError, match="rows of whole images"):
+        ReferenceBank.load(tmp_path / "cut.safetensors")
+    bank.record.geometry = Geometry()
+    bank.rows[1], bank.image_of_row[1] = bank.rows[1][:17], bank.image_of_row[1][:17]
+    bank.kept, bank.groups = None, 1
+    bank.save(tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match="rows of whole images"):
+        ReferenceBank.load(tmp_path / "short.safetensors")
 
 
 def test_bare_bank_saved_and_loaded(tmp_path: Path) -> None:

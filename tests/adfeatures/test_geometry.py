@@ -382,7 +382,7 @@ class TestTiles:
         model.set_references([photo(seed, self.SIZE) for seed in range(3)], geometry=self.GEOMETRY)
         with pytest.raises(ReferencesError, match="set all references at once"):
             model.add_references(photo(5, self.SIZE))
-        with pytest.raises(ReferencesError, match="cut or turned"):
+        with pytest.raises(ReferencesError, match="a coreset, or of cut images"):
             model.reference_features()
         with pytest.raises(InputError, match="tiles of 60 pixels, 10 shared, which no transform reproduces"):
             adfeatures.create_transform(model)

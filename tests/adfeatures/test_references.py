@@ -528,9 +528,34 @@ def test_residuals_are_in_units_of_the_matched_rows() -> None:
 def test_turned_copies_belong_to_the_images_that_they_are_of() -> None:
     upright, turned = (ReferenceBank.from_features(maps(name, count=3)) for name in ("references", "queries"))
     bank = upright.with_turned([turned])
-    assert not bank.complete and bank.num_images == 3
-    with pytest.raises(ReferencesError, match="whole"):
-        bank.extended(upright)
-    for residuals in bank.leave_one_out(full=upright):
-        assert all(level.abs().amax(dim=(1, 2, 3)).min() > 0 for level in residuals)
+    assert bank.turned and bank.complete and bank.num_images == 3
+    for pair in ((bank, upright), (upright, bank)):
+        with pytest.raises(ReferencesError, match="without rotated references"):
+            pair[0].extended(pair[1])
+    for own, other in zip(bank.leave_one_out(), bank.leave_one_out(full=upright), strict=True):
+        assert all(level.abs().amax(dim=(1, 2, 3)).min() > 0 for level in own)
+        assert all(torch.equal(left, right) for left, right in zip(own, other, strict=True))
     assert all(float(level.abs().max()) == 0 for level in bank.residuals(maps("queries", count=3)))
+    assert not bank.coreset(1).turned and not bank.coreset(1).complete
+    assert not upright.coreset(0.5).with_turned([turned]).complete
+
+
+@pytest.mark.parametrize("most", [12, 1000])
+def test_of_turned_copies_a_bank_keeps_what_is_matched_with(most: int) -> None:
+    features = maps("references", count=3)
+    upright = ReferenceBank.from_features(features)
+    turned = [ReferenceBank.from_features(maps(name, count=3)) for name in ("queries", "more")]
+    bank, drawn = upright.with_turned(turned), upright.with_turned(turned)
+    drawn.turned = False  # So that only what is drawn is left.
+    for either in (bank, drawn):
+        either.reduce(most)
+    assert bank.complete and bank.kept is not None and not drawn.complete
+    for level, kept in enumerate(bank.kept):
+        own, expected = bank.rows[level], drawn.rows[level]
+        assert torch.equal(own[kept.long()], expected)
+        assert torch.equal(bank.image_of_row[level][kept.long()], drawn.image_of_row[level])
+        count = len(upright.rows[level])
+        assert torch.equal(own[:count], upright.rows[level])
+        # Further rows are those that were drawn, each once.
+        assert len(own) == count + len(kept[kept >= count].unique())
+    assert all(torch.equal(*pair) for pair in zip(bank.features(), features, strict=True))

@@ -36,6 +36,7 @@ FACTS: dict[str, Any] = {
     "quantile": 0.99,
     "normal_scores": [1 / 3, 2 / 7, 1e-30],
     "geometry": Geometry(64, 8, True, Region.read(np.eye(90, 120, dtype=np.uint8))),
+    "rotations": 3,
 }
 
 

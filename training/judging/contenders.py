@@ -87,11 +87,11 @@ class Model:
     Args:
         name: Its name with tag.
         memory: Backbones that remember, by the hash of their weights; that of the model is put there.
-        rotations: Parts of a full turn that the references are turned by, as in ``set_references``.
+        rotations: As of ``set_references``.
     """
 
-    def __init__(self, name: str, memory: dict[str, Remembered], rotations: int = 1) -> None:
-        self.name = name if rotations == 1 else f"{name}, {rotations} rotations"
+    def __init__(self, name: str, memory: dict[str, Remembered], rotations: int | None = None) -> None:
+        self.name = name if rotations is None else f"{name}, {rotations} rotations"
         self.names: tuple[str, ...] = (self.name,)
         self.rotations = rotations
         self.extractor = adfeatures.create_model(name)
