@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ ROTATIONS = 8
 # Parts lie in any orientation if this leaves less than this fraction of the distance of one of them to the others. Of
 # eight references of a development product that is so for an orange and a mixer, whose defects are found better then.
 CLOSER = 0.9
+
+# Patches of turned views per level, and what counts of the views, bool (B, H, W); None for all.
+Turned: TypeAlias = "tuple[list[Tensor], Tensor | None]"
 
 
 class Encoded(NamedTuple):
@@ -113,16 +116,19 @@ def encode(
     maps: list[list[list[Tensor]]] = []
     counts: list[list[Tensor]] = []
     owners: list[int] = []
+    first: dict[float, Turned] = {}
     for photos in normal_photos(model, images, bit_depth, known, geometry):
         if rotations is None:
-            rotations = _rotations_of(model, photos)
+            first = _quarter_turns(model, photos)
+            rotations = ROTATIONS if first and _left_when_turned(model, first.values()).min() < CLOSER else 1
         if not owners:
             record.rotations = rotations
             maps, counts = [[] for _ in range(rotations)], [[] for _ in range(rotations)]
         for numbers, views in view_batches(photos, BATCH_SIZE):
             for number in range(rotations):
-                x, own = stacked([_turned(view, number / rotations) for view in views])
-                maps[number].append(model.patches(model.as_input(x)))
+                turns = number / rotations
+                patches, own = first.pop(turns) if turns in first else _patches(model, views, turns)
+                maps[number].append(patches)
                 counts[number] += [] if own is None else [own]
             owners += [len(record.files) + number for number in numbers]
         if (cut := photos[0].cut) is not None:
@@ -142,34 +148,32 @@ def encode(
     return encoded
 
 
-def _rotations_of(model: FeatureExtractor, photos: Sequence[Photo]) -> int:
-    """In how many steps references like these photos are rotated: 1 for models that CLOSER was not chosen for."""
-    scorer = model.scorer
-    if isinstance(scorer, LearnedScorer) and _left_when_turned(model, photos, scorer.ROWS).min() < CLOSER:
-        return ROTATIONS
-    return 1
-
-
-def _left_when_turned(model: FeatureExtractor, photos: Sequence[Photo], rows: int) -> Tensor:
-    """What fraction (K,) of the distance of each photo to the others is left when these may be in any quarter turn.
-
-    To at most this many rows of them. All of it where there are no two photos, or they are cut.
-    """
+def _quarter_turns(model: FeatureExtractor, photos: Sequence[Photo]) -> dict[float, Turned]:
+    """Whole photos by the turn; none of a single photo, or for models that CLOSER was not chosen for."""
     views = [view for photo in photos for view in photo.views]
-    if not 1 < len(views) == len(photos):
-        return torch.ones(1)
-    turned = ([_turned(view, number / 4) for view in views] for number in range(4))
-    banks = [
-        ReferenceBank.from_features(model.patches(model.as_input(stacked(own)[0])), looks=model.scorer.looks)
-        for own in turned
-    ]
+    if not 1 < len(views) == len(photos) or not isinstance(model.scorer, LearnedScorer):
+        return {}
+    return {turns: _patches(model, views, turns) for turns in (0, 0.25, 0.5, 0.75)}
+
+
+def _left_when_turned(model: FeatureExtractor, turned: Iterable[Turned]) -> Tensor:
+    """What fraction (K,) of the distance of each photo to the others is left when these may be in any of the turns.
+
+    Distances are to as many patches as the model matches with; the first of the turns is none.
+    """
+    upright, *others = (ReferenceBank.from_features(patches, looks=model.scorer.looks) for patches, _ in turned)
     apart = []
-    for bank in (dataclasses.replace(banks[0]), banks[0].with_turned(banks[1:])):
-        bank.reduce(rows)
-        levels = zip(*bank.leave_one_out(full=banks[0]), strict=True)
+    for bank in (dataclasses.replace(upright), upright.with_turned(others)):
+        bank.reduce(LearnedScorer.ROWS)
+        levels = zip(*bank.leave_one_out(full=upright), strict=True)
         apart.append(torch.stack([torch.cat([*map(cosine_distances, level)]).mean(dim=(1, 2)) for level in levels]))
-    upright, any_way = apart
-    return (any_way / upright).log().mean(dim=0).exp()
+    as_they_are, in_any_turn = apart
+    return (in_any_turn / as_they_are).log().mean(dim=0).exp()
+
+
+def _patches(model: FeatureExtractor, views: Sequence[View], turns: float) -> Turned:
+    x, counts = stacked([_turned(view, turns) for view in views])
+    return model.patches(model.as_input(x)), counts
 
 
 def _turned(view: View, turns: float) -> View:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 import adfeatures
 from adfeatures.errors import ReferencesError
 from adfeatures.extractor import FeatureExtractor
-from adfeatures.fitting import CLOSER, _left_when_turned
+from adfeatures.fitting import CLOSER, _left_when_turned, _quarter_turns
 from adfeatures.geometry import Geometry
 from adfeatures.predictor import normal_photos
 
@@ -100,7 +100,7 @@ def test_what_is_left_of_distances_is_that_of_all_patches(lying: list[Image.Imag
     images = torch.stack([transform(image) for image in lying[:4]])
     (photos,) = normal_photos(model, images, 8)
     with torch.no_grad():
-        found = _left_when_turned(model, photos, 1_000_000)
+        found = _left_when_turned(model, _quarter_turns(model, photos).values())
         levels = zip(*(model.backbone_features(images.rot90(-turns, (2, 3))) for turns in range(4)), strict=True)
     ratios = []
     for turns in levels:
