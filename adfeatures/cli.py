@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rotations",
         type=int,
         metavar="N",
-        help="also match with the references rotated N ways, for parts in any orientation (default: of the default "
-        "model 8 if that brings the references closer to each other, else 1)",
+        help="also match with the references rotated N ways, for parts in any orientation (default: 8 for the "
+        "default model if that brings references much closer to each other, else 1)",
     )
     _add_model_options(fit)
     _add_image_options(fit)

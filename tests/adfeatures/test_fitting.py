@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import adfeatures
+from adfeatures.cli import main
 from adfeatures.errors import ReferencesError
 from adfeatures.extractor import FeatureExtractor
 from adfeatures.fitting import CLOSER, _left_when_turned, _quarter_turns
@@ -124,8 +125,6 @@ def test_the_command_says_it_and_the_bank_keeps_it(
         image.save(tmp_path / f"{number}.png")
     bank = tmp_path / "bank.safetensors"
     arguments = ["fit", "--references", str(tmp_path), "--bank", str(bank), "--json"]
-    from adfeatures.cli import main
-
     for further, expected in (([], 8), (["--rotations", "1"], 1), (["--rotations", "3"], 3)):
         assert main([*arguments, *further]) == 0
         assert f'"rotations": {expected}' in capsys.readouterr().out
