@@ -20,7 +20,8 @@ from .documents import Size, check, dumps, parse
 from .errors import CheckpointError, InputError, ReferencesError
 from .evidence import OWN
 from .records import MAX_ROTATIONS, BankRecord
-from .references import GROUPS, ReferenceBank
+from .reduction import GROUPS
+from .references import ReferenceBank
 from .scoring import MAX_DISTANCE, RINGS
 
 FORMAT, VERSION = "adfeatures-references", "1"

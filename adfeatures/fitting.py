@@ -17,6 +17,7 @@ from .geometry import PLAIN, Geometry, View
 from .learned import LearnedScorer
 from .predictor import BATCH_SIZE, PRESET, Images, normal_photos, stacked, view_batches
 from .records import BankRecord
+from .reduction import reduce
 from .references import ReferenceBank
 from .scoring import Project, cells_of, cosine_distances, image_scores
 from .sources import Photo, name_of
@@ -164,7 +165,7 @@ def _left_when_turned(model: FeatureExtractor, turned: Iterable[Turned]) -> Tens
     upright, *others = (ReferenceBank.from_features(patches, looks=model.scorer.looks) for patches, _ in turned)
     apart = []
     for bank in (dataclasses.replace(upright), upright.with_turned(others)):
-        bank.reduce(LearnedScorer.ROWS)
+        reduce(bank, LearnedScorer.ROWS)
         levels = zip(*bank.leave_one_out(full=upright), strict=True)
         apart.append(torch.stack([torch.cat([*map(cosine_distances, level)]).mean(dim=(1, 2)) for level in levels]))
     as_they_are, in_any_turn = apart

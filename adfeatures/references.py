@@ -17,8 +17,6 @@ from .records import BankRecord
 
 # Leave-one-out over a large bank costs the square of its images, and this many already give a stable quantile.
 LEAVE_ONE_OUT_IMAGES = 64
-# What images are matched with is drawn alike from this many groups of references, or as many as there are references.
-GROUPS = 8
 
 # The reference image that a query must not be matched with: one for all, or one or None for each query.
 Exclude: TypeAlias = "int | Sequence[int | None] | None"
@@ -128,7 +126,12 @@ class ReferenceBank:
     def complete(self) -> bool:
         """Whether every patch of every image is still there, as after ``coreset`` or of cut images it is not."""
         counts = [len(rows) for rows in self.rows]
-        return self.turned or (self.record.geometry.is_plain and counts == self._patches_of_images())
+        return self.turned or (self.record.geometry.is_plain and counts == self.patches_of_images)
+
+    @property
+    def patches_of_images(self) -> list[int]:
+        """Per level how many patches whole images have together."""
+        return [self.num_images * height * width for height, width in self.grids]
 
     @property
     def views_per_image(self) -> float:
@@ -182,7 +185,7 @@ class ReferenceBank:
     def own_distances(self) -> list[Tensor]:
         """Cosine distances (M_l, G) of the rows that images are matched with to the nearest of other images by group.
 
-        Infinite to a group without other images. The features must be of unit length, and ``reduce`` have been called.
+        Infinite to a group without other images. The features must be of unit length, and the bank reduced.
         """
         return [
             nearest_of_groups(rows.flatten(0, 1), rows, owners, owners.flatten())[0]
@@ -195,44 +198,6 @@ class ReferenceBank:
         compared = rows.shape[1] - self.looks
         size = (self.groups, -1)
         return rows[:, :compared].unflatten(0, size), owners.unflatten(0, size), rows[:, compared:]
-
-    def reduce(self, most: int, seed: int = 0) -> None:
-        """Match images with about this many random rows of each level; a complete bank keeps the others too.
-
-        At least twice the patches of an image are taken, so that no image holds all of them, and as many of each of
-        at most GROUPS groups of images, of a smaller one some twice. A draw treats all images alike, so that a
-        reference that is left out scores as a new image does; a coreset would not.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        images = [owners.cpu().unique(return_inverse=True) for owners in self.image_of_row]
-        self.groups = min(GROUPS, *(len(present) for present, _ in images))
-        kept = [
-            _drawn(ranks % self.groups, self.groups, max(most, 2 * height * width), generator)
-            for (_, ranks), (height, width) in zip(images, self.grids, strict=True)
-        ]
-        kept = [rows.to(owners.device) for rows, owners in zip(kept, self.image_of_row, strict=True)]
-        if self.turned:
-            kept = self._thin(kept)
-        if self.complete:
-            self.kept = kept
-        else:
-            small = self.of_rows(kept)
-            self.rows, self.image_of_row = small.rows, small.image_of_row
-
-    def _thin(self, kept: Sequence[Tensor]) -> list[Tensor]:
-        """Keep of the rows of rotated copies these alone. Returns where the rows of these indices are then."""
-        places = []
-        for level, (own, count) in enumerate(zip(kept, self._patches_of_images(), strict=True)):
-            further = own >= count
-            picked, order = own[further].unique(return_inverse=True)
-            rows = torch.cat([torch.arange(count, device=own.device), picked])
-            self.rows[level], self.image_of_row[level] = self.rows[level][rows], self.image_of_row[level][rows]
-            places.append(own.masked_scatter(further, (count + order).to(own.dtype)))
-        return places
-
-    def _patches_of_images(self) -> list[int]:
-        """Per level how many patches whole images have together."""
-        return [self.num_images * height * width for height, width in self.grids]
 
     def features(self) -> list[Tensor]:
         """The feature maps of the references, one (K, C_l, h_l, w_l) per level.
@@ -253,7 +218,7 @@ class ReferenceBank:
 
     def _upright(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Per level what is of the images themselves, of what is of all rows."""
-        counts = self._patches_of_images() if self.turned else map(len, tensors)
+        counts = self.patches_of_images if self.turned else map(len, tensors)
         return [own[:count] for own, count in zip(tensors, counts, strict=True)]
 
     def views_of(self, images: Sequence[int]) -> list[tuple[int, int]]:
@@ -429,15 +394,6 @@ class ReferenceBank:
             raise ReferencesError("The coreset keeps rows of a single image only, so that image cannot be left out.")
         # No row is of image -1, so nothing is barred from the images that exclude none.
         return image_of_each_patch(level, [-1 if image is None else image for image in excluded])
-
-
-def _drawn(group_of_row: Tensor, groups: int, most: int, generator: torch.Generator) -> Tensor:
-    """Random rows, as many of each group, in their order; of a group with fewer rows some again. (M,) int32."""
-    members = [(group_of_row == group).nonzero()[:, 0] for group in range(groups)]
-    count = min(most // groups, max(map(len, members)))
-    drawn = [own[torch.randperm(len(own), generator=generator)] for own in members]
-    again = [own.repeat(-(-count // len(own)))[:count].sort().values for own in drawn]
-    return torch.cat(again).int()
 
 
 def residuals_of_images(

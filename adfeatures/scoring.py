@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError, ReferencesError
+from .reduction import reduce
 from .thresholds import Tail
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class LocalCosineScorer(CosineRingScorer):
     def prepare(self, bank: ReferenceBank) -> None:
         """Reduce what images are matched with, and learn what is normal there."""
         more = min(max(bank.views_per_image / self.TILES, 1), self.MOST)
-        bank.reduce(round(self.ROWS * more))
+        reduce(bank, round(self.ROWS * more))
         if bank.num_images > 1:
             self.learn(bank, bank.own_distances())
 

@@ -21,6 +21,7 @@ from adfeatures.bank_files import load_banks, save_banks
 from adfeatures.errors import AdfeaturesError, CheckpointError, InputError
 from adfeatures.geometry import Geometry
 from adfeatures.records import BankRecord
+from adfeatures.reduction import reduce
 from adfeatures.references import ReferenceBank
 
 
@@ -61,7 +62,7 @@ def test_turned_bank_saved_and_loaded(tmp_path: Path) -> None:
     upright, turned = (ReferenceBank.from_features(maps(name, count=3), looks=1) for name in ("references", "queries"))
     bank = upright.with_turned([turned])
     bank.record.rotations = 2
-    bank.reduce(20)
+    reduce(bank, 20)
     bank.save(tmp_path / "bank.safetensors")
     loaded = ReferenceBank.load(tmp_path / "bank.safetensors")
     assert loaded.turned and loaded.complete
