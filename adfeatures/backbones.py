@@ -138,13 +138,6 @@ class EfficientNet(Encoder):
             InputError: If a side is not a multiple of the coarsest reduction.
         """
         check_images(x, self.patch_size)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._maps(x)
-        # The maps of few images stay in the cache of a core; those of a large batch do not, which takes longer.
-        few = x.split(max(1, torch.get_num_threads() // 2))
-        return [torch.cat(level) for level in zip(*map(self._maps, few), strict=True)]
-
-    def _maps(self, x: Tensor) -> list[Tensor]:
         if x.device.type == "cpu":
             # Convolutions are quicker in this layout there.
             x = x.contiguous(memory_format=torch.channels_last)
