@@ -18,20 +18,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .documents import dumps, parse, read_document
 from .errors import ImageError, InputError
+from .geometry import Geometry
 from .images import read_image
 from .overlays import contact_sheet, encoded, overlay, save_picture, tile
-from .predictor import BATCH_SIZE, Detector, ensure_threshold, score_photos, warn_of_drift
+from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos, warn_of_drift
 from .results import SUMMARY, ImageRow, Results, mark, write_parquet, write_summary, writing_to
 from .scoring import color_scale
 from .worklist import Worklist
 
 WORST, TILE_WIDTH = 12, 480
+# Reading and drawing a photo of twelve megapixels takes several times as long as scoring it.
+WORKERS = 2
 # Longest side in pixels of a photo in its overlay, beside which the legend stands: large ones are drawn smaller.
 OVERLAY_SIDE = 2048
+# Half the time of the default, for files that are a few percent larger.
+PNG_LEVEL = 4
 # As many reasons of failures as the summary tells.
 MOST_ERRORS = 20
 
@@ -45,7 +51,7 @@ class Terms:
         threshold: Score above which an image counts as anomalous, None where nothing is decided.
         scale: Values of the map that the first and the last color stand for.
         batch_size: Images per forward pass.
-        workers: Images that are read at a time.
+        workers: Images that are read, or drawn, at a time.
         keep_maps: Whether outcomes hold their map.
     """
 
@@ -92,7 +98,7 @@ def inspect(
     product: str | None = None,
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
-    workers: int = 1,
+    workers: int = WORKERS,
     keep_maps: bool = False,
     resume: bool = False,
     engine: Engine | None = None,
@@ -110,7 +116,7 @@ def inspect(
         product: Whose references to use, where several products are held.
         threshold: Decides instead of the threshold of the references.
         batch_size: Images per forward pass.
-        workers: Images that are read at a time, ahead of the model.
+        workers: Images that are read or drawn at a time, while the model scores others.
         keep_maps: Whether to keep the maps too, each of the size of its overlay.
         resume: Whether to continue an interrupted run with the same options: finished rows are kept, and the result
             is that of one run. A run that fails also leaves its rows next to an earlier result.
@@ -152,43 +158,53 @@ def inspect(
 
 
 def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[Outcome]:
-    """Score files in this process, reading ahead of the model."""
+    """Score files in this process, reading ahead of the model and drawing behind it."""
     files, sources = tee(files)
     geometry = model.bank(terms.product).record.geometry
+    # Photos that are cut into tiles are held until they are scored.
+    count = terms.batch_size if geometry.tile is None else terms.workers
     with ThreadPoolExecutor(terms.workers) as pool:
-        # Photos that are cut into tiles are held until they are scored.
-        read = partial(_ahead, pool, terms.batch_size if geometry.tile is None else terms.workers)
-        found = score_photos(model, sources, repeat(terms.product), terms.batch_size, OVERLAY_SIDE, read)
-        for file, (result, picture) in zip(files, found, strict=True):
-            if isinstance(result, ImageError) or picture is None:
-                yield Outcome(ImageRow(file, error=str(result)))
-                continue
-            limit = terms.threshold
-            decision = "" if limit is None else "anomalous" if result.score > limit else "normal"
-            caption = f"{Path(file).name}   score {result.score:.3g}   {decision}".rstrip()
-            region = None if geometry.region is None else geometry.region.resized((picture.height, picture.width))
-            drawn = overlay(picture, result.map, scale=terms.scale, threshold=limit, caption=caption, region=region)
-            yield Outcome(
-                ImageRow(file, result.score, limit, decision),
-                encoded(drawn, ".png", pnginfo=mark()),
-                result.is_reference,
-                result.map if terms.keep_maps else None,
-            )
+        ahead = partial(_ahead, pool, count)
+        found = score_photos(model, sources, repeat(terms.product), terms.batch_size, OVERLAY_SIDE, ahead)
+        yield from ahead(partial(_outcome, terms, geometry), files, found)
+
+
+def _outcome(
+    terms: Terms, geometry: Geometry, file: str, scored: tuple[Prediction | ImageError, Image.Image | None]
+) -> Outcome:
+    result, picture = scored
+    if isinstance(result, ImageError) or picture is None:
+        return Outcome(ImageRow(file, error=str(result)))
+    limit = terms.threshold
+    decision = "" if limit is None else "anomalous" if result.score > limit else "normal"
+    caption = f"{Path(file).name}   score {result.score:.3g}   {decision}".rstrip()
+    region = None if geometry.region is None else geometry.region.resized((picture.height, picture.width))
+    drawn = overlay(picture, result.map, scale=terms.scale, threshold=limit, caption=caption, region=region)
+    return Outcome(
+        ImageRow(file, result.score, limit, decision),
+        encoded(drawn, ".png", compress_level=PNG_LEVEL, pnginfo=mark()),
+        result.is_reference,
+        result.map if terms.keep_maps else None,
+    )
 
 
 def _ahead(pool: ThreadPoolExecutor, count: int, function: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     """As ``map``, with this many calls under way ahead of the one whose result is awaited."""
     waiting: deque[Future[Any]] = deque()
+    arguments, failure = zip(*items, strict=False), None
     try:
-        for arguments in zip(*items, strict=False):
-            waiting.append(pool.submit(function, *arguments))
-            if len(waiting) > count:
+        while failure is None:
+            try:
+                waiting.append(pool.submit(function, *next(arguments)))
+            except BaseException as error:  # The results of what came before are given first.
+                failure = error
+            while len(waiting) > (count if failure is None else 0):
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
     finally:
         for future in waiting:
             future.cancel()
+    if not isinstance(failure, StopIteration):
+        raise failure
 
 
 def _facts(model: Detector, terms: Terms) -> dict[str, Any]:

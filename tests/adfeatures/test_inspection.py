@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Generator, Iterable
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from adfeatures.inspection import Outcome, Terms, inspect, outcomes
 from adfeatures.overlays import contact_sheet, encoded
 from adfeatures.predictor import score_photos
 from adfeatures.results import ImageRow, mark
+from adfeatures.scoring import AnomalyMap
 from adfeatures.worklist import find_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot pin down")
@@ -466,6 +468,33 @@ def test_reading_ahead_changes_nothing(model: FeatureExtractor, tmp_path: Path, 
             else:
                 assert outcome.row.score == expected.score and outcome.map is not None
                 assert np.array_equal(expected.map, outcome.map)
+
+
+def test_pictures_are_drawn_beside_the_model(
+    model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model scores a batch while the pictures of the one before are not drawn yet, and no more than that."""
+    files = [str(path) for path in write_photos(tmp_path / "new", range(20, 26))]
+    drawn, scored = threading.Semaphore(0), 0
+    draw, score = inspection.overlay, model.anomaly_map
+
+    def waits(*arguments: Any, **options: Any) -> Image.Image:
+        assert drawn.acquire(timeout=60)
+        return draw(*arguments, **options)
+
+    def counts(*arguments: Any, **options: Any) -> AnomalyMap:
+        nonlocal scored
+        scored += 1
+        if scored > 1:
+            drawn.release(2)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(inspection, "overlay", waits)
+    monkeypatch.setattr(model, "anomaly_map", counts)
+    found = outcomes(model, files, Terms(None, 1.0, (0.0, 2.0), 2, 1, False))
+    assert [next(found).row.file, next(found).row.file] == files[:2] and scored == 2
+    drawn.release(2)
+    assert [outcome.row.file for outcome in found] == files[2:] and scored == 3
 
 
 def test_parquet_holds_the_same_rows(model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
