@@ -6,9 +6,11 @@ All forms share their weights. They run alternately in one process, each once be
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +28,9 @@ from .documents import dumps
 from .errors import InputError
 from .extractor import FeatureExtractor
 from .factory import create_model, create_transform
+from .fitting import ROTATIONS
 from .images import read_image
+from .inspection import inspect
 from .measuring import HEADER, NOT_MEASURED, RULE, Measurement, compare, in_child, machine, peak_megabytes, timed
 from .projector import ResidualProjector
 from .published import naive_projection, naive_residuals, naive_scores
@@ -214,6 +218,19 @@ def stage_rows(extractor: FeatureExtractor, sizes: BenchSizes) -> Iterator[Measu
         yield Measurement.of_runs(f"{what}: {stage}", seconds_of_runs, unit="ms", note=note)
 
 
+def folder_row(extractor: FeatureExtractor, sizes: BenchSizes) -> Measurement:
+    """Milliseconds for each photograph of a folder, from files to results with their pictures."""
+    count = STREAM * sizes.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        photo = _photo(Path(folder) / "0.jpg", sizes.photo)
+        files = [str(photo), *(str(shutil.copy(photo, photo.with_stem(str(number)))) for number in range(1, count))]
+        seconds, _ = timed(partial(inspect, extractor, files, Path(folder) / "results"))
+    what = f"{extractor.name.partition('.')[0]}, {extractor.bank().num_images} references: a photo of a folder"
+    return Measurement(
+        what, "ms", 1000 * seconds / count, note=f"{count} photos of {sizes.photo[0]} x {sizes.photo[1]}"
+    )
+
+
 def matching_row(sizes: BenchSizes) -> Measurement:
     """Matching against its published form."""
     queries, rows = sizes.matching
@@ -306,9 +323,13 @@ def measure_all(sizes: BenchSizes) -> Iterator[Measurement]:
     yield from stage_rows(build_extractor(sizes), sizes)
     default = create_model()
     for count in (sizes.references, sizes.many):
-        seconds, _ = timed(partial(default.set_references, _images(count, default)))
-        yield Measurement(f"residual_lite: setting {count} references", "ms", 1000 * seconds, note="decoded images")
+        images = _images(count, default)
+        for rotations, how in ((ROTATIONS, ", rotated"), (None, "")):
+            seconds, _ = timed(partial(default.set_references, images, rotations=rotations))
+            what = f"residual_lite: setting {count} references{how}"
+            yield Measurement(what, "ms", 1000 * seconds, note="decoded images")
         yield from stage_rows(default, sizes)
+        yield folder_row(default, sizes)
     yield matching_row(sizes)
     yield start_row(sizes)
     yield from memory_rows(sizes)
@@ -328,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device on this machine. Leave out --device.")
+    # The references are noise, unlike the photographs.
+    warnings.filterwarnings("ignore", category=UserWarning)
     if options.threads:
         torch.set_num_threads(options.threads)
     sizes, kind = (QUICK, "quick") if options.quick else (FULL, "full")

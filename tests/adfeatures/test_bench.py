@@ -148,11 +148,12 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     compared += ["matching 6 x 40 rows of 64, ms"]
     stages = [f"{model}, 2 references: {stage}, ms" for stage in STAGES]
     default = [stage for stage in STAGES if stage != "project"]
-    setting = [f"residual_lite: setting {count} references, ms" for count in (2, 3)]
+    setting = [[f"residual_lite: setting {count} references{how}, ms" for how in (", rotated", "")] for count in (2, 3)]
+    folder = [f"residual_lite, {count} references: a photo of a folder, ms" for count in (2, 3)]
     several, many = ([f"residual_lite, {count} references: {stage}, ms" for stage in default] for count in (2, 3))
     alone = [f"start of Python, {bench.START}, s", "beyond the bank: 5 x 300 rows of 64, MB"]
     peaks = [f"peak of a process: {what}, batch 2, torch, MB" for what in ("projector", "extractor")]
-    of_default = [setting[0], *several, setting[1], *many]
+    of_default = [*setting[0], *several, folder[0], *setting[1], *many, folder[1]]
     assert list(found) == [*compared[:-1], *stages, *of_default, compared[-1], alone[0], *peaks, alone[1]]
     for what in compared:
         assert min(float(cell.replace(",", "")) for cell in found[what][1:4]) > 0, what
@@ -161,6 +162,7 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         assert (
             float(found[what][1].replace(",", "")) > 0 and found[what][2:4] == ["-", "-"] and " to " in found[what][4]
         )
+    assert all(float(found[what][1].replace(",", "")) > 0 for what in (*setting[0], *setting[1], *folder))
     assert "images a second" in found[f"{model}, batch 1, torch, ms"][5]
 
 
