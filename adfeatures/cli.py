@@ -14,6 +14,9 @@ from . import __version__, catalog, commands
 from .console import INTERRUPTED, NOTHING_DONE, console
 from .errors import AdfeaturesError, InputError
 
+# Of options that only references are set with.
+_AS_THE_BANK = {"tile": None, "keep_aspect": False, "roi": None, "rotations": None}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if all was done, 1 if some images failed, 2 if nothing could be done."""
@@ -61,13 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--bank", required=True, metavar="FILE", help="file to write, such as part.safetensors")
     fit.add_argument("--normals", metavar="DIR", help="more normal images, for the threshold only")
     fit.add_argument("--coreset", type=float, metavar="FRACTION", help="fraction of the patches to keep, in (0, 1]")
-    fit.add_argument(
-        "--rotations",
-        type=int,
-        metavar="N",
-        help="also match with the references rotated N ways, for parts in any orientation (default: 8 for the "
-        "default model if that brings references much closer to each other, else 1)",
-    )
     _add_model_options(fit)
     _add_image_options(fit)
 
@@ -114,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--batch-size", type=_positive, metavar="N", help="fixed batch size (default: any)")
     export.add_argument("--threshold", type=_threshold, help="score above which an image counts as anomalous")
     _add_weights_options(export)
-    export.set_defaults(device="cpu", bit_depth=None, max_pixels=None, tile=None, keep_aspect=False, roi=None)
+    export.set_defaults(device="cpu", bit_depth=None, max_pixels=None, **_AS_THE_BANK)
 
     demo = _command(subparsers, "demo", commands.demo)
     demo.add_argument("--output", default="adfeatures-demo", metavar="DIR", help="folder for the results (%(default)s)")
@@ -166,8 +162,15 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         help="mask of the same size as the photos, white where defects matter; or a folder with PRODUCT.png masks",
     )
     command.add_argument(
+        "--rotations",
+        type=int,
+        metavar="N",
+        help="also match with the references rotated N ways, for parts in any orientation (default: 8 for the "
+        "default model if that brings references much closer to each other, else 1)",
+    )
+    command.add_argument(
         "--quantile",
-        type=float,
+        type=_quantile,
         metavar="FRACTION",
         help="fraction of normal images that should score below the threshold (default: 0.95 for "
         "residual_lite.in1k_v2 and residual_timm, else 0.99)",
@@ -185,6 +188,13 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels to hold in memory at a time, about 20 bytes each; larger images are refused (default: 89000000)",
     )
+
+
+def _quantile(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a fraction: give a number between 0 and 1, such as 0.99")
 
 
 def _threshold(text: str) -> float:

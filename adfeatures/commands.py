@@ -17,6 +17,7 @@ from .errors import InputError, ReferencesError
 
 # As many names as a warning tells.
 _SHOWN = 5
+_UNDECIDED = "no decision: one reference gives no threshold. Give more, or --normals"
 
 
 def list_models(options: argparse.Namespace) -> int:
@@ -110,7 +111,7 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
     from .thresholds import expectation
 
     model = model_of(options, options.model)
-    further = reading_of(options) | {"coreset": options.coreset, "rotations": options.rotations}
+    further = reading_of(options) | {"coreset": options.coreset}
     set_references(model, options.references, **further)
     normals = list_images(options.normals, recursive=options.recursive) if options.normals else None
     if normals and len(model.references) > 1:
@@ -127,7 +128,7 @@ def _fit_bank(options: argparse.Namespace) -> dict[str, Any]:
             "threshold": bank.threshold,
             "quantile": bank.quantile,
             "normal_scores": len(bank.record.normal_scores),
-            "expect": expectation(bank.quantile, len(bank.record.normal_scores)) if bank.quantile else None,
+            "expect": expectation(bank.quantile, len(bank.record.normal_scores)) if bank.quantile else _UNDECIDED,
         }
         for product, bank in model.references.items()
     }
@@ -215,7 +216,7 @@ def _report(summary: dict[str, Any], options: argparse.Namespace) -> int:
         for name in ("image_auroc", "pixel_auroc"):
             if name in summary:
                 print(f"{name.replace('_', ' ').replace('auroc', 'AUROC')}: {summary[name]:.3f}")
-        print(f"results: {options.output} (scores.csv, overlays/, worst.png, summary.json)")
+        print(f"results: {options.output} (scores.csv, scores.jsonl, overlays/, worst.png, summary.json)")
     for error in summary["errors"]:
         print(f"adfeatures: not scored: {error}", file=sys.stderr)
     return NOTHING_DONE if not summary["scored"] else SOME_FAILED if summary["failed"] else DONE

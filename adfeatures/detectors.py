@@ -77,6 +77,11 @@ def _check_bank(bank: ReferenceBank, options: argparse.Namespace) -> str | None:
             f"{options.bank} was made of images of {bank.record.bit_depth} bits, so others are read the same way. "
             f"Make it again with: adfeatures fit --bit-depth {options.bit_depth}"
         )
+    if options.rotations not in (None, bank.record.rotations):
+        raise InputError(
+            f"{options.bank} was made with {bank.record.rotations} rotations. Leave out --rotations, or make it again "
+            f"with: adfeatures fit --rotations {options.rotations}"
+        )
     if options.tile or options.keep_aspect or options.roi:
         raise InputError(
             f"{options.bank} was made of {bank.record.geometry}, so others are cut the same way. Leave out --tile, "
@@ -112,6 +117,7 @@ def reading_of(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "product_folders": options.product_folders,
         "recursive": options.recursive,
+        "rotations": options.rotations,
         "geometry": partial(_geometry_of, options),
     }
 

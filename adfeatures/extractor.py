@@ -207,8 +207,10 @@ class FeatureExtractor(nn.Module):
             ImageError: For a file that cannot be read or cut, or a folder without images.
             InputError: For no images, a wrong shape or NaN, rotations below 1, or tensors that should be cut.
         """
-        if rotations is not None and not 1 <= rotations <= MAX_ROTATIONS:
-            raise InputError(f"rotations must lie in 1 to {MAX_ROTATIONS}, got {rotations}.")
+        if rotations is not None:
+            if rotations not in range(1, MAX_ROTATIONS + 1):
+                raise InputError(f"rotations must lie in 1 to {MAX_ROTATIONS}, and be whole, got {rotations!r}.")
+            rotations = int(rotations)
         self._banks[product or DEFAULT_PRODUCT] = fitting.fit(
             self, self._project, images, geometry=geometry, coreset=coreset, rotations=rotations
         )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .errors import InputError
 from .geometry import PLAIN, Geometry, View
@@ -118,7 +119,7 @@ def encode(
     counts: list[list[Tensor]] = []
     owners: list[int] = []
     first: dict[float, Turned] = {}
-    for photos in normal_photos(model, images, bit_depth, known, geometry):
+    for photos in _shown(normal_photos(model, images, bit_depth, known, geometry)):
         if rotations is None:
             first = _quarter_turns(model, photos)
             rotations = ROTATIONS if first and _left_when_turned(model, first.values()).min() < CLOSER else 1
@@ -147,6 +148,14 @@ def encode(
         encoded.append(Encoded(full, torch.cat(own_counts) if own_counts else None))
     encoded[0].full.record = record
     return encoded
+
+
+def _shown(batches: Iterable[list[Photo]]) -> Iterator[list[Photo]]:
+    """The batches, with progress on a terminal if they take long."""
+    with tqdm(desc="references", unit="image", delay=2, leave=False, disable=None) as progress:
+        for photos in batches:
+            yield photos
+            progress.update(len(photos))
 
 
 def _quarter_turns(model: FeatureExtractor, photos: Sequence[Photo]) -> dict[float, Turned]:

@@ -185,7 +185,7 @@ class Geometry:
         if region is not None and region.size != size:
             raise ImageError(
                 f"it has {width} x {height} pixels, and its region of interest {region.size[1]} x {region.size[0]}. "
-                "Give photos of that size, or fit with a region of theirs."
+                "Photos and mask must have the same size."
             )
         extents: tuple[float, float] = size
         if isinstance(self.tile, int):

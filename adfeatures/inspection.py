@@ -26,7 +26,7 @@ from .errors import ImageError, InputError
 from .geometry import Geometry
 from .images import read_image
 from .overlays import contact_sheet, encoded, overlay, save_picture, tile
-from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos, warn_of_drift
+from .predictor import BATCH_SIZE, Detector, Prediction, ensure_threshold, score_photos, warn_of_drift, whole_number
 from .results import SUMMARY, ImageRow, Results, mark, write_parquet, write_summary, writing_to
 from .scoring import color_scale
 from .worklist import Worklist
@@ -125,10 +125,12 @@ def inspect(
     Raises:
         ReferencesError: If no references are set.
         InputError: If an image is where the results go, a file there is not from an earlier result, the threshold is
-            not a score, or the run to continue had other options or images.
+            not a score, workers or batch_size are not whole numbers of 1 or more, or the run to continue had other
+            options or images.
         AdfeaturesError: If the output cannot be written.
     """
     started = time.perf_counter()
+    workers, batch_size = whole_number("workers", workers), whole_number("batch_size", batch_size)
     if threshold is not None and not 0 <= threshold < math.inf:
         raise InputError(f"The threshold is {threshold}; it must be a score, 0 or more.")
     if threshold is None:
@@ -163,10 +165,14 @@ def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[O
     geometry = model.bank(terms.product).record.geometry
     # Photos that are cut into tiles are held until they are scored.
     count = terms.batch_size if geometry.tile is None else terms.workers
-    with ThreadPoolExecutor(terms.workers) as pool:
-        ahead = partial(_ahead, pool, count)
-        found = score_photos(model, sources, repeat(terms.product), terms.batch_size, OVERLAY_SIDE, ahead)
-        yield from ahead(partial(_outcome, terms, geometry), files, found)
+    pool = ThreadPoolExecutor(terms.workers)
+    try:
+        read = partial(_ahead, pool, count)
+        found = score_photos(model, sources, repeat(terms.product), terms.batch_size, OVERLAY_SIDE, read)
+        # What is interrupted draws these few at most before it ends.
+        yield from _ahead(pool, min(count, BATCH_SIZE), partial(_outcome, terms, geometry), files, found)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _outcome(
@@ -192,17 +198,13 @@ def _ahead(pool: ThreadPoolExecutor, count: int, function: Callable[..., Any], *
     """As ``map``, with this many calls under way ahead of the one whose result is awaited."""
     waiting: deque[Future[Any]] = deque()
     arguments, failure = zip(*items, strict=False), None
-    try:
-        while failure is None:
-            try:
-                waiting.append(pool.submit(function, *next(arguments)))
-            except BaseException as error:  # The results of what came before are given first.
-                failure = error
-            while len(waiting) > (count if failure is None else 0):
-                yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    while failure is None:
+        try:
+            waiting.append(pool.submit(function, *next(arguments)))
+        except BaseException as error:  # The results of what came before are given first.
+            failure = error
+        while len(waiting) > (count if failure is None else 0):
+            yield waiting.popleft().result()
     if not isinstance(failure, StopIteration):
         raise failure
 

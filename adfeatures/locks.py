@@ -120,8 +120,9 @@ def _lock(path: Path, target: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _locked(path, target)
         except OSError as error:
+            advice = "free some space, or choose" if error.errno == errno.ENOSPC else "choose"
             raise AdfeaturesError(
-                f"Cannot write to {target}: {error}. So it cannot be used: free some space, or choose another."
+                f"Cannot write to {target}: {error}. So it cannot be used: {advice} another."
             ) from error
         try:
             yield

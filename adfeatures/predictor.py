@@ -101,6 +101,17 @@ class Prediction(NamedTuple):
     is_reference: bool
 
 
+def whole_number(name: str, value: Any) -> int:
+    """An option that counts something.
+
+    Raises:
+        InputError: Unless it is a whole number, 1 or more.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or more.")
+    return int(value)
+
+
 def transform_for(model: Detector, bit_depth: int, preset: str = PRESET) -> ImageTransform:
     """The way from a photo to the input of a model."""
     cfg = model.pretrained_cfg
@@ -225,8 +236,7 @@ def score_photos(
         InputError: For a batch size below 1, or a score that is not finite.
         ReferencesError: If no references are set.
     """
-    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more.")
+    batch_size = whole_number("batch_size", batch_size)
     results = iter(mapped(partial(_read_or_refuse, model, side), sources, products))
     batch: list[tuple[Photo | ImageError, str | None]] = []
     number = 0

@@ -56,7 +56,7 @@ def predictive_quantile(scores: Sequence[float] | np.ndarray, quantile: float) -
     largest = normal_quantile(scores, 1)
     if not 0 < quantile < 1:
         raise InputError(
-            f"The quantile must lie between 0 and 1, got {quantile}: no threshold is sure to be kept. Give 0.99, say."
+            f"The quantile must lie between 0 and 1, got {quantile}. Give 0.99, say, to flag about 1 in 100 good parts."
         )
     if largest == 0:
         return 0.0

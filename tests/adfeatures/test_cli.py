@@ -211,12 +211,16 @@ def test_fit_with_held_out_normals_and_coreset(photos: Path, capsys: pytest.Capt
     assert facts["normal_scores"] == 3
 
 
-def test_threshold_and_quantile_options(photos: Path) -> None:
+def test_threshold_and_quantile_options(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(photos, photos / "new", "--threshold", "0") == 0
     assert {row["decision"] for row in rows(photos)} == {"anomalous"} and float(rows(photos)[0]["threshold"]) == 0
     model = adfeatures.create_model(references=photos / "good")
     assert score(photos, photos / "new", "--quantile", "0.5") == 0
     assert float(rows(photos)[0]["threshold"]) == pytest.approx(model.fit_threshold(0.5), rel=1e-5)
+    for quantile in (95, 0, "nan", "many"):
+        with pytest.raises(SystemExit):
+            score(photos, photos / "new", "--quantile", quantile)
+        assert f"{quantile} is not a fraction: give a number between 0 and 1" in capsys.readouterr().err
 
 
 def test_one_reference_gives_scores_without_decisions(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +229,8 @@ def test_one_reference_gives_scores_without_decisions(photos: Path, capsys: pyte
     assert score(photos, photos / "new") == 0
     assert {(row["threshold"], row["decision"]) for row in rows(photos)} == {("", "")}
     assert "no threshold" in capsys.readouterr().out
+    assert run("fit", "--references", photos / "good", "--bank", photos / "b.safetensors") == 0
+    assert "no decision: one reference gives no threshold" in capsys.readouterr().out
 
 
 def test_sub_folders_are_products_only_when_asked(photos: Path) -> None:

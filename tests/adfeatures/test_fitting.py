@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,14 @@ def test_the_command_says_it_and_the_bank_keeps_it(
         model = adfeatures.create_model()
         model.load_references(bank)
         assert model.bank().record.rotations == expected and model.bank().turned is (expected > 1)
+    score = ["score", "--output", str(tmp_path / "out"), str(tmp_path / "0.png")]
+    for asked, expected in ((3, 0), (8, 2)):
+        assert main([*score, "--bank", str(bank), "--rotations", str(asked)]) == expected
+    assert "made with 3 rotations. Leave out --rotations" in capsys.readouterr().err
+    scores = []
+    for further in ([], ["--rotations", "1"]):
+        assert main([*score, "--references", str(tmp_path), *further]) == 0
+        with (tmp_path / "out" / "scores.csv").open() as table:
+            scores.append(float(next(csv.DictReader(table))["score"]))
+    # Of the same photo, against the references as they are and rotated.
+    assert scores[0] != scores[1]

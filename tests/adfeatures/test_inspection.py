@@ -24,7 +24,7 @@ import pytest
 from helpers.models import photo, tiny_extractor, write_photos
 from PIL import Image
 
-from adfeatures import inspection, results
+from adfeatures import inspection, predictor, results
 from adfeatures.detectors import set_references
 from adfeatures.errors import ImageError, InputError, ReferencesError
 from adfeatures.extractor import FeatureExtractor
@@ -495,6 +495,47 @@ def test_pictures_are_drawn_beside_the_model(
     assert [next(found).row.file, next(found).row.file] == files[:2] and scored == 2
     drawn.release(2)
     assert [outcome.row.file for outcome in found] == files[2:] and scored == 3
+
+
+@pytest.mark.parametrize("option", ["workers", "batch_size"])
+@pytest.mark.parametrize("number", [0, -1, 1.5, "2", None, True])
+def test_numbers_that_count_nothing(model: FeatureExtractor, tmp_path: Path, option: str, number: Any) -> None:
+    files = [str(path) for path in write_photos(tmp_path / "new", range(1))]
+    with pytest.raises(InputError, match=f"{option} is .*; it must be a whole number, 1 or more"):
+        inspect(model, files, tmp_path / "out", **{option: number})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_interrupted_draws_and_reads_little_more(
+    model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [str(path) for path in write_photos(tmp_path / "new", range(20, 22))] * 40
+    read, drawn, calls = [], [], 0
+    draw, get, score = inspection.overlay, predictor.read_photo, model.anomaly_map
+
+    def interrupted(*arguments: Any, **options: Any) -> AnomalyMap:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise KeyboardInterrupt
+        return score(*arguments, **options)
+
+    def slowly(source: Any, *arguments: Any) -> Any:
+        read.append(source)
+        threading.Event().wait(0.05)
+        return get(source, *arguments)
+
+    def noted(*arguments: Any, **options: Any) -> Image.Image:
+        drawn.append(0)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(predictor, "read_photo", slowly)
+    monkeypatch.setattr(inspection, "overlay", noted)
+    monkeypatch.setattr(model, "anomaly_map", interrupted)
+    found = outcomes(model, files, Terms(None, 1.0, (0.0, 2.0), 32, 2, False))
+    with pytest.raises(KeyboardInterrupt):
+        list(found)
+    assert len(drawn) == 32 and len(read) < len(files)
 
 
 def test_parquet_holds_the_same_rows(model: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

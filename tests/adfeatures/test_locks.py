@@ -174,7 +174,10 @@ def test_places_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="file: it is a file. Choose a folder"), only_run_in(tmp_path / "file"):
         pass
     deeper = tmp_path / "file" / "deeper"
-    with pytest.raises(AdfeaturesError, match="Cannot write to .*deeper: .*Not a directory"), only_run_in(deeper):
+    with (
+        pytest.raises(AdfeaturesError, match="Cannot write to .*deeper: .*Not a directory.*used: choose"),
+        only_run_in(deeper),
+    ):
         pass
     (tmp_path / LOCK).symlink_to("file")
     with pytest.raises(AdfeaturesError, match="Cannot write to"), only_run_in(tmp_path):

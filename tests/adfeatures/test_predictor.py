@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,8 +362,8 @@ class TestTurns:
         model.set_references(normals)
         assert float(model.residuals(turned)[0].abs().max()) > 1e-2
 
-    @pytest.mark.parametrize("rotations", [0, -1, 65])
-    def test_unreasonable_numbers(self, rotations: int) -> None:
+    @pytest.mark.parametrize("rotations", [0, -1, 65, 1.5, "8"])
+    def test_unreasonable_numbers(self, rotations: Any) -> None:
         with pytest.raises(InputError, match="rotations must lie in 1 to 64"):
             tiny_extractor().set_references([photo(0)], rotations=rotations)
 
