@@ -32,6 +32,10 @@ ROTATIONS = 8
 # eight references of a development product that is so for an orange and a mixer, whose defects are found better then.
 CLOSER = 0.9
 
+# Pixels of the model's input around a region of interest whose patches see its border, where a part that shifts looks
+# different every time.
+MARGIN = 32
+
 # Patches of turned views per level, and what counts of the views, bool (B, H, W); None for all.
 Turned: TypeAlias = "tuple[list[Tensor], Tensor | None]"
 
@@ -48,10 +52,13 @@ class Encoded(NamedTuple):
     counts: Tensor | None
 
     def bank(self) -> ReferenceBank:
-        """A bank of the patches that count."""
-        if self.counts is None:
+        """A bank of the patches that count, and of those next to a region of interest."""
+        counts = self.counts
+        if counts is None:
             return dataclasses.replace(self.full)
-        cells = [cells_of(self.counts, grid).flatten() for grid in self.full.grids]
+        if self.full.record.geometry.region is not None:
+            counts = F.max_pool2d(counts[:, None].float(), 2 * MARGIN + 1, 1, MARGIN)[:, 0] > 0
+        cells = [cells_of(counts, grid).flatten() for grid in self.full.grids]
         rows = zip(cells, self.full.rows, strict=True)
         return self.full.of_rows([own.nonzero()[:, 0].to(level.device) for own, level in rows])
 
@@ -145,8 +152,8 @@ def encode(
     for of_turn, own_counts in zip(maps, counts, strict=True):
         levels = [torch.cat(level) for level in zip(*of_turn, strict=True)]
         full = ReferenceBank.from_features(levels, owners, model.scorer.looks)
+        full.record = record
         encoded.append(Encoded(full, torch.cat(own_counts) if own_counts else None))
-    encoded[0].full.record = record
     return encoded
 
 

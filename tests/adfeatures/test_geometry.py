@@ -27,6 +27,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 import adfeatures
+from adfeatures import fitting
 from adfeatures.backbones import Encoder
 from adfeatures.cli import main
 from adfeatures.documents import check
@@ -482,6 +483,31 @@ class TestRegionOfInterest:
         assert found.is_anomalous and found.score > 1.5 * one.score
         y, x = np.unravel_index(found.map.argmax(), found.map.shape)
         assert 40 < y < 75 and 50 < x < 90
+
+    def test_parts_may_cross_its_border(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the embedded default: where a part crosses it, each photo shows something else, and all are good."""
+        geometry = Geometry(region=Region.read(inside((320, 320), 0, 320, 160, 320)))
+        rows, columns = np.mgrid[:320, :320]
+
+        def gear(seed: int, spot: bool = False) -> Image.Image:
+            y, x = np.random.default_rng(seed).uniform(-4, 4, 2)
+            y, x = rows - 160 - y, columns - 160 - x
+            radius, angle = np.hypot(y, x), np.arctan2(y, x)
+            metal = (radius > 30) & (radius < 100 + 14 * (np.sin(16 * angle) > 0))
+            image = np.where(metal, 150 + 12 * np.sin(radius / 3), 60)
+            image[np.hypot(y - 60, x - 40) < 8 * spot] = 90
+            image += np.random.default_rng(seed).normal(0, 3, image.shape)
+            return Image.fromarray(image.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+        limits = []
+        for margin in (0, fitting.MARGIN):
+            monkeypatch.setattr(fitting, "MARGIN", margin)
+            model = adfeatures.create_model()
+            model.set_references([gear(seed) for seed in range(8)], geometry=geometry, rotations=1)
+            limits.append(model.fit_threshold())
+        assert limits[1] < 0.5 * limits[0]
+        assert not any(own.is_anomalous for own in model.score([gear(seed) for seed in range(20, 26)]))
+        assert all(own.is_anomalous for own in model.score([gear(seed, spot=True) for seed in range(20, 24)]))
 
 
 def test_views_hold_no_photo_they_do_not_need() -> None:
