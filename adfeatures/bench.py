@@ -226,9 +226,8 @@ def folder_row(extractor: FeatureExtractor, sizes: BenchSizes) -> Measurement:
         files = [str(photo), *(str(shutil.copy(photo, photo.with_stem(str(number)))) for number in range(1, count))]
         seconds, _ = timed(partial(inspect, extractor, files, Path(folder) / "results"))
     what = f"{extractor.name.partition('.')[0]}, {extractor.bank().num_images} references: a photo of a folder"
-    return Measurement(
-        what, "ms", 1000 * seconds / count, note=f"{count} photos of {sizes.photo[0]} x {sizes.photo[1]}"
-    )
+    note = f"{count} photos of {sizes.photo[0]} x {sizes.photo[1]}, with their pictures"
+    return Measurement(what, "ms", 1000 * seconds / count, note=note)
 
 
 def matching_row(sizes: BenchSizes) -> Measurement:

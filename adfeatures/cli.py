@@ -14,7 +14,7 @@ from . import __version__, catalog, commands
 from .console import INTERRUPTED, NOTHING_DONE, console
 from .errors import AdfeaturesError, InputError
 
-# Of options that only references are set with.
+# The options that references are set with, for a command that takes a bank alone.
 _AS_THE_BANK = {"tile": None, "keep_aspect": False, "roi": None, "rotations": None}
 
 

@@ -53,14 +53,15 @@ class Encoded(NamedTuple):
 
     def bank(self) -> ReferenceBank:
         """A bank of the patches that count, and of those next to a region of interest."""
-        counts = self.counts
-        if counts is None:
+        if self.counts is None:
             return dataclasses.replace(self.full)
-        if self.full.record.geometry.region is not None:
-            counts = F.max_pool2d(counts[:, None].float(), 2 * MARGIN + 1, 1, MARGIN)[:, 0] > 0
-        cells = [cells_of(counts, grid).flatten() for grid in self.full.grids]
-        rows = zip(cells, self.full.rows, strict=True)
-        return self.full.of_rows([own.nonzero()[:, 0].to(level.device) for own, level in rows])
+        margin = 0 if self.full.record.geometry.region is None else MARGIN / self.counts.shape[1]
+        kept = []
+        for rows, grid in zip(self.full.rows, self.full.grids, strict=True):
+            near = round(margin * grid[0])
+            cells = F.max_pool2d(cells_of(self.counts, grid)[:, None].float(), 2 * near + 1, 1, near)
+            kept.append(cells.flatten().nonzero()[:, 0].to(rows.device))
+        return self.full.of_rows(kept)
 
 
 def fit(
