@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision of openvino (default: float32)")
     score.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images per batch (%(default)s)")
     score.add_argument(
-        "--workers", type=_positive, default=2, metavar="N", help="images to read or draw at a time (%(default)s)"
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="images to read, and pictures to draw, at a time (%(default)s)",
     )
     score.add_argument("--resume", action="store_true", help="continue an interrupted run with the same options")
     score.add_argument(

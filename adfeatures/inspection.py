@@ -32,8 +32,6 @@ from .scoring import color_scale
 from .worklist import Worklist
 
 WORST, TILE_WIDTH = 12, 480
-# Reading and drawing a photo of twelve megapixels takes several times as long as scoring it.
-WORKERS = 2
 # Longest side in pixels of a photo in its overlay, beside which the legend stands: large ones are drawn smaller.
 OVERLAY_SIDE = 2048
 # Half the time of the default, for files that are a few percent larger.
@@ -51,7 +49,7 @@ class Terms:
         threshold: Score above which an image counts as anomalous, None where nothing is decided.
         scale: Values of the map that the first and the last color stand for.
         batch_size: Images per forward pass.
-        workers: Images that are read, or drawn, at a time.
+        workers: Images that are read, and pictures that are drawn, at a time.
         keep_maps: Whether outcomes hold their map.
     """
 
@@ -98,7 +96,7 @@ def inspect(
     product: str | None = None,
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
-    workers: int = WORKERS,
+    workers: int = 1,
     keep_maps: bool = False,
     resume: bool = False,
     engine: Engine | None = None,
@@ -116,7 +114,7 @@ def inspect(
         product: Whose references to use, where several products are held.
         threshold: Decides instead of the threshold of the references.
         batch_size: Images per forward pass.
-        workers: Images that are read or drawn at a time, while the model scores others.
+        workers: Images that are read, and pictures that are drawn, at a time, while the model scores others.
         keep_maps: Whether to keep the maps too, each of the size of its overlay.
         resume: Whether to continue an interrupted run with the same options: finished rows are kept, and the result
             is that of one run. A run that fails also leaves its rows next to an earlier result.
@@ -165,14 +163,16 @@ def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[O
     geometry = model.bank(terms.product).record.geometry
     # Photos that are cut into tiles are held until they are scored.
     count = terms.batch_size if geometry.tile is None else terms.workers
-    pool = ThreadPoolExecutor(terms.workers)
+    # Either takes several times as long as scoring for a photo of twelve megapixels.
+    readers, drawers = (ThreadPoolExecutor(terms.workers) for _ in range(2))
     try:
-        read = partial(_ahead, pool, count)
+        read = partial(_ahead, readers, count)
         found = score_photos(model, sources, repeat(terms.product), terms.batch_size, OVERLAY_SIDE, read)
         # What is interrupted draws these few at most before it ends.
-        yield from _ahead(pool, min(count, BATCH_SIZE), partial(_outcome, terms, geometry), files, found)
+        yield from _ahead(drawers, min(count, BATCH_SIZE), partial(_outcome, terms, geometry), files, found)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in (readers, drawers):
+            pool.shutdown(cancel_futures=True)
 
 
 def _outcome(
