@@ -205,7 +205,8 @@ class FeatureExtractor(nn.Module):
 
         Raises:
             ImageError: For a file that cannot be read or cut, or a folder without images.
-            InputError: For no images, a wrong shape or NaN, rotations below 1, or tensors that should be cut.
+            InputError: For no images, a wrong shape or NaN, rotations that are not whole or outside 1 to 64, or tensors
+                that should be cut.
         """
         if rotations is not None:
             if rotations not in range(1, MAX_ROTATIONS + 1):

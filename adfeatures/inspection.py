@@ -34,7 +34,7 @@ from .worklist import Worklist
 WORST, TILE_WIDTH = 12, 480
 # Longest side in pixels of a photo in its overlay, beside which the legend stands: large ones are drawn smaller.
 OVERLAY_SIDE = 2048
-# Half the time of the default, for files that are a few percent larger.
+# Faster than the default, for files that are slightly larger.
 PNG_LEVEL = 4
 # As many reasons of failures as the summary tells.
 MOST_ERRORS = 20
@@ -163,7 +163,7 @@ def outcomes(model: Detector, files: Iterable[str], terms: Terms) -> Generator[O
     geometry = model.bank(terms.product).record.geometry
     # Photos that are cut into tiles are held until they are scored.
     count = terms.batch_size if geometry.tile is None else terms.workers
-    # Either takes several times as long as scoring for a photo of twelve megapixels.
+    # For a photo of twelve megapixels either takes longer than scoring.
     readers, drawers = (ThreadPoolExecutor(terms.workers) for _ in range(2))
     try:
         read = partial(_ahead, readers, count)
